@@ -1,0 +1,57 @@
+// Elements in memory: f32 as it is, f16 and bf16 in pairs in u32 words, so that no device feature is needed.
+// InElements and OutElements are the types of input and output bindings.
+#if ELEMENT_F32
+#if ALIGNED
+alias InElements = array<vec4f>;
+alias OutElements = array<vec4f>;
+#else
+alias InElements = array<f32>;
+alias OutElements = array<f32>;
+#endif
+#else
+#if ALIGNED
+alias InElements = array<vec2u>;
+alias OutElements = array<vec2u>;
+#else
+alias InElements = array<u32>;
+alias OutElements = array<atomic<u32>>;
+#endif
+
+#if ELEMENT_F16
+fn unpack2(word: u32) -> vec2f {
+    return unpack2x16float(word);
+}
+
+fn pack2(x: vec2f) -> u32 {
+    return pack2x16float(x);
+}
+#else
+fn unpack2(word: u32) -> vec2f {
+    return vec2f(bitcast<f32>(word << 16u), bitcast<f32>(word & 0xffff0000u));
+}
+
+// Round to nearest, ties to even.
+fn pack2(x: vec2f) -> u32 {
+    let bits = bitcast<vec2u>(x);
+    let rounded = (bits + 0x7fffu + ((bits >> vec2u(16u)) & vec2u(1u))) >> vec2u(16u);
+    return rounded.x | (rounded.y << 16u);
+}
+#endif
+
+fn unpack4(words: vec2u) -> vec4f {
+    return vec4f(unpack2(words.x), unpack2(words.y));
+}
+
+fn pack4(x: vec4f) -> vec2u {
+    return vec2u(pack2(x.xy), pack2(x.zw));
+}
+
+fn unpack1(word: u32, e: u32) -> f32 {
+    let both = unpack2(word);
+    return select(both.x, both.y, (e & 1u) == 1u);
+}
+
+fn pack1(x: f32) -> u32 {
+    return pack2(vec2f(x, 0.0));
+}
+#endif

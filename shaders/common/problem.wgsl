@@ -1,0 +1,62 @@
+// The problem's run-time numbers; src/kernel/uniform.rs writes the same fields in the same order.
+
+// Element (b, h, i, d) of a tensor is at base + b·batch + h·head + i·row + d of its binding.
+struct Tensor {
+    base: u32,
+    batch: u32,
+    head: u32,
+    row: u32,
+}
+
+struct Problem {
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seqlen_q: u32,
+    seqlen_k: u32,
+    // This launch computes rows row_begin .. row_end of each of its heads; they are stored from row 0 of its bindings.
+    row_begin: u32,
+    row_end: u32,
+    // Of the whole problem, the first batch entry and query head of this launch.
+    batch_begin: u32,
+    head_begin: u32,
+    // Query heads of this launch, and how many share a key-value head.
+    heads: u32,
+    group: u32,
+    // Keys from diagonal - window_left to diagonal + window_right count, and those up to i + top_left.
+    window_left: i32,
+    window_right: i32,
+    top_left: i32,
+    scale: f32,
+    softcap: f32,
+}
+
+@group(0) @binding(0) var<uniform> problem: Problem;
+#if SEQLENS_K
+@group(0) @binding(6) var<storage, read> seqlens_k: array<i32>;
+#endif
+
+// Which sequence a workgroup works on: its place in the bindings, and its number of valid keys.
+struct Sequence {
+    batch: u32,
+    head_q: u32,
+    head_kv: u32,
+    keys: i32,
+}
+
+fn sequence(batch: u32, head: u32) -> Sequence {
+    let head_kv = (problem.head_begin + head) / problem.group - problem.head_begin / problem.group;
+#if SEQLENS_K
+    let keys = clamp(seqlens_k[problem.batch_begin + batch], 0, i32(problem.seqlen_k));
+#else
+    let keys = i32(problem.seqlen_k);
+#endif
+    return Sequence(batch, head, head_kv, keys);
+}
+
+// First element of row 0 of a head.
+fn head_start(t: Tensor, batch: u32, head: u32) -> u32 {
+    return t.base + batch * t.batch + head * t.head;
+}

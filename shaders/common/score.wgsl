@@ -1,0 +1,56 @@
+// The hooks: everything that tells one variant of attention from another. Kernels know no mask by name.
+// Rows i and keys j are positions in the whole sequence.
+
+// What a score is: scale · q·k, then softcap · tanh(score / softcap).
+fn score(dot: f32, at: Sequence, i: i32, j: i32) -> f32 {
+#if SOFTCAP
+    return problem.softcap * tanh_exact(problem.scale * dot / problem.softcap);
+#else
+    return problem.scale * dot;
+#endif
+}
+
+#if SOFTCAP
+// tanh that neither overflows for large x nor cancels for small x, whatever the driver's own does.
+fn tanh_exact(x: f32) -> f32 {
+    let a = abs(x);
+    let e = exp2(min(a, 20.0) * (-2.0 * LOG2_E));
+    let large = (1.0 - e) / (1.0 + e);
+    let y = x * x;
+    let small = a * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))));
+    return sign(x) * select(large, small, a < 0.25);
+}
+#endif
+
+// Which keys count for row i: from x to before y. Neither bound falls as i grows.
+fn key_interval(at: Sequence, i: i32) -> vec2i {
+    let diagonal = i + at.keys - i32(problem.seqlen_q);
+    let first = max(0, diagonal - problem.window_left);
+    let last = min(diagonal + problem.window_right, i + problem.top_left);
+    return vec2i(first, min(at.keys, last + 1));
+}
+
+// Does key j count for row i?
+fn keep(at: Sequence, i: i32, j: i32) -> bool {
+    let interval = key_interval(at, i);
+    return j >= interval.x && j < interval.y;
+}
+
+// The keys that any of rows i0 .. i1 may see; the others are never loaded.
+fn key_range(at: Sequence, i0: i32, i1: i32) -> vec2i {
+    return vec2i(key_interval(at, i0).x, key_interval(at, i1 - 1).y);
+}
+
+const NONE = 0u;
+const SOME = 1u;
+const ALL = 2u;
+
+// Of the scores of rows i0 .. i1 with keys j0 .. j1: do none count, some, or all?
+fn tile_kind(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> u32 {
+    let top = key_interval(at, i0);
+    let bottom = key_interval(at, i1 - 1);
+    if j0 >= bottom.y || j1 <= top.x {
+        return NONE;
+    }
+    return select(SOME, ALL, j0 >= bottom.x && j1 <= top.y);
+}

@@ -1,0 +1,25 @@
+// Scores are held as they are; exponentials are taken in base 2 of differences times log2(e).
+const LOG2_E = 1.4426950408889634;
+// WGSL may assume that infinity does not occur. A masked score is MASKED; a running maximum starts at LOWEST,
+// so far above MASKED that exp2(MASKED - LOWEST) vanishes, and below every score.
+const MASKED = -2.0e38;
+const LOWEST = -1.0e38;
+
+fn exp_difference(x: f32, reference: f32) -> f32 {
+    return exp2((x - reference) * LOG2_E);
+}
+
+// A row in which some key counts has a sum of at least 1, from its largest score.
+fn row_is_empty(sum: f32) -> bool {
+    return sum < 0.5;
+}
+
+// 1 / sum, and 0 for an empty row, whose output is 0.
+fn inverse_sum(sum: f32) -> f32 {
+    return select(1.0 / max(sum, 0.5), 0.0, row_is_empty(sum));
+}
+
+// m + ln(sum) and, for an empty row, -infinity: as bits, since WGSL may assume that infinity does not occur.
+fn lse_bits(m: f32, sum: f32) -> u32 {
+    return select(bitcast<u32>(m + log(max(sum, 0.5))), 0xff800000u, row_is_empty(sum));
+}

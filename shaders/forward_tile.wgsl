@@ -1,0 +1,272 @@
+// Forward pass in tiles with an online softmax (FlashAttention-2, Dao 2023, algorithm 1). One workgroup computes
+// ROWS rows of one head and walks over the keys, KEYS at a time; scores never leave the chip.
+//
+//     m = -inf, l = 0, O = 0
+//     for each tile of keys that some row may see:
+//         S = score(Q K^T)                          ROWS x KEYS
+//         m' = max(m, rowmax S)
+//         P = exp(S - m')                           ROWS x KEYS
+//         l = exp(m - m') l + rowsum P
+//         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V
+//     O = O / l,  lse = m + ln l
+//
+// Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) keeps, in registers, for rows
+// ty, ty + THREADS_Y, ... : the scores of keys tx·TC .. tx·TC + TC, and the output columns 4(tx + THREADS_X u) .. + 4.
+// Workgroup memory holds Q and K (CHUNK columns at a time), P, and V (VALUE_KEYS rows at a time), all as f32.
+#include "common/problem.wgsl"
+#include "common/softmax.wgsl"
+#include "common/score.wgsl"
+#include "common/elements.wgsl"
+
+@group(0) @binding(1) var<storage, read> query: InElements;
+@group(0) @binding(2) var<storage, read> key: InElements;
+@group(0) @binding(3) var<storage, read> value: InElements;
+@group(0) @binding(4) var<storage, read_write> out: OutElements;
+#if LSE
+@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
+#endif
+#include "common/read.wgsl" tensor=query
+#include "common/read.wgsl" tensor=key
+#include "common/read.wgsl" tensor=value
+#include "common/write.wgsl" tensor=out
+
+const THREADS = THREADS_X * THREADS_Y;
+// What one thread holds: TR rows by TC4 vectors of scores, TR rows by TV vectors of output.
+const TR = ROWS / THREADS_Y;
+const TC4 = KEYS / THREADS_X / 4u;
+const TC = 4u * TC4;
+const TV = (HEAD_DIM_V + 4u * THREADS_X - 1u) / (4u * THREADS_X);
+// Row lengths in workgroup memory, in vectors. An odd length spreads a column over all banks.
+const CHUNK4 = CHUNK / 4u;
+const CHUNK_STRIDE = CHUNK4 | 1u;
+const P_STRIDE = (KEYS / 4u) | 1u;
+const V_STRIDE = TV * THREADS_X;
+const CHUNKS = (HEAD_DIM + CHUNK - 1u) / CHUNK;
+// Q stays when one chunk holds it. P takes the place of what is not needed once S is there.
+const Q_AT = 0u;
+const K_AT = Q_AT + ROWS * CHUNK_STRIDE;
+const P_AT = select(Q_AT, K_AT, CHUNKS == 1u);
+const V_AT = P_AT + ROWS * P_STRIDE;
+const TILES = max(K_AT + KEYS * CHUNK_STRIDE, V_AT + VALUE_KEYS * V_STRIDE);
+
+var<workgroup> tiles: array<vec4f, TILES>;
+// One value of each thread for each of its rows, to be reduced over a row of threads.
+var<workgroup> partial: array<array<f32, THREADS_X>, ROWS>;
+
+fn stage_query(start: u32, row0: u32, d0: u32, thread: u32) {
+    for (var t = thread; t < ROWS * CHUNK4; t += THREADS) {
+        let i = t / CHUNK4;
+        let d = d0 + 4u * (t % CHUNK4);
+        let count = select(0u, HEAD_DIM - d, row0 + i < problem.row_end && d < HEAD_DIM);
+        let e = start + (row0 - problem.row_begin + i) * problem.query.row + d;
+        tiles[Q_AT + i * CHUNK_STRIDE + t % CHUNK4] = read_query(e, count);
+    }
+}
+
+// Key j of the tile goes where thread j / TC finds its keys THREADS_X rows apart: neighbours read neighbours.
+fn stage_key(start: u32, j0: u32, keys: u32, d0: u32, thread: u32) {
+    for (var t = thread; t < KEYS * CHUNK4; t += THREADS) {
+        let j = t / CHUNK4;
+        let d = d0 + 4u * (t % CHUNK4);
+        let count = select(0u, HEAD_DIM - d, j0 + j < keys && d < HEAD_DIM);
+        let e = start + (j0 + j) * problem.key.row + d;
+        tiles[K_AT + ((j % TC) * THREADS_X + j / TC) * CHUNK_STRIDE + t % CHUNK4] = read_key(e, count);
+    }
+}
+
+fn stage_value(start: u32, j0: u32, keys: u32, thread: u32) {
+    for (var t = thread; t < VALUE_KEYS * V_STRIDE; t += THREADS) {
+        let j = t / V_STRIDE;
+        let d = 4u * (t % V_STRIDE);
+        let count = select(0u, HEAD_DIM_V - d, j0 + j < keys && d < HEAD_DIM_V);
+        tiles[V_AT + t] = read_value(start + (j0 + j) * problem.value.row + d, count);
+    }
+}
+
+// acc + (q·k0, q·k1, q·k2, q·k3)
+fn dot4(q: vec4f, k0: vec4f, k1: vec4f, k2: vec4f, k3: vec4f, acc: vec4f) -> vec4f {
+    let x = fma(vec4f(q.x), vec4f(k0.x, k1.x, k2.x, k3.x), acc);
+    let y = fma(vec4f(q.y), vec4f(k0.y, k1.y, k2.y, k3.y), x);
+    let z = fma(vec4f(q.z), vec4f(k0.z, k1.z, k2.z, k3.z), y);
+    return fma(vec4f(q.w), vec4f(k0.w, k1.w, k2.w, k3.w), z);
+}
+
+fn sum4(x: vec4f) -> f32 {
+    return (x.x + x.y) + (x.z + x.w);
+}
+
+fn max4(x: vec4f) -> f32 {
+    return max(max(x.x, x.y), max(x.z, x.w));
+}
+
+@compute @workgroup_size(THREADS)
+fn forward(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(num_workgroups) groups: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let tx = thread % THREADS_X;
+    let ty = thread / THREADS_X;
+    let at = sequence(group.z, group.y);
+    // The last rows first: with a causal mask they take longest.
+    let row0 = problem.row_begin + (groups.x - 1u - group.x) * ROWS;
+    let row1 = min(row0 + ROWS, problem.row_end);
+    let query_start = head_start(problem.query, at.batch, at.head_q);
+    let key_start = head_start(problem.key, at.batch, at.head_kv);
+    let value_start = head_start(problem.value, at.batch, at.head_kv);
+
+    var o: array<array<vec4f, TV>, TR>;
+    var m: array<f32, TR>;
+    var l: array<f32, TR>;
+    for (var r = 0u; r < TR; r++) {
+        m[r] = LOWEST;
+        l[r] = 0.0;
+        for (var u = 0u; u < TV; u++) {
+            o[r][u] = vec4f();
+        }
+    }
+    if CHUNKS == 1u {
+        stage_query(query_start, row0, 0u, thread);
+    }
+
+    let range = key_range(at, i32(row0), i32(row1));
+    for (var j0 = range.x / i32(KEYS) * i32(KEYS); j0 < range.y; j0 += i32(KEYS)) {
+        let kind = tile_kind(at, i32(row0), i32(row1), j0, j0 + i32(KEYS));
+        if kind == NONE {
+            continue;
+        }
+
+        // S = Q K^T
+        var s: array<array<vec4f, TC4>, TR>;
+        for (var r = 0u; r < TR; r++) {
+            for (var c = 0u; c < TC4; c++) {
+                s[r][c] = vec4f();
+            }
+        }
+        for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
+            workgroupBarrier();
+            if CHUNKS > 1u {
+                stage_query(query_start, row0, d0, thread);
+            }
+            stage_key(key_start, u32(j0), u32(at.keys), d0, thread);
+            workgroupBarrier();
+            for (var d = 0u; d < CHUNK4; d++) {
+                var k: array<vec4f, TC>;
+                for (var c = 0u; c < TC; c++) {
+                    k[c] = tiles[K_AT + (c * THREADS_X + tx) * CHUNK_STRIDE + d];
+                }
+                for (var r = 0u; r < TR; r++) {
+                    let q = tiles[Q_AT + (r * THREADS_Y + ty) * CHUNK_STRIDE + d];
+                    for (var c = 0u; c < TC4; c++) {
+                        s[r][c] = dot4(q, k[4u * c], k[4u * c + 1u], k[4u * c + 2u], k[4u * c + 3u], s[r][c]);
+                    }
+                }
+            }
+        }
+
+        // What each score is, and whether it counts
+        for (var r = 0u; r < TR; r++) {
+            let i = i32(row0 + r * THREADS_Y + ty);
+            for (var c = 0u; c < TC4; c++) {
+                let j = j0 + i32(tx * TC + 4u * c);
+                let x = s[r][c];
+                s[r][c] = vec4f(score(x.x, at, i, j), score(x.y, at, i, j + 1), score(x.z, at, i, j + 2), score(x.w, at, i, j + 3));
+            }
+        }
+        if kind == SOME {
+            for (var r = 0u; r < TR; r++) {
+                let i = i32(row0 + r * THREADS_Y + ty);
+                for (var c = 0u; c < TC4; c++) {
+                    let j = j0 + i32(tx * TC + 4u * c);
+                    let kept = vec4<bool>(keep(at, i, j), keep(at, i, j + 1), keep(at, i, j + 2), keep(at, i, j + 3));
+                    s[r][c] = select(vec4f(MASKED), s[r][c], kept);
+                }
+            }
+        }
+
+        // m' = max(m, rowmax S)
+        for (var r = 0u; r < TR; r++) {
+            var most = s[r][0];
+            for (var c = 1u; c < TC4; c++) {
+                most = max(most, s[r][c]);
+            }
+            partial[r * THREADS_Y + ty][tx] = max4(most);
+        }
+        workgroupBarrier();
+
+        // P = exp(S - m'),  l = exp(m - m') l + rowsum P,  O = exp(m - m') O
+        for (var r = 0u; r < TR; r++) {
+            let row = r * THREADS_Y + ty;
+            var most = m[r];
+            for (var x = 0u; x < THREADS_X; x++) {
+                most = max(most, partial[row][x]);
+            }
+            let shrink = exp_difference(m[r], most);
+            m[r] = most;
+            var sum = vec4f();
+            for (var c = 0u; c < TC4; c++) {
+                let p = exp2((s[r][c] - vec4f(most)) * LOG2_E);
+                tiles[P_AT + row * P_STRIDE + tx * TC4 + c] = p;
+                sum += p;
+            }
+            l[r] = fma(l[r], shrink, sum4(sum));
+            for (var u = 0u; u < TV; u++) {
+                o[r][u] *= shrink;
+            }
+        }
+
+        // O = O + P V
+        for (var v0 = 0u; v0 < KEYS; v0 += VALUE_KEYS) {
+            if v0 > 0u {
+                workgroupBarrier();
+            }
+            stage_value(value_start, u32(j0) + v0, u32(at.keys), thread);
+            workgroupBarrier();
+            for (var j4 = 0u; j4 < VALUE_KEYS / 4u; j4++) {
+                var v: array<array<vec4f, TV>, 4>;
+                for (var jj = 0u; jj < 4u; jj++) {
+                    for (var u = 0u; u < TV; u++) {
+                        v[jj][u] = tiles[V_AT + (4u * j4 + jj) * V_STRIDE + u * THREADS_X + tx];
+                    }
+                }
+                for (var r = 0u; r < TR; r++) {
+                    let p = tiles[P_AT + (r * THREADS_Y + ty) * P_STRIDE + v0 / 4u + j4];
+                    for (var u = 0u; u < TV; u++) {
+                        let a = fma(vec4f(p.x), v[0][u], o[r][u]);
+                        let b = fma(vec4f(p.y), v[1][u], a);
+                        let c = fma(vec4f(p.z), v[2][u], b);
+                        o[r][u] = fma(vec4f(p.w), v[3][u], c);
+                    }
+                }
+            }
+        }
+    }
+
+    // l of a row is spread over its threads.
+    workgroupBarrier();
+    for (var r = 0u; r < TR; r++) {
+        partial[r * THREADS_Y + ty][tx] = l[r];
+    }
+    workgroupBarrier();
+    for (var r = 0u; r < TR; r++) {
+        let row = r * THREADS_Y + ty;
+        var sum = 0.0;
+        for (var x = 0u; x < THREADS_X; x++) {
+            sum += partial[row][x];
+        }
+        let i = row0 + row;
+        if i < row1 {
+            let inverse = inverse_sum(sum);
+            let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
+            for (var u = 0u; u < TV; u++) {
+                let d = 4u * (u * THREADS_X + tx);
+                write_out(start + d, select(0u, HEAD_DIM_V - d, d < HEAD_DIM_V), o[r][u] * inverse);
+            }
+#if LSE
+            if tx == 0u {
+                lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits(m[r], sum);
+            }
+#endif
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! A device as the kernels see it: its limits, and the pipelines built so far.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::kernel::{Access, Pass};
+use crate::specialize::Specialization;
+use crate::{Error, Plan, PlanOptions, Problem};
+
+/// A device, its queue, and the pipelines built for it. Plans made from one context share pipelines; clones share
+/// everything.
+#[derive(Clone, Debug)]
+pub struct Context {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    limits: wgpu::Limits,
+    checked: bool,
+    pipelines: Arc<Mutex<HashMap<Specialization, Arc<Pipeline>>>>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Pipeline {
+    pub pipeline: wgpu::ComputePipeline,
+    pub layout: wgpu::BindGroupLayout,
+}
+
+impl Context {
+    /// Uses the caller's device as it is: any features, any limits.
+    pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
+        Context {
+            limits: device.limits(),
+            device: device.clone(),
+            queue: queue.clone(),
+            checked: false,
+            pipelines: Arc::default(),
+        }
+    }
+
+    /// The same device, with wgpu's bounds checks in every kernel: slower, for debugging and tests.
+    pub fn checked(mut self) -> Self {
+        self.checked = true;
+        self.pipelines = Arc::default();
+        self
+    }
+
+    /// The device.
+    pub fn device(&self) -> &wgpu::Device {
+        &self.device
+    }
+
+    /// The device's queue.
+    pub fn queue(&self) -> &wgpu::Queue {
+        &self.queue
+    }
+
+    pub(crate) fn limits(&self) -> &wgpu::Limits {
+        &self.limits
+    }
+
+    /// Checks the problem and decides how to compute it. Builds the pipelines that it needs and that no earlier plan
+    /// of this context built, and a small buffer of parameters.
+    pub fn plan(&self, problem: &Problem) -> Result<Plan, Error> {
+        self.plan_with(problem, &PlanOptions::default())
+    }
+
+    /// As [`Context::plan`], with some of its choices made by the caller.
+    pub fn plan_with(&self, problem: &Problem, options: &PlanOptions) -> Result<Plan, Error> {
+        Plan::new(self, problem, options)
+    }
+
+    pub(crate) fn pipeline(&self, pass: &Pass) -> Arc<Pipeline> {
+        let lock = || self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pipeline) = lock().get(&pass.specialization) {
+            return pipeline.clone();
+        }
+        // Built outside the lock: two threads may build one pipeline twice, but neither waits for the other.
+        let built = Arc::new(self.build(pass));
+        lock().entry(pass.specialization.clone()).or_insert(built).clone()
+    }
+
+    fn build(&self, pass: &Pass) -> Pipeline {
+        let specialization = &pass.specialization;
+        let label = Some(specialization.file);
+        // A test specialises and validates every module, so that this cannot fail on a user's machine.
+        let source = specialization.source().expect("the library's own shaders follow their directives");
+        let module =
+            self.module(wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(source.text.into()) });
+        let entry = |binding, ty| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
+            count: None,
+        };
+        let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform)];
+        entries.extend(pass.bindings.iter().map(|&(slot, access)| {
+            entry(slot as u32, wgpu::BufferBindingType::Storage { read_only: access == Access::Read })
+        }));
+        let layout =
+            self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
+        let pipeline_layout = self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label,
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&pipeline_layout),
+            module: &module,
+            entry_point: Some(specialization.entry),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &[],
+                // Every kernel writes workgroup memory before it reads it.
+                zero_initialize_workgroup_memory: self.checked,
+            },
+            cache: None,
+        });
+        Pipeline { pipeline, layout }
+    }
+
+    #[allow(unsafe_code)]
+    fn module(&self, descriptor: wgpu::ShaderModuleDescriptor<'_>) -> wgpu::ShaderModule {
+        if self.checked {
+            return self.device.create_shader_module(descriptor);
+        }
+        // SAFETY: the text is the library's own. Its loops end, its indices stay inside bindings that forward.rs has
+        // checked against the layouts, and the tests run every kernel with these checks on as well.
+        unsafe { self.device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+    }
+}

@@ -1,0 +1,177 @@
+use crate::problem::MAX_SEQLEN;
+use crate::{ElementType, Kernel};
+
+/// What was wrong with an argument, and what would be right.
+///
+/// Every check runs before anything is recorded: after an error nothing was written to any buffer and
+/// the encoder is as it was.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A head dimension outside what the kernels hold on chip.
+    #[error("{argument} is {found}; it must be from 1 to 256")]
+    HeadDim {
+        /// `head_dim` or `head_dim_v`.
+        argument: &'static str,
+        /// The value given.
+        found: u32,
+    },
+    /// The key-value heads cannot be shared evenly by the query heads.
+    #[error(
+        "heads_q is {heads_q} and heads_kv is {heads_kv}; both must be at least 1 and heads_kv must divide heads_q"
+    )]
+    Heads {
+        /// Query heads given.
+        heads_q: u32,
+        /// Key-value heads given.
+        heads_kv: u32,
+    },
+    /// A sequence longer than positions can be computed for.
+    #[error("{argument} is {found}; it must be at most {MAX_SEQLEN}")]
+    Seqlen {
+        /// `seqlen_q` or `seqlen_k`.
+        argument: &'static str,
+        /// The value given.
+        found: u32,
+    },
+    /// The scale is NaN or infinite.
+    #[error("scale is {0}; it must be finite")]
+    Scale(f32),
+    /// The softcap is NaN, infinite, zero or negative.
+    #[error("softcap is {0}; it must be finite and above 0")]
+    Softcap(f32),
+    /// Two elements of the output would lie in the same place.
+    #[error(
+        "the layout of {argument} puts two elements in one place; each stride must be at least as large as \
+         everything that the smaller strides span"
+    )]
+    OutputOverlap {
+        /// The output.
+        argument: &'static str,
+    },
+    /// The layout reaches past 2^64 bytes.
+    #[error("the layout of {argument} reaches past 2^64 bytes; its strides must be smaller")]
+    LayoutOverflow {
+        /// The tensor.
+        argument: &'static str,
+    },
+    /// One head of one batch entry is more than the device can bind at once, so it cannot be split further.
+    #[error(
+        "{argument} needs {bytes} bytes in one binding for a single head; the device binds at most {limit} \
+         (max_storage_buffer_binding_size, max_buffer_size)"
+    )]
+    BindingTooLarge {
+        /// The tensor or workspace.
+        argument: &'static str,
+        /// Bytes that one head spans.
+        bytes: u64,
+        /// What the device allows.
+        limit: u64,
+    },
+    /// The device was created with a limit below what the kernel needs.
+    #[error("the device's {limit} is {found}; the {kernel} kernel needs at least {needed}")]
+    DeviceLimit {
+        /// The kernel.
+        kernel: Kernel,
+        /// The field of `wgpu::Limits`.
+        limit: &'static str,
+        /// What this problem needs.
+        needed: u64,
+        /// What the device has.
+        found: u64,
+    },
+    /// A tile that does not divide into threads and vectors.
+    #[error("the tile is not usable: {0}")]
+    Tile(&'static str),
+    /// A buffer that the plan needs was not given.
+    #[error("{argument} is missing; this plan needs a buffer of at least {bytes} bytes for it")]
+    BufferMissing {
+        /// The tensor or workspace.
+        argument: &'static str,
+        /// Bytes needed.
+        bytes: u64,
+    },
+    /// A buffer was given that the problem does not have.
+    #[error("{argument} was given, but the problem was built without it; leave it None or build the problem with it")]
+    BufferUnexpected {
+        /// The tensor.
+        argument: &'static str,
+    },
+    /// A buffer is shorter than its tensor.
+    #[error("{argument} has {found} bytes from its offset; its layout needs {needed}")]
+    BufferTooSmall {
+        /// The tensor or workspace.
+        argument: &'static str,
+        /// Bytes that the layout spans, rounded up to 4.
+        needed: u64,
+        /// Bytes of the binding.
+        found: u64,
+    },
+    /// A buffer lacks a usage.
+    #[error("the buffer of {argument} was created with {found:?}; it needs BufferUsages::STORAGE")]
+    BufferUsage {
+        /// The tensor or workspace.
+        argument: &'static str,
+        /// The usages it has.
+        found: wgpu::BufferUsages,
+    },
+    /// A buffer offset that the device cannot bind at.
+    #[error(
+        "{argument} is bound at byte {offset}; the device binds at multiples of {alignment} \
+         (min_storage_buffer_offset_alignment). Put the rest of the offset into the problem's Layout, in elements"
+    )]
+    BufferOffset {
+        /// The tensor or workspace.
+        argument: &'static str,
+        /// Bytes given.
+        offset: u64,
+        /// Bytes required to divide it.
+        alignment: u64,
+    },
+    /// An output shares its buffer with an input, or overlaps another output.
+    #[error("{output} and {other} share a buffer; an output needs a buffer that no input of the same call is in")]
+    BufferAliased {
+        /// The output.
+        output: &'static str,
+        /// What it collides with.
+        other: &'static str,
+    },
+    /// A host slice whose length is not the product of its shape.
+    #[error("{argument} has {found} elements; its shape {shape:?} needs {needed}")]
+    SliceLength {
+        /// The argument.
+        argument: &'static str,
+        /// The shape given.
+        shape: [usize; 4],
+        /// Elements needed.
+        needed: usize,
+        /// Elements given.
+        found: usize,
+    },
+    /// Shapes of host tensors that do not go together.
+    #[error("{argument} has shape {found:?}; {expected}")]
+    HostShape {
+        /// The argument.
+        argument: &'static str,
+        /// The shape given.
+        found: [usize; 4],
+        /// What would be right.
+        expected: &'static str,
+    },
+    /// The kernel cannot compute this problem.
+    #[error("the {kernel} kernel does not compute {element_type}: {why}")]
+    Unsupported {
+        /// The kernel asked for.
+        kernel: Kernel,
+        /// The problem's type.
+        element_type: ElementType,
+        /// The reason.
+        why: &'static str,
+    },
+    /// No adapter, or none that could make a device.
+    #[error("no usable adapter: {0}")]
+    Adapter(String),
+    /// The device failed while the host waited for it.
+    #[error("the device failed: {0}")]
+    Device(String),
+}

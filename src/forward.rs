@@ -1,0 +1,153 @@
+//! Recording a planned forward pass: check the buffers, bind them, dispatch.
+
+use wgpu::{BindGroupEntry, BindingResource, BufferBinding, BufferUsages};
+
+use crate::kernel::{Access, Slot};
+use crate::plan::Plan;
+use crate::problem::Tensor;
+use crate::{Error, context::Pipeline};
+
+/// The buffers of a forward pass: `BufferBinding { buffer, offset, size }`, or
+/// `buffer.as_entire_buffer_binding()`.
+///
+/// Each needs `BufferUsages::STORAGE` and an offset that is a multiple of the device's
+/// `min_storage_buffer_offset_alignment`; put finer offsets into the problem's [`Layout`](crate::Layout).
+/// q, k and v may share a buffer; o and lse may not be in a buffer with an input. Sizes are those of the layouts,
+/// rounded up to 4 bytes. A tensor without elements (`seqlen_k` of 0, say) may be any buffer.
+#[derive(Clone, Debug)]
+pub struct ForwardBuffers<'a> {
+    /// q, with the problem's `query` layout.
+    pub query: BufferBinding<'a>,
+    /// k, with the problem's `key` layout.
+    pub key: BufferBinding<'a>,
+    /// v, with the problem's `value` layout.
+    pub value: BufferBinding<'a>,
+    /// o, with the problem's `out` layout. Every element of it is written; what lies between is left as it is.
+    pub out: BufferBinding<'a>,
+    /// lse, f32 `[batch, heads_q, seqlen_q]`; given exactly when the problem has `lse`.
+    pub lse: Option<BufferBinding<'a>>,
+    /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
+    pub seqlens_k: Option<BufferBinding<'a>>,
+    /// At least [`Plan::workspace_bytes`]; not needed where that is 0.
+    pub workspace: Option<BufferBinding<'a>>,
+}
+
+/// A forward pass with its buffers bound, ready to be recorded any number of times.
+#[derive(Debug)]
+pub struct BoundForward<'p> {
+    steps: Vec<(&'p Pipeline, wgpu::BindGroup, [u32; 3])>,
+}
+
+impl BoundForward<'_> {
+    /// Records the dispatches into the caller's pass. Passes of the same call are ordered by wgpu.
+    pub fn record(&self, pass: &mut wgpu::ComputePass<'_>) {
+        for (pipeline, group, [x, y, z]) in &self.steps {
+            pass.set_pipeline(&pipeline.pipeline);
+            pass.set_bind_group(0, group, &[]);
+            pass.dispatch_workgroups(*x, *y, *z);
+        }
+    }
+}
+
+impl Plan {
+    /// Records the forward pass into the caller's encoder. Submits nothing and allocates no buffer.
+    ///
+    /// On an error nothing has been recorded.
+    pub fn forward(&self, encoder: &mut wgpu::CommandEncoder, buffers: &ForwardBuffers<'_>) -> Result<(), Error> {
+        let bound = self.bind_forward(buffers)?;
+        if !bound.steps.is_empty() {
+            let label = Some("wgpu-flash-attention forward");
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label, timestamp_writes: None });
+            bound.record(&mut pass);
+        }
+        Ok(())
+    }
+
+    /// Checks and binds the buffers, to record into a compute pass of the caller's.
+    pub fn bind_forward(&self, buffers: &ForwardBuffers<'_>) -> Result<BoundForward<'_>, Error> {
+        let slots = self.check(buffers)?;
+        let Some(uniforms) = &self.uniforms else {
+            return Ok(BoundForward { steps: vec![] });
+        };
+        let mut steps = vec![];
+        for launch in &self.launches {
+            let uniform = BufferBinding {
+                buffer: uniforms,
+                offset: launch.uniform_offset,
+                size: wgpu::BufferSize::new(size_of::<crate::kernel::uniform::ProblemUniform>() as u64),
+            };
+            let mut entries = vec![BindGroupEntry { binding: 0, resource: BindingResource::Buffer(uniform.clone()) }];
+            for &(slot, start, size) in &launch.ranges {
+                let given = slots.iter().find(|(s, _)| *s == slot).map(|(_, binding)| binding);
+                // A tensor without elements is never read; wgpu wants something bound all the same.
+                let resource = match (given, wgpu::BufferSize::new(size)) {
+                    (Some(given), Some(size)) => {
+                        BufferBinding { buffer: given.buffer, offset: given.offset + start, size: Some(size) }
+                    }
+                    _ => BufferBinding { offset: 0, ..uniform.clone() },
+                };
+                entries.push(BindGroupEntry { binding: slot as u32, resource: BindingResource::Buffer(resource) });
+            }
+            let group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: Some("wgpu-flash-attention forward"),
+                layout: &launch.pipeline.layout,
+                entries: &entries,
+            });
+            steps.push((&*launch.pipeline, group, launch.workgroups));
+        }
+        Ok(BoundForward { steps })
+    }
+
+    /// Checks every buffer; returns those that can be bound.
+    fn check<'b, 'a>(&self, buffers: &'b ForwardBuffers<'a>) -> Result<Vec<(Slot, &'b BufferBinding<'a>)>, Error> {
+        let problem = &self.problem;
+        let lse = if problem.lse { 4 * problem.shape.rows() } else { 0 };
+        let seqlens = if problem.seqlens_k { 4 * problem.shape.batch as u64 } else { 0 };
+        let bytes = |tensor| problem.tensor_bytes(tensor).next_multiple_of(4);
+        // The slot, its access, the buffer, the bytes it needs, and whether the problem has it.
+        let all = [
+            (Slot::Query, Access::Read, Some(&buffers.query), bytes(Tensor::Query), true),
+            (Slot::Key, Access::Read, Some(&buffers.key), bytes(Tensor::Key), true),
+            (Slot::Value, Access::Read, Some(&buffers.value), bytes(Tensor::Value), true),
+            (Slot::Out, Access::ReadWrite, Some(&buffers.out), bytes(Tensor::Out), true),
+            (Slot::Lse, Access::ReadWrite, buffers.lse.as_ref(), lse, problem.lse),
+            (Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens, problem.seqlens_k),
+            // A workspace that this plan does without may be given all the same.
+            (Slot::Workspace, Access::ReadWrite, buffers.workspace.as_ref(), self.workspace_bytes(), true),
+        ];
+        let mut bound: Vec<(Slot, Access, &BufferBinding, u64)> = vec![];
+        for (slot, access, given, needed, has) in all {
+            let argument = slot.name();
+            let binding = match given {
+                Some(_) if !has => return Err(Error::BufferUnexpected { argument }),
+                None if needed > 0 => return Err(Error::BufferMissing { argument, bytes: needed }),
+                Some(binding) if needed > 0 => binding,
+                _ => continue,
+            };
+            let rest = binding.buffer.size().saturating_sub(binding.offset);
+            let found = binding.size.map_or(rest, |size| rest.min(size.get()));
+            if !binding.buffer.usage().contains(BufferUsages::STORAGE) {
+                return Err(Error::BufferUsage { argument, found: binding.buffer.usage() });
+            }
+            if binding.offset % self.offset_alignment != 0 {
+                let alignment = self.offset_alignment;
+                return Err(Error::BufferOffset { argument, offset: binding.offset, alignment });
+            }
+            if found < needed {
+                return Err(Error::BufferTooSmall { argument, needed, found });
+            }
+            for &(other, other_access, there, there_bytes) in &bound {
+                if there.buffer != binding.buffer || (access, other_access) == (Access::Read, Access::Read) {
+                    continue;
+                }
+                let apart = there.offset + there_bytes <= binding.offset || binding.offset + needed <= there.offset;
+                if access != other_access || !apart {
+                    let (output, other) = if access == Access::ReadWrite { (slot, other) } else { (other, slot) };
+                    return Err(Error::BufferAliased { output: output.name(), other: other.name() });
+                }
+            }
+            bound.push((slot, access, binding, needed));
+        }
+        Ok(bound.into_iter().map(|(slot, _, binding, _)| (slot, binding)).collect())
+    }
+}

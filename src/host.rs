@@ -1,0 +1,352 @@
+//! Host slices in, host vectors out: for tests, tools and first steps. Everything here uses the public calls only.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Poll, Waker};
+
+use wgpu::BufferUsages;
+
+use crate::{Causal, Context, ElementType, Error, ForwardBuffers, Problem, Shape};
+
+/// An element type that host slices can have.
+pub trait Element: bytemuck::Pod + sealed::Sealed {
+    /// Its name in a [`Problem`].
+    const TYPE: ElementType;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for half::f16 {}
+    impl Sealed for half::bf16 {}
+}
+
+impl Element for f32 {
+    const TYPE: ElementType = ElementType::F32;
+}
+impl Element for half::f16 {
+    const TYPE: ElementType = ElementType::F16;
+}
+impl Element for half::bf16 {
+    const TYPE: ElementType = ElementType::BF16;
+}
+
+/// A contiguous host tensor `[batch, heads, positions, dim]`.
+#[derive(Clone, Copy, Debug)]
+pub struct HostTensor<'a, T> {
+    /// The elements, the last index fastest.
+    pub data: &'a [T],
+    /// `[batch, heads, positions, dim]`.
+    pub shape: [usize; 4],
+}
+
+/// The options of PyTorch's `scaled_dot_product_attention` that this crate has.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct SdpaOptions {
+    /// Query `i` sees keys `j ≤ i`: PyTorch's causal mask, aligned to the top left.
+    pub is_causal: bool,
+    /// Factor of the scores; `None` is `1/√dim`.
+    pub scale: Option<f32>,
+    /// Allows k and v to have fewer heads than q, each shared by a group of query heads.
+    pub enable_gqa: bool,
+}
+
+/// Which device [`Context::headless_with`] opens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HeadlessOptions {
+    /// Takes the first adapter whose name or driver holds this text, without regard to case.
+    pub adapter: Option<String>,
+    /// See [`Context::checked`].
+    pub checked: bool,
+}
+
+impl Context {
+    /// Opens the system's fastest adapter with all its limits, without a window. Blocks; not on the web.
+    ///
+    /// The backends are those of the environment variable `WGPU_BACKEND`, or all.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn headless() -> Result<Context, Error> {
+        block_on(Self::headless_async(&HeadlessOptions::default()))
+    }
+
+    /// As [`Context::headless`], with a choice of adapter.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn headless_with(options: &HeadlessOptions) -> Result<Context, Error> {
+        block_on(Self::headless_async(options))
+    }
+
+    /// As [`Context::headless_with`], without blocking.
+    pub async fn headless_async(options: &HeadlessOptions) -> Result<Context, Error> {
+        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+        let adapter = match &options.adapter {
+            None => instance
+                .request_adapter(&wgpu::RequestAdapterOptions {
+                    power_preference: wgpu::PowerPreference::HighPerformance,
+                    ..Default::default()
+                })
+                .await
+                .map_err(|error| Error::Adapter(error.to_string()))?,
+            Some(wanted) => {
+                let all = instance.enumerate_adapters(wgpu::Backends::all()).await;
+                let name = |adapter: &wgpu::Adapter| {
+                    let info = adapter.get_info();
+                    format!("{} {} {}", info.name, info.driver, info.backend)
+                };
+                let names: Vec<_> = all.iter().map(name).collect();
+                let found = names.iter().position(|name| name.to_lowercase().contains(&wanted.to_lowercase()));
+                match found.and_then(|n| all.into_iter().nth(n)) {
+                    Some(adapter) => adapter,
+                    None => return Err(Error::Adapter(format!("none of {names:?} has {wanted:?} in its name"))),
+                }
+            }
+        };
+        let useful = wgpu::Features::TIMESTAMP_QUERY;
+        let (device, queue) = adapter
+            .request_device(&wgpu::DeviceDescriptor {
+                label: Some("wgpu-flash-attention"),
+                required_features: adapter.features() & useful,
+                required_limits: adapter.limits(),
+                ..Default::default()
+            })
+            .await
+            .map_err(|error| Error::Adapter(error.to_string()))?;
+        let context = Context::new(&device, &queue);
+        Ok(if options.checked { context.checked() } else { context })
+    }
+
+    /// PyTorch's `scaled_dot_product_attention`: q `[B, Hq, Nq, D]`, k `[B, Hkv, Nk, D]`, v `[B, Hkv, Nk, Dv]` on the
+    /// host to o `[B, Hq, Nq, Dv]` on the host. Uploads, computes, downloads and waits; not on the web.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn scaled_dot_product_attention<T: Element>(
+        &self,
+        query: HostTensor<'_, T>,
+        key: HostTensor<'_, T>,
+        value: HostTensor<'_, T>,
+        options: &SdpaOptions,
+    ) -> Result<Vec<T>, Error> {
+        let Some((out, bytes)) = self.submit_sdpa(query, key, value, options)? else {
+            return Ok(vec![]);
+        };
+        let mut data = block_on_device(&self.device().clone(), self.read_buffer(&out, 0, bytes))?;
+        data.truncate(bytes as usize);
+        Ok(bytemuck::pod_collect_to_vec(&data))
+    }
+
+    /// As [`Context::scaled_dot_product_attention`], without blocking: polls the device each time that it is polled.
+    pub async fn scaled_dot_product_attention_async<T: Element>(
+        &self,
+        query: HostTensor<'_, T>,
+        key: HostTensor<'_, T>,
+        value: HostTensor<'_, T>,
+        options: &SdpaOptions,
+    ) -> Result<Vec<T>, Error> {
+        let Some((out, bytes)) = self.submit_sdpa(query, key, value, options)? else {
+            return Ok(vec![]);
+        };
+        let mut data = self.read_buffer(&out, 0, bytes).await?;
+        data.truncate(bytes as usize);
+        Ok(bytemuck::pod_collect_to_vec(&data))
+    }
+
+    /// Submits the pass; returns o's buffer and its bytes, or nothing where o has no element.
+    fn submit_sdpa<T: Element>(
+        &self,
+        query: HostTensor<'_, T>,
+        key: HostTensor<'_, T>,
+        value: HostTensor<'_, T>,
+        options: &SdpaOptions,
+    ) -> Result<Option<(wgpu::Buffer, u64)>, Error> {
+        let problem = sdpa_problem(&query, &key, &value, options)?;
+        let plan = self.plan(&problem)?;
+        let out_bytes = problem.shape.rows() * problem.shape.head_dim_v as u64 * size_of::<T>() as u64;
+        if out_bytes == 0 {
+            return Ok(None);
+        }
+        let [q, k, v] = [query.data, key.data, value.data].map(|data| self.upload(bytemuck::cast_slice(data)));
+        let out = self.device().create_buffer(&wgpu::BufferDescriptor {
+            label: Some("out"),
+            size: out_bytes.next_multiple_of(4),
+            usage: BufferUsages::STORAGE | BufferUsages::COPY_SRC,
+            mapped_at_creation: false,
+        });
+        let mut encoder = self.device().create_command_encoder(&Default::default());
+        let buffers = ForwardBuffers {
+            query: q.as_entire_buffer_binding(),
+            key: k.as_entire_buffer_binding(),
+            value: v.as_entire_buffer_binding(),
+            out: out.as_entire_buffer_binding(),
+            lse: None,
+            seqlens_k: None,
+            workspace: None,
+        };
+        plan.forward(&mut encoder, &buffers)?;
+        self.queue().submit([encoder.finish()]);
+        Ok(Some((out, out_bytes)))
+    }
+
+    /// A storage buffer with these bytes, padded with zeros to a multiple of 4, and copyable both ways.
+    pub fn upload(&self, bytes: &[u8]) -> wgpu::Buffer {
+        let buffer = self.device().create_buffer(&wgpu::BufferDescriptor {
+            label: Some("wgpu-flash-attention upload"),
+            size: (bytes.len() as u64).next_multiple_of(4).max(4),
+            usage: BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST,
+            mapped_at_creation: true,
+        });
+        if let Ok(mut mapped) = buffer.get_mapped_range_mut(..) {
+            mapped.slice(..bytes.len()).copy_from_slice(bytes);
+        }
+        buffer.unmap();
+        buffer
+    }
+
+    /// Bytes of a buffer with `COPY_SRC`, from `offset`, which is a multiple of 4; waits for what was submitted before.
+    /// Blocks; not on the web.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn download(&self, buffer: &wgpu::Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>, Error> {
+        let mut data = block_on_device(&self.device().clone(), self.read_buffer(buffer, offset, bytes))?;
+        data.truncate(bytes as usize);
+        Ok(data)
+    }
+
+    /// A copy of the buffer's bytes, up to the next multiple of 4. The copy is submitted before this returns.
+    fn read_buffer(
+        &self,
+        buffer: &wgpu::Buffer,
+        offset: u64,
+        bytes: u64,
+    ) -> impl Future<Output = Result<Vec<u8>, Error>> {
+        let device = self.device().clone();
+        let size = bytes.next_multiple_of(4);
+        let staging = device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("wgpu-flash-attention download"),
+            size,
+            usage: BufferUsages::COPY_DST | BufferUsages::MAP_READ,
+            mapped_at_creation: false,
+        });
+        let mut encoder = device.create_command_encoder(&Default::default());
+        encoder.copy_buffer_to_buffer(buffer, offset, &staging, 0, size);
+        self.queue().submit([encoder.finish()]);
+        let mapped = Arc::new(Mutex::new((None, None::<Waker>)));
+        let tell = mapped.clone();
+        staging.map_async(wgpu::MapMode::Read, .., move |result| {
+            if let Ok(mut state) = tell.lock() {
+                state.0 = Some(result);
+                if let Some(waker) = state.1.take() {
+                    waker.wake();
+                }
+            }
+        });
+        Mapped { device, staging, mapped }
+    }
+}
+
+type MapState = (Option<Result<(), wgpu::BufferAsyncError>>, Option<Waker>);
+
+/// Ready when the staging buffer is mapped. On the web the browser wakes it; elsewhere nothing happens unless
+/// someone polls the device, so it does, without waiting, and asks to be polled again.
+struct Mapped {
+    device: wgpu::Device,
+    staging: wgpu::Buffer,
+    mapped: Arc<Mutex<MapState>>,
+}
+
+impl Future for Mapped {
+    type Output = Result<Vec<u8>, Error>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut std::task::Context<'_>) -> Poll<Self::Output> {
+        if let Err(error) = self.device.poll(wgpu::PollType::Poll) {
+            return Poll::Ready(Err(Error::Device(error.to_string())));
+        }
+        let result = match self.mapped.lock() {
+            Ok(mut state) => {
+                state.1 = Some(context.waker().clone());
+                state.0.take()
+            }
+            Err(_) => Some(Err(wgpu::BufferAsyncError)),
+        };
+        match result {
+            None => {
+                if cfg!(not(target_arch = "wasm32")) {
+                    context.waker().wake_by_ref();
+                }
+                Poll::Pending
+            }
+            Some(Err(error)) => Poll::Ready(Err(Error::Device(error.to_string()))),
+            Some(Ok(())) => Poll::Ready(
+                self.staging.get_mapped_range(..).map(|view| view.to_vec()).map_err(|e| Error::Device(e.to_string())),
+            ),
+        }
+    }
+}
+
+/// The problem of these tensors, if their shapes go together.
+fn sdpa_problem<T: Element>(
+    query: &HostTensor<'_, T>,
+    key: &HostTensor<'_, T>,
+    value: &HostTensor<'_, T>,
+    options: &SdpaOptions,
+) -> Result<Problem, Error> {
+    for (argument, tensor) in [("query", query), ("key", key), ("value", value)] {
+        let needed = tensor.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+        let (shape, found) = (tensor.shape, tensor.data.len());
+        if needed != Some(found) {
+            return Err(Error::SliceLength { argument, shape, needed: needed.unwrap_or(usize::MAX), found });
+        }
+        if shape.iter().any(|&n| n > u32::MAX as usize) {
+            return Err(Error::HostShape { argument, found: shape, expected: "each size must be below 2^32" });
+        }
+    }
+    let [q, k, v] = [query.shape, key.shape, value.shape];
+    if k[0] != q[0] || k[3] != q[3] {
+        let expected = "its batch and its last size must be those of query";
+        return Err(Error::HostShape { argument: "key", found: k, expected });
+    }
+    if v[..3] != k[..3] {
+        let expected = "its first three sizes must be those of key";
+        return Err(Error::HostShape { argument: "value", found: v, expected });
+    }
+    if k[1] != q[1] && !options.enable_gqa {
+        let expected = "it must have as many heads as query unless enable_gqa is set";
+        return Err(Error::HostShape { argument: "key", found: k, expected });
+    }
+    let shape = Shape {
+        batch: q[0] as u32,
+        heads_q: q[1] as u32,
+        heads_kv: k[1] as u32,
+        seqlen_q: q[2] as u32,
+        seqlen_k: k[2] as u32,
+        head_dim: q[3] as u32,
+        head_dim_v: v[3] as u32,
+    };
+    let mut problem = Problem::new(shape, T::TYPE);
+    problem.scale = options.scale;
+    problem.causal = options.is_causal.then_some(Causal::TopLeft);
+    Ok(problem)
+}
+
+/// Runs a future to its end on this thread.
+#[cfg(not(target_arch = "wasm32"))]
+fn block_on<F: Future>(future: F) -> F::Output {
+    struct Unpark(std::thread::Thread);
+    impl std::task::Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let mut future = std::pin::pin!(future);
+    loop {
+        match future.as_mut().poll(&mut std::task::Context::from_waker(&waker)) {
+            Poll::Ready(output) => return output,
+            Poll::Pending => std::thread::park(),
+        }
+    }
+}
+
+/// Waits for the device first, so that a future of [`Context::read_buffer`] is ready at once.
+#[cfg(not(target_arch = "wasm32"))]
+fn block_on_device<T>(device: &wgpu::Device, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    device.poll(wgpu::PollType::wait_indefinitely()).map_err(|error| Error::Device(error.to_string()))?;
+    block_on(future)
+}

@@ -1,0 +1,43 @@
+//! Host side of `shaders/forward_tile.wgsl`.
+
+use super::{Access, Pass, Slot, bindings, switches};
+use crate::specialize::Specialization;
+use crate::tune::Tile;
+use crate::{Problem, plan::Part};
+
+pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
+    let shape = problem.shape;
+    Pass {
+        specialization: Specialization {
+            file: "forward_tile.wgsl",
+            entry: "forward",
+            switches: switches(problem),
+            constants: vec![
+                ("HEAD_DIM", shape.head_dim),
+                ("HEAD_DIM_V", shape.head_dim_v),
+                ("ROWS", tile.rows),
+                ("KEYS", tile.keys),
+                ("THREADS_Y", tile.threads_y),
+                ("THREADS_X", tile.threads_x),
+                ("CHUNK", tile.chunk),
+                ("VALUE_KEYS", tile.value_keys),
+            ],
+        },
+        bindings: bindings(
+            problem,
+            &[
+                (Slot::Query, Access::Read),
+                (Slot::Key, Access::Read),
+                (Slot::Value, Access::Read),
+                (Slot::Out, Access::ReadWrite),
+                (Slot::Lse, Access::ReadWrite),
+                (Slot::SeqlensK, Access::Read),
+            ],
+        ),
+        threads: tile.threads(),
+        workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+        workgroups: Box::new(move |part: &Part| {
+            [part.row_count().div_ceil(tile.rows as u64), part.head_count(), part.batch_count()]
+        }),
+    }
+}

@@ -1,0 +1,97 @@
+//! The kernels: one file each, beside its WGSL. A kernel says which modules it runs, what they bind, and how many
+//! workgroups a part of the problem takes.
+
+pub(crate) mod forward_tile;
+pub(crate) mod naive;
+pub(crate) mod uniform;
+
+use crate::plan::Part;
+use crate::specialize::Specialization;
+use crate::{ElementType, Problem};
+
+/// Which algorithm computes a problem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Kernel {
+    /// Scores to memory, softmax, product: what people write first. The yardstick; no plan falls back to it.
+    Naive,
+    /// Tiles and an online softmax within WebGPU's default limits, larger tiles where the device allows them.
+    Tile,
+}
+
+impl std::fmt::Display for Kernel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Kernel::Naive => "naive",
+            Kernel::Tile => "tile",
+        })
+    }
+}
+
+/// What a binding holds. The number is its place in every shader's group 0; the uniform is at 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Slot {
+    Query = 1,
+    Key = 2,
+    Value = 3,
+    Out = 4,
+    Lse = 5,
+    SeqlensK = 6,
+    Workspace = 7,
+}
+
+impl Slot {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Slot::Query => "query",
+            Slot::Key => "key",
+            Slot::Value => "value",
+            Slot::Out => "out",
+            Slot::Lse => "lse",
+            Slot::SeqlensK => "seqlens_k",
+            Slot::Workspace => "workspace",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Access {
+    Read,
+    ReadWrite,
+}
+
+/// One dispatch of a kernel.
+pub(crate) struct Pass {
+    pub specialization: Specialization,
+    pub bindings: Vec<(Slot, Access)>,
+    pub threads: u32,
+    pub workgroup_bytes: u32,
+    pub workgroups: Box<dyn Fn(&Part) -> [u64; 3]>,
+}
+
+/// The switches that follow from the problem alone.
+pub(crate) fn switches(problem: &Problem) -> Vec<&'static str> {
+    let mut on = vec![match problem.element_type {
+        ElementType::F32 => "ELEMENT_F32",
+        ElementType::F16 => "ELEMENT_F16",
+        ElementType::BF16 => "ELEMENT_BF16",
+    }];
+    let flags = [
+        (problem.is_aligned(), "ALIGNED"),
+        (problem.softcap.is_some(), "SOFTCAP"),
+        (problem.seqlens_k, "SEQLENS_K"),
+        (problem.lse, "LSE"),
+    ];
+    on.extend(flags.iter().filter(|(set, _)| *set).map(|(_, name)| name));
+    on
+}
+
+/// `bindings`, less those of buffers that the problem does without.
+pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(Slot, Access)> {
+    let used = |slot| match slot {
+        Slot::Lse => problem.lse,
+        Slot::SeqlensK => problem.seqlens_k,
+        _ => true,
+    };
+    bindings.iter().copied().filter(|&(slot, _)| used(slot)).collect()
+}

@@ -1,0 +1,67 @@
+//! Host side of `shaders/naive_*.wgsl`.
+
+use super::{Access, Pass, Slot, bindings, switches};
+use crate::specialize::Specialization;
+use crate::{Problem, plan::Part};
+
+/// Bytes of the scores of a part.
+pub(crate) fn workspace_bytes(problem: &Problem, part: &Part) -> u64 {
+    part.batch_count()
+        .saturating_mul(part.head_count())
+        .saturating_mul(part.row_count())
+        .saturating_mul(problem.shape.seqlen_k as u64)
+        .saturating_mul(4)
+        .max(4)
+}
+
+pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
+    let shape = problem.shape;
+    let (seqlen_k, head_dim_v) = (shape.seqlen_k as u64, shape.head_dim_v as u64);
+    let pass = |file, entry, constants, used: &[(Slot, Access)], threads, workgroup_bytes, workgroups| Pass {
+        specialization: Specialization { file, entry, switches: switches(problem), constants },
+        bindings: bindings(problem, used),
+        threads,
+        workgroup_bytes,
+        workgroups,
+    };
+    let heads = |part: &Part| part.batch_count() * part.head_count();
+    vec![
+        pass(
+            "naive_scores.wgsl",
+            "scores_of",
+            vec![("HEAD_DIM", shape.head_dim)],
+            &[
+                (Slot::Query, Access::Read),
+                (Slot::Key, Access::Read),
+                (Slot::SeqlensK, Access::Read),
+                (Slot::Workspace, Access::ReadWrite),
+            ],
+            256,
+            0,
+            Box::new(move |part| [seqlen_k.div_ceil(16), part.row_count().div_ceil(16), heads(part)]),
+        ),
+        pass(
+            "naive_softmax.wgsl",
+            "softmax",
+            vec![],
+            &[(Slot::Lse, Access::ReadWrite), (Slot::SeqlensK, Access::Read), (Slot::Workspace, Access::ReadWrite)],
+            64,
+            256,
+            Box::new(move |part| [part.row_count(), 1, heads(part)]),
+        ),
+        pass(
+            "naive_output.wgsl",
+            "output",
+            vec![("HEAD_DIM_V", shape.head_dim_v)],
+            &[
+                (Slot::Value, Access::Read),
+                (Slot::Out, Access::ReadWrite),
+                (Slot::SeqlensK, Access::Read),
+                (Slot::Workspace, Access::Read),
+            ],
+            256,
+            0,
+            Box::new(move |part| [head_dim_v.div_ceil(64), part.row_count().div_ceil(16), heads(part)]),
+        ),
+    ]
+}

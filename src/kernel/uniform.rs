@@ -1,0 +1,58 @@
+//! The numbers a launch is told: `struct Problem` of `shaders/common/problem.wgsl`.
+
+use crate::{Causal, Problem};
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct TensorUniform {
+    pub base: u32,
+    pub batch: u32,
+    pub head: u32,
+    pub row: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct ProblemUniform {
+    pub query: TensorUniform,
+    pub key: TensorUniform,
+    pub value: TensorUniform,
+    pub out: TensorUniform,
+    pub lse: TensorUniform,
+    pub seqlen_q: u32,
+    pub seqlen_k: u32,
+    pub row_begin: u32,
+    pub row_end: u32,
+    pub batch_begin: u32,
+    pub head_begin: u32,
+    pub heads: u32,
+    pub group: u32,
+    pub window_left: i32,
+    pub window_right: i32,
+    pub top_left: i32,
+    pub scale: f32,
+    pub softcap: f32,
+    pub padding: [u32; 3],
+}
+
+/// An open side of a window: past every key, and far enough from the ends of i32 that adding a position cannot wrap.
+const OPEN: i32 = 1 << 30;
+
+impl ProblemUniform {
+    /// The fields that are the same for every launch of a problem.
+    pub(crate) fn of(problem: &Problem) -> Self {
+        let side = |width: Option<u32>| width.map_or(OPEN, |w| w.min(OPEN as u32) as i32);
+        let right = side(problem.window_right);
+        ProblemUniform {
+            seqlen_q: problem.shape.seqlen_q,
+            seqlen_k: problem.shape.seqlen_k,
+            group: problem.shape.group(),
+            window_left: side(problem.window_left),
+            window_right: if problem.causal == Some(Causal::BottomRight) { 0 } else { right },
+            top_left: if problem.causal == Some(Causal::TopLeft) { 0 } else { OPEN },
+            scale: problem.effective_scale(),
+            softcap: problem.softcap.unwrap_or(0.0),
+            ..Default::default()
+        }
+    }
+}

@@ -1,0 +1,445 @@
+//! A problem on a device: which kernel, which launches, how much workspace, and why.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::context::{Context, Pipeline};
+use crate::kernel::uniform::{ProblemUniform, TensorUniform};
+use crate::kernel::{self, Kernel, Pass, Slot};
+use crate::problem::{Layout, Tensor};
+use crate::tune::{self, Tile};
+use crate::{Error, Problem};
+
+/// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PlanOptions {
+    /// The kernel; `None` lets the plan choose.
+    pub kernel: Option<Kernel>,
+    /// The tile of the tile kernel; `None` takes [`tune::tile`].
+    pub tile: Option<Tile>,
+}
+
+/// How a problem is computed on a device. Made by [`Context::plan`]; used any number of times.
+///
+/// `Display` explains it in words.
+pub struct Plan {
+    pub(crate) device: wgpu::Device,
+    pub(crate) problem: Problem,
+    pub(crate) launches: Vec<Launch>,
+    /// The launches' uniforms; bound in place of keys and values when there are none.
+    pub(crate) uniforms: Option<wgpu::Buffer>,
+    pub(crate) offset_alignment: u64,
+    kernel: Kernel,
+    reason: &'static str,
+    tile: Option<Tile>,
+    workgroup_bytes: u32,
+    workspace_bytes: u64,
+    parts: usize,
+}
+
+/// A box of the problem: what one launch computes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub batch: Range<u32>,
+    pub heads: Range<u32>,
+    pub rows: Range<u32>,
+}
+
+impl Part {
+    pub(crate) fn batch_count(&self) -> u64 {
+        self.batch.len() as u64
+    }
+
+    pub(crate) fn head_count(&self) -> u64 {
+        self.heads.len() as u64
+    }
+
+    pub(crate) fn row_count(&self) -> u64 {
+        self.rows.len() as u64
+    }
+
+    /// Two halves: of the batch, else of the heads (whole groups while there are several), else of the rows.
+    fn halves(&self, group: u32, row_unit: u32) -> Option<(Part, Part)> {
+        let middle = |range: &Range<u32>, unit: u32| {
+            let units = (range.end - range.start).div_ceil(unit);
+            (units > 1).then(|| range.start + units / 2 * unit)
+        };
+        let (mut a, mut b) = (self.clone(), self.clone());
+        if let Some(m) = middle(&self.batch, 1) {
+            (a.batch.end, b.batch.start) = (m, m);
+        } else if let Some(m) = middle(&self.heads, group).or_else(|| middle(&self.heads, 1)) {
+            (a.heads.end, b.heads.start) = (m, m);
+        } else {
+            let m = middle(&self.rows, row_unit)?;
+            (a.rows.end, b.rows.start) = (m, m);
+        }
+        Some((a, b))
+    }
+}
+
+/// One dispatch.
+pub(crate) struct Launch {
+    pub pipeline: Arc<Pipeline>,
+    /// For each binding of the pipeline: what it holds, its first byte and its size, from where the caller binds it.
+    pub ranges: Vec<(Slot, u64, u64)>,
+    pub uniform_offset: u64,
+    pub workgroups: [u32; 3],
+}
+
+/// What a device allows, as far as splitting work is concerned.
+#[derive(Clone, Copy)]
+struct Bounds {
+    binding: u64,
+    workgroups: u64,
+    alignment: u64,
+}
+
+impl Bounds {
+    fn of(limits: &wgpu::Limits) -> Self {
+        Bounds {
+            binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) / 4 * 4,
+            workgroups: limits.max_compute_workgroups_per_dimension as u64,
+            alignment: limits.min_storage_buffer_offset_alignment.max(16) as u64,
+        }
+    }
+}
+
+/// The bytes of a tensor that a part touches, from an aligned start, and the tensor's numbers within them.
+fn tensor_range(
+    layout: &Layout,
+    ranges: [Range<u32>; 3],
+    dim: u32,
+    element_bytes: u64,
+    bounds: &Bounds,
+) -> (u64, u64, TensorUniform) {
+    let [batch, heads, rows] = &ranges;
+    if ranges.iter().any(|range| range.is_empty()) {
+        return (0, 0, TensorUniform::default());
+    }
+    let at = |b: u32, h: u32, i: u32| {
+        layout.offset + b as u64 * layout.batch + h as u64 * layout.head + i as u64 * layout.row
+    };
+    let first = at(batch.start, heads.start, rows.start);
+    let end = at(batch.end - 1, heads.end - 1, rows.end - 1) + dim as u64;
+    let start = first * element_bytes / bounds.alignment * bounds.alignment;
+    let size = (end * element_bytes - start).next_multiple_of(4);
+    // A stride that is used is shorter than the binding; one that is not is left out, so that it cannot wrap.
+    let stride = |stride: u64, range: &Range<u32>| if range.len() > 1 { stride as u32 } else { 0 };
+    let uniform = TensorUniform {
+        base: (first - start / element_bytes) as u32,
+        batch: stride(layout.batch, batch),
+        head: stride(layout.head, heads),
+        row: stride(layout.row, rows),
+    };
+    (start, size, uniform)
+}
+
+/// What a part binds, and what it is told.
+fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds) -> (Vec<(Slot, u64, u64)>, ProblemUniform) {
+    let shape = &problem.shape;
+    let group = shape.group();
+    let heads_kv = part.heads.start / group..(part.heads.end - 1) / group + 1;
+    let keys = 0..shape.seqlen_k;
+    let bytes = problem.element_type.bytes();
+    let rows = || [part.batch.clone(), part.heads.clone(), part.rows.clone()];
+    let keys_of = || [part.batch.clone(), heads_kv.clone(), keys.clone()];
+    let mut uniform = ProblemUniform::of(problem);
+    let mut ranges = vec![];
+    let mut add = |slot, layout: &Layout, of, dim, bytes| {
+        let (start, size, tensor) = tensor_range(layout, of, dim, bytes, bounds);
+        ranges.push((slot, start, size));
+        tensor
+    };
+    uniform.query = add(Slot::Query, problem.layout(Tensor::Query), rows(), shape.head_dim, bytes);
+    uniform.key = add(Slot::Key, problem.layout(Tensor::Key), keys_of(), shape.head_dim, bytes);
+    uniform.value = add(Slot::Value, problem.layout(Tensor::Value), keys_of(), shape.head_dim_v, bytes);
+    uniform.out = add(Slot::Out, problem.layout(Tensor::Out), rows(), shape.head_dim_v, bytes);
+    if problem.lse {
+        let layout = Layout::bhnd(shape.heads_q, shape.seqlen_q, 1);
+        uniform.lse = add(Slot::Lse, &layout, rows(), 1, 4);
+    }
+    if problem.seqlens_k {
+        ranges.push((Slot::SeqlensK, 0, shape.batch as u64 * 4));
+    }
+    uniform.row_begin = part.rows.start;
+    uniform.row_end = part.rows.end;
+    uniform.batch_begin = part.batch.start;
+    uniform.head_begin = part.heads.start;
+    uniform.heads = part.heads.end - part.heads.start;
+    (ranges, uniform)
+}
+
+/// Cuts the problem until each part fits into the device's bindings and dispatches.
+fn split(
+    problem: &Problem,
+    kernel: Kernel,
+    passes: &[Pass],
+    workspace: &dyn Fn(&Part) -> u64,
+    row_unit: u32,
+    bounds: &Bounds,
+) -> Result<Vec<Part>, Error> {
+    let shape = &problem.shape;
+    let fits = |part: &Part| {
+        let (mut ranges, _) = bind_part(problem, part, bounds);
+        ranges.push((Slot::Workspace, 0, workspace(part)));
+        for (slot, _, size) in ranges {
+            if size > bounds.binding {
+                return Err(Error::BindingTooLarge { argument: slot.name(), bytes: size, limit: bounds.binding });
+            }
+        }
+        let most = passes.iter().flat_map(|pass| (pass.workgroups)(part)).max().unwrap_or(0);
+        if most > bounds.workgroups {
+            let limit = "max_compute_workgroups_per_dimension";
+            return Err(Error::DeviceLimit { kernel, limit, needed: most, found: bounds.workgroups });
+        }
+        Ok(())
+    };
+    let mut done = vec![];
+    let mut open = vec![Part { batch: 0..shape.batch, heads: 0..shape.heads_q, rows: 0..shape.seqlen_q }];
+    while let Some(part) = open.pop() {
+        match fits(&part) {
+            Ok(()) => done.push(part),
+            Err(error) => {
+                let (a, b) = part.halves(shape.group(), row_unit).ok_or(error)?;
+                open.extend([b, a]);
+            }
+        }
+    }
+    Ok(done)
+}
+
+impl Plan {
+    pub(crate) fn new(context: &Context, problem: &Problem, options: &PlanOptions) -> Result<Plan, Error> {
+        problem.validate()?;
+        let limits = context.limits();
+        let shape = &problem.shape;
+        let (kernel, reason) = match options.kernel {
+            Some(kernel) => (kernel, "asked for"),
+            None => (Kernel::Tile, "it runs on every device and computes every problem"),
+        };
+        let mut tile = None;
+        let passes = match kernel {
+            Kernel::Naive => kernel::naive::passes(problem),
+            Kernel::Tile => {
+                let chosen = options.tile.unwrap_or_else(|| tune::tile(shape.head_dim, shape.head_dim_v, limits));
+                chosen.validate()?;
+                tile = Some(chosen);
+                vec![kernel::forward_tile::pass(problem, chosen)]
+            }
+        };
+        check_limits(kernel, &passes, limits)?;
+
+        let bounds = Bounds::of(limits);
+        let workspace = |part: &Part| match kernel {
+            Kernel::Naive => kernel::naive::workspace_bytes(problem, part),
+            Kernel::Tile => 0,
+        };
+        let mut plan = Plan {
+            device: context.device().clone(),
+            problem: problem.clone(),
+            launches: vec![],
+            uniforms: None,
+            offset_alignment: limits.min_storage_buffer_offset_alignment as u64,
+            kernel,
+            reason,
+            tile,
+            workgroup_bytes: passes.iter().map(|pass| pass.workgroup_bytes).max().unwrap_or(0),
+            workspace_bytes: 0,
+            parts: 0,
+        };
+        if problem.is_empty() {
+            return Ok(plan);
+        }
+        let row_unit = tile.map_or(1, |tile| tile.rows);
+        let parts = split(problem, kernel, &passes, &workspace, row_unit, &bounds)?;
+        plan.workspace_bytes = parts.iter().map(workspace).max().unwrap_or(0);
+        plan.parts = parts.len();
+        let pipelines: Vec<_> = passes.iter().map(|pass| context.pipeline(pass)).collect();
+
+        let uniform_bytes = size_of::<ProblemUniform>() as u64;
+        let uniform_step = uniform_bytes.next_multiple_of(limits.min_uniform_buffer_offset_alignment as u64);
+        let mut uniforms = vec![0u8; uniform_step as usize * parts.len()];
+        for (n, part) in parts.iter().enumerate() {
+            let (mut ranges, uniform) = bind_part(problem, part, &bounds);
+            ranges.push((Slot::Workspace, 0, workspace(part)));
+            let uniform_offset = n as u64 * uniform_step;
+            uniforms[uniform_offset as usize..][..uniform_bytes as usize].copy_from_slice(bytemuck::bytes_of(&uniform));
+            for (pass, pipeline) in passes.iter().zip(&pipelines) {
+                let bound = |slot| ranges.iter().copied().find(|&(s, _, _)| s == slot);
+                plan.launches.push(Launch {
+                    pipeline: pipeline.clone(),
+                    ranges: pass.bindings.iter().filter_map(|&(slot, _)| bound(slot)).collect(),
+                    uniform_offset,
+                    // split() has shown that each is at most a u32 limit.
+                    workgroups: (pass.workgroups)(part).map(|n| n as u32),
+                });
+            }
+        }
+        let buffer = plan.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("wgpu-flash-attention problem"),
+            size: uniforms.len() as u64,
+            usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE,
+            mapped_at_creation: true,
+        });
+        if let Ok(mut mapped) = buffer.get_mapped_range_mut(..) {
+            mapped.copy_from_slice(&uniforms);
+        }
+        buffer.unmap();
+        plan.uniforms = Some(buffer);
+        Ok(plan)
+    }
+
+    /// The problem that this plan computes.
+    pub fn problem(&self) -> &Problem {
+        &self.problem
+    }
+
+    /// The kernel in use.
+    pub fn kernel(&self) -> Kernel {
+        self.kernel
+    }
+
+    /// The tile in use; `None` for a kernel without one.
+    pub fn tile(&self) -> Option<Tile> {
+        self.tile
+    }
+
+    /// Bytes of the buffer that [`ForwardBuffers::workspace`](crate::ForwardBuffers::workspace) needs; 0 if none.
+    pub fn workspace_bytes(&self) -> u64 {
+        self.workspace_bytes
+    }
+
+    /// A buffer for [`ForwardBuffers::workspace`](crate::ForwardBuffers::workspace), or `None` if the plan needs none.
+    /// Its contents need not be kept between calls; calls that may run at the same time need one each.
+    pub fn create_workspace(&self) -> Option<wgpu::Buffer> {
+        (self.workspace_bytes > 0).then(|| {
+            self.device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some("wgpu-flash-attention workspace"),
+                size: self.workspace_bytes,
+                usage: wgpu::BufferUsages::STORAGE,
+                mapped_at_creation: false,
+            })
+        })
+    }
+
+    /// Bytes that the kernel moves between device memory (or its caches) and the chip: inputs each time that they are
+    /// loaded, outputs, and scores where they are stored.
+    pub fn bytes_moved(&self) -> u64 {
+        match self.tile {
+            Some(tile) => self.tile_bytes_moved(tile.rows, tile.keys),
+            None => self.materialized_bytes(),
+        }
+    }
+
+    fn tile_bytes_moved(&self, rows: u32, keys: u32) -> u64 {
+        let s = &self.problem.shape;
+        let mut loaded_keys = 0;
+        for row0 in (0..s.seqlen_q).step_by(rows as usize) {
+            let row1 = (row0 + rows).min(s.seqlen_q);
+            let first = self.problem.key_interval(row0, s.seqlen_k).0 / keys * keys;
+            let last = self.problem.key_interval(row1 - 1, s.seqlen_k).1;
+            loaded_keys += last.saturating_sub(first) as u64;
+        }
+        let heads = s.batch as u64 * s.heads_q as u64;
+        let elements =
+            heads * loaded_keys * (s.head_dim + s.head_dim_v) as u64 + s.rows() * (s.head_dim + s.head_dim_v) as u64;
+        elements * self.problem.element_type.bytes() + self.lse_bytes()
+    }
+
+    /// Bytes that the materialised form moves at the least: inputs and output once; the scores written, read and
+    /// written by the softmax, and read by the second product.
+    pub fn materialized_bytes(&self) -> u64 {
+        let s = &self.problem.shape;
+        let keys = s.batch as u64 * s.heads_kv as u64 * s.seqlen_k as u64;
+        let elements = (s.rows() + keys) * (s.head_dim + s.head_dim_v) as u64;
+        elements * self.problem.element_type.bytes() + self.lse_bytes() + 4 * 4 * s.rows() * s.seqlen_k as u64
+    }
+
+    fn lse_bytes(&self) -> u64 {
+        if self.problem.lse { 4 * self.problem.shape.rows() } else { 0 }
+    }
+}
+
+fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limits) -> Result<(), Error> {
+    for pass in passes {
+        let storage_buffers = pass.bindings.len() as u32;
+        let needs = [
+            ("max_compute_workgroup_storage_size", pass.workgroup_bytes, limits.max_compute_workgroup_storage_size),
+            ("max_compute_invocations_per_workgroup", pass.threads, limits.max_compute_invocations_per_workgroup),
+            ("max_compute_workgroup_size_x", pass.threads, limits.max_compute_workgroup_size_x),
+            ("max_storage_buffers_per_shader_stage", storage_buffers, limits.max_storage_buffers_per_shader_stage),
+        ];
+        for (limit, needed, found) in needs {
+            if needed > found {
+                return Err(Error::DeviceLimit { kernel, limit, needed: needed.into(), found: found.into() });
+            }
+        }
+    }
+    Ok(())
+}
+
+impl std::fmt::Display for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let p = &self.problem;
+        let s = &p.shape;
+        writeln!(
+            f,
+            "{} forward: batch {}, {} query heads on {} key-value heads, {} queries, {} keys, head dim {} and {}",
+            p.element_type, s.batch, s.heads_q, s.heads_kv, s.seqlen_q, s.seqlen_k, s.head_dim, s.head_dim_v
+        )?;
+        writeln!(f, "kernel: {} ({})", self.kernel, self.reason)?;
+        if let Some(t) = self.tile {
+            writeln!(
+                f,
+                "tile: {} queries by {} keys, {} threads; Q and K by {} columns, V by {} rows",
+                t.rows,
+                t.keys,
+                t.threads(),
+                t.chunk,
+                t.value_keys
+            )?;
+        }
+        writeln!(f, "access: {}", if p.is_aligned() { "four elements at a time" } else { "element by element" })?;
+        writeln!(f, "workgroup memory: {}", Bytes(self.workgroup_bytes as u64))?;
+        let workgroups: u64 =
+            self.launches.iter().map(|l| l.workgroups.iter().map(|&n| n as u64).product::<u64>()).sum();
+        writeln!(
+            f,
+            "workgroups: {workgroups} in {} dispatches over {} parts of the problem",
+            self.launches.len(),
+            self.parts
+        )?;
+        writeln!(f, "workspace: {}", Bytes(self.workspace_bytes))?;
+        write!(
+            f,
+            "memory traffic: {}; with the scores in memory it would be {}",
+            Bytes(self.bytes_moved()),
+            Bytes(self.materialized_bytes())
+        )
+    }
+}
+
+impl std::fmt::Debug for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Plan")
+            .field("problem", &self.problem)
+            .field("kernel", &self.kernel)
+            .field("tile", &self.tile)
+            .field("workspace_bytes", &self.workspace_bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Bytes(u64);
+
+impl std::fmt::Display for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let x = self.0 as f64;
+        match self.0 {
+            0..1024 => write!(f, "{} bytes", self.0),
+            1024..1_048_576 => write!(f, "{:.1} KiB", x / 1024.0),
+            1_048_576..1_073_741_824 => write!(f, "{:.1} MiB", x / 1_048_576.0),
+            _ => write!(f, "{:.2} GiB", x / 1_073_741_824.0),
+        }
+    }
+}

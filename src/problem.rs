@@ -1,0 +1,390 @@
+//! What to compute, as plain data: shape, layouts, masks, element type.
+
+use crate::Error;
+
+/// The largest sequence length: positions and window bounds are computed in `i32`.
+pub const MAX_SEQLEN: u32 = 1 << 29;
+/// The largest head dimension of queries and keys, and of values.
+pub const MAX_HEAD_DIM: u32 = 256;
+
+/// The type of the elements in memory. Arithmetic is f32 (or better) in every case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ElementType {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16. Needs no device feature.
+    F16,
+    /// bfloat16, the upper half of a binary32. Needs no device feature.
+    BF16,
+}
+
+impl ElementType {
+    /// Bytes an element takes.
+    pub const fn bytes(self) -> u64 {
+        match self {
+            ElementType::F32 => 4,
+            ElementType::F16 | ElementType::BF16 => 2,
+        }
+    }
+}
+
+impl std::fmt::Display for ElementType {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            ElementType::F32 => "f32",
+            ElementType::F16 => "f16",
+            ElementType::BF16 => "bf16",
+        })
+    }
+}
+
+/// The sizes of q `[batch, heads_q, seqlen_q, head_dim]`, k `[batch, heads_kv, seqlen_k, head_dim]`,
+/// v `[batch, heads_kv, seqlen_k, head_dim_v]` and o `[batch, heads_q, seqlen_q, head_dim_v]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Sequences computed at once; may be 0.
+    pub batch: u32,
+    /// Query heads.
+    pub heads_q: u32,
+    /// Key and value heads; divides `heads_q`. Query head `h` reads key-value head `h / (heads_q / heads_kv)`.
+    pub heads_kv: u32,
+    /// Queries a sequence; may be 0.
+    pub seqlen_q: u32,
+    /// Keys a sequence; may be 0, then the output is 0.
+    pub seqlen_k: u32,
+    /// Elements of a query and of a key, 1 to 256.
+    pub head_dim: u32,
+    /// Elements of a value and of an output row, 1 to 256.
+    pub head_dim_v: u32,
+}
+
+impl Shape {
+    /// Self-attention: as many keys as queries, one head dimension, no shared heads.
+    pub const fn square(batch: u32, heads: u32, seqlen: u32, head_dim: u32) -> Self {
+        Shape {
+            batch,
+            heads_q: heads,
+            heads_kv: heads,
+            seqlen_q: seqlen,
+            seqlen_k: seqlen,
+            head_dim,
+            head_dim_v: head_dim,
+        }
+    }
+
+    /// Query heads that share one key-value head.
+    pub const fn group(&self) -> u32 {
+        self.heads_q / self.heads_kv
+    }
+
+    /// Rows of the output, `batch · heads_q · seqlen_q`.
+    pub fn rows(&self) -> u64 {
+        self.batch as u64 * self.heads_q as u64 * self.seqlen_q as u64
+    }
+
+    fn dims(&self, tensor: Tensor) -> [u32; 4] {
+        let (heads, rows, dim) = match tensor {
+            Tensor::Query => (self.heads_q, self.seqlen_q, self.head_dim),
+            Tensor::Key => (self.heads_kv, self.seqlen_k, self.head_dim),
+            Tensor::Value => (self.heads_kv, self.seqlen_k, self.head_dim_v),
+            Tensor::Out => (self.heads_q, self.seqlen_q, self.head_dim_v),
+        };
+        [self.batch, heads, rows, dim]
+    }
+}
+
+/// The four tensors that have a [`Layout`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tensor {
+    Query,
+    Key,
+    Value,
+    Out,
+}
+
+impl Tensor {
+    pub(crate) const ALL: [Tensor; 4] = [Tensor::Query, Tensor::Key, Tensor::Value, Tensor::Out];
+
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Tensor::Query => "query",
+            Tensor::Key => "key",
+            Tensor::Value => "value",
+            Tensor::Out => "out",
+        }
+    }
+}
+
+/// Where a tensor's elements lie in its buffer, in elements: element `(b, h, i, d)` is at
+/// `offset + b·batch + h·head + i·row + d`.
+///
+/// Inputs may have any strides, also 0 (one head for all, say). Layouts whose offset and strides are
+/// multiples of four elements are read four elements at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Layout {
+    /// First element of the tensor.
+    pub offset: u64,
+    /// From one batch entry to the next.
+    pub batch: u64,
+    /// From one head to the next.
+    pub head: u64,
+    /// From one position to the next.
+    pub row: u64,
+}
+
+impl Layout {
+    /// Contiguous `[batch, head, position, dim]`, PyTorch's order for attention.
+    pub const fn bhnd(heads: u32, rows: u32, dim: u32) -> Self {
+        let (heads, rows, dim) = (heads as u64, rows as u64, dim as u64);
+        Layout { offset: 0, batch: heads * rows * dim, head: rows * dim, row: dim }
+    }
+
+    /// Contiguous `[batch, position, head, dim]`, flash-attention's order.
+    pub const fn bnhd(heads: u32, rows: u32, dim: u32) -> Self {
+        let (heads, rows, dim) = (heads as u64, rows as u64, dim as u64);
+        Layout { offset: 0, batch: heads * rows * dim, head: dim, row: heads * dim }
+    }
+
+    /// The same layout, `elements` further into the buffer.
+    pub const fn at(mut self, elements: u64) -> Self {
+        self.offset += elements;
+        self
+    }
+
+    /// One past the last element of the box of batch entries, heads and rows; `None` past 2^64.
+    fn end(&self, dims: [u32; 4]) -> Option<u64> {
+        let reach = |n: u32, stride: u64| (n as u64).saturating_sub(1).checked_mul(stride);
+        self.offset
+            .checked_add(reach(dims[0], self.batch)?)?
+            .checked_add(reach(dims[1], self.head)?)?
+            .checked_add(reach(dims[2], self.row)?)?
+            .checked_add(dims[3] as u64)
+    }
+
+    fn overlaps_itself(&self, dims: [u32; 4]) -> bool {
+        let mut axes = [(self.batch, dims[0]), (self.head, dims[1]), (self.row, dims[2])];
+        axes.sort();
+        let mut span = dims[3] as u64;
+        for (stride, n) in axes.into_iter().filter(|&(_, n)| n > 1) {
+            if stride < span {
+                return true;
+            }
+            span = span.saturating_add(stride.saturating_mul(n as u64 - 1));
+        }
+        false
+    }
+
+    fn is_aligned(&self, dims: [u32; 4]) -> bool {
+        let strides = [(self.offset, 2), (self.batch, dims[0]), (self.head, dims[1]), (self.row, dims[2])];
+        strides.iter().all(|&(stride, n)| n < 2 || stride % 4 == 0)
+    }
+}
+
+/// Which diagonal a causal mask follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Causal {
+    /// Query `i` sees keys `j ≤ i + seqlen_k − seqlen_q`: the last query sees every key, as in flash-attention.
+    BottomRight,
+    /// Query `i` sees keys `j ≤ i`, as PyTorch's `is_causal`.
+    TopLeft,
+}
+
+/// One attention problem. Build it with [`Problem::new`] and the methods that follow; the fields are public
+/// to be read and set alike.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Problem {
+    /// Sizes.
+    pub shape: Shape,
+    /// Type of q, k, v and o in memory.
+    pub element_type: ElementType,
+    /// Factor of the scores; `None` is `1/√head_dim`.
+    pub scale: Option<f32>,
+    /// Scores become `softcap · tanh(score / softcap)` before masking.
+    pub softcap: Option<f32>,
+    /// The causal mask, if any.
+    pub causal: Option<Causal>,
+    /// Query `i` sees keys from `i + seqlen_k − seqlen_q − window_left`; `None` is open.
+    pub window_left: Option<u32>,
+    /// Query `i` sees keys up to `i + seqlen_k − seqlen_q + window_right`, inclusive; `None` is open.
+    pub window_right: Option<u32>,
+    /// Whether a buffer of key lengths is given: `i32 [batch]`, each at most `seqlen_k`. Keys from a length
+    /// on are never read, and bottom-right masks and windows count from it instead of `seqlen_k`.
+    /// Values outside `0 ..= seqlen_k` act as the nearest of the two.
+    pub seqlens_k: bool,
+    /// Whether the logarithm of the softmax's denominator is written: f32 `[batch, heads_q, seqlen_q]`, contiguous.
+    pub lse: bool,
+    /// Layout of q.
+    pub query: Layout,
+    /// Layout of k.
+    pub key: Layout,
+    /// Layout of v.
+    pub value: Layout,
+    /// Layout of o; no two elements may share a place.
+    pub out: Layout,
+}
+
+impl Problem {
+    /// Unmasked attention over contiguous `[batch, head, position, dim]` tensors, without lse.
+    pub const fn new(shape: Shape, element_type: ElementType) -> Self {
+        let s = shape;
+        Problem {
+            shape,
+            element_type,
+            scale: None,
+            softcap: None,
+            causal: None,
+            window_left: None,
+            window_right: None,
+            seqlens_k: false,
+            lse: false,
+            query: Layout::bhnd(s.heads_q, s.seqlen_q, s.head_dim),
+            key: Layout::bhnd(s.heads_kv, s.seqlen_k, s.head_dim),
+            value: Layout::bhnd(s.heads_kv, s.seqlen_k, s.head_dim_v),
+            out: Layout::bhnd(s.heads_q, s.seqlen_q, s.head_dim_v),
+        }
+    }
+
+    /// Contiguous `[batch, position, head, dim]` tensors instead.
+    pub const fn bnhd(mut self) -> Self {
+        let s = self.shape;
+        self.query = Layout::bnhd(s.heads_q, s.seqlen_q, s.head_dim);
+        self.key = Layout::bnhd(s.heads_kv, s.seqlen_k, s.head_dim);
+        self.value = Layout::bnhd(s.heads_kv, s.seqlen_k, s.head_dim_v);
+        self.out = Layout::bnhd(s.heads_q, s.seqlen_q, s.head_dim_v);
+        self
+    }
+
+    /// Sets the factor of the scores.
+    pub const fn scale(mut self, scale: f32) -> Self {
+        self.scale = Some(scale);
+        self
+    }
+
+    /// Caps the scores softly.
+    pub const fn softcap(mut self, softcap: f32) -> Self {
+        self.softcap = Some(softcap);
+        self
+    }
+
+    /// Masks keys that come after the query.
+    pub const fn causal(mut self, causal: Causal) -> Self {
+        self.causal = Some(causal);
+        self
+    }
+
+    /// Masks keys outside a window around the query; `None` leaves a side open.
+    pub const fn window(mut self, left: Option<u32>, right: Option<u32>) -> Self {
+        self.window_left = left;
+        self.window_right = right;
+        self
+    }
+
+    /// Expects a buffer of key lengths, `i32 [batch]`.
+    pub const fn with_seqlens_k(mut self) -> Self {
+        self.seqlens_k = true;
+        self
+    }
+
+    /// Writes lse, f32 `[batch, heads_q, seqlen_q]`.
+    pub const fn with_lse(mut self) -> Self {
+        self.lse = true;
+        self
+    }
+
+    /// The factor in use.
+    pub fn effective_scale(&self) -> f32 {
+        self.scale.unwrap_or_else(|| (1.0 / (self.shape.head_dim as f64).sqrt()) as f32)
+    }
+
+    /// Floating-point operations of the forward pass as they are usually counted:
+    /// `2 · batch · heads_q · seqlen_q · seqlen_k · (head_dim + head_dim_v)`, halved when causal.
+    pub fn forward_flops(&self) -> f64 {
+        let s = &self.shape;
+        let full = 2.0 * s.rows() as f64 * s.seqlen_k as f64 * (s.head_dim + s.head_dim_v) as f64;
+        if self.causal.is_some() { full / 2.0 } else { full }
+    }
+
+    /// Checks everything that does not depend on a device or a buffer.
+    pub fn validate(&self) -> Result<(), Error> {
+        let s = &self.shape;
+        for (argument, found) in [("head_dim", s.head_dim), ("head_dim_v", s.head_dim_v)] {
+            if !(1..=MAX_HEAD_DIM).contains(&found) {
+                return Err(Error::HeadDim { argument, found });
+            }
+        }
+        if s.heads_q == 0 || s.heads_kv == 0 || s.heads_q % s.heads_kv != 0 {
+            return Err(Error::Heads { heads_q: s.heads_q, heads_kv: s.heads_kv });
+        }
+        for (argument, found) in [("seqlen_q", s.seqlen_q), ("seqlen_k", s.seqlen_k)] {
+            if found > MAX_SEQLEN {
+                return Err(Error::Seqlen { argument, found });
+            }
+        }
+        if let Some(scale) = self.scale.filter(|x| !x.is_finite()) {
+            return Err(Error::Scale(scale));
+        }
+        if let Some(softcap) = self.softcap.filter(|x| !(x.is_finite() && *x > 0.0)) {
+            return Err(Error::Softcap(softcap));
+        }
+        for tensor in Tensor::ALL {
+            let end = self.layout(tensor).end(s.dims(tensor));
+            if end.and_then(|n| n.checked_mul(8)).is_none() {
+                return Err(Error::LayoutOverflow { argument: tensor.name() });
+            }
+        }
+        if self.out.overlaps_itself(s.dims(Tensor::Out)) {
+            return Err(Error::OutputOverlap { argument: "out" });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn layout(&self, tensor: Tensor) -> &Layout {
+        match tensor {
+            Tensor::Query => &self.query,
+            Tensor::Key => &self.key,
+            Tensor::Value => &self.value,
+            Tensor::Out => &self.out,
+        }
+    }
+
+    /// Whether nothing is to be written.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.shape.rows() == 0
+    }
+
+    /// Bytes from the start of the binding to the end of the tensor, 0 for a tensor without elements.
+    pub(crate) fn tensor_bytes(&self, tensor: Tensor) -> u64 {
+        let dims = self.shape.dims(tensor);
+        if dims.contains(&0) {
+            return 0;
+        }
+        // validate() has shown that this does not overflow.
+        self.layout(tensor).end(dims).unwrap_or(u64::MAX / 8) * self.element_type.bytes()
+    }
+
+    /// Whether all four tensors can be read and written in groups of four elements.
+    pub(crate) fn is_aligned(&self) -> bool {
+        let s = &self.shape;
+        s.head_dim % 4 == 0
+            && s.head_dim_v % 4 == 0
+            && Tensor::ALL.iter().all(|&t| self.layout(t).is_aligned(s.dims(t)))
+    }
+
+    /// The keys that query `i` may see when `keys` of them are valid: first, and one past the last.
+    /// The same arithmetic as `key_interval` in `shaders/common/score.wgsl`.
+    pub fn key_interval(&self, i: u32, keys: u32) -> (u32, u32) {
+        let diagonal = i as i64 + keys as i64 - self.shape.seqlen_q as i64;
+        let first = self.window_left.map_or(0, |left| diagonal - left as i64);
+        let mut last = keys as i64;
+        if let Some(right) = self.window_right {
+            last = last.min(diagonal + right as i64 + 1);
+        }
+        match self.causal {
+            Some(Causal::BottomRight) => last = last.min(diagonal + 1),
+            Some(Causal::TopLeft) => last = last.min(i as i64 + 1),
+            None => {}
+        }
+        let first = first.clamp(0, keys as i64);
+        (first as u32, last.clamp(first, keys as i64) as u32)
+    }
+}

@@ -1,0 +1,175 @@
+//! Which tile a kernel uses, by head dimension and device. Pure: numbers in, numbers out.
+
+use crate::Error;
+
+/// The tile of the forward kernel, `shaders/forward_tile.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Queries a workgroup computes.
+    pub rows: u32,
+    /// Keys a step of the loop takes.
+    pub keys: u32,
+    /// Rows of the grid of threads; divides `rows`.
+    pub threads_y: u32,
+    /// Columns of the grid of threads; `4 · threads_x` divides `keys`.
+    pub threads_x: u32,
+    /// Columns of Q and K in workgroup memory at a time; a multiple of 4.
+    pub chunk: u32,
+    /// Rows of V in workgroup memory at a time; a multiple of 4 that divides `keys`.
+    pub value_keys: u32,
+}
+
+impl Tile {
+    /// Threads in a workgroup.
+    pub const fn threads(&self) -> u32 {
+        self.threads_x * self.threads_y
+    }
+
+    /// Workgroup memory in bytes. The same sums as the constants of the shader.
+    pub const fn workgroup_bytes(&self, head_dim: u32, head_dim_v: u32) -> u32 {
+        let chunk_stride = self.chunk / 4 | 1;
+        let query = self.rows * chunk_stride;
+        let key = self.keys * chunk_stride;
+        let p = self.rows * (self.keys / 4 | 1);
+        let value = self.value_keys * head_dim_v.div_ceil(4 * self.threads_x) * self.threads_x;
+        let p_at = if self.chunk >= head_dim { query } else { 0 };
+        let scores = query + key;
+        let output = p_at + p + value;
+        let vectors = if scores > output { scores } else { output };
+        16 * vectors + 4 * self.rows * self.threads_x
+    }
+
+    /// Checks that the tile divides as the shader needs it to.
+    pub fn validate(&self) -> Result<(), Error> {
+        let all = [self.rows, self.keys, self.threads_y, self.threads_x, self.chunk, self.value_keys];
+        // Bounds the arithmetic of workgroup_bytes.
+        if all.iter().any(|&n| n == 0 || n > 1024) {
+            return Err(Error::Tile("every size must be from 1 to 1024"));
+        }
+        if self.rows % self.threads_y != 0 {
+            return Err(Error::Tile("threads_y must divide rows"));
+        }
+        if self.keys % (4 * self.threads_x) != 0 {
+            return Err(Error::Tile("4 · threads_x must divide keys"));
+        }
+        if self.chunk % 4 != 0 {
+            return Err(Error::Tile("chunk must be a multiple of 4"));
+        }
+        if self.value_keys % 4 != 0 || self.keys % self.value_keys != 0 {
+            return Err(Error::Tile("value_keys must be a multiple of 4 and divide keys"));
+        }
+        Ok(())
+    }
+}
+
+/// A row of the table: the first one whose bounds hold is taken.
+struct Row {
+    /// The larger of the two head dimensions is at most this.
+    head_dim: u32,
+    /// The device has at least this much workgroup memory, in bytes, and this many invocations in a workgroup.
+    workgroup_bytes: u32,
+    invocations: u32,
+    /// `chunk` and `value_keys` are upper bounds here: see [`tile`].
+    tile: Tile,
+}
+
+const fn row(
+    head_dim: u32,
+    workgroup_bytes: u32,
+    rows: u32,
+    keys: u32,
+    grid: (u32, u32),
+    chunk: u32,
+    value_keys: u32,
+) -> Row {
+    let (threads_y, threads_x) = grid;
+    let tile = Tile { rows, keys, threads_y, threads_x, chunk, value_keys };
+    Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
+}
+
+#[rustfmt::skip]
+const TILES: &[Row] = &[
+    //  D,  memory, rows, keys,   grid, chunk, value_keys
+    row( 64, 48 << 10, 64,  64, (8, 16),  64,  32),
+    row(128, 48 << 10, 64,  64, (8, 16),  32,  32),
+    row(256, 48 << 10, 64,  64, (8, 16),  32,  16),
+    // WebGPU's default limits: 16 KiB, 256 invocations.
+    row(256,        0, 32,  32, (8,  8),  32,  32),
+];
+
+/// The tile for a problem on a device: the table's, with `chunk` and `value_keys` made to fit head dimension and memory.
+pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
+    let memory = limits.max_compute_workgroup_storage_size;
+    let suits = |row: &&Row| {
+        head_dim.max(head_dim_v) <= row.head_dim
+            && memory >= row.workgroup_bytes
+            && limits.max_compute_invocations_per_workgroup >= row.invocations
+    };
+    // The last row has no bounds beyond those that validate() and the plan check with an error.
+    let row = TILES.iter().find(suits).unwrap_or(&TILES[TILES.len() - 1]);
+    let mut tile = row.tile;
+    // Equal chunks: 80 columns in chunks of at most 64 are two of 40.
+    let chunks = head_dim.div_ceil(tile.chunk);
+    tile.chunk = head_dim.div_ceil(chunks).next_multiple_of(4);
+    while tile.value_keys > 4 && tile.workgroup_bytes(head_dim, head_dim_v) > memory {
+        tile.value_keys /= 2;
+    }
+    tile
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(bytes: u32, invocations: u32) -> wgpu::Limits {
+        wgpu::Limits {
+            max_compute_workgroup_storage_size: bytes,
+            max_compute_invocations_per_workgroup: invocations,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn every_head_dim_gets_a_tile_that_fits() {
+        for (bytes, invocations) in [(16 << 10, 256), (32 << 10, 256), (48 << 10, 1024)] {
+            for head_dim in 1..=256 {
+                for head_dim_v in [1, 7, 32, 64, 100, 128, 200, 256, head_dim] {
+                    let tile = tile(head_dim, head_dim_v, &limits(bytes, invocations));
+                    tile.validate().unwrap();
+                    let used = tile.workgroup_bytes(head_dim, head_dim_v);
+                    assert!(used <= bytes, "{head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
+                    assert!(tile.threads() <= invocations);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn larger_limits_give_larger_tiles() {
+        let small = tile(64, 64, &limits(16 << 10, 256));
+        let large = tile(64, 64, &limits(48 << 10, 1024));
+        assert!(large.rows * large.keys > small.rows * small.keys);
+        assert_eq!(large.chunk, 64, "Q stays in workgroup memory");
+    }
+
+    #[test]
+    fn head_dims_are_cut_into_equal_chunks() {
+        assert_eq!(tile(80, 80, &limits(16 << 10, 256)).chunk, 28);
+        assert_eq!(tile(1, 1, &limits(16 << 10, 256)).chunk, 4);
+    }
+
+    #[test]
+    fn a_tile_that_does_not_divide_is_refused() {
+        let good = tile(64, 64, &limits(16 << 10, 256));
+        for bad in [
+            Tile { rows: 33, ..good },
+            Tile { keys: 36, ..good },
+            Tile { chunk: 30, ..good },
+            Tile { value_keys: 6, ..good },
+            Tile { value_keys: 0, ..good },
+            Tile { rows: 4096, ..good },
+        ] {
+            assert!(matches!(bad.validate(), Err(Error::Tile(_))), "{bad:?}");
+        }
+    }
+}
