@@ -1,1 +1,46 @@
-fn main() {}
+//! Forward passes, naive beside tile, at sizes that software Vulkan gets through in minutes. Device time where the
+//! adapter has timestamp queries. `examples/compare.rs` makes the figures to report.
+
+#[path = "../examples/support/mod.rs"]
+mod support;
+
+use std::time::Duration;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use support::{Inputs, Outputs, Tensors};
+use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions, Problem, Shape};
+
+fn forward(criterion: &mut Criterion) {
+    let context = Context::headless().expect("an adapter");
+    eprintln!("{}: {}", support::adapter_name(&context), support::clock(&context));
+    for seqlen in [256, 1024] {
+        let problem = Problem::new(Shape::square(1, 2, seqlen, 64), ElementType::F32).with_lse();
+        let elements = 2 * seqlen as usize * 64;
+        let tensors = Tensors::<f32> {
+            query: support::random(elements, 1),
+            key: support::random(elements, 2),
+            value: support::random(elements, 3),
+            seqlens_k: None,
+        };
+        let inputs = Inputs::upload(&context, &tensors).expect("small inputs");
+        let mut group = criterion.benchmark_group(format!("forward f32 1,2,{seqlen},64"));
+        // Criterion's unit of work is an integer: floating-point operations here.
+        group.throughput(Throughput::Elements(problem.forward_flops() as u64));
+        group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
+        for kernel in [Kernel::Naive, Kernel::Tile] {
+            let options = PlanOptions { kernel: Some(kernel), tile: None, coop_tile: None };
+            let plan = context.plan_with(&problem, &options).expect("a small problem");
+            let outputs = Outputs::poisoned(&context, &plan).expect("small outputs");
+            let bound = support::bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes");
+            group.bench_function(kernel.to_string(), |bencher| {
+                bencher.iter_custom(|runs| {
+                    let times = support::pass_times(&context, &bound, runs as u32, 1).expect("a working device");
+                    Duration::from_secs_f64(times[0])
+                });
+            });
+        }
+    }
+}
+
+criterion_group!(benches, forward);
+criterion_main!(benches);

@@ -53,33 +53,69 @@ var<workgroup> tiles: array<vec4f, TILES>;
 // One value of each thread for each of its rows, to be reduced over a row of threads.
 var<workgroup> partial: array<array<f32, THREADS_X>, ROWS>;
 
-fn stage_query(start: u32, row0: u32, d0: u32, thread: u32) {
-    for (var t = thread; t < ROWS * CHUNK4; t += THREADS) {
-        let i = t / CHUNK4;
-        let d = d0 + 4u * (t % CHUNK4);
-        let count = select(0u, HEAD_DIM - d, row0 + i < problem.row_end && d < HEAD_DIM);
-        let e = start + (row0 - problem.row_begin + i) * problem.query.row + d;
-        tiles[Q_AT + i * CHUNK_STRIDE + t % CHUNK4] = read_query(e, count);
+// What each thread moves of a tile: loaded to registers while the tile before is in use, then stored.
+const QUERY_LOADS = (ROWS * CHUNK4 + THREADS - 1u) / THREADS;
+const KEY_LOADS = (KEYS * CHUNK4 + THREADS - 1u) / THREADS;
+const VALUE_LOADS = (VALUE_KEYS * V_STRIDE + THREADS - 1u) / THREADS;
+
+fn load_query(start: u32, row0: u32, d0: u32, thread: u32) -> array<Elements4, QUERY_LOADS> {
+    var x: array<Elements4, QUERY_LOADS>;
+    for (var n = 0u; n < QUERY_LOADS; n++) {
+        let t = thread + n * THREADS;
+        let i = min(row0 + t / CHUNK4, problem.row_end - 1u) - problem.row_begin;
+        x[n] = read_query(start + i * problem.query.row, d0 + 4u * (t % CHUNK4), HEAD_DIM);
     }
+    return x;
+}
+
+// Columns past the head dimension are 0 here, so that they add nothing to a score, whatever K has there.
+fn store_query(x: array<Elements4, QUERY_LOADS>, d0: u32, thread: u32) {
+    for (var n = 0u; n < QUERY_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < ROWS * CHUNK4 {
+            let d = d0 + 4u * (t % CHUNK4);
+            tiles[Q_AT + t / CHUNK4 * CHUNK_STRIDE + t % CHUNK4] = first_elements(unpack4(x[n]), max(d, HEAD_DIM) - d);
+        }
+    }
+}
+
+fn load_key(start: u32, j0: u32, last: u32, d0: u32, thread: u32) -> array<Elements4, KEY_LOADS> {
+    var x: array<Elements4, KEY_LOADS>;
+    for (var n = 0u; n < KEY_LOADS; n++) {
+        let t = thread + n * THREADS;
+        let j = min(j0 + t / CHUNK4, last);
+        x[n] = read_key(start + j * problem.key.row, d0 + 4u * (t % CHUNK4), HEAD_DIM);
+    }
+    return x;
 }
 
 // Key j of the tile goes where thread j / TC finds its keys THREADS_X rows apart: neighbours read neighbours.
-fn stage_key(start: u32, j0: u32, keys: u32, d0: u32, thread: u32) {
-    for (var t = thread; t < KEYS * CHUNK4; t += THREADS) {
+fn store_key(x: array<Elements4, KEY_LOADS>, thread: u32) {
+    for (var n = 0u; n < KEY_LOADS; n++) {
+        let t = thread + n * THREADS;
         let j = t / CHUNK4;
-        let d = d0 + 4u * (t % CHUNK4);
-        let count = select(0u, HEAD_DIM - d, j0 + j < keys && d < HEAD_DIM);
-        let e = start + (j0 + j) * problem.key.row + d;
-        tiles[K_AT + ((j % TC) * THREADS_X + j / TC) * CHUNK_STRIDE + t % CHUNK4] = read_key(e, count);
+        if t < KEYS * CHUNK4 {
+            tiles[K_AT + ((j % TC) * THREADS_X + j / TC) * CHUNK_STRIDE + t % CHUNK4] = unpack4(x[n]);
+        }
     }
 }
 
-fn stage_value(start: u32, j0: u32, keys: u32, thread: u32) {
-    for (var t = thread; t < VALUE_KEYS * V_STRIDE; t += THREADS) {
-        let j = t / V_STRIDE;
-        let d = 4u * (t % V_STRIDE);
-        let count = select(0u, HEAD_DIM_V - d, j0 + j < keys && d < HEAD_DIM_V);
-        tiles[V_AT + t] = read_value(start + (j0 + j) * problem.value.row + d, count);
+fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, VALUE_LOADS> {
+    var x: array<Elements4, VALUE_LOADS>;
+    for (var n = 0u; n < VALUE_LOADS; n++) {
+        let t = thread + n * THREADS;
+        let j = min(j0 + t / V_STRIDE, last);
+        x[n] = read_value(start + j * problem.value.row, 4u * (t % V_STRIDE), HEAD_DIM_V);
+    }
+    return x;
+}
+
+fn store_value(x: array<Elements4, VALUE_LOADS>, thread: u32) {
+    for (var n = 0u; n < VALUE_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < VALUE_KEYS * V_STRIDE {
+            tiles[V_AT + t] = unpack4(x[n]);
+        }
     }
 }
 
@@ -125,17 +161,21 @@ fn forward(
             o[r][u] = vec4f();
         }
     }
-    if CHUNKS == 1u {
-        stage_query(query_start, row0, 0u, thread);
-    }
 
     let range = key_range(at, i32(row0), i32(row1));
-    for (var j0 = range.x / i32(KEYS) * i32(KEYS); j0 < range.y; j0 += i32(KEYS)) {
-        let kind = tile_kind(at, i32(row0), i32(row1), j0, j0 + i32(KEYS));
-        if kind == NONE {
-            continue;
-        }
-
+    let first = range.x / i32(KEYS) * i32(KEYS);
+    let last = u32(max(at.keys, 1) - 1);
+    var query_next = load_query(query_start, row0, 0u, thread);
+    var key_next: array<Elements4, KEY_LOADS>;
+    var value_next: array<Elements4, VALUE_LOADS>;
+    if range.x < range.y {
+        key_next = load_key(key_start, u32(first), last, 0u, thread);
+        value_next = load_value(value_start, u32(first), last, thread);
+    }
+    if CHUNKS == 1u {
+        store_query(query_next, 0u, thread);
+    }
+    for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         // S = Q K^T
         var s: array<array<vec4f, TC4>, TR>;
         for (var r = 0u; r < TR; r++) {
@@ -145,11 +185,18 @@ fn forward(
         }
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
             workgroupBarrier();
+            store_key(key_next, thread);
             if CHUNKS > 1u {
-                stage_query(query_start, row0, d0, thread);
+                store_query(query_next, d0, thread);
             }
-            stage_key(key_start, u32(j0), u32(at.keys), d0, thread);
             workgroupBarrier();
+            // The next chunk: of this tile, or the first of the next tile.
+            let more = CHUNKS > 1u && d0 + CHUNK < HEAD_DIM;
+            let d1 = select(0u, d0 + CHUNK, more);
+            key_next = load_key(key_start, select(u32(j0) + KEYS, u32(j0), more), last, d1, thread);
+            if CHUNKS > 1u {
+                query_next = load_query(query_start, row0, d1, thread);
+            }
             for (var d = 0u; d < CHUNK4; d++) {
                 var k: array<vec4f, TC>;
                 for (var c = 0u; c < TC; c++) {
@@ -173,7 +220,7 @@ fn forward(
                 s[r][c] = vec4f(score(x.x, at, i, j), score(x.y, at, i, j + 1), score(x.z, at, i, j + 2), score(x.w, at, i, j + 3));
             }
         }
-        if kind == SOME {
+        if !tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS)) {
             for (var r = 0u; r < TR; r++) {
                 let i = i32(row0 + r * THREADS_Y + ty);
                 for (var c = 0u; c < TC4; c++) {
@@ -220,8 +267,9 @@ fn forward(
             if v0 > 0u {
                 workgroupBarrier();
             }
-            stage_value(value_start, u32(j0) + v0, u32(at.keys), thread);
+            store_value(value_next, thread);
             workgroupBarrier();
+            value_next = load_value(value_start, u32(j0) + v0 + VALUE_KEYS, last, thread);
             for (var j4 = 0u; j4 < VALUE_KEYS / 4u; j4++) {
                 var v: array<array<vec4f, TV>, 4>;
                 for (var jj = 0u; jj < 4u; jj++) {
@@ -259,8 +307,7 @@ fn forward(
             let inverse = inverse_sum(sum);
             let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
             for (var u = 0u; u < TV; u++) {
-                let d = 4u * (u * THREADS_X + tx);
-                write_out(start + d, select(0u, HEAD_DIM_V - d, d < HEAD_DIM_V), o[r][u] * inverse);
+                write_out(start, 4u * (u * THREADS_X + tx), HEAD_DIM_V, o[r][u] * inverse);
             }
 #if LSE
             if tx == 0u {

@@ -18,11 +18,11 @@ fn output(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) loc
         return;
     }
     let p = (group.z * rows + row) * problem.seqlen_k;
-    let v = head_start(problem.value, at.batch, at.head_kv) + d;
+    let v = head_start(problem.value, at.batch, at.head_kv);
     var o = vec4f();
     for (var j = 0u; j < u32(at.keys); j++) {
-        o += scores[p + j] * read_value(v + j * problem.value.row, HEAD_DIM_V - d);
+        o += scores[p + j] * unpack4(read_value(v + j * problem.value.row, d, HEAD_DIM_V));
     }
-    let e = head_start(problem.out, at.batch, at.head_q) + row * problem.out.row + d;
-    write_out(e, HEAD_DIM_V - d, o);
+    let start = head_start(problem.out, at.batch, at.head_q) + row * problem.out.row;
+    write_out(start, d, HEAD_DIM_V, o);
 }

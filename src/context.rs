@@ -3,7 +3,10 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::elements::{self, ElementModule, MatrixFormat, NoElementAccess};
+use crate::kernel::forward_coop::{self, Matrices};
 use crate::kernel::{Access, Pass};
+use crate::passthrough;
 use crate::specialize::Specialization;
 use crate::{Error, Plan, PlanOptions, Problem};
 
@@ -15,6 +18,8 @@ pub struct Context {
     queue: wgpu::Queue,
     limits: wgpu::Limits,
     checked: bool,
+    cache: Option<wgpu::PipelineCache>,
+    pub(crate) matrices: Option<Matrices>,
     pipelines: Arc<Mutex<HashMap<Specialization, Arc<Pipeline>>>>,
 }
 
@@ -32,6 +37,8 @@ impl Context {
             device: device.clone(),
             queue: queue.clone(),
             checked: false,
+            cache: None,
+            matrices: None,
             pipelines: Arc::default(),
         }
     }
@@ -41,6 +48,29 @@ impl Context {
         self.checked = true;
         self.pipelines = Arc::default();
         self
+    }
+
+    /// Builds pipelines through the caller's cache, so that the driver need not compile them again on a later start.
+    pub fn with_pipeline_cache(mut self, cache: wgpu::PipelineCache) -> Self {
+        self.cache = Some(cache);
+        self
+    }
+
+    /// Allows kernels on cooperative matrices (tensor cores), for devices whose owner opted in to
+    /// [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES). `properties` are those of the device's adapter,
+    /// [`wgpu::Adapter::cooperative_matrix_properties`]. Runs one small kernel, to learn which lane holds which element of a
+    /// matrix, and waits for it.
+    pub async fn with_cooperative_matrices(
+        mut self,
+        properties: &[wgpu::CooperativeMatrixProperties],
+    ) -> Result<Self, NoElementAccess> {
+        let format = MatrixFormat::of(&self.device, properties)?;
+        let found = elements::probe(&self, format).await?;
+        if format.elements() != forward_coop::ELEMENTS || found.a != found.c || found.b != found.c.transposed() {
+            return Err(NoElementAccess::Roles);
+        }
+        self.matrices = Some(Matrices { format, layout: found.c });
+        Ok(self)
     }
 
     /// The device.
@@ -68,23 +98,33 @@ impl Context {
         Plan::new(self, problem, options)
     }
 
-    pub(crate) fn pipeline(&self, pass: &Pass) -> Arc<Pipeline> {
+    pub(crate) fn pipeline(&self, pass: &Pass) -> Result<Arc<Pipeline>, Error> {
         let lock = || self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pipeline) = lock().get(&pass.specialization) {
-            return pipeline.clone();
+            return Ok(pipeline.clone());
         }
         // Built outside the lock: two threads may build one pipeline twice, but neither waits for the other.
-        let built = Arc::new(self.build(pass));
-        lock().entry(pass.specialization.clone()).or_insert(built).clone()
+        let built = Arc::new(self.build(pass)?);
+        Ok(lock().entry(pass.specialization.clone()).or_insert(built).clone())
     }
 
-    fn build(&self, pass: &Pass) -> Pipeline {
+    fn build(&self, pass: &Pass) -> Result<Pipeline, Error> {
         let specialization = &pass.specialization;
         let label = Some(specialization.file);
         // A test specialises and validates every module, so that this cannot fail on a user's machine.
         let source = specialization.source().expect("the library's own shaders follow their directives");
-        let module =
-            self.module(wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(source.text.into()) });
+        let module = match &self.matrices {
+            Some(matrices) if pass.element_access => {
+                let mut bindings = vec![0];
+                bindings.extend(pass.bindings.iter().map(|&(slot, _)| slot as u32));
+                ElementModule::new(&source.text, matrices.format, &bindings, self.checked)
+                    .map_err(NoElementAccess::from)
+                    .and_then(|module| passthrough::shader_module(&self.device, specialization.file, &module))
+                    .map_err(|error| Error::Device(error.to_string()))?
+            }
+            _ => self
+                .module(wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(source.text.into()) }),
+        };
         let entry = |binding, ty| wgpu::BindGroupLayoutEntry {
             binding,
             visibility: wgpu::ShaderStages::COMPUTE,
@@ -112,9 +152,9 @@ impl Context {
                 // Every kernel writes workgroup memory before it reads it.
                 zero_initialize_workgroup_memory: self.checked,
             },
-            cache: None,
+            cache: self.cache.as_ref(),
         });
-        Pipeline { pipeline, layout }
+        Ok(Pipeline { pipeline, layout })
     }
 
     #[allow(unsafe_code)]

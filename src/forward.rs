@@ -129,7 +129,7 @@ impl Plan {
             if !binding.buffer.usage().contains(BufferUsages::STORAGE) {
                 return Err(Error::BufferUsage { argument, found: binding.buffer.usage() });
             }
-            if binding.offset % self.offset_alignment != 0 {
+            if !binding.offset.is_multiple_of(self.offset_alignment) {
                 let alignment = self.offset_alignment;
                 return Err(Error::BufferOffset { argument, offset: binding.offset, alignment });
             }

@@ -7,6 +7,7 @@ use std::task::{Poll, Waker};
 
 use wgpu::BufferUsages;
 
+use crate::passthrough;
 use crate::{Causal, Context, ElementType, Error, ForwardBuffers, Problem, Shape};
 
 /// An element type that host slices can have.
@@ -59,12 +60,15 @@ pub struct HeadlessOptions {
     pub adapter: Option<String>,
     /// See [`Context::checked`].
     pub checked: bool,
+    /// Opens the device with [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES), which wgpu calls experimental,
+    /// and the context with [`Context::with_cooperative_matrices`].
+    pub cooperative_matrices: bool,
 }
 
 impl Context {
     /// Opens the system's fastest adapter with all its limits, without a window. Blocks; not on the web.
     ///
-    /// The backends are those of the environment variable `WGPU_BACKEND`, or all.
+    /// The backends are those of the environment variable `WGPU_BACKEND`, or Vulkan, Metal, DX12 and WebGPU.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn headless() -> Result<Context, Error> {
         block_on(Self::headless_async(&HeadlessOptions::default()))
@@ -78,7 +82,10 @@ impl Context {
 
     /// As [`Context::headless_with`], without blocking.
     pub async fn headless_async(options: &HeadlessOptions) -> Result<Context, Error> {
-        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+        // OpenGL has no compute shaders on some systems, and its start-up complains where there is no display.
+        descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
+        let instance = wgpu::Instance::new(descriptor);
         let adapter = match &options.adapter {
             None => instance
                 .request_adapter(&wgpu::RequestAdapterOptions {
@@ -102,16 +109,31 @@ impl Context {
             }
         };
         let useful = wgpu::Features::TIMESTAMP_QUERY;
+        let (wanted, experimental) = match options.cooperative_matrices {
+            true => (crate::COOPERATIVE_MATRIX_FEATURES, passthrough::experimental_features()),
+            false => (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled()),
+        };
+        let missing = wanted - adapter.features();
+        if !missing.is_empty() {
+            return Err(Error::Adapter(format!("{} lacks {missing:?}", adapter.get_info().name)));
+        }
         let (device, queue) = adapter
             .request_device(&wgpu::DeviceDescriptor {
                 label: Some("wgpu-flash-attention"),
-                required_features: adapter.features() & useful,
+                required_features: (adapter.features() & useful) | wanted,
+                experimental_features: experimental,
                 required_limits: adapter.limits(),
                 ..Default::default()
             })
             .await
             .map_err(|error| Error::Adapter(error.to_string()))?;
-        let context = Context::new(&device, &queue);
+        let mut context = Context::new(&device, &queue);
+        if options.cooperative_matrices {
+            context = context
+                .with_cooperative_matrices(&adapter.cooperative_matrix_properties())
+                .await
+                .map_err(|error| Error::Adapter(error.to_string()))?;
+        }
         Ok(if options.checked { context.checked() } else { context })
     }
 
@@ -210,7 +232,7 @@ impl Context {
     }
 
     /// A copy of the buffer's bytes, up to the next multiple of 4. The copy is submitted before this returns.
-    fn read_buffer(
+    pub(crate) fn read_buffer(
         &self,
         buffer: &wgpu::Buffer,
         offset: u64,

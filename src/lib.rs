@@ -1,12 +1,57 @@
-//! Exact attention on any GPU.
+//! Exact attention, `softmax(scale · QKᵀ) V`, as WGSL compute shaders on [`wgpu`].
+//!
+//! The scores are never stored: a workgroup takes a tile of queries through the keys with an online softmax, as
+//! FlashAttention does, so memory beyond the tensors does not grow with the square of the length. The kernels need
+//! nothing beyond WebGPU's default limits, and no device feature. Queries may have more heads than keys, every tensor any
+//! strides with a contiguous last dimension; masks are causal (either diagonal), sliding windows and key lengths by batch
+//! entry.
+//!
+//! With host slices, as PyTorch's function of the same name:
+//!
+//! ```
+//! use wgpu_flash_attention::{Context, HostTensor, SdpaOptions};
+//!
+//! # fn main() -> Result<(), wgpu_flash_attention::Error> {
+//! // One batch entry, one head, two positions, head dim 2. Each query sees the keys up to its own position.
+//! let shape = [1, 1, 2, 2];
+//! let query = HostTensor { data: &[1.0f32, 0.0, 0.0, 1.0], shape };
+//! let key = HostTensor { data: &[0.0, 0.0, 0.0, 3f32.ln()], shape };
+//! let value = HostTensor { data: &[4.0, 40.0, 8.0, 80.0], shape };
+//! let options = SdpaOptions { is_causal: true, scale: Some(1.0), ..Default::default() };
+//!
+//! let context = Context::headless()?;
+//! let out = context.scaled_dot_product_attention(query, key, value, &options)?;
+//!
+//! // The first query sees the first key only; the second weighs them 1 to 3.
+//! let expected = [4.0, 40.0, 7.0, 70.0];
+//! assert!(out.iter().zip(expected).all(|(o, e)| (o - e).abs() < 1e-4 * e), "{out:?}");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! With a device, buffers and an encoder of your own:
+//!
+//! - [`Problem`] is plain data: a [`Shape`], an [`ElementType`], a [`Layout`] for each tensor, masks, scale.
+//! - [`Context`] holds a device and the pipelines built for it.
+//! - [`Context::plan`] checks the problem and chooses kernel and tile. The [`Plan`] it gives says in words what it does
+//!   (`println!("{plan}")`) and how large a workspace it needs.
+//! - [`Plan::forward`] records into your encoder. It submits nothing, allocates no buffer, and on an [`Error`] has
+//!   recorded nothing.
+//!
+//! `examples/own_device.rs` is a complete program of this kind, `examples/attend.rs` a command that compares the kernels
+//! with your own framework on a safetensors file. [`mod@reference`] has the same mathematics in f64 on the host, in loops one
+//! can read; [`tune`] the tiles by device; [`specialize`] how a shader file becomes a module.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
 mod context;
+#[doc(hidden)]
+pub mod elements;
 mod error;
 mod forward;
 mod host;
 mod kernel;
+mod passthrough;
 mod plan;
 mod problem;
 pub mod reference;
@@ -14,6 +59,7 @@ pub mod specialize;
 pub mod tune;
 
 pub use context::Context;
+pub use elements::{FEATURES as COOPERATIVE_MATRIX_FEATURES, NoElementAccess};
 pub use error::Error;
 pub use forward::{BoundForward, ForwardBuffers};
 pub use host::{Element, HeadlessOptions, HostTensor, SdpaOptions};
@@ -21,3 +67,8 @@ pub use kernel::Kernel;
 pub use plan::{Plan, PlanOptions};
 pub use problem::{Causal, ElementType, Layout, MAX_HEAD_DIM, MAX_SEQLEN, Problem, Shape};
 pub use wgpu;
+
+// The README's code compiles, too.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

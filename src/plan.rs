@@ -7,8 +7,8 @@ use crate::context::{Context, Pipeline};
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{self, Kernel, Pass, Slot};
 use crate::problem::{Layout, Tensor};
-use crate::tune::{self, Tile};
-use crate::{Error, Problem};
+use crate::tune::{self, CoopTile, Tile};
+use crate::{ElementType, Error, Problem};
 
 /// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -17,6 +17,8 @@ pub struct PlanOptions {
     pub kernel: Option<Kernel>,
     /// The tile of the tile kernel; `None` takes [`tune::tile`].
     pub tile: Option<Tile>,
+    /// The tile of the coop kernel; `None` takes [`tune::coop_tile`].
+    pub coop_tile: Option<CoopTile>,
 }
 
 /// How a problem is computed on a device. Made by [`Context::plan`]; used any number of times.
@@ -32,6 +34,8 @@ pub struct Plan {
     kernel: Kernel,
     reason: &'static str,
     tile: Option<Tile>,
+    /// Queries and keys of a tile, for kernels that have tiles.
+    rows_and_keys: Option<(u32, u32)>,
     workgroup_bytes: u32,
     workspace_bytes: u64,
     parts: usize,
@@ -213,17 +217,37 @@ impl Plan {
         problem.validate()?;
         let limits = context.limits();
         let shape = &problem.shape;
-        let (kernel, reason) = match options.kernel {
-            Some(kernel) => (kernel, "asked for"),
-            None => (Kernel::Tile, "it runs on every device and computes every problem"),
+        let (kernel, reason) = match (options.kernel, &context.matrices, problem.element_type) {
+            (Some(kernel), _, _) => (kernel, "asked for"),
+            (None, Some(_), ElementType::F16) => (Kernel::Coop, "the device has cooperative matrices for f16"),
+            (None, Some(_), _) => (Kernel::Tile, "cooperative matrices take f16 only"),
+            (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
         };
         let mut tile = None;
+        let mut rows_and_keys = None;
         let passes = match kernel {
+            Kernel::Coop => {
+                let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
+                let matrices = context
+                    .matrices
+                    .as_ref()
+                    .ok_or(unsupported("the context was made without with_cooperative_matrices"))?;
+                if problem.element_type != ElementType::F16 {
+                    return Err(unsupported("cooperative matrices take f16"));
+                }
+                let size = matrices.format.size;
+                let chosen =
+                    options.coop_tile.unwrap_or_else(|| tune::coop_tile(size, shape.head_dim, shape.head_dim_v));
+                chosen.validate(size)?;
+                rows_and_keys = Some((chosen.rows(size), chosen.keys));
+                vec![kernel::forward_coop::pass(problem, chosen, matrices)]
+            }
             Kernel::Naive => kernel::naive::passes(problem),
             Kernel::Tile => {
                 let chosen = options.tile.unwrap_or_else(|| tune::tile(shape.head_dim, shape.head_dim_v, limits));
                 chosen.validate()?;
                 tile = Some(chosen);
+                rows_and_keys = Some((chosen.rows, chosen.keys));
                 vec![kernel::forward_tile::pass(problem, chosen)]
             }
         };
@@ -232,7 +256,7 @@ impl Plan {
         let bounds = Bounds::of(limits);
         let workspace = |part: &Part| match kernel {
             Kernel::Naive => kernel::naive::workspace_bytes(problem, part),
-            Kernel::Tile => 0,
+            Kernel::Coop | Kernel::Tile => 0,
         };
         let mut plan = Plan {
             device: context.device().clone(),
@@ -243,6 +267,7 @@ impl Plan {
             kernel,
             reason,
             tile,
+            rows_and_keys,
             workgroup_bytes: passes.iter().map(|pass| pass.workgroup_bytes).max().unwrap_or(0),
             workspace_bytes: 0,
             parts: 0,
@@ -250,11 +275,12 @@ impl Plan {
         if problem.is_empty() {
             return Ok(plan);
         }
-        let row_unit = tile.map_or(1, |tile| tile.rows);
+        // The naive kernel keeps all scores of a head at once, as people write it.
+        let row_unit = rows_and_keys.map_or(shape.seqlen_q, |(rows, _)| rows);
         let parts = split(problem, kernel, &passes, &workspace, row_unit, &bounds)?;
         plan.workspace_bytes = parts.iter().map(workspace).max().unwrap_or(0);
         plan.parts = parts.len();
-        let pipelines: Vec<_> = passes.iter().map(|pass| context.pipeline(pass)).collect();
+        let pipelines = passes.iter().map(|pass| context.pipeline(pass)).collect::<Result<Vec<_>, _>>()?;
 
         let uniform_bytes = size_of::<ProblemUniform>() as u64;
         let uniform_step = uniform_bytes.next_multiple_of(limits.min_uniform_buffer_offset_alignment as u64);
@@ -299,7 +325,7 @@ impl Plan {
         self.kernel
     }
 
-    /// The tile in use; `None` for a kernel without one.
+    /// The tile kernel's tile; `None` for another kernel.
     pub fn tile(&self) -> Option<Tile> {
         self.tile
     }
@@ -325,8 +351,8 @@ impl Plan {
     /// Bytes that the kernel moves between device memory (or its caches) and the chip: inputs each time that they are
     /// loaded, outputs, and scores where they are stored.
     pub fn bytes_moved(&self) -> u64 {
-        match self.tile {
-            Some(tile) => self.tile_bytes_moved(tile.rows, tile.keys),
+        match self.rows_and_keys {
+            Some((rows, keys)) => self.tile_bytes_moved(rows, keys),
             None => self.materialized_bytes(),
         }
     }
@@ -399,13 +425,16 @@ impl std::fmt::Display for Plan {
                 t.value_keys
             )?;
         }
+        if let (None, Some((rows, keys))) = (self.tile, self.rows_and_keys) {
+            writeln!(f, "tile: {rows} queries by {keys} keys")?;
+        }
         writeln!(f, "access: {}", if p.is_aligned() { "four elements at a time" } else { "element by element" })?;
         writeln!(f, "workgroup memory: {}", Bytes(self.workgroup_bytes as u64))?;
         let workgroups: u64 =
             self.launches.iter().map(|l| l.workgroups.iter().map(|&n| n as u64).product::<u64>()).sum();
         writeln!(
             f,
-            "workgroups: {workgroups} in {} dispatches over {} parts of the problem",
+            "workgroups: {workgroups}, dispatches: {}, parts that the problem was split into: {}",
             self.launches.len(),
             self.parts
         )?;

@@ -162,6 +162,9 @@ impl Layout {
     }
 
     fn overlaps_itself(&self, dims: [u32; 4]) -> bool {
+        if dims.contains(&0) {
+            return false;
+        }
         let mut axes = [(self.batch, dims[0]), (self.head, dims[1]), (self.row, dims[2])];
         axes.sort();
         let mut span = dims[3] as u64;
@@ -176,7 +179,7 @@ impl Layout {
 
     fn is_aligned(&self, dims: [u32; 4]) -> bool {
         let strides = [(self.offset, 2), (self.batch, dims[0]), (self.head, dims[1]), (self.row, dims[2])];
-        strides.iter().all(|&(stride, n)| n < 2 || stride % 4 == 0)
+        strides.iter().all(|&(stride, n)| n < 2 || stride.is_multiple_of(4))
     }
 }
 
@@ -312,7 +315,7 @@ impl Problem {
                 return Err(Error::HeadDim { argument, found });
             }
         }
-        if s.heads_q == 0 || s.heads_kv == 0 || s.heads_q % s.heads_kv != 0 {
+        if s.heads_q == 0 || s.heads_kv == 0 || !s.heads_q.is_multiple_of(s.heads_kv) {
             return Err(Error::Heads { heads_q: s.heads_q, heads_kv: s.heads_kv });
         }
         for (argument, found) in [("seqlen_q", s.seqlen_q), ("seqlen_k", s.seqlen_k)] {
@@ -365,8 +368,8 @@ impl Problem {
     /// Whether all four tensors can be read and written in groups of four elements.
     pub(crate) fn is_aligned(&self) -> bool {
         let s = &self.shape;
-        s.head_dim % 4 == 0
-            && s.head_dim_v % 4 == 0
+        s.head_dim.is_multiple_of(4)
+            && s.head_dim_v.is_multiple_of(4)
             && Tensor::ALL.iter().all(|&t| self.layout(t).is_aligned(s.dims(t)))
     }
 

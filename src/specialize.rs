@@ -2,18 +2,24 @@
 //!
 //! Directives stand alone on a line: `#include "file" name=text …` (which puts `text` for `$name` in that
 //! file), `#if NAME`, `#if !NAME`, `#else`, `#endif`. Switches are named by `#if`; constants become
-//! `const NAME = …u;` at the top. Every line of the result remembers where it came from.
+//! `const NAME = …u;` at the top, after the file's own `enable` lines. Every line of the result remembers where it came from.
 
 use std::fmt::Write;
+
+use crate::kernel::{forward_tile, naive};
+use crate::{Problem, tune::Tile};
 
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = &[
     ("common/elements.wgsl", include_str!("../shaders/common/elements.wgsl")),
+    ("common/elements_f16.wgsl", include_str!("../shaders/common/elements_f16.wgsl")),
+    ("common/matrix_layout.wgsl", include_str!("../shaders/common/matrix_layout.wgsl")),
     ("common/problem.wgsl", include_str!("../shaders/common/problem.wgsl")),
     ("common/read.wgsl", include_str!("../shaders/common/read.wgsl")),
     ("common/score.wgsl", include_str!("../shaders/common/score.wgsl")),
     ("common/softmax.wgsl", include_str!("../shaders/common/softmax.wgsl")),
     ("common/write.wgsl", include_str!("../shaders/common/write.wgsl")),
+    ("forward_coop.wgsl", include_str!("../shaders/forward_coop.wgsl")),
     ("forward_tile.wgsl", include_str!("../shaders/forward_tile.wgsl")),
     ("naive_output.wgsl", include_str!("../shaders/naive_output.wgsl")),
     ("naive_scores.wgsl", include_str!("../shaders/naive_scores.wgsl")),
@@ -68,6 +74,11 @@ impl Specialization {
 
     fn source_from(&self, files: &[(&'static str, &'static str)]) -> Result<Source, SpecializeError> {
         let mut out = Source { text: String::new(), lines: vec![] };
+        let text = files.iter().find(|(path, _)| *path == self.file).map_or("", |(_, text)| text);
+        for (number, line) in text.lines().enumerate().filter(|(_, line)| line.starts_with("enable ")) {
+            let _ = writeln!(out.text, "{line}");
+            out.lines.push((self.file, number + 1));
+        }
         for (name, value) in &self.constants {
             // Writing to a String cannot fail.
             let _ = writeln!(out.text, "const {name} = {value}u;");
@@ -98,7 +109,7 @@ impl Specialization {
         for (number, line) in text.lines().enumerate().map(|(n, line)| (n + 1, line)) {
             let active = open.iter().all(|&(_, on, _)| on);
             let Some(directive) = line.trim_start().strip_prefix('#') else {
-                if active {
+                if active && !line.starts_with("enable ") {
                     let mut line = line.to_string();
                     for (name, value) in names {
                         line = line.replace(&format!("${name}"), value);
@@ -153,6 +164,16 @@ impl Specialization {
         including.pop();
         Ok(())
     }
+}
+
+/// The modules of the tile kernel with this tile or, without one, of the naive kernel: what a plan compiles for a
+/// problem, without a device.
+pub fn modules(problem: &Problem, tile: Option<Tile>) -> Vec<Specialization> {
+    let passes = match tile {
+        Some(tile) => vec![forward_tile::pass(problem, tile)],
+        None => naive::passes(problem),
+    };
+    passes.into_iter().map(|pass| pass.specialization).collect()
 }
 
 #[cfg(test)]

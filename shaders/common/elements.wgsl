@@ -1,5 +1,6 @@
 // Elements in memory: f32 as it is, f16 and bf16 in pairs in u32 words, so that no device feature is needed.
-// InElements and OutElements are the types of input and output bindings.
+// InElements and OutElements are the types of input and output bindings. Elements4 is what is read at once: four
+// elements, still packed where they lie in whole words; unpack4 makes them numbers.
 #if ELEMENT_F32
 #if ALIGNED
 alias InElements = array<vec4f>;
@@ -38,10 +39,6 @@ fn pack2(x: vec2f) -> u32 {
 }
 #endif
 
-fn unpack4(words: vec2u) -> vec4f {
-    return vec4f(unpack2(words.x), unpack2(words.y));
-}
-
 fn pack4(x: vec4f) -> vec2u {
     return vec2u(pack2(x.xy), pack2(x.zw));
 }
@@ -55,3 +52,22 @@ fn pack1(x: f32) -> u32 {
     return pack2(vec2f(x, 0.0));
 }
 #endif
+
+#if PACKED
+alias Elements4 = vec2u;
+
+fn unpack4(x: Elements4) -> vec4f {
+    return vec4f(unpack2(x.x), unpack2(x.y));
+}
+#else
+alias Elements4 = vec4f;
+
+fn unpack4(x: Elements4) -> vec4f {
+    return x;
+}
+#endif
+
+// x with 0 for the elements from `count` on.
+fn first_elements(x: vec4f, count: u32) -> vec4f {
+    return select(vec4f(), x, vec4u(0u, 1u, 2u, 3u) < vec4u(count));
+}

@@ -1,34 +1,16 @@
-// Four consecutive elements of $tensor from element e on, of which the first `count` exist; the others are 0.
+// Elements d .. d + 4 of the row of $tensor that starts at element `start` and has `dim` elements, as they are in
+// memory. What would be past the row's end is some other element of it: there is no branch, and nothing that depends
+// on the value read, so that loads can overlap with the work ahead of their use.
+fn read_$tensor(start: u32, d: u32, dim: u32) -> Elements4 {
 #if ALIGNED
-// e is a multiple of 4, and count is 0 or at least 4.
-fn read_$tensor(e: u32, count: u32) -> vec4f {
-    if count == 0u {
-        return vec4f();
-    }
-#if ELEMENT_F32
-    return $tensor[e / 4u];
+    return $tensor[(start + min(d, dim - 4u)) / 4u];
 #else
-    return unpack4($tensor[e / 4u]);
+    let e = start + min(vec4u(d) + vec4u(0u, 1u, 2u, 3u), vec4u(dim - 1u));
+    return Elements4(read_one_$tensor(e.x), read_one_$tensor(e.y), read_one_$tensor(e.z), read_one_$tensor(e.w));
 #endif
 }
-#else
-fn read_$tensor(e: u32, count: u32) -> vec4f {
-    var x = vec4f();
-    if count > 0u {
-        x.x = read_one_$tensor(e);
-    }
-    if count > 1u {
-        x.y = read_one_$tensor(e + 1u);
-    }
-    if count > 2u {
-        x.z = read_one_$tensor(e + 2u);
-    }
-    if count > 3u {
-        x.w = read_one_$tensor(e + 3u);
-    }
-    return x;
-}
 
+#if !ALIGNED
 fn read_one_$tensor(e: u32) -> f32 {
 #if ELEMENT_F32
     return $tensor[e];

@@ -10,6 +10,28 @@ fn score(dot: f32, at: Sequence, i: i32, j: i32) -> f32 {
 #endif
 }
 
+// The same in parts, for a kernel that takes its exponents in one fma: the sign that Q takes on, the shape, and the factor,
+// never negative, that makes shaped scores exponents of 2. score(dot) · log2(e) = score_factor() · score_shape(score_sign() · dot).
+fn score_sign() -> f32 {
+    return select(1.0, -1.0, problem.scale < 0.0);
+}
+
+fn score_shape(dot: f32) -> f32 {
+#if SOFTCAP
+    return tanh_exact(abs(problem.scale) * dot / problem.softcap);
+#else
+    return dot;
+#endif
+}
+
+fn score_factor() -> f32 {
+#if SOFTCAP
+    return problem.softcap * LOG2_E;
+#else
+    return abs(problem.scale) * LOG2_E;
+#endif
+}
+
 #if SOFTCAP
 // tanh that neither overflows for large x nor cancels for small x, whatever the driver's own does.
 fn tanh_exact(x: f32) -> f32 {
@@ -41,16 +63,7 @@ fn key_range(at: Sequence, i0: i32, i1: i32) -> vec2i {
     return vec2i(key_interval(at, i0).x, key_interval(at, i1 - 1).y);
 }
 
-const NONE = 0u;
-const SOME = 1u;
-const ALL = 2u;
-
-// Of the scores of rows i0 .. i1 with keys j0 .. j1: do none count, some, or all?
-fn tile_kind(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> u32 {
-    let top = key_interval(at, i0);
-    let bottom = key_interval(at, i1 - 1);
-    if j0 >= bottom.y || j1 <= top.x {
-        return NONE;
-    }
-    return select(SOME, ALL, j0 >= bottom.x && j1 <= top.y);
+// Do all scores of rows i0 .. i1 with keys j0 .. j1 count? Then none of them needs to be asked about.
+fn tile_is_full(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
+    return j0 >= key_interval(at, i1 - 1).x && j1 <= key_interval(at, i0).y;
 }

@@ -1,28 +1,19 @@
-// Stores the first `count` of four consecutive elements of $tensor from element e on.
+// Stores x as elements d .. d + 4 of the row of $tensor that starts at element `start` and has `dim` elements, as far
+// as they are in the row.
 #if ALIGNED
-// e is a multiple of 4, and count is 0 or at least 4.
-fn write_$tensor(e: u32, count: u32, x: vec4f) {
-    if count > 0u {
+fn write_$tensor(start: u32, d: u32, dim: u32, x: vec4f) {
+    if d < dim {
 #if ELEMENT_F32
-        $tensor[e / 4u] = x;
+        $tensor[(start + d) / 4u] = x;
 #else
-        $tensor[e / 4u] = pack4(x);
+        $tensor[(start + d) / 4u] = pack4(x);
 #endif
     }
 }
 #else
-fn write_$tensor(e: u32, count: u32, x: vec4f) {
-    if count > 0u {
-        write_one_$tensor(e, x.x);
-    }
-    if count > 1u {
-        write_one_$tensor(e + 1u, x.y);
-    }
-    if count > 2u {
-        write_one_$tensor(e + 2u, x.z);
-    }
-    if count > 3u {
-        write_one_$tensor(e + 3u, x.w);
+fn write_$tensor(start: u32, d: u32, dim: u32, x: vec4f) {
+    for (var c = 0u; c < min(4u, max(d, dim) - d); c++) {
+        write_one_$tensor(start + d + c, x[c]);
     }
 }
 

@@ -34,6 +34,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
                 (Slot::SeqlensK, Access::Read),
             ],
         ),
+        element_access: false,
         threads: tile.threads(),
         workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
         workgroups: Box::new(move |part: &Part| {

@@ -1,6 +1,7 @@
 //! The kernels: one file each, beside its WGSL. A kernel says which modules it runs, what they bind, and how many
 //! workgroups a part of the problem takes.
 
+pub(crate) mod forward_coop;
 pub(crate) mod forward_tile;
 pub(crate) mod naive;
 pub(crate) mod uniform;
@@ -15,6 +16,9 @@ use crate::{ElementType, Problem};
 pub enum Kernel {
     /// Scores to memory, softmax, product: what people write first. The yardstick; no plan falls back to it.
     Naive,
+    /// Tiles on cooperative matrices (tensor cores), f16 in memory, for contexts that
+    /// [`Context::with_cooperative_matrices`](crate::Context::with_cooperative_matrices) made.
+    Coop,
     /// Tiles and an online softmax within WebGPU's default limits, larger tiles where the device allows them.
     Tile,
 }
@@ -22,6 +26,7 @@ pub enum Kernel {
 impl std::fmt::Display for Kernel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
+            Kernel::Coop => "coop",
             Kernel::Naive => "naive",
             Kernel::Tile => "tile",
         })
@@ -64,10 +69,15 @@ pub(crate) enum Access {
 pub(crate) struct Pass {
     pub specialization: Specialization,
     pub bindings: Vec<(Slot, Access)>,
+    /// Whether the module has placeholders for `src/elements.rs` to fill.
+    pub element_access: bool,
     pub threads: u32,
     pub workgroup_bytes: u32,
-    pub workgroups: Box<dyn Fn(&Part) -> [u64; 3]>,
+    pub workgroups: Workgroups,
 }
+
+/// The workgroups that a part of the problem takes.
+pub(crate) type Workgroups = Box<dyn Fn(&Part) -> [u64; 3]>;
 
 /// The switches that follow from the problem alone.
 pub(crate) fn switches(problem: &Problem) -> Vec<&'static str> {
@@ -78,6 +88,7 @@ pub(crate) fn switches(problem: &Problem) -> Vec<&'static str> {
     }];
     let flags = [
         (problem.is_aligned(), "ALIGNED"),
+        (problem.is_aligned() && problem.element_type != ElementType::F32, "PACKED"),
         (problem.softcap.is_some(), "SOFTCAP"),
         (problem.seqlens_k, "SEQLENS_K"),
         (problem.lse, "LSE"),

@@ -20,6 +20,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let pass = |file, entry, constants, used: &[(Slot, Access)], threads, workgroup_bytes, workgroups| Pass {
         specialization: Specialization { file, entry, switches: switches(problem), constants },
         bindings: bindings(problem, used),
+        element_access: false,
         threads,
         workgroup_bytes,
         workgroups,

@@ -1,0 +1,490 @@
+//! Times the kernels beside each other, after checking what they computed. `--help` lists the options.
+
+mod support;
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use plotters::coord::Shift;
+use plotters::prelude::*;
+use wgpu_flash_attention::tune::Tile;
+use wgpu_flash_attention::{
+    Causal, Context, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, reference,
+};
+
+use support::{Errors, Inputs, Number, Outputs, Tensors, Time, Verdict};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Times every kernel on a list of shapes. Rows of each output are checked against f64 first; a kernel that fails
+/// gets no figure, and the exit code is 1.
+#[derive(Parser)]
+struct Args {
+    /// Batch, heads (or query heads/key-value heads), sequence length, head dim; several shapes separated by ';'
+    #[arg(long, value_name = "B,H,N,D;...", value_delimiter = ';', value_parser = parse_shape,
+          default_value = "1,8,512,64;1,8,1024,64;1,8,2048,64")]
+    shapes: Vec<Shape>,
+    /// With the causal mask, without it, or both
+    #[arg(long, value_enum, num_args = 0..=1, default_value = "none", default_missing_value = "only")]
+    causal: Masks,
+    /// Element types in memory
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "f32")]
+    dtype: Vec<Type>,
+    /// Kernels to time
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "naive,tile")]
+    kernels: Vec<KernelName>,
+    /// Times this tile in place of the tuned one; may be repeated
+    #[arg(long, value_name = "ROWS,KEYS,TY,TX,CHUNK,VALUE_KEYS", value_parser = parse_tile)]
+    tile: Vec<Tile>,
+    /// The adapter whose name holds this text
+    #[arg(long)]
+    adapter: Option<String>,
+    /// Writes the figures as comma-separated values
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// Draws time and extra memory against the sequence length
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Masks {
+    None,
+    Only,
+    Both,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+enum Type {
+    F32,
+    F16,
+    Bf16,
+}
+
+impl From<Type> for ElementType {
+    fn from(ty: Type) -> Self {
+        match ty {
+            Type::F32 => ElementType::F32,
+            Type::F16 => ElementType::F16,
+            Type::Bf16 => ElementType::BF16,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+enum KernelName {
+    Naive,
+    Tile,
+}
+
+fn numbers<const N: usize>(text: &str) -> std::result::Result<[u32; N], String> {
+    let parsed: std::result::Result<Vec<u32>, _> = text.split(',').map(|part| part.trim().parse()).collect();
+    let wrong = || format!("{N} whole numbers separated by commas are expected");
+    parsed.map_err(|_| wrong())?.try_into().map_err(|_| wrong())
+}
+
+fn parse_shape(text: &str) -> std::result::Result<Shape, String> {
+    // "H/Hkv" is one number more than "H".
+    let [batch, heads_q, heads_kv, seqlen, head_dim] = match text.contains('/') {
+        true => numbers(&text.replacen('/', ",", 1))?,
+        false => numbers(text).map(|[b, h, n, d]| [b, h, h, n, d])?,
+    };
+    if [batch, heads_q, heads_kv, seqlen, head_dim].contains(&0) {
+        return Err("every size must be at least 1".into());
+    }
+    Ok(Shape { heads_kv, ..Shape::square(batch, heads_q, seqlen, head_dim) })
+}
+
+fn parse_tile(text: &str) -> std::result::Result<Tile, String> {
+    let [rows, keys, threads_y, threads_x, chunk, value_keys] = numbers(text)?;
+    Ok(Tile { rows, keys, threads_y, threads_x, chunk, value_keys })
+}
+
+/// Something to time: a kernel, with a tile if the table's is not wanted.
+#[derive(Clone, Copy)]
+struct Candidate {
+    kernel: Kernel,
+    tile: Option<Tile>,
+}
+
+impl std::fmt::Display for Candidate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.tile {
+            None => self.kernel.fmt(f),
+            Some(t) => {
+                let Tile { rows, keys, threads_y, threads_x, chunk, value_keys } = t;
+                write!(f, "tile[{rows} {keys} {threads_y} {threads_x} {chunk} {value_keys}]")
+            }
+        }
+    }
+}
+
+/// A figure that was checked.
+struct Figure {
+    name: String,
+    problem: Problem,
+    time: Time,
+    extra_bytes: u64,
+}
+
+impl Figure {
+    fn teraflops(&self) -> f64 {
+        self.problem.forward_flops() / self.time.median * 1e-12
+    }
+}
+
+/// The rows that are checked, and what they should be.
+struct Sample {
+    rows: Vec<[u32; 3]>,
+    out: Vec<f64>,
+    lse: Vec<f64>,
+    /// Of the plain computation in the same type.
+    plain: Errors,
+}
+
+impl Sample {
+    fn of<T: Number>(problem: &Problem, tensors: &Tensors<T>) -> Self {
+        const SAMPLES: u64 = 64;
+        let s = &problem.shape;
+        let last = s.rows() - 1;
+        let count = SAMPLES.min(s.rows());
+        // From the first row to the last; the step is no multiple of the length, so positions differ between heads.
+        let row = |n: u64| {
+            let row = (n as u128 * last as u128 / (count - 1).max(1) as u128) as u64;
+            let (heads, n) = (s.heads_q as u64, s.seqlen_q as u64);
+            [(row / n / heads) as u32, (row / n % heads) as u32, (row % n) as u32]
+        };
+        let rows: Vec<_> = (0..count).map(row).collect();
+        let (mut out, mut lse, mut plain) = (vec![], vec![], vec![]);
+        for &row in &rows {
+            let (o, l) = reference::forward_row(problem, &tensors.query, &tensors.key, &tensors.value, None, row);
+            out.extend(o);
+            lse.push(l);
+            plain.extend(support::plain_row(problem, tensors, row).0);
+        }
+        Sample { rows, plain: Errors::of(plain, &out), out, lse }
+    }
+
+    /// What is wrong with a result, if anything.
+    fn check<T: Number>(&self, problem: &Problem, out: &[T], lse: &[f32]) -> std::result::Result<(), String> {
+        let is_nan = |&x: &T| -> bool { x.into().is_nan() };
+        if out.iter().any(is_nan) || lse.iter().any(|x| x.is_nan()) {
+            return Err("WRONG: some elements were not written or are NaN".into());
+        }
+        let s = &problem.shape;
+        let at =
+            |[b, h, i]: [u32; 3]| (b as usize * s.heads_q as usize + h as usize) * s.seqlen_q as usize + i as usize;
+        let dim = s.head_dim_v as usize;
+        let found = self.rows.iter().flat_map(|&row| out[at(row) * dim..][..dim].iter().copied());
+        let errors = Errors::of(found, &self.out);
+        let verdict = match problem.element_type {
+            ElementType::F32 => support::judge_relative(errors),
+            _ => support::judge_by_plain(errors, self.plain),
+        };
+        let lse: Vec<f32> = self.rows.iter().map(|&row| lse[at(row)]).collect();
+        let broken = |(name, verdict): (&str, Verdict)| (!verdict.holds).then(|| format!("WRONG: {name}: {verdict}"));
+        let verdicts = [("o", verdict), ("lse", support::judge_lse(&lse, &self.lse))];
+        verdicts.into_iter().find_map(broken).map_or(Ok(()), Err)
+    }
+}
+
+/// Prints the rows of the table as they are measured, and keeps them.
+struct Report {
+    bar: ProgressBar,
+    csv: Option<File>,
+    figures: Vec<Figure>,
+    all_right: bool,
+}
+
+impl Report {
+    fn line(name: &str, problem: &Problem, rest: &str) -> String {
+        let causal = if problem.causal.is_some() { "causal" } else { "" };
+        format!("{name:<28} {:<5} {:<18} {causal:<7} {rest}", problem.element_type.to_string(), label(&problem.shape))
+    }
+
+    fn header(&self) {
+        let line = format!(
+            "{:<28} {:<5} {:<18} {:<7} {:>10} {:>10} {:>9} {:>12} {:>10}",
+            "kernel", "dtype", "B,H,N,D", "", "median ms", "min ms", "TFLOP/s", "extra memory", "speed-up"
+        );
+        self.bar.suspend(|| println!("{line}"));
+    }
+
+    /// A kernel without a figure, and why.
+    fn refuse(&mut self, name: &str, problem: &Problem, reason: &str) {
+        self.bar.suspend(|| println!("{}", Self::line(name, problem, reason)));
+    }
+
+    fn add(&mut self, figure: Figure) -> Result<()> {
+        let Figure { name, problem, time, extra_bytes } = &figure;
+        let yardstick = self.figures.iter().chain([&figure]).find(|other| {
+            let p = &other.problem;
+            other.name == "naive"
+                && p.element_type == ElementType::F32
+                && (p.shape, p.causal) == (problem.shape, problem.causal)
+        });
+        let speed_up = yardstick.map_or("-".into(), |naive| format!("{:.2}", naive.time.median / time.median));
+        let rest = format!(
+            "{:>10.3} {:>10.3} {:>9.4} {:>8.3} MiB {speed_up:>10}",
+            time.median * 1e3,
+            time.min * 1e3,
+            figure.teraflops(),
+            *extra_bytes as f64 / 1_048_576.0,
+        );
+        self.bar.suspend(|| println!("{}", Self::line(name, problem, &rest)));
+        if let Some(csv) = &mut self.csv {
+            let s = &problem.shape;
+            writeln!(
+                csv,
+                "{name},forward,{},{},{},{},{},{},{},{:.6},{:.6}",
+                problem.element_type,
+                s.batch,
+                s.heads_q,
+                s.heads_kv,
+                s.seqlen_q,
+                s.head_dim,
+                problem.causal.is_some() as u8,
+                time.median * 1e3,
+                figure.teraflops()
+            )?;
+        }
+        self.figures.push(figure);
+        Ok(())
+    }
+}
+
+/// A shape as `--shapes` takes it.
+fn label(s: &Shape) -> String {
+    let heads = if s.group() == 1 { s.heads_q.to_string() } else { format!("{}/{}", s.heads_q, s.heads_kv) };
+    format!("{},{heads},{},{}", s.batch, s.seqlen_q, s.head_dim)
+}
+
+/// Checks and times one kernel on one problem.
+fn compare_one<T: Number>(
+    context: &Context,
+    candidate: Candidate,
+    problem: &Problem,
+    inputs: &Inputs,
+    sample: &Sample,
+    report: &mut Report,
+) -> Result<()> {
+    let name = candidate.to_string();
+    let options = PlanOptions { kernel: Some(candidate.kernel), tile: candidate.tile, coop_tile: None };
+    let plan = match context.plan_with(problem, &options) {
+        Ok(plan) => plan,
+        Err(error) => {
+            report.refuse(&name, problem, &format!("refused: {error}"));
+            return Ok(());
+        }
+    };
+    let outputs = Outputs::poisoned(context, &plan)?;
+    let bound = support::bind(&plan, inputs, &outputs)?;
+    support::pass_times(context, &bound, 1, 1)?;
+    let (out, lse) = outputs.read::<T>(context, problem)?;
+    if let Err(wrong) = sample.check(problem, &out, &lse) {
+        report.refuse(&name, problem, &wrong);
+        report.all_right = false;
+        return Ok(());
+    }
+    let time = support::measure(context, &bound)?;
+    let extra_bytes = plan.workspace_bytes() + 4 * problem.shape.rows();
+    report.add(Figure { name, problem: problem.clone(), time, extra_bytes })
+}
+
+/// Every kernel on one shape in one element type.
+fn compare_all<T: Number>(
+    context: &Context,
+    candidates: &[Candidate],
+    shape: Shape,
+    masks: &[Option<Causal>],
+    report: &mut Report,
+) -> Result<()> {
+    let problem = Problem { lse: true, ..Problem::new(shape, T::TYPE) };
+    problem.validate()?;
+    let elements =
+        |heads: u32| shape.batch as usize * heads as usize * shape.seqlen_q as usize * shape.head_dim as usize;
+    let tensors = Tensors::<T> {
+        query: support::random(elements(shape.heads_q), 1),
+        key: support::random(elements(shape.heads_kv), 2),
+        value: support::random(elements(shape.heads_kv), 3),
+        seqlens_k: None,
+    };
+    let inputs = Inputs::upload(context, &tensors)?;
+    for &causal in masks {
+        let problem = Problem { causal, ..problem.clone() };
+        let sample = Sample::of(&problem, &tensors);
+        for &candidate in candidates {
+            report.bar.set_message(format!("{candidate} {} {}", T::TYPE, label(&shape)));
+            compare_one::<T>(context, candidate, &problem, &inputs, &sample, report)?;
+            report.bar.inc(1);
+        }
+    }
+    Ok(())
+}
+
+fn run(mut args: Args) -> Result<bool> {
+    // The yardstick first: naive in f32.
+    args.dtype.sort();
+    args.kernels.sort();
+    let context = Context::headless_with(&HeadlessOptions { adapter: args.adapter.clone(), checked: false })?;
+    let candidates: Vec<Candidate> = args
+        .kernels
+        .iter()
+        .flat_map(|kernel| match kernel {
+            KernelName::Naive => vec![Candidate { kernel: Kernel::Naive, tile: None, coop_tile: None }],
+            KernelName::Tile if args.tile.is_empty() => vec![Candidate { kernel: Kernel::Tile, tile: None, coop_tile: None }],
+            KernelName::Tile => args.tile.iter().map(|&t| Candidate { kernel: Kernel::Tile, tile: Some(t) }).collect(),
+        })
+        .collect();
+    let masks: &[_] = match args.causal {
+        Masks::None => &[None],
+        Masks::Only => &[Some(Causal::BottomRight)],
+        Masks::Both => &[None, Some(Causal::BottomRight)],
+    };
+    let count = args.shapes.len() * args.dtype.len() * masks.len() * candidates.len();
+    let bar = ProgressBar::new(count as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}")?);
+    let mut csv = args.csv.as_ref().map(|path| named(path, File::create(path))).transpose()?;
+    if let Some(csv) = &mut csv {
+        writeln!(csv, "kernel,op,dtype,B,H,Hkv,N,D,causal,median_ms,TFLOPS")?;
+    }
+    let mut report = Report { bar, csv, figures: vec![], all_right: true };
+    println!("adapter: {}", support::adapter_name(&context));
+    println!("times: {}; speed-up: over naive in f32 on the same shape", support::clock(&context));
+    report.header();
+    for &shape in &args.shapes {
+        for &dtype in &args.dtype {
+            match dtype {
+                Type::F32 => compare_all::<f32>(&context, &candidates, shape, masks, &mut report)?,
+                Type::F16 => compare_all::<half::f16>(&context, &candidates, shape, masks, &mut report)?,
+                Type::Bf16 => compare_all::<half::bf16>(&context, &candidates, shape, masks, &mut report)?,
+            }
+        }
+    }
+    report.bar.finish_and_clear();
+    if let Some(path) = args.plot.as_ref().filter(|_| !report.figures.is_empty()) {
+        let svg = draw(&report.figures, &support::adapter_name(&context))?;
+        named(path, std::fs::write(path, svg))?;
+    }
+    Ok(report.all_right)
+}
+
+fn named<T>(path: &Path, result: std::io::Result<T>) -> std::result::Result<T, String> {
+    result.map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// Points of one line, `[N, value]`.
+struct Series {
+    name: String,
+    points: Vec<(f64, f64)>,
+}
+
+/// One line for each kernel, type, mask and shape less the sequence length.
+fn series(figures: &[Figure], value: impl Fn(&Figure) -> f64) -> Vec<Series> {
+    let mut all: Vec<Series> = vec![];
+    for figure in figures {
+        let causal = if figure.problem.causal.is_some() { ", causal" } else { "" };
+        let mut name = format!("{} {}{causal}", figure.name, figure.problem.element_type);
+        if common_sizes(figures).is_none() {
+            name = format!("{name}, {}", sizes(figure));
+        }
+        let point = (figure.problem.shape.seqlen_q as f64, value(figure));
+        match all.iter_mut().find(|series| series.name == name) {
+            Some(series) => series.points.push(point),
+            None => all.push(Series { name, points: vec![point] }),
+        }
+    }
+    for series in &mut all {
+        series.points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    }
+    all
+}
+
+/// All sizes but the sequence length.
+fn sizes(figure: &Figure) -> String {
+    let s = &figure.problem.shape;
+    let heads = if s.group() == 1 { s.heads_q.to_string() } else { format!("{}/{}", s.heads_q, s.heads_kv) };
+    format!("B {}, H {heads}, D {}", s.batch, s.head_dim)
+}
+
+/// The same, where they are those of every figure.
+fn common_sizes(figures: &[Figure]) -> Option<String> {
+    let first = figures.first().map(sizes)?;
+    figures.iter().all(|figure| sizes(figure) == first).then_some(first)
+}
+
+fn draw(figures: &[Figure], adapter: &str) -> Result<String> {
+    let mut svg = String::new();
+    {
+        let root = SVGBackend::with_string(&mut svg, (1100, 500)).into_drawing_area();
+        root.fill(&WHITE)?;
+        let title = common_sizes(figures).map_or(adapter.into(), |sizes| format!("{sizes} on {adapter}"));
+        let root = root.titled(&title, ("sans-serif", 16))?;
+        let (left, right) = root.split_horizontally(550);
+        panel(&left, "Time of a forward pass", "ms", &series(figures, |figure| figure.time.median * 1e3))?;
+        let mebibytes = series(figures, |figure| figure.extra_bytes as f64 / 1_048_576.0);
+        panel(&right, "Memory beyond q, k, v and o", "MiB", &mebibytes)?;
+        root.present()?;
+    }
+    Ok(svg)
+}
+
+fn panel(area: &DrawingArea<SVGBackend<'_>, Shift>, title: &str, unit: &str, all: &[Series]) -> Result<()> {
+    let values =
+        |of: fn(&(f64, f64)) -> f64| -> Vec<f64> { all.iter().flat_map(|s| s.points.iter().map(of)).collect() };
+    let (lengths, heights) = (values(|p| p.0), values(|p| p.1));
+    let mut ticks = lengths.clone();
+    ticks.sort_by(f64::total_cmp);
+    ticks.dedup();
+    // Room for the legend above the lines.
+    let range = |values: &[f64], below: f64, above: f64| {
+        let low = values.iter().copied().fold(f64::INFINITY, f64::min);
+        let high = values.iter().copied().fold(0.0, f64::max);
+        low * below..high * above
+    };
+    let x = range(&lengths, 0.8, 1.25).log_scale().with_key_points(ticks);
+    let y = range(&heights, 0.5, 10.0).log_scale();
+    let mut chart = ChartBuilder::on(area)
+        .caption(title, ("sans-serif", 18))
+        .margin(10)
+        .x_label_area_size(40)
+        .y_label_area_size(70)
+        .build_cartesian_2d(x, y)?;
+    chart
+        .configure_mesh()
+        .x_desc("sequence length N (positions)")
+        .y_desc(unit)
+        .x_label_formatter(&|x| format!("{x:.0}"))
+        .y_label_formatter(&|y| format!("{y}"))
+        .light_line_style(WHITE)
+        .draw()?;
+    for (n, Series { name, points }) in all.iter().enumerate() {
+        let style = Palette99::pick(n).stroke_width(2);
+        chart
+            .draw_series(LineSeries::new(points.iter().copied(), style).point_size(3))?
+            .label(name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
+        .background_style(WHITE.mix(0.8))
+        .border_style(BLACK.mix(0.3))
+        .draw()?;
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("compare: {error}");
+            ExitCode::from(2)
+        }
+    }
+}

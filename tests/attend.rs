@@ -1,0 +1,299 @@
+//! The command `attend`, run as a user runs it: exit codes, messages, files.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use wgpu_flash_attention::{Causal, ElementType, Problem, Shape, reference};
+
+const FIXTURE: &[u8] = include_bytes!("data/minilm_layer5.safetensors");
+
+/// `cargo test` puts examples beside the folder of the tests.
+fn attend(args: &[&str]) -> Output {
+    let test = std::env::current_exe().unwrap();
+    let profile = test.parent().unwrap().parent().unwrap();
+    let program = profile.join("examples").join(format!("attend{}", std::env::consts::EXE_SUFFIX));
+    let output = Command::new(&program).args(args).output();
+    output.unwrap_or_else(|error| panic!("{}: {error}; `cargo test --examples` builds it", program.display()))
+}
+
+fn stdout(output: &Output) -> String {
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+#[track_caller]
+fn expect(args: &[&str], code: i32) -> String {
+    let output = attend(args);
+    assert_eq!(output.status.code(), Some(code), "{args:?}\n{}{}", stdout(&output), stderr(&output));
+    stdout(&output)
+}
+
+/// Exit code 2 and one line on stderr that holds each of `words`.
+#[track_caller]
+fn expect_refusal(args: &[&str], words: &[&str]) {
+    let output = attend(args);
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(2), "{args:?}\n{}{text}", stdout(&output));
+    assert_eq!(text.lines().count(), 1, "{args:?}\n{text}");
+    for word in words {
+        assert!(text.contains(word), "{args:?}: {text:?} does not say {word:?}");
+    }
+}
+
+/// Tensors of a file in the making.
+#[derive(Clone)]
+struct File(Vec<(&'static str, Dtype, Vec<usize>, Vec<u8>)>);
+
+impl File {
+    /// Two query heads to a key-value head, values narrower than keys, more keys than queries.
+    const SHAPE: Shape =
+        Shape { batch: 2, heads_q: 4, heads_kv: 2, seqlen_q: 3, seqlen_k: 5, head_dim: 8, head_dim_v: 6 };
+
+    fn new() -> Self {
+        File(vec![]).with("q", &[2, 4, 3, 8], &values(192, 0.7)).with("k", &[2, 2, 5, 8], &values(160, 1.1)).with(
+            "v",
+            &[2, 2, 5, 6],
+            &values(120, 1.9),
+        )
+    }
+
+    fn put(mut self, name: &'static str, dtype: Dtype, shape: &[usize], bytes: &[u8]) -> Self {
+        self = self.without(name);
+        self.0.push((name, dtype, shape.to_vec(), bytes.to_vec()));
+        self
+    }
+
+    fn with(self, name: &'static str, shape: &[usize], values: &[f32]) -> Self {
+        self.put(name, Dtype::F32, shape, bytemuck::cast_slice(values))
+    }
+
+    fn with_lengths(self, lengths: &[i64]) -> Self {
+        self.put("seqlens_k", Dtype::I64, &[lengths.len()], bytemuck::cast_slice(lengths))
+    }
+
+    fn without(mut self, name: &str) -> Self {
+        self.0.retain(|(other, ..)| *other != name);
+        self
+    }
+
+    fn save(&self, name: &str) -> String {
+        let view = |dtype: &Dtype, shape: &[usize], bytes| TensorView::new(*dtype, shape.to_vec(), bytes).unwrap();
+        let views = self.0.iter().map(|(name, dtype, shape, bytes)| (*name, view(dtype, shape, bytes)));
+        let path = temporary(name);
+        std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+        path.into_os_string().into_string().unwrap()
+    }
+}
+
+fn temporary(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("attend-{name}.safetensors"))
+}
+
+/// Values between -1 and 1 without a short period.
+fn values(count: usize, step: f32) -> Vec<f32> {
+    (0..count).map(|n| (n as f32 * step + 0.3 * step).sin()).collect()
+}
+
+fn shape_and_type(bytes: &[u8], name: &str) -> (Vec<usize>, Dtype) {
+    let file = SafeTensors::deserialize(bytes).unwrap();
+    let view = file.tensor(name).unwrap();
+    (view.shape().to_vec(), view.dtype())
+}
+
+#[test]
+fn the_fixture_passes() {
+    let text = expect(&[], 0);
+    for word in ["adapter", "plan", "kernel: tile", "time", "PASS: o and lse"] {
+        assert!(text.contains(word), "{text}");
+    }
+}
+
+#[test]
+fn every_kernel_and_type_passes_on_the_fixture() {
+    for kernel in ["naive", "tile", "reference"] {
+        for dtype in ["f32", "f16", "bf16"] {
+            let text = expect(&["--kernel", kernel, "--dtype", dtype, "--checked"], 0);
+            assert!(text.contains(kernel) && text.contains(&format!("in {dtype};")), "{text}");
+        }
+    }
+}
+
+#[test]
+fn o_and_lse_are_written_in_the_computing_type() {
+    let (o, _) = shape_and_type(FIXTURE, "o");
+    for (dtype, written) in [("f32", Dtype::F32), ("f16", Dtype::F16), ("bf16", Dtype::BF16)] {
+        let path = temporary(&format!("written-{dtype}"));
+        expect(&["--dtype", dtype, "-o", path.to_str().unwrap()], 0);
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!(shape_and_type(&bytes, "o"), (o.clone(), written));
+        assert_eq!(shape_and_type(&bytes, "lse"), (o[..3].to_vec(), Dtype::F32));
+    }
+}
+
+#[test]
+fn without_dtype_the_type_is_that_of_the_file() {
+    let half: Vec<half::f16> = values(192, 0.7).into_iter().map(half::f16::from_f32).collect();
+    let half: &[u8] = bytemuck::cast_slice(&half);
+    let file = File(vec![]).put("q", Dtype::F16, &[1, 2, 4, 24], half).put("k", Dtype::F16, &[1, 2, 4, 24], half).put(
+        "v",
+        Dtype::F16,
+        &[1, 2, 4, 24],
+        half,
+    );
+    let path = temporary("own-type-out");
+    let text = expect(&[&file.save("own-type"), "-o", path.to_str().unwrap()], 0);
+    assert!(text.contains("nothing was compared"), "{text}");
+    assert_eq!(shape_and_type(&std::fs::read(path).unwrap(), "o"), (vec![1, 2, 4, 24], Dtype::F16));
+}
+
+#[test]
+fn options_and_lengths_reach_the_kernels() {
+    let options = ["--causal", "top-left", "--window", "2,-1", "--scale", "-0.9", "--softcap", "1.5"];
+    let problem = Problem::new(File::SHAPE, ElementType::F32)
+        .causal(Causal::TopLeft)
+        .window(Some(2), None)
+        .scale(-0.9)
+        .softcap(1.5)
+        .with_seqlens_k();
+    let [q, k, v] = [values(192, 0.7), values(160, 1.1), values(120, 1.9)];
+    let result = reference::forward(&problem, &q, &k, &v, Some(&[4, 0]));
+    let f32s = |values: &[f64]| -> Vec<f32> { values.iter().map(|&x| x as f32).collect() };
+    assert!(result.lse.contains(&f64::NEG_INFINITY), "a row without a key is part of this test");
+    let file = File::new().with_lengths(&[4, 0]).with("o", &[2, 4, 3, 6], &f32s(&result.out)).with(
+        "lse",
+        &[2, 4, 3],
+        &f32s(&result.lse),
+    );
+    let path = file.save("options");
+    for kernel in ["naive", "tile", "reference"] {
+        let with = |options: &[&str]| -> Vec<String> {
+            [path.as_str(), "--kernel", kernel].iter().chain(options).map(|s| s.to_string()).collect()
+        };
+        let run = |args: Vec<String>, code| expect(&args.iter().map(String::as_str).collect::<Vec<_>>(), code);
+        run(with(&options), 0);
+        run(with(&[&options[..], &["--dtype", "f16"]].concat()), 0);
+        // Each of them matters, in 16 bits too.
+        for n in (0..options.len()).step_by(2) {
+            let fewer = [&options[..n], &options[n + 2..]].concat();
+            assert!(run(with(&fewer), 1).contains("FAIL"), "{kernel} without {}", options[n]);
+            run(with(&[&fewer[..], &["--dtype", "f16"]].concat()), 1);
+        }
+    }
+    let path = file.with_lengths(&[4, 1]).save("options-lengths");
+    expect(&[&[path.as_str()], &options[..]].concat(), 1);
+}
+
+#[test]
+fn a_wrong_expectation_fails_and_is_named() {
+    let result = reference::forward(
+        &Problem::new(File::SHAPE, ElementType::F32),
+        &values(192, 0.7),
+        &values(160, 1.1),
+        &values(120, 1.9),
+        None,
+    );
+    let mut out: Vec<f32> = result.out.iter().map(|&x| x as f32).collect();
+    let mut lse: Vec<f32> = result.lse.iter().map(|&x| x as f32).collect();
+    let right = File::new().with("o", &[2, 4, 3, 6], &out).with("lse", &[2, 4, 3], &lse);
+    assert!(expect(&[&right.save("right")], 0).contains("PASS: o and lse:"));
+
+    let last = out.len() - 1;
+    out[last] += 0.01;
+    let path = right.clone().with("o", &[2, 4, 3, 6], &out).save("wrong-o");
+    let text = expect(&[&path], 1);
+    assert!(text.contains("FAIL: o:") && text.contains("breaks the bound: relative error"), "{text}");
+    // 0.01 is too much in 16 bits as well, and NaN always is.
+    assert!(expect(&[&path, "--dtype", "f16"], 1).contains("FAIL: o:"));
+    out[last] = f32::NAN;
+    assert!(expect(&[&right.clone().with("o", &[2, 4, 3, 6], &out).save("nan-o")], 1).contains("FAIL: o:"));
+
+    lse[7] += 1e-4;
+    let path = right.with("lse", &[2, 4, 3], &lse).save("wrong-lse");
+    assert!(expect(&[&path], 1).contains("FAIL: lse:"));
+}
+
+#[test]
+fn bad_files_are_refused_in_one_line() {
+    let integers = |name: &'static str| File::new().put(name, Dtype::I32, &[2, 2, 5, 8], &[0; 640]);
+    let cases: &[(&str, File, &[&str])] = &[
+        ("missing-q", File::new().without("q"), &["no tensor q", "k, v"]),
+        ("missing-k", File::new().without("k"), &["no tensor k"]),
+        ("missing-v", File::new().without("v"), &["no tensor v"]),
+        ("rank", File::new().with("q", &[8, 3, 8], &values(192, 0.7)), &["q has 3 dimensions", "[8, 3, 8]"]),
+        ("rank-of-v", File::new().with("v", &[120], &values(120, 1.0)), &["v has 1 dimension"]),
+        ("batch", File::new().with("q", &[1, 8, 3, 8], &values(192, 0.7)), &["k has shape", "batch"]),
+        ("head-dim", File::new().with("k", &[2, 2, 8, 5], &values(160, 1.0)), &["k has shape", "head dim"]),
+        ("keys", File::new().with("v", &[2, 2, 6, 5], &values(120, 1.0)), &["v has shape"]),
+        ("heads", File::new().with("q", &[2, 3, 4, 8], &values(192, 0.7)), &["2 heads", "3", "divide"]),
+        ("integers-q", integers("q"), &["q is I32", "F32, F16 or BF16"]),
+        ("integers-k", integers("k"), &["k is I32"]),
+        ("doubles", File::new().put("q", Dtype::F64, &[2, 4, 3, 8], &[0; 1536]), &["q is F64"]),
+        ("mixed", File::new().put("k", Dtype::F16, &[2, 2, 5, 8], &[0; 320]), &["k is F16", "--dtype"]),
+        ("negative-length", File::new().with_lengths(&[3, -1]), &["seqlens_k[1] is -1", "0 to 5"]),
+        ("large-length", File::new().with_lengths(&[6, 5]), &["seqlens_k[0] is 6"]),
+        ("huge-length", File::new().with_lengths(&[5, (1 << 32) + 1]), &["seqlens_k[1] is 4294967297"]),
+        ("lengths-shape", File::new().with_lengths(&[3]), &["seqlens_k has shape [1]"]),
+        ("lengths-type", File::new().with("seqlens_k", &[2], &[1.0, 2.0]), &["seqlens_k is F32"]),
+        ("expected-o", File::new().with("o", &[2, 4, 3, 8], &values(192, 1.0)), &["expected o has shape"]),
+        ("expected-lse", File::new().with("lse", &[2, 12], &values(24, 1.0)), &["expected lse has shape"]),
+        ("wide", wide(), &["head_dim is 257"]),
+    ];
+    for (name, file, words) in cases {
+        expect_refusal(&[&file.save(&format!("bad-{name}"))], words);
+    }
+}
+
+/// A head dim above 256.
+fn wide() -> File {
+    let zeros = [0.0; 257];
+    File(vec![]).with("q", &[1, 1, 1, 257], &zeros).with("k", &[1, 1, 1, 257], &zeros).with(
+        "v",
+        &[1, 1, 1, 257],
+        &zeros,
+    )
+}
+
+#[test]
+fn unreadable_files_are_refused_in_one_line() {
+    expect_refusal(&["no/such/file"], &["cannot read no/such/file"]);
+    let path = temporary("cut");
+    std::fs::write(&path, &FIXTURE[..FIXTURE.len() / 2]).unwrap();
+    expect_refusal(&[path.to_str().unwrap()], &["attend-cut", "no safetensors file"]);
+    std::fs::write(&path, "not a tensor in sight").unwrap();
+    expect_refusal(&[path.to_str().unwrap()], &["attend-cut", "no safetensors file"]);
+}
+
+#[test]
+fn options_out_of_range_are_refused_in_one_line() {
+    let cases: &[(&[&str], &[&str])] = &[
+        (&["--causal", "up"], &["--causal", "up", "bottom-right, top-left"]),
+        (&["--window", "3"], &["--window", "comma"]),
+        (&["--window", "-2,1"], &["--window", "-2", "-1"]),
+        (&["--window", "1,x"], &["--window", "x"]),
+        (&["--window", "0,536870913"], &["--window", "536870912"]),
+        (&["--scale", "much"], &["--scale", "much"]),
+        (&["--scale", "nan"], &["scale is NaN"]),
+        (&["--scale", "inf"], &["scale is inf"]),
+        (&["--softcap", "0"], &["softcap is 0"]),
+        (&["--softcap", "-3"], &["softcap is -3"]),
+        (&["--kernel", "magic"], &["--kernel", "magic", "reference"]),
+        (&["--dtype", "f64"], &["--dtype", "f64"]),
+        (&["--no-such-option"], &["--no-such-option"]),
+        (&["one", "two"], &["two"]),
+    ];
+    for (args, words) in cases {
+        expect_refusal(args, words);
+    }
+}
+
+#[test]
+fn an_adapter_that_is_not_there_is_named() {
+    let output = attend(&["--adapter", "abacus"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr(&output).contains("\"abacus\""), "{}", stderr(&output));
+}

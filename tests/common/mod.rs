@@ -1,0 +1,536 @@
+//! What the tests share: devices, cases, and the comparison with the oracle.
+//!
+//! A case says what to compute and how its tensors lie in memory. Gaps in the inputs, and keys past their length, hold
+//! NaN; outputs and workspace hold NaN before each run, and what is not the output's must hold it afterwards.
+#![allow(dead_code)] // Each test binary uses a part.
+
+use std::fmt::Write;
+use std::sync::OnceLock;
+
+use half::{bf16, f16};
+use wgpu_flash_attention::wgpu::{self, BufferBinding};
+use wgpu_flash_attention::{
+    Causal, Context, ElementType, ForwardBuffers, Kernel, Layout, Plan, PlanOptions, Problem, Shape, reference,
+    tune::Tile,
+};
+
+pub const TYPES: [ElementType; 3] = [ElementType::F32, ElementType::F16, ElementType::BF16];
+
+pub fn naive() -> PlanOptions {
+    PlanOptions { kernel: Some(Kernel::Naive), ..Default::default() }
+}
+
+pub fn tile() -> PlanOptions {
+    PlanOptions { kernel: Some(Kernel::Tile), ..Default::default() }
+}
+
+/// The tile kernel with this tile: rows, keys, grid of threads (y, x), chunk, value_keys.
+pub fn tiled(rows: u32, keys: u32, grid: (u32, u32), chunk: u32, value_keys: u32) -> PlanOptions {
+    let of_tile = Tile { rows, keys, threads_y: grid.0, threads_x: grid.1, chunk, value_keys };
+    PlanOptions { tile: Some(of_tile), ..tile() }
+}
+
+/// The system's adapter with all its limits.
+pub fn full() -> &'static Context {
+    static CONTEXT: OnceLock<Context> = OnceLock::new();
+    CONTEXT.get_or_init(|| Context::headless().unwrap())
+}
+
+/// The same adapter with no more than every WebGPU device has.
+pub fn webgpu() -> &'static Context {
+    static CONTEXT: OnceLock<Context> = OnceLock::new();
+    CONTEXT.get_or_init(|| with_limits(|_| {}))
+}
+
+/// WebGPU's default limits, changed by `lower`.
+pub fn with_limits(lower: impl FnOnce(&mut wgpu::Limits)) -> Context {
+    let mut required_limits = wgpu::Limits::default();
+    lower(&mut required_limits);
+    let (device, queue) = pollster::block_on(async {
+        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
+        let adapter = instance.request_adapter(&Default::default()).await.unwrap();
+        let descriptor = wgpu::DeviceDescriptor { required_limits, ..Default::default() };
+        adapter.request_device(&descriptor).await.unwrap()
+    });
+    Context::new(&device, &queue)
+}
+
+/// What q and k hold; v is random in either case.
+#[derive(Clone, Copy, Debug)]
+pub enum Inputs {
+    Random,
+    /// Integers up to this size, so that the scores are exact in f32 however large they are.
+    Integers(i32),
+}
+
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub problem: Problem,
+    pub seqlens_k: Option<Vec<i32>>,
+    pub inputs: Inputs,
+    /// q, k and v lie in one buffer.
+    pub one_buffer: bool,
+}
+
+/// `case(batch, [heads_q, heads_kv], [seqlen_q, seqlen_k], [head_dim, head_dim_v])`: contiguous, unmasked, with lse.
+pub const fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]) -> Case {
+    let shape = Shape {
+        batch,
+        heads_q: heads[0],
+        heads_kv: heads[1],
+        seqlen_q: seqlens[0],
+        seqlen_k: seqlens[1],
+        head_dim: dims[0],
+        head_dim_v: dims[1],
+    };
+    let problem = Problem::new(shape, ElementType::F32).with_lse();
+    Case { problem, seqlens_k: None, inputs: Inputs::Random, one_buffer: false }
+}
+
+impl Case {
+    pub fn element_type(mut self, element_type: ElementType) -> Self {
+        self.problem.element_type = element_type;
+        self
+    }
+
+    pub fn no_lse(mut self) -> Self {
+        self.problem.lse = false;
+        self
+    }
+
+    pub fn causal(mut self, causal: Causal) -> Self {
+        self.problem.causal = Some(causal);
+        self
+    }
+
+    /// A negative side is open.
+    pub fn window(mut self, left: i32, right: i32) -> Self {
+        self.problem = self.problem.window(u32::try_from(left).ok(), u32::try_from(right).ok());
+        self
+    }
+
+    pub fn seqlens(mut self, lengths: &[i32]) -> Self {
+        assert_eq!(lengths.len(), self.problem.shape.batch as usize);
+        self.problem.seqlens_k = true;
+        self.seqlens_k = Some(lengths.to_vec());
+        self
+    }
+
+    pub fn scale(mut self, scale: f32) -> Self {
+        self.problem.scale = Some(scale);
+        self
+    }
+
+    pub fn softcap(mut self, softcap: f32) -> Self {
+        self.problem.softcap = Some(softcap);
+        self
+    }
+
+    pub fn integers(mut self, largest: i32) -> Self {
+        self.inputs = Inputs::Integers(largest);
+        self
+    }
+
+    /// Each tensor's layout from its batch, heads, rows and dim, and its number (q, k, v, o).
+    pub fn layouts(mut self, layout: impl Fn([u32; 4], u64) -> Layout) -> Self {
+        let [q, k, v, o] = tensor_dims(&self.problem.shape);
+        let p = &mut self.problem;
+        (p.query, p.key, p.value, p.out) = (layout(q, 0), layout(k, 1), layout(v, 2), layout(o, 3));
+        self
+    }
+
+    pub fn bnhd(mut self) -> Self {
+        self.problem = self.problem.bnhd();
+        self
+    }
+
+    /// `[position, batch, head, dim]`.
+    pub fn nbhd(self) -> Self {
+        self.layouts(|[batch, heads, _, dim], _| {
+            let (batch, heads, dim) = (batch as u64, heads as u64, dim as u64);
+            Layout { offset: 0, batch: heads * dim, head: dim, row: batch * heads * dim }
+        })
+    }
+
+    /// Nothing is a multiple of 2; rows of 16-bit types share words with their neighbours and with gaps.
+    pub fn odd(self) -> Self {
+        self.layouts(|[_, heads, rows, dim], n| {
+            let row = (dim as u64 + n) | 1;
+            let head = (rows as u64 * row + 2) | 1;
+            Layout { offset: 2 * n + 1, batch: (heads as u64 * head) | 1, head, row }
+        })
+    }
+
+    /// Gaps of four elements, so that groups of four stay together where the head dims allow.
+    pub fn gaps(self) -> Self {
+        self.layouts(|[_, heads, rows, dim], n| {
+            let row = dim as u64 + 4;
+            let head = rows as u64 * row + 4 * n;
+            Layout { offset: 4 * n, batch: heads as u64 * head + 8, head, row }
+        })
+    }
+
+    /// `[batch, position, q heads | k heads | v heads, dim]` in one buffer, o contiguous.
+    pub fn packed(mut self) -> Self {
+        let s = self.problem.shape;
+        let (q, k, v) = (s.heads_q * s.head_dim, s.heads_kv * s.head_dim, s.heads_kv * s.head_dim_v);
+        let row = (q + k + v) as u64;
+        let view = |offset: u32, dim: u32, rows: u32| Layout {
+            offset: offset as u64,
+            batch: rows as u64 * row,
+            head: dim as u64,
+            row,
+        };
+        assert_eq!(s.seqlen_q, s.seqlen_k);
+        self.problem.query = view(0, s.head_dim, s.seqlen_q);
+        self.problem.key = view(q, s.head_dim, s.seqlen_k);
+        self.problem.value = view(q + k, s.head_dim_v, s.seqlen_k);
+        self.one_buffer = true;
+        self
+    }
+
+    /// All batch entries and heads share one k and one v.
+    pub fn shared_kv(mut self) -> Self {
+        for layout in [&mut self.problem.key, &mut self.problem.value] {
+            (layout.batch, layout.head) = (0, 0);
+        }
+        self
+    }
+
+    pub fn prepare(&self) -> Prepared {
+        let mut rng = Rng(0x5eed);
+        let dims = tensor_dims(&self.problem.shape);
+        let mut tensor = |n: usize, integers: Option<i32>, low: f32, high: f32| -> Vec<f32> {
+            let len = dims[n].iter().map(|&d| d as usize).product();
+            let one = |rng: &mut Rng| match integers {
+                Some(most) => (rng.next() % (2 * most + 1) as u64) as i64 as f32 - most as f32,
+                None => low + (high - low) * rng.unit(),
+            };
+            (0..len).map(|_| one(&mut rng)).collect()
+        };
+        let integers = match self.inputs {
+            Inputs::Random => None,
+            Inputs::Integers(most) => Some(most),
+        };
+        let inputs = [tensor(0, integers, -1.5, 2.0), tensor(1, integers, -2.0, 1.5), tensor(2, None, -1.0, 2.0)];
+        Prepared::new(&self.problem, inputs, self.seqlens_k.clone(), self.one_buffer)
+    }
+}
+
+/// splitmix64.
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e3779b97f4a7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58476d1ce4e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d049bb133111eb);
+        x ^ (x >> 31)
+    }
+
+    /// From 0 to below 1.
+    pub fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1u32 << 24) as f32
+    }
+}
+
+/// `[batch, heads, rows, dim]` of q, k, v and o.
+fn tensor_dims(s: &Shape) -> [[u32; 4]; 4] {
+    [
+        [s.batch, s.heads_q, s.seqlen_q, s.head_dim],
+        [s.batch, s.heads_kv, s.seqlen_k, s.head_dim],
+        [s.batch, s.heads_kv, s.seqlen_k, s.head_dim_v],
+        [s.batch, s.heads_q, s.seqlen_q, s.head_dim_v],
+    ]
+}
+
+/// Where each element of a contiguous `[batch, head, position, dim]` tensor lies, and its batch entry and position.
+fn places(layout: &Layout, [batch, heads, rows, dim]: [u32; 4]) -> impl Iterator<Item = (usize, u32, u32)> + use<> {
+    let layout = *layout;
+    let at = move |b: u32, h: u32, i: u32, d: u32| {
+        layout.offset + b as u64 * layout.batch + h as u64 * layout.head + i as u64 * layout.row + d as u64
+    };
+    (0..batch).flat_map(move |b| {
+        (0..heads)
+            .flat_map(move |h| (0..rows).flat_map(move |i| (0..dim).map(move |d| (at(b, h, i, d) as usize, b, i))))
+    })
+}
+
+fn end(layout: &Layout, dims: [u32; 4]) -> usize {
+    places(layout, dims).map(|(place, ..)| place + 1).max().unwrap_or(0)
+}
+
+/// The bits of x rounded to the type.
+pub fn to_bits(element_type: ElementType, x: f32) -> u32 {
+    match element_type {
+        ElementType::F32 => x.to_bits(),
+        ElementType::F16 => f16::from_f32(x).to_bits().into(),
+        ElementType::BF16 => bf16::from_f32(x).to_bits().into(),
+    }
+}
+
+pub fn from_bits(element_type: ElementType, bits: u32) -> f32 {
+    match element_type {
+        ElementType::F32 => f32::from_bits(bits),
+        ElementType::F16 => f16::from_bits(bits as u16).to_f32(),
+        ElementType::BF16 => bf16::from_bits(bits as u16).to_f32(),
+    }
+}
+
+/// A NaN of the type that no computation makes; each round has its own.
+fn poison(element_type: ElementType, round: u32) -> u32 {
+    match element_type {
+        ElementType::F32 => 0x7fc5_a5a5 + round,
+        ElementType::F16 => 0xfe5a + round,
+        ElementType::BF16 => 0xffda + round,
+    }
+}
+
+/// Elements in memory, after and before a guard of poison, padded with it to whole words.
+fn guarded(element_type: ElementType, elements: &[u32], poison: u32) -> Vec<u8> {
+    let bytes = element_type.bytes() as usize;
+    let guard = GUARD as usize / bytes;
+    let padding = (elements.len() * bytes).next_multiple_of(4) / bytes - elements.len();
+    let all = std::iter::repeat_n(&poison, guard).chain(elements).chain(std::iter::repeat_n(&poison, padding + guard));
+    all.flat_map(|bits| bits.to_le_bytes().into_iter().take(bytes)).collect()
+}
+
+/// Bytes before and after each tensor: the largest alignment that a device may ask of an offset.
+const GUARD: u64 = 256;
+
+/// A case's inputs in memory, and what is to come out.
+pub struct Prepared {
+    pub problem: Problem,
+    /// Guarded: q, k and v, or one buffer for all of them.
+    inputs: Vec<Vec<u8>>,
+    seqlens_k: Option<Vec<i32>>,
+    pub expected: reference::Forward,
+    /// The largest error of the plain computation in the problem's type.
+    plain_error: f64,
+}
+
+/// The bits of o and lse, contiguous.
+pub type Bits = (Vec<u32>, Vec<u32>);
+
+impl Prepared {
+    /// `inputs` are contiguous; they are rounded to the problem's type.
+    pub fn new(problem: &Problem, inputs: [Vec<f32>; 3], seqlens_k: Option<Vec<i32>>, one_buffer: bool) -> Self {
+        let (shape, ty) = (&problem.shape, problem.element_type);
+        let dims = tensor_dims(shape);
+        let layouts = [&problem.query, &problem.key, &problem.value];
+        let ends = [0, 1, 2].map(|n| end(layouts[n], dims[n]));
+        let buffer_of = |n: usize| if one_buffer { 0 } else { n };
+        let nan = poison(ty, 0);
+        let mut buffers = match one_buffer {
+            true => vec![vec![nan; ends.into_iter().max().unwrap_or(0)]],
+            false => ends.map(|end| vec![nan; end]).into(),
+        };
+        for n in 0..3 {
+            for ((place, b, i), &x) in places(layouts[n], dims[n]).zip(&inputs[n]) {
+                let exists = n == 0 || seqlens_k.as_ref().is_none_or(|lengths| (i as i32) < lengths[b as usize]);
+                if exists {
+                    buffers[buffer_of(n)][place] = to_bits(ty, x);
+                }
+            }
+        }
+        // What the kernels see: rounded, and the last write where strides are 0.
+        let [q, k, v] = [0, 1, 2].map(|n| -> Vec<f32> {
+            places(layouts[n], dims[n]).map(|(place, ..)| from_bits(ty, buffers[buffer_of(n)][place])).collect()
+        });
+        let expected = reference::forward(problem, &q, &k, &v, seqlens_k.as_deref());
+        let plain = plain(problem, [&q, &k, &v], seqlens_k.as_deref());
+        let plain_error = plain.iter().zip(&expected.out).map(|(&x, e)| (x as f64 - e).abs()).fold(0.0, f64::max);
+        let inputs = buffers.iter().map(|elements| guarded(ty, elements, nan)).collect();
+        Prepared { problem: problem.clone(), inputs, seqlens_k, expected, plain_error }
+    }
+
+    /// Computes the case twice and compares with the oracle.
+    pub fn check(&self, context: &Context, options: &PlanOptions) -> Result<(), String> {
+        let plan = context.plan_with(&self.problem, options).map_err(|error| error.to_string())?;
+        self.check_plan(context, &plan)
+    }
+
+    pub fn check_plan(&self, context: &Context, plan: &Plan) -> Result<(), String> {
+        let bits = self.run(context, plan, 0)?;
+        if self.run(context, plan, 1)? != bits {
+            return Err("two runs gave different bits".into());
+        }
+        self.compare(&bits)
+    }
+
+    /// One run on freshly poisoned outputs.
+    pub fn run(&self, context: &Context, plan: &Plan, round: u32) -> Result<Bits, String> {
+        let (problem, ty) = (&self.problem, self.problem.element_type);
+        let dims = tensor_dims(&problem.shape);
+        let out_end = end(&problem.out, dims[3]);
+        let rows = problem.shape.rows() as usize;
+        let [nan, nan32] = [ty, ElementType::F32].map(|ty| poison(ty, round));
+        let words = |n: usize| guarded(ElementType::F32, &vec![nan32; n], nan32);
+
+        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes)).collect();
+        let out = context.upload(&guarded(ty, &vec![nan; out_end], nan));
+        let lse = problem.lse.then(|| context.upload(&words(rows)));
+        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)));
+        let workspace_words = plan.workspace_bytes() as usize / 4;
+        let workspace = (workspace_words > 0).then(|| context.upload(&words(workspace_words)));
+        // As few bytes as the layouts say.
+        fn bind(buffer: &wgpu::Buffer, bytes: u64) -> BufferBinding<'_> {
+            BufferBinding { buffer, offset: GUARD, size: wgpu::BufferSize::new(bytes.next_multiple_of(4).max(4)) }
+        }
+        let input = |n: usize, layout| {
+            let buffer = if inputs.len() == 1 { &inputs[0] } else { &inputs[n] };
+            bind(buffer, end(layout, dims[n]) as u64 * ty.bytes())
+        };
+        let buffers = ForwardBuffers {
+            query: input(0, &problem.query),
+            key: input(1, &problem.key),
+            value: input(2, &problem.value),
+            out: bind(&out, out_end as u64 * ty.bytes()),
+            lse: lse.as_ref().map(|lse| bind(lse, rows as u64 * 4)),
+            seqlens_k: lengths.as_ref().map(|lengths| lengths.as_entire_buffer_binding()),
+            workspace: workspace.as_ref().map(|workspace| bind(workspace, plan.workspace_bytes())),
+        };
+        let mut encoder = context.device().create_command_encoder(&Default::default());
+        plan.forward(&mut encoder, &buffers).map_err(|error| error.to_string())?;
+        context.queue().submit([encoder.finish()]);
+
+        let out = unguard(context, &out, ty, nan, |end| {
+            let mut taken = vec![false; end];
+            let places: Vec<_> = places(&problem.out, dims[3]).map(|(place, ..)| place).collect();
+            places.iter().for_each(|&place| taken[place] = true);
+            (places, taken)
+        });
+        let lse = lse.map_or(Ok(vec![]), |lse| {
+            unguard(context, &lse, ElementType::F32, nan32, |end| {
+                ((0..rows).collect(), (0..end).map(|place| place < rows).collect())
+            })
+        });
+        Ok((out.map_err(|e| format!("out: {e}"))?, lse.map_err(|e| format!("lse: {e}"))?))
+    }
+
+    /// Compares with the oracle, under the bounds of the design.
+    pub fn compare(&self, (out, lse): &Bits) -> Result<(), String> {
+        let (shape, ty) = (&self.problem.shape, self.problem.element_type);
+        let dim = shape.head_dim_v as usize;
+        let element = |n: usize| {
+            let row = n / dim;
+            let (heads, rows) = (shape.heads_q as usize, shape.seqlen_q as usize);
+            format!("[{}, {}, {}, {}]", row / rows / heads, row / rows % heads, row % rows, n % dim)
+        };
+        let (mut error2, mut norm2, mut worst) = (0.0, 0.0, (0.0, 0));
+        if out.len() != self.expected.out.len() {
+            return Err(format!("{} elements of out, {} expected", out.len(), self.expected.out.len()));
+        }
+        for (n, (&bits, &expected)) in out.iter().zip(&self.expected.out).enumerate() {
+            let found = from_bits(ty, bits) as f64;
+            if found.is_nan() {
+                return Err(format!("out{} is NaN, {expected} expected", element(n)));
+            }
+            if self.expected.lse[n / dim] == f64::NEG_INFINITY && found != 0.0 {
+                return Err(format!("out{} is {found} in a row without keys", element(n)));
+            }
+            let error = (found - expected).abs();
+            error2 += error * error;
+            norm2 += expected * expected;
+            if error > worst.0 {
+                worst = (error, n);
+            }
+        }
+        let (measure, error, bound) = match ty {
+            ElementType::F32 => ("relative", (error2 / f64::max(norm2, f64::MIN_POSITIVE)).sqrt(), 2e-6),
+            ElementType::F16 | ElementType::BF16 => ("largest", worst.0, 2.0 * self.plain_error + 1e-5),
+        };
+        let mut problems = String::new();
+        // Written so that NaN does not pass.
+        if !matches!(error.partial_cmp(&bound), Some(std::cmp::Ordering::Less | std::cmp::Ordering::Equal)) {
+            let n = worst.1;
+            let (found, expected) = (from_bits(ty, out[n]), self.expected.out[n]);
+            let _ = write!(
+                problems,
+                "{measure} error {error:e} > {bound:e}, worst at out{}: {found}, {expected} expected; ",
+                element(n)
+            );
+        }
+        for (row, (&bits, &expected)) in lse.iter().zip(&self.expected.lse).enumerate() {
+            let found = f32::from_bits(bits) as f64;
+            let good = found == expected || (found - expected).abs() <= 1e-5 + 1e-6 * expected.abs();
+            if !good || (expected == f64::NEG_INFINITY && found != expected) {
+                let _ = write!(problems, "lse at row {row} is {found}, {expected} expected; ");
+                break;
+            }
+        }
+        if problems.is_empty() { Ok(()) } else { Err(problems) }
+    }
+}
+
+/// The elements at the places that belong to a tensor, in its order; an error if anything else changed.
+/// `owned(n)` gives those places, and for each of n whether it is one.
+fn unguard(
+    context: &Context,
+    buffer: &wgpu::Buffer,
+    element_type: ElementType,
+    poison: u32,
+    owned: impl FnOnce(usize) -> (Vec<usize>, Vec<bool>),
+) -> Result<Vec<u32>, String> {
+    let bytes = context.download(buffer, 0, buffer.size()).map_err(|error| error.to_string())?;
+    let all: Vec<u32> = match element_type {
+        ElementType::F32 => bytemuck::pod_collect_to_vec(&bytes),
+        _ => bytemuck::pod_collect_to_vec::<u8, u16>(&bytes).into_iter().map(u32::from).collect(),
+    };
+    let guard = GUARD as usize / element_type.bytes() as usize;
+    let (places, taken) = owned(all.len() - 2 * guard);
+    for (n, &bits) in all.iter().enumerate() {
+        let ours = n.checked_sub(guard).and_then(|n| taken.get(n)).is_some_and(|&taken| taken);
+        if !ours && bits != poison {
+            return Err(format!("element {} is not the tensor's and was written", n as i64 - guard as i64));
+        }
+        if ours && bits == poison {
+            return Err(format!("element {} was not written", n - guard));
+        }
+    }
+    Ok(places.into_iter().map(|place| all[guard + place]).collect())
+}
+
+/// What one would write in the type itself: scores, softmax and products in f32, p and o rounded.
+fn plain(problem: &Problem, [query, key, value]: [&[f32]; 3], seqlens_k: Option<&[i32]>) -> Vec<f32> {
+    let s = &problem.shape;
+    let (d, dv) = (s.head_dim as usize, s.head_dim_v as usize);
+    let round = |x: f32| from_bits(problem.element_type, to_bits(problem.element_type, x));
+    let score = |q: &[f32], k: &[f32]| {
+        let score = problem.effective_scale() * q.iter().zip(k).map(|(x, y)| x * y).sum::<f32>();
+        problem.softcap.map_or(score, |cap| cap * (score / cap).tanh())
+    };
+    let mut out = vec![];
+    for n in 0..s.rows() as usize {
+        let (i, head) = (n % s.seqlen_q as usize, n / s.seqlen_q as usize);
+        let (b, h) = (head / s.heads_q as usize, head % s.heads_q as usize);
+        let first_key = (b * s.heads_kv as usize + h / s.group() as usize) * s.seqlen_k as usize;
+        let keys = seqlens_k.map_or(s.seqlen_k, |lengths| lengths[b].clamp(0, s.seqlen_k as i32) as u32);
+        let (first, end) = problem.key_interval(i as u32, keys);
+        let row =
+            |x: &'_ [f32], j: u32, dim: usize| -> Vec<f32> { x[(first_key + j as usize) * dim..][..dim].to_vec() };
+        let scores: Vec<f32> = (first..end).map(|j| score(&query[n * d..][..d], &row(key, j, d))).collect();
+        let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f32 = scores.iter().map(|x| (x - most).exp()).sum();
+        let mut o = vec![0.0; dv];
+        for (j, x) in (first..end).zip(&scores) {
+            let p = round((x - most).exp() / sum);
+            o.iter_mut().zip(row(value, j, dv)).for_each(|(o, v)| *o += p * v);
+        }
+        out.extend(o.into_iter().map(round));
+    }
+    out
+}
+
+/// Runs every case in every way and reports all that fail.
+pub fn check_all(cases: &[(String, Prepared)], ways: &[(&str, &Context, PlanOptions)]) {
+    let mut failed = vec![];
+    for (name, prepared) in cases {
+        for (way, context, options) in ways {
+            if let Err(error) = prepared.check(context, options) {
+                failed.push(format!("{name}, {way}: {error}"));
+            }
+        }
+    }
+    assert!(failed.is_empty(), "{} failed\n{}", failed.len(), failed.join("\n"));
+}

@@ -1,0 +1,346 @@
+//! Bad input: the error that each brings, that its text names what is wrong, and that nothing was written.
+
+mod common;
+
+use common::*;
+use wgpu_flash_attention::tune::Tile;
+use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferSize, BufferUsages, ErrorFilter};
+use wgpu_flash_attention::{
+    Context, ElementType, Error, ForwardBuffers, HeadlessOptions, Kernel, Layout, PlanOptions, Problem, Shape,
+};
+
+const POISON: u32 = 0x7fc5_a5a5;
+
+/// Runs `f`; the device must have nothing to complain about.
+fn without_device_error<T>(context: &Context, f: impl FnOnce() -> T) -> T {
+    let scopes = [ErrorFilter::Validation, ErrorFilter::OutOfMemory, ErrorFilter::Internal];
+    let scopes = scopes.map(|filter| context.device().push_error_scope(filter));
+    let result = f();
+    for scope in scopes.into_iter().rev() {
+        if let Some(error) = pollster::block_on(scope.pop()) {
+            panic!("{error}");
+        }
+    }
+    result
+}
+
+/// B 2, Hq 4, Hkv 2, Nq 6, Nk 10, D 8, Dv 4 with key lengths and lse.
+fn problem() -> Problem {
+    case(2, [4, 2], [6, 10], [8, 4]).seqlens(&[10, 7]).problem
+}
+
+/// Problems and options that no plan is made for, and what the error says.
+#[test]
+fn plans() {
+    let good = problem;
+    let shape = |change: fn(&mut Shape)| {
+        let mut problem = good();
+        change(&mut problem.shape);
+        problem
+    };
+    let with_tile = |found: Tile| PlanOptions { tile: Some(found), ..tile() };
+    let fine = Tile { rows: 8, keys: 16, threads_y: 4, threads_x: 2, chunk: 8, value_keys: 4 };
+    let head_dim = |argument, found| Error::HeadDim { argument, found };
+    let seqlen = |argument, found| Error::Seqlen { argument, found };
+    let far = Layout { offset: 0, batch: u64::MAX / 2, head: u64::MAX / 2, row: 8 };
+    let overlap = Error::OutputOverlap { argument: "out" };
+    let refused = [
+        (shape(|s| s.head_dim = 0), tile(), head_dim("head_dim", 0), "head_dim is 0"),
+        (shape(|s| s.head_dim = 257), tile(), head_dim("head_dim", 257), "head_dim is 257"),
+        (shape(|s| s.head_dim_v = 0), naive(), head_dim("head_dim_v", 0), "head_dim_v is 0"),
+        (shape(|s| s.head_dim_v = 300), naive(), head_dim("head_dim_v", 300), "head_dim_v is 300"),
+        (shape(|s| s.heads_kv = 3), tile(), Error::Heads { heads_q: 4, heads_kv: 3 }, "heads_kv is 3"),
+        (shape(|s| s.heads_kv = 0), tile(), Error::Heads { heads_q: 4, heads_kv: 0 }, "heads_kv is 0"),
+        (shape(|s| s.heads_q = 0), tile(), Error::Heads { heads_q: 0, heads_kv: 2 }, "heads_q is 0"),
+        (shape(|s| s.seqlen_q = (1 << 29) + 1), tile(), seqlen("seqlen_q", (1 << 29) + 1), "seqlen_q is 536870913"),
+        (shape(|s| s.seqlen_k = u32::MAX), tile(), seqlen("seqlen_k", u32::MAX), "seqlen_k is 4294967295"),
+        (good().scale(f32::INFINITY), tile(), Error::Scale(f32::INFINITY), "scale is inf"),
+        (good().softcap(0.0), tile(), Error::Softcap(0.0), "softcap is 0"),
+        (good().softcap(-2.0), tile(), Error::Softcap(-2.0), "softcap is -2"),
+        (good().softcap(f32::INFINITY), tile(), Error::Softcap(f32::INFINITY), "softcap is inf"),
+        (Problem { query: far, ..good() }, tile(), Error::LayoutOverflow { argument: "query" }, "query"),
+        (Problem { key: far, ..good() }, tile(), Error::LayoutOverflow { argument: "key" }, "key"),
+        (Problem { value: far, ..good() }, tile(), Error::LayoutOverflow { argument: "value" }, "value"),
+        (Problem { out: far, ..good() }, tile(), Error::LayoutOverflow { argument: "out" }, "out"),
+        (Problem { out: Layout { row: 3, ..good().out }, ..good() }, tile(), overlap.clone(), "out"),
+        (Problem { out: Layout { head: 0, ..good().out }, ..good() }, naive(), overlap.clone(), "out"),
+        (Problem { out: Layout { batch: 95, ..good().out }, ..good() }, naive(), overlap, "out"),
+        (good(), with_tile(Tile { threads_y: 3, ..fine }), Error::Tile("threads_y must divide rows"), "tile"),
+        (good(), with_tile(Tile { chunk: 6, ..fine }), Error::Tile("chunk must be a multiple of 4"), "tile"),
+    ];
+    for (problem, options, expected, named) in refused {
+        let error = without_device_error(full(), || full().plan_with(&problem, &options)).unwrap_err();
+        assert_eq!(error, expected);
+        assert!(error.to_string().contains(named), "{error}");
+    }
+    // This context was made without cooperative matrices.
+    let coop = PlanOptions { kernel: Some(Kernel::Coop), ..Default::default() };
+    let error = full().plan_with(&Problem { element_type: ElementType::F16, ..good() }, &coop).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
+    assert!(error.to_string().contains("with_cooperative_matrices"), "{error}");
+    // NaN is not equal to itself.
+    let error = full().plan(&good().scale(f32::NAN)).unwrap_err();
+    assert!(matches!(error, Error::Scale(x) if x.is_nan()), "{error}");
+    let error = full().plan(&good().softcap(f32::NAN)).unwrap_err();
+    assert!(matches!(error, Error::Softcap(x) if x.is_nan()), "{error}");
+}
+
+/// Devices that a kernel does not fit on; what it needs is asked of the error.
+#[test]
+fn devices() {
+    let refused = |lower: fn(&mut wgpu::Limits), options: PlanOptions| {
+        let context = with_limits(lower);
+        without_device_error(&context, || context.plan_with(&problem(), &options)).unwrap_err()
+    };
+    let check = |error: Error, kernel: Kernel, name: &str, has: u64| {
+        let text = error.to_string();
+        let Error::DeviceLimit { kernel: found_kernel, limit, needed, found } = error else { panic!("{text}") };
+        assert_eq!((found_kernel, limit, found), (kernel, name, has), "{text}");
+        assert!(needed > found && text.contains(name) && text.contains(&needed.to_string()), "{text}");
+    };
+    let large = tiled(64, 64, (8, 8), 64, 64);
+    check(refused(|_| {}, large), Kernel::Tile, "max_compute_workgroup_storage_size", 16 << 10);
+    let error = refused(|limits| limits.max_compute_workgroup_storage_size = 1 << 10, tile());
+    check(error, Kernel::Tile, "max_compute_workgroup_storage_size", 1 << 10);
+    let error = refused(|limits| limits.max_compute_invocations_per_workgroup = 128, naive());
+    check(error, Kernel::Naive, "max_compute_invocations_per_workgroup", 128);
+    let error = refused(|limits| limits.max_compute_workgroup_size_x = 32, tile());
+    check(error, Kernel::Tile, "max_compute_workgroup_size_x", 32);
+    let error = refused(|limits| limits.max_storage_buffers_per_shader_stage = 4, tile());
+    check(error, Kernel::Tile, "max_storage_buffers_per_shader_stage", 4);
+}
+
+/// The buffers of [`problem`], outputs poisoned, and one that cannot be bound.
+struct Buffers {
+    query: wgpu::Buffer,
+    key: wgpu::Buffer,
+    value: wgpu::Buffer,
+    out: wgpu::Buffer,
+    lse: wgpu::Buffer,
+    seqlens_k: wgpu::Buffer,
+    workspace: wgpu::Buffer,
+    no_storage: wgpu::Buffer,
+}
+
+impl Buffers {
+    fn new(context: &Context) -> Self {
+        let numbers = |n: usize| context.upload(bytemuck::cast_slice(&vec![0.5f32; n]));
+        let poisoned = |n: usize| context.upload(bytemuck::cast_slice(&vec![POISON; n]));
+        let usage = BufferUsages::COPY_DST | BufferUsages::UNIFORM;
+        let no_storage = wgpu::BufferDescriptor { label: None, size: 4096, usage, mapped_at_creation: false };
+        Buffers {
+            query: numbers(2 * 4 * 6 * 8),
+            key: numbers(2 * 2 * 10 * 8),
+            value: numbers(2 * 2 * 10 * 4),
+            out: poisoned(1024),
+            lse: poisoned(2 * 4 * 6),
+            seqlens_k: context.upload(bytemuck::cast_slice(&[10i32, 7])),
+            workspace: poisoned(2 * 4 * 6 * 10),
+            no_storage: context.device().create_buffer(&no_storage),
+        }
+    }
+
+    fn bound(&self) -> ForwardBuffers<'_> {
+        ForwardBuffers {
+            query: self.query.as_entire_buffer_binding(),
+            key: self.key.as_entire_buffer_binding(),
+            value: self.value.as_entire_buffer_binding(),
+            out: self.out.as_entire_buffer_binding(),
+            lse: Some(self.lse.as_entire_buffer_binding()),
+            seqlens_k: Some(self.seqlens_k.as_entire_buffer_binding()),
+            workspace: Some(self.workspace.as_entire_buffer_binding()),
+        }
+    }
+
+    fn poisoned(&self, context: &Context) -> bool {
+        [&self.out, &self.lse, &self.workspace].into_iter().all(|buffer| {
+            let bytes = context.download(buffer, 0, buffer.size()).unwrap();
+            bytemuck::pod_collect_to_vec::<u8, u32>(&bytes).iter().all(|&word| word == POISON)
+        })
+    }
+}
+
+/// What of the buffers is changed for the worse.
+type Change = for<'a> fn(&'a Buffers, &mut ForwardBuffers<'a>);
+
+/// Tries the pass with one thing wrong.
+fn refuse(context: &Context, problem: &Problem, change: Change) -> Error {
+    let plan = context.plan_with(problem, &naive()).unwrap();
+    let buffers = Buffers::new(context);
+    let mut bound = buffers.bound();
+    if !problem.lse {
+        bound.lse = None;
+    }
+    if !problem.seqlens_k {
+        bound.seqlens_k = None;
+    }
+    let good = bound.clone();
+    change(&buffers, &mut bound);
+    let error = without_device_error(context, || {
+        let mut encoder = context.device().create_command_encoder(&Default::default());
+        let error = plan.forward(&mut encoder, &bound).unwrap_err();
+        context.queue().submit([encoder.finish()]);
+        error
+    });
+    assert!(buffers.poisoned(context), "{error}: something was written all the same");
+    // With that put right the same call works, and writes.
+    without_device_error(context, || {
+        let mut encoder = context.device().create_command_encoder(&Default::default());
+        plan.forward(&mut encoder, &bound).unwrap_err();
+        plan.forward(&mut encoder, &good).unwrap();
+        context.queue().submit([encoder.finish()]);
+    });
+    assert!(!buffers.poisoned(context));
+    error
+}
+
+/// `bytes` bytes of a buffer.
+fn first(buffer: &wgpu::Buffer, bytes: u64) -> BufferBinding<'_> {
+    BufferBinding { buffer, offset: 0, size: BufferSize::new(bytes) }
+}
+
+fn at(buffer: &wgpu::Buffer, offset: u64) -> BufferBinding<'_> {
+    BufferBinding { buffer, offset, size: None }
+}
+
+#[test]
+fn buffers() {
+    let missing = |argument, bytes| Error::BufferMissing { argument, bytes };
+    let short = |argument, needed, found| Error::BufferTooSmall { argument, needed, found };
+    let aliased = |output, other| Error::BufferAliased { output, other };
+    let usage = |argument| Error::BufferUsage { argument, found: BufferUsages::COPY_DST | BufferUsages::UNIFORM };
+    // 2 · 4 · 6 rows: 8 and 4 elements each in q and o, 10 scores each. 2 · 2 · 10 keys.
+    let refused: Vec<(Change, Error)> = vec![
+        (|_, b| b.lse = None, missing("lse", 192)),
+        (|_, b| b.seqlens_k = None, missing("seqlens_k", 8)),
+        (|_, b| b.workspace = None, missing("workspace", 1920)),
+        (|w, b| b.query = first(&w.query, 1532), short("query", 1536, 1532)),
+        (|w, b| b.key = first(&w.key, 1276), short("key", 1280, 1276)),
+        (|w, b| b.value = first(&w.value, 636), short("value", 640, 636)),
+        (|w, b| b.out = first(&w.out, 764), short("out", 768, 764)),
+        (|w, b| b.out = at(&w.out, 3584), short("out", 768, 512)),
+        (|w, b| b.out = at(&w.out, 1 << 20), short("out", 768, 0)),
+        (|w, b| b.lse = Some(first(&w.lse, 188)), short("lse", 192, 188)),
+        (|w, b| b.seqlens_k = Some(first(&w.seqlens_k, 4)), short("seqlens_k", 8, 4)),
+        (|w, b| b.workspace = Some(first(&w.workspace, 4)), short("workspace", 1920, 4)),
+        (|w, b| b.query = at(&w.no_storage, 0), usage("query")),
+        (|w, b| b.key = at(&w.no_storage, 0), usage("key")),
+        (|w, b| b.value = at(&w.no_storage, 0), usage("value")),
+        (|w, b| b.out = at(&w.no_storage, 0), usage("out")),
+        (|w, b| b.lse = Some(at(&w.no_storage, 0)), usage("lse")),
+        (|w, b| b.seqlens_k = Some(at(&w.no_storage, 0)), usage("seqlens_k")),
+        (|w, b| b.workspace = Some(at(&w.no_storage, 0)), usage("workspace")),
+        // An input and an output, even in places that do not overlap.
+        (|w, b| b.query = at(&w.out, 1024), aliased("out", "query")),
+        (|w, b| b.key = at(&w.out, 0), aliased("out", "key")),
+        (|w, b| b.value = at(&w.out, 1024), aliased("out", "value")),
+        (|w, b| b.seqlens_k = Some(at(&w.lse, 0)), aliased("lse", "seqlens_k")),
+        (|w, b| b.workspace = Some(at(&w.query, 0)), short("workspace", 1920, 1536)),
+        (|w, b| b.query = at(&w.workspace, 0), aliased("workspace", "query")),
+        // Two outputs that overlap.
+        (|w, b| b.lse = Some(at(&w.out, 512)), aliased("lse", "out")),
+        (|w, b| b.workspace = Some(at(&w.out, 0)), aliased("workspace", "out")),
+    ];
+    for (change, expected) in refused {
+        let error = refuse(full(), &problem(), change);
+        assert_eq!(error, expected);
+        let (Error::BufferMissing { argument, .. }
+        | Error::BufferTooSmall { argument, .. }
+        | Error::BufferUsage { argument, .. }
+        | Error::BufferAliased { output: argument, .. }) = expected
+        else {
+            panic!("{expected}")
+        };
+        assert!(error.to_string().contains(argument), "{error}");
+    }
+}
+
+#[test]
+fn unexpected_buffers() {
+    let plain = Problem { lse: false, seqlens_k: false, ..problem() };
+    let changes: [(Change, &str); 2] =
+        [(|w, b| b.lse = Some(at(&w.lse, 0)), "lse"), (|w, b| b.seqlens_k = Some(at(&w.seqlens_k, 0)), "seqlens_k")];
+    for (change, argument) in changes {
+        let error = refuse(full(), &plain, change);
+        assert_eq!(error, Error::BufferUnexpected { argument });
+        assert!(error.to_string().starts_with(argument), "{error}");
+    }
+}
+
+#[test]
+fn offsets() {
+    // WebGPU's alignment of 256, whatever the adapter's own.
+    let changes: [(Change, &str); 4] = [
+        (|w, b| b.query = at(&w.query, 4), "query"),
+        (|w, b| b.out = at(&w.out, 128), "out"),
+        (|w, b| b.lse = Some(at(&w.lse, 4)), "lse"),
+        (|w, b| b.workspace = Some(at(&w.workspace, 8)), "workspace"),
+    ];
+    for (change, name) in changes {
+        let error = refuse(webgpu(), &problem(), change);
+        let Error::BufferOffset { argument, alignment: 256, .. } = error else { panic!("{error}") };
+        assert_eq!(argument, name);
+        assert!(error.to_string().contains(name), "{error}");
+    }
+}
+
+/// What may share a buffer: inputs with inputs, and outputs with outputs where they do not overlap.
+#[test]
+fn sharing_that_is_allowed() {
+    let (context, problem) = (webgpu(), problem());
+    for options in [naive(), tile()] {
+        let plan = context.plan_with(&problem, &options).unwrap();
+        let w = Buffers::new(context);
+        without_device_error(context, || {
+            let mut bound = w.bound();
+            bound.key = w.query.as_entire_buffer_binding();
+            bound.value = w.query.as_entire_buffer_binding();
+            bound.lse = Some(at(&w.out, 1024));
+            let mut encoder = context.device().create_command_encoder(&Default::default());
+            plan.forward(&mut encoder, &bound).unwrap();
+            context.queue().submit([encoder.finish()]);
+        });
+        let bytes = context.download(&w.out, 0, 4096).unwrap();
+        let words: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
+        assert!(words[..192].iter().all(|x| (x - 0.5).abs() < 1e-6), "o is the mean of equal values");
+        assert!(words[192..256].iter().all(|x| x.to_bits() == POISON));
+        assert!(words[256..304].iter().all(|x| x.is_finite()));
+        assert!(words[304..].iter().all(|x| x.to_bits() == POISON));
+    }
+}
+
+/// The naive kernel reads the workspace while it writes o, so that the two cannot be in one buffer.
+#[test]
+fn workspace_beside_out() {
+    let error = refuse(webgpu(), &problem(), |w, b| b.workspace = Some(at(&w.out, 1024)));
+    assert_eq!(error, Error::BufferAliased { output: "workspace", other: "out" });
+}
+
+#[test]
+fn adapters() {
+    let options = HeadlessOptions { adapter: Some("no such adapter".into()), ..Default::default() };
+    let error = Context::headless_with(&options).unwrap_err();
+    assert!(matches!(&error, Error::Adapter(why) if why.contains("no such adapter")), "{error}");
+    // Its own name finds it.
+    let name = full().device().adapter_info().name;
+    Context::headless_with(&HeadlessOptions { adapter: Some(name.to_uppercase()), ..Default::default() }).unwrap();
+}
+
+#[test]
+fn a_device_that_is_gone() {
+    let context = with_limits(|_| {});
+    context.device().on_uncaptured_error(std::sync::Arc::new(|_| {}));
+    let buffer = context.upload(&[0; 16]);
+    context.device().destroy();
+    let error = context.download(&buffer, 0, 16).unwrap_err();
+    assert!(matches!(&error, Error::Device(_)), "{error}");
+}
+
+/// Nothing is refused that should not be.
+#[test]
+fn the_problem_itself_is_fine() {
+    for options in [naive(), tile()] {
+        let case = case(2, [4, 2], [6, 10], [8, 4]).seqlens(&[10, 7]);
+        case.element_type(ElementType::F32).prepare().check(full(), &options).unwrap();
+    }
+}

@@ -1,0 +1,131 @@
+//! The convenience on host slices, blocking and not.
+
+mod common;
+
+use common::{Rng, full};
+use half::{bf16, f16};
+use wgpu_flash_attention::{Causal, Element, Error, HostTensor, Problem, SdpaOptions, Shape, reference};
+
+fn random<T>(len: usize, seed: u64, round: impl Fn(f32) -> T) -> Vec<T> {
+    let mut rng = Rng(seed);
+    (0..len).map(|_| round(3.0 * rng.unit() - 1.0)).collect()
+}
+
+/// Compares both forms with the oracle: shapes are those of q and v; k has the head dim of q.
+fn check<T: Element + Into<f64> + PartialEq + std::fmt::Debug>(
+    q_shape: [usize; 4],
+    v_shape: [usize; 4],
+    options: SdpaOptions,
+    round: impl Fn(f32) -> T,
+    bound: f64,
+) {
+    let k_shape = [v_shape[0], v_shape[1], v_shape[2], q_shape[3]];
+    let [q, k, v] =
+        [(q_shape, 1), (k_shape, 2), (v_shape, 3)].map(|(shape, seed)| random(shape.iter().product(), seed, &round));
+    let shape = Shape {
+        batch: q_shape[0] as u32,
+        heads_q: q_shape[1] as u32,
+        heads_kv: v_shape[1] as u32,
+        seqlen_q: q_shape[2] as u32,
+        seqlen_k: v_shape[2] as u32,
+        head_dim: q_shape[3] as u32,
+        head_dim_v: v_shape[3] as u32,
+    };
+    let mut problem = Problem::new(shape, T::TYPE);
+    problem.scale = options.scale;
+    problem.causal = options.is_causal.then_some(Causal::TopLeft);
+    let expected = reference::forward(&problem, &q, &k, &v, None).out;
+
+    let tensors = || {
+        let query = HostTensor { data: &q[..], shape: q_shape };
+        (query, HostTensor { data: &k[..], shape: k_shape }, HostTensor { data: &v[..], shape: v_shape })
+    };
+    let (query, key, value) = tensors();
+    let out = full().scaled_dot_product_attention(query, key, value, &options).unwrap();
+    let (query, key, value) = tensors();
+    let waited = pollster::block_on(full().scaled_dot_product_attention_async(query, key, value, &options)).unwrap();
+    assert_eq!(out, waited);
+    assert_eq!(out.len(), expected.len());
+    for (n, (&x, y)) in out.iter().zip(&expected).enumerate() {
+        let x: f64 = x.into();
+        assert!((x - y).abs() <= bound, "out[{n}] is {x}, {y} expected");
+    }
+}
+
+const PLAIN: SdpaOptions = SdpaOptions { is_causal: false, scale: None, enable_gqa: false };
+
+#[test]
+fn every_element_type() {
+    let (q, v) = ([2, 3, 17, 20], [2, 3, 29, 12]);
+    // Values are below 2: half a unit in the last place is 2^-11 and 2^-8.
+    check(q, v, PLAIN, |x| x, 2e-6);
+    check(q, v, PLAIN, f16::from_f32, 1.01 / 2048.0);
+    check(q, v, PLAIN, bf16::from_f32, 1.01 / 256.0);
+}
+
+#[test]
+fn an_odd_number_of_halves() {
+    check([1, 1, 3, 5], [1, 1, 4, 3], PLAIN, f16::from_f32, 1.01 / 2048.0);
+}
+
+#[test]
+fn causal_is_aligned_to_the_top_left() {
+    let causal = SdpaOptions { is_causal: true, ..PLAIN };
+    check([1, 2, 9, 8], [1, 2, 23, 8], causal, |x| x, 2e-6);
+    check([1, 2, 23, 8], [1, 2, 9, 8], causal, |x| x, 2e-6);
+}
+
+#[test]
+fn scale_is_used() {
+    check([1, 2, 9, 8], [1, 2, 23, 8], SdpaOptions { scale: Some(-0.7), ..PLAIN }, |x| x, 2e-6);
+}
+
+#[test]
+fn grouped_heads() {
+    let gqa = SdpaOptions { enable_gqa: true, ..PLAIN };
+    check([2, 6, 9, 8], [2, 2, 23, 8], gqa, |x| x, 2e-6);
+    check([2, 2, 9, 8], [2, 2, 23, 8], gqa, |x| x, 2e-6);
+}
+
+#[test]
+fn empty_sizes() {
+    check([0, 2, 9, 8], [0, 2, 5, 8], PLAIN, |x| x, 0.0);
+    check([2, 2, 0, 8], [2, 2, 5, 8], PLAIN, |x| x, 0.0);
+    check([2, 2, 9, 8], [2, 2, 0, 8], PLAIN, |x| x, 0.0);
+}
+
+#[test]
+fn shapes_that_do_not_go_together() {
+    let data = vec![0f32; 1 << 10];
+    let tensor = |shape: [usize; 4]| HostTensor { data: &data[..shape.iter().product()], shape };
+    let error = |q, k, v, options: &SdpaOptions| {
+        full().scaled_dot_product_attention(tensor(q), tensor(k), tensor(v), options).unwrap_err()
+    };
+    let named = |error: Error, name: &str| match error {
+        Error::HostShape { argument, .. } => assert_eq!(argument, name),
+        other => panic!("{other}"),
+    };
+    let q = [2, 4, 3, 8];
+    named(error(q, [1, 4, 5, 8], [1, 4, 5, 8], &PLAIN), "key");
+    named(error(q, [2, 4, 5, 6], [2, 4, 5, 6], &PLAIN), "key");
+    named(error(q, [2, 4, 5, 8], [2, 4, 6, 8], &PLAIN), "value");
+    named(error(q, [2, 4, 5, 8], [2, 2, 5, 8], &PLAIN), "value");
+    named(error(q, [2, 2, 5, 8], [2, 2, 5, 8], &PLAIN), "key");
+    let gqa = SdpaOptions { enable_gqa: true, ..PLAIN };
+    let odd = error(q, [2, 3, 5, 8], [2, 3, 5, 8], &gqa);
+    assert_eq!(odd, Error::Heads { heads_q: 4, heads_kv: 3 });
+}
+
+#[test]
+fn a_slice_of_the_wrong_length() {
+    let good = [0f32; 2 * 3 * 4];
+    let tensor = |data| HostTensor { data, shape: [1, 2, 3, 4] };
+    for (wrong, name) in ["query", "key", "value"].into_iter().enumerate() {
+        let [q, k, v] = [0, 1, 2].map(|n| tensor(if n == wrong { &good[1..] } else { &good[..] }));
+        let error = full().scaled_dot_product_attention(q, k, v, &PLAIN).unwrap_err();
+        let Error::SliceLength { argument, needed: 24, found: 23, .. } = error else { panic!("{error}") };
+        assert_eq!(argument, name);
+        let error = pollster::block_on(full().scaled_dot_product_attention_async(q, k, v, &PLAIN)).unwrap_err();
+        assert!(matches!(error, Error::SliceLength { .. }), "{error}");
+    }
+}

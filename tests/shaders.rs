@@ -1,0 +1,156 @@
+//! Every module that a plan can build: naga accepts it, every backend can write it, and it keeps within what it says
+//! of itself and within WebGPU's default limits. Needs no GPU.
+
+use std::collections::HashSet;
+
+use naga::back::{hlsl, msl, spv};
+use naga::proc::Layouter;
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use naga::{AddressSpace, Module};
+use wgpu_flash_attention::specialize::{Source, Specialization, modules};
+use wgpu_flash_attention::tune::{Tile, tile};
+use wgpu_flash_attention::{ElementType, Problem, Shape, wgpu};
+
+const DIMS: &[[u32; 2]] = &[
+    [1, 1],
+    [2, 7],
+    [8, 8],
+    [12, 16],
+    [31, 33],
+    [32, 32],
+    [64, 64],
+    [64, 20],
+    [80, 96],
+    [128, 128],
+    [256, 200],
+    [256, 256],
+];
+
+/// Problems that differ in a switch or a constant.
+fn problems() -> Vec<Problem> {
+    let mut all = vec![];
+    for &[head_dim, head_dim_v] in DIMS {
+        for element_type in [ElementType::F32, ElementType::F16, ElementType::BF16] {
+            for bits in 0..16u32 {
+                let set = |n: u32| bits >> n & 1 == 1;
+                let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
+                let mut problem = Problem::new(shape, element_type);
+                problem.query = problem.query.at(set(0).into());
+                problem.softcap = set(1).then_some(2.0);
+                problem.seqlens_k = set(2);
+                problem.lse = set(3);
+                all.push(problem);
+            }
+        }
+    }
+    all
+}
+
+/// Line `line` of a module, for a message.
+fn place(specialization: &Specialization, source: &Source, line: Option<u32>) -> String {
+    let origin = line.and_then(|line| source.origin(line as usize));
+    let (file, line) = origin.unwrap_or((specialization.file, 0));
+    format!("shaders/{file}:{line} in {specialization:?}")
+}
+
+fn validate(specialization: &Specialization) -> (Module, ModuleInfo) {
+    let source = specialization.source().unwrap();
+    let module = naga::front::wgsl::parse_str(&source.text).unwrap_or_else(|error| {
+        let line = error.location(&source.text).map(|location| location.line_number);
+        panic!("{}: {}", place(specialization, &source, line), error.emit_to_string(&source.text))
+    });
+    // What WebGPU has without any feature; naga counts unpack2x16float among what a device may lack.
+    let capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
+    let info = Validator::new(ValidationFlags::all(), capabilities).validate(&module).unwrap_or_else(|error| {
+        let line = error.location(&source.text).map(|location| location.line_number);
+        panic!("{}: {}", place(specialization, &source, line), error.emit_to_string(&source.text))
+    });
+    (module, info)
+}
+
+fn write(specialization: &Specialization, module: &Module, info: &ModuleInfo) {
+    let failed = |backend: &str, error: &dyn std::error::Error| panic!("{backend}: {error}: {specialization:?}");
+    if let Err(error) = spv::write_vec(module, info, &spv::Options::default(), None) {
+        failed("SPIR-V", &error);
+    }
+    if let Err(error) = msl::write_string(module, info, &msl::Options::default(), &msl::PipelineOptions::default()) {
+        failed("MSL", &error);
+    }
+    let (options, pipeline) = (hlsl::Options::default(), hlsl::PipelineOptions::default());
+    if let Err(error) = hlsl::Writer::new(&mut String::new(), &options, &pipeline).write(module, info, None) {
+        failed("HLSL", &error);
+    }
+}
+
+/// Sizes of the workgroup variables.
+fn workgroup_bytes(module: &Module) -> Vec<u32> {
+    let mut layouter = Layouter::default();
+    layouter.update(module.to_ctx()).unwrap();
+    let variables = module.global_variables.iter().map(|(_, variable)| variable);
+    variables.filter(|v| v.space == AddressSpace::WorkGroup).map(|v| layouter[v.ty].size).collect()
+}
+
+/// Validates and writes every module of the tile kernel with the tiles that `tile` gives, or of the naive kernel;
+/// `each` looks at it too. Returns how many there are.
+fn for_each_module(tile: impl Fn(&Shape) -> Option<Tile>, each: impl Fn(&Problem, &Module)) -> usize {
+    let mut seen = HashSet::new();
+    for problem in problems() {
+        for specialization in modules(&problem, tile(&problem.shape)) {
+            if seen.insert(specialization.source().unwrap().text) {
+                let (module, info) = validate(&specialization);
+                write(&specialization, &module, &info);
+                each(&problem, &module);
+            }
+        }
+    }
+    seen.len()
+}
+
+fn fits(module: &Module, limits: &wgpu::Limits) {
+    let [entry] = &module.entry_points[..] else { panic!("one entry point a module") };
+    let name = &entry.name;
+    let [x, y, z] = entry.workgroup_size;
+    assert!(x * y * z <= limits.max_compute_invocations_per_workgroup, "{name}");
+    assert!(x <= limits.max_compute_workgroup_size_x && y <= limits.max_compute_workgroup_size_y, "{name}");
+    let storage = module.global_variables.iter().filter(|(_, v)| matches!(v.space, AddressSpace::Storage { .. }));
+    assert!(storage.count() <= limits.max_storage_buffers_per_shader_stage as usize, "{name}");
+    // As WebGPU counts it: each variable rounded up to 16.
+    let bytes: u32 = workgroup_bytes(module).iter().map(|bytes| bytes.next_multiple_of(16)).sum();
+    assert!(bytes <= limits.max_compute_workgroup_storage_size, "{name}: {bytes}");
+}
+
+#[test]
+fn naive() {
+    let count = for_each_module(|_| None, |_, module| fits(module, &wgpu::Limits::default()));
+    assert!(count >= 100, "only {count} modules");
+}
+
+fn check_tile(limits: &wgpu::Limits) {
+    let chosen = |shape: &Shape| tile(shape.head_dim, shape.head_dim_v, limits);
+    let count = for_each_module(
+        |shape| Some(chosen(shape)),
+        |problem, module| {
+            fits(module, limits);
+            let (shape, tile) = (&problem.shape, chosen(&problem.shape));
+            let said = tile.workgroup_bytes(shape.head_dim, shape.head_dim_v);
+            assert_eq!(workgroup_bytes(module).iter().sum::<u32>(), said, "{tile:?} {shape:?}");
+            assert_eq!(module.entry_points[0].workgroup_size, [tile.threads(), 1, 1]);
+        },
+    );
+    assert!(count >= 300, "only {count} modules");
+}
+
+#[test]
+fn tile_within_the_default_limits() {
+    check_tile(&wgpu::Limits::default());
+}
+
+#[test]
+fn tile_with_32_kib() {
+    check_tile(&wgpu::Limits { max_compute_workgroup_storage_size: 32 << 10, ..Default::default() });
+}
+
+#[test]
+fn tile_with_48_kib() {
+    check_tile(&wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() });
+}

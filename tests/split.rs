@@ -1,0 +1,173 @@
+//! Work that exceeds a binding or a dispatch is split. Devices are made with limits lowered on purpose.
+
+mod common;
+
+use common::*;
+use wgpu_flash_attention::Causal::BottomRight;
+use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Layout, Plan, PlanOptions, Problem, Shape};
+
+fn narrow(binding: u64, workgroups: u32) -> Context {
+    with_limits(|limits| {
+        limits.max_storage_buffer_binding_size = binding;
+        limits.max_compute_workgroups_per_dimension = workgroups;
+    })
+}
+
+/// How many parts the plan says that it has.
+fn parts(plan: &Plan) -> usize {
+    let text = plan.to_string();
+    let (_, after) = text.split_once("parts that the problem was split into: ").expect("the plan counts its parts");
+    after.lines().next().unwrap().parse().unwrap()
+}
+
+/// Each case in each type, in at least `least` parts.
+fn check_split(context: &Context, options: &PlanOptions, least: usize, cases: &[(&str, Case)]) {
+    let mut failed = vec![];
+    for (name, case) in cases {
+        for element_type in TYPES {
+            let prepared = case.clone().element_type(element_type).prepare();
+            let plan = context.plan_with(&prepared.problem, options).unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert!(parts(&plan) >= least, "{name}, {element_type}: {plan}");
+            if let Err(error) = prepared.check_plan(context, &plan) {
+                failed.push(format!("{name}, {element_type}, {} parts: {error}", parts(&plan)));
+            }
+        }
+    }
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+/// What a part must get right: its place in the batch, in the heads and their groups, and in the rows.
+fn cases() -> Vec<(&'static str, Case)> {
+    let three = || case(3, [4, 2], [37, 40], [16, 12]);
+    vec![
+        ("plain", three()),
+        ("one head for each", case(3, [3, 3], [37, 40], [16, 12])),
+        ("one head for all", case(2, [5, 1], [37, 40], [16, 12])),
+        ("no lse", three().no_lse()),
+        ("causal", three().causal(BottomRight)),
+        ("causal, more queries", case(2, [4, 2], [70, 33], [16, 12]).causal(BottomRight)),
+        ("window", three().window(7, 3)),
+        ("lengths", three().seqlens(&[40, 0, 17])),
+        ("lengths, causal, softcap", three().seqlens(&[9, 40, 33]).causal(BottomRight).softcap(2.0)),
+        ("odd strides", three().odd().seqlens(&[9, 40, 33])),
+        ("BNHD", three().bnhd().causal(BottomRight)),
+        ("packed", case(3, [4, 2], [37, 37], [8, 4]).packed()),
+        ("shared k and v", three().shared_kv()),
+    ]
+}
+
+fn small() -> PlanOptions {
+    tiled(8, 16, (4, 2), 4, 8)
+}
+
+#[test]
+fn by_workgroups_the_tile_kernel() {
+    // 37 rows are 5 tiles of 8; 3 batch entries and 4 heads exceed 2 as well.
+    check_split(&narrow(128 << 20, 2), &small(), 9, &cases());
+}
+
+#[test]
+fn by_workgroups_the_naive_kernel() {
+    // Each head of each batch entry is a workgroup of the third dimension.
+    let many = || case(3, [8, 4], [9, 11], [16, 12]);
+    let cases = [
+        ("plain", many()),
+        ("causal, lengths, softcap", many().seqlens(&[3, 11, 0]).causal(BottomRight).softcap(2.0)),
+        ("odd strides", many().odd()),
+    ];
+    check_split(&narrow(128 << 20, 10), &naive(), 3, &cases);
+}
+
+#[test]
+fn by_binding_the_tile_kernel() {
+    // Enough for one batch entry of the packed q, k and v, 37 · 56 · 4 bytes; less than all of q in any case.
+    check_split(&narrow(9 << 10, 65535), &small(), 2, &cases());
+}
+
+#[test]
+fn by_binding_the_naive_kernel() {
+    // Enough for the scores of a head, 70 · 33 · 4 bytes.
+    check_split(&narrow(10 << 10, 65535), &naive(), 2, &cases());
+}
+
+#[test]
+fn rows_of_one_head() {
+    // k and v take 640 bytes or less; q and o take more than one binding.
+    let cases = [
+        ("plain", case(1, [1, 1], [100, 10], [16, 12])),
+        ("causal, lengths", case(1, [1, 1], [100, 10], [16, 12]).causal(BottomRight).seqlens(&[7])),
+        ("grouped heads", case(2, [4, 2], [100, 10], [16, 12])),
+        ("grouped heads, odd strides", case(2, [4, 2], [100, 10], [13, 11]).odd()),
+    ];
+    check_split(&narrow(1 << 10, 65535), &small(), 4, &cases);
+}
+
+#[test]
+fn both_limits_at_once() {
+    let cases = [("all", case(3, [4, 2], [37, 40], [16, 12]).seqlens(&[9, 40, 33]).causal(BottomRight).softcap(2.0))];
+    check_split(&narrow(3 << 10, 3), &small(), 9, &cases);
+}
+
+fn refused(context: &Context, problem: &Problem, options: &PlanOptions) -> Error {
+    match context.plan_with(problem, options) {
+        Err(error) => error,
+        Ok(plan) => panic!("not refused:\n{plan}"),
+    }
+}
+
+#[test]
+fn keys_of_one_head_are_not_split() {
+    let context = narrow(1 << 10, 65535);
+    let long = case(1, [1, 1], [10, 100], [16, 1]).problem;
+    for options in [tile(), naive()] {
+        let error = refused(&context, &long, &options);
+        assert_eq!(error, Error::BindingTooLarge { argument: "key", bytes: 6400, limit: 1024 });
+    }
+    let wide = case(1, [1, 1], [10, 100], [1, 16]).problem;
+    let error = refused(&context, &wide, &tile());
+    assert_eq!(error, Error::BindingTooLarge { argument: "value", bytes: 6400, limit: 1024 });
+}
+
+#[test]
+fn keys_of_one_row_are_not_split() {
+    // The scores' dispatch has a workgroup for every 16 keys.
+    let error = refused(&narrow(128 << 20, 4), &case(1, [1, 1], [1, 65], [4, 4]).problem, &naive());
+    let limit = "max_compute_workgroups_per_dimension";
+    assert_eq!(error, Error::DeviceLimit { kernel: Kernel::Naive, limit, needed: 5, found: 4 });
+}
+
+#[test]
+fn the_scores_of_a_long_sequence_do_not_fit() {
+    let long = Problem::new(Shape::square(1, 16, 65536, 64), ElementType::F32);
+    let error = refused(webgpu(), &long, &naive());
+    assert!(matches!(error, Error::BindingTooLarge { argument: "workspace", .. }), "{error}");
+    let plan = webgpu().plan_with(&long, &tile()).unwrap();
+    assert_eq!(plan.workspace_bytes(), 0);
+}
+
+#[test]
+fn offsets_past_2_to_the_32() {
+    let shape = Shape { batch: 3, ..Shape::square(1, 2, 8, 16) };
+    let contiguous = Problem::new(shape, ElementType::F16);
+    let far = |layout: Layout| Layout { batch: (1 << 33) + 4, ..layout.at(1 << 34) };
+    let (query, key, value, out) =
+        (far(contiguous.query), far(contiguous.key), far(contiguous.value), far(contiguous.out));
+    // Batch entries are far apart: each is a part of its own, with small numbers.
+    let plan = webgpu().plan(&Problem { query, key, value, out, ..contiguous.clone() }).unwrap();
+    assert_eq!(parts(&plan), 3);
+    // So are rows: those of q and o are parts of their own, those of k and v must be bound at once.
+    let apart = |layout: Layout| Layout { row: 1 << 33, batch: 1 << 40, head: 1 << 36, ..layout };
+    let rows = Problem { query: apart(query), out: apart(out), ..contiguous.clone() };
+    let plan = webgpu().plan_with(&rows, &tiled(1, 8, (1, 2), 4, 4)).unwrap();
+    assert_eq!(parts(&plan), 3 * 2 * 8);
+    for (far, argument) in [
+        (Problem { key: apart(key), ..contiguous.clone() }, "key"),
+        (Problem { value: apart(value), ..contiguous.clone() }, "value"),
+        // The rows of a tile are bound at once.
+        (Problem { query: apart(query), ..contiguous.clone() }, "query"),
+        (Problem { out: apart(out), ..contiguous.clone() }, "out"),
+    ] {
+        let error = refused(webgpu(), &far, &tile());
+        assert!(matches!(error, Error::BindingTooLarge { argument: found, .. } if found == argument), "{error}");
+    }
+}
