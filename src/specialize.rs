@@ -66,6 +66,15 @@ pub struct SpecializeError {
     pub what: String,
 }
 
+/// The modules that a plan builds: those of the tile kernel with this tile, or those of the naive kernel.
+pub fn modules(problem: &crate::Problem, tile: Option<crate::tune::Tile>) -> Vec<Specialization> {
+    let passes = match tile {
+        Some(tile) => vec![crate::kernel::forward_tile::pass(problem, tile)],
+        None => crate::kernel::naive::passes(problem),
+    };
+    passes.into_iter().map(|pass| pass.specialization).collect()
+}
+
 impl Specialization {
     /// The module's source.
     pub fn source(&self) -> Result<Source, SpecializeError> {
