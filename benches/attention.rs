@@ -28,7 +28,7 @@ fn forward(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements(problem.forward_flops() as u64));
         group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
         for kernel in [Kernel::Naive, Kernel::Tile] {
-            let options = PlanOptions { kernel: Some(kernel), tile: None, coop_tile: None };
+            let options = PlanOptions { kernel: Some(kernel), ..Default::default() };
             let plan = context.plan_with(&problem, &options).expect("a small problem");
             let outputs = Outputs::poisoned(&context, &plan).expect("small outputs");
             let bound = support::bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes");

@@ -66,6 +66,9 @@ enum KernelName {
     Auto,
     Naive,
     Tile,
+    /// Opens the device with cooperative matrices, which wgpu calls experimental
+    Coop,
+    Decode,
     Reference,
 }
 
@@ -273,15 +276,21 @@ fn on_host<T: Number>(problem: &Problem, tensors: &Tensors<T>) -> (Vec<T>, Vec<f
 
 fn on_device<T: Number>(args: &Args, problem: &Problem, tensors: &Tensors<T>) -> Result<(Vec<T>, Vec<f32>)> {
     let words = |error: wgpu_flash_attention::Error| error.to_string();
-    let options = HeadlessOptions { adapter: args.adapter.clone(), checked: args.checked };
+    let options = HeadlessOptions {
+        adapter: args.adapter.clone(),
+        checked: args.checked,
+        cooperative_matrices: args.kernel == KernelName::Coop,
+    };
     let context = Context::headless_with(&options).map_err(words)?;
     say("adapter", support::adapter_name(&context));
     let kernel = match args.kernel {
         KernelName::Naive => Some(Kernel::Naive),
         KernelName::Tile => Some(Kernel::Tile),
+        KernelName::Coop => Some(Kernel::Coop),
+        KernelName::Decode => Some(Kernel::Decode),
         KernelName::Auto | KernelName::Reference => None,
     };
-    let plan = context.plan_with(problem, &PlanOptions { kernel, tile: None, coop_tile: None }).map_err(words)?;
+    let plan = context.plan_with(problem, &PlanOptions { kernel, ..Default::default() }).map_err(words)?;
     say("plan", &plan);
     let inputs = Inputs::upload(&context, tensors)?;
     let outputs = Outputs::poisoned(&context, &plan)?;

@@ -11,7 +11,7 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use wgpu_flash_attention::tune::Tile;
+use wgpu_flash_attention::tune::{DecodeTile, Tile};
 use wgpu_flash_attention::{
     Causal, Context, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, reference,
 };
@@ -24,8 +24,9 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// gets no figure, and the exit code is 1.
 #[derive(Parser)]
 struct Args {
-    /// Batch, heads (or query heads/key-value heads), sequence length, head dim; several shapes separated by ';'
-    #[arg(long, value_name = "B,H,N,D;...", value_delimiter = ';', value_parser = parse_shape,
+    /// Batch, heads (or query heads/key-value heads), sequence length, head dim and, where they are not as many as the
+    /// keys, queries; several shapes separated by ';'
+    #[arg(long, value_name = "B,H,N,D[,NQ];...", value_delimiter = ';', value_parser = parse_shape,
           default_value = "1,8,512,64;1,8,1024,64;1,8,2048,64")]
     shapes: Vec<Shape>,
     /// With the causal mask, without it, or both
@@ -34,12 +35,18 @@ struct Args {
     /// Element types in memory
     #[arg(long, value_enum, value_delimiter = ',', default_value = "f32")]
     dtype: Vec<Type>,
-    /// Kernels to time
+    /// Kernels to time; coop opens the device with cooperative matrices, which wgpu calls experimental
     #[arg(long, value_enum, value_delimiter = ',', default_value = "naive,tile")]
     kernels: Vec<KernelName>,
     /// Times this tile in place of the tuned one; may be repeated
     #[arg(long, value_name = "ROWS,KEYS,TY,TX,CHUNK,VALUE_KEYS", value_parser = parse_tile)]
     tile: Vec<Tile>,
+    /// Times the decode kernel with so many splits of the keys, in place of the tuned number; may be repeated
+    #[arg(long)]
+    splits: Vec<u32>,
+    /// Times the decode kernel with this tile in place of the tuned one
+    #[arg(long, value_name = "ROWS,THREADS,KEY_THREADS,THREAD_KEYS", value_parser = parse_decode_tile)]
+    decode_tile: Option<DecodeTile>,
     /// The adapter whose name holds this text
     #[arg(long)]
     adapter: Option<String>,
@@ -79,6 +86,8 @@ impl From<Type> for ElementType {
 enum KernelName {
     Naive,
     Tile,
+    Coop,
+    Decode,
 }
 
 fn numbers<const N: usize>(text: &str) -> std::result::Result<[u32; N], String> {
@@ -89,14 +98,23 @@ fn numbers<const N: usize>(text: &str) -> std::result::Result<[u32; N], String> 
 
 fn parse_shape(text: &str) -> std::result::Result<Shape, String> {
     // "H/Hkv" is one number more than "H".
-    let [batch, heads_q, heads_kv, seqlen, head_dim] = match text.contains('/') {
-        true => numbers(&text.replacen('/', ",", 1))?,
-        false => numbers(text).map(|[b, h, n, d]| [b, h, h, n, d])?,
+    let heads = text.split(',').nth(1).unwrap_or("");
+    let [batch, heads_q, heads_kv, seqlen_k, head_dim, seqlen_q] = match (heads.contains('/'), text.split(',').count())
+    {
+        (true, 5) => numbers(&text.replacen('/', ",", 1))?,
+        (true, _) => numbers(&text.replacen('/', ",", 1)).map(|[b, h, kv, n, d]| [b, h, kv, n, d, n])?,
+        (false, 5) => numbers(text).map(|[b, h, n, d, nq]| [b, h, h, n, d, nq])?,
+        (false, _) => numbers(text).map(|[b, h, n, d]| [b, h, h, n, d, n])?,
     };
-    if [batch, heads_q, heads_kv, seqlen, head_dim].contains(&0) {
+    if [batch, heads_q, heads_kv, seqlen_k, head_dim, seqlen_q].contains(&0) {
         return Err("every size must be at least 1".into());
     }
-    Ok(Shape { heads_kv, ..Shape::square(batch, heads_q, seqlen, head_dim) })
+    Ok(Shape { heads_kv, seqlen_q, ..Shape::square(batch, heads_q, seqlen_k, head_dim) })
+}
+
+fn parse_decode_tile(text: &str) -> std::result::Result<DecodeTile, String> {
+    let [rows, threads, key_threads, thread_keys] = numbers(text)?;
+    Ok(DecodeTile { rows, threads, key_threads, thread_keys })
 }
 
 fn parse_tile(text: &str) -> std::result::Result<Tile, String> {
@@ -104,17 +122,31 @@ fn parse_tile(text: &str) -> std::result::Result<Tile, String> {
     Ok(Tile { rows, keys, threads_y, threads_x, chunk, value_keys })
 }
 
-/// Something to time: a kernel, with a tile if the table's is not wanted.
+/// Something to time: a kernel, with a tile or number of splits if the table's is not wanted.
 #[derive(Clone, Copy)]
 struct Candidate {
     kernel: Kernel,
     tile: Option<Tile>,
+    decode_tile: Option<DecodeTile>,
+    splits: Option<u32>,
+}
+
+impl Candidate {
+    fn of(kernel: Kernel) -> Self {
+        Candidate { kernel, tile: None, decode_tile: None, splits: None }
+    }
 }
 
 impl std::fmt::Display for Candidate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.tile {
-            None => self.kernel.fmt(f),
+            None => {
+                self.kernel.fmt(f)?;
+                if let Some(DecodeTile { rows, threads, key_threads, thread_keys }) = self.decode_tile {
+                    write!(f, "[{rows} {threads} {key_threads} {thread_keys}]")?;
+                }
+                self.splits.map_or(Ok(()), |splits| write!(f, " {splits} splits"))
+            }
             Some(t) => {
                 let Tile { rows, keys, threads_y, threads_x, chunk, value_keys } = t;
                 write!(f, "tile[{rows} {keys} {threads_y} {threads_x} {chunk} {value_keys}]")
@@ -134,6 +166,13 @@ struct Figure {
 impl Figure {
     fn teraflops(&self) -> f64 {
         self.problem.forward_flops() / self.time.median * 1e-12
+    }
+
+    /// Of K and V, each read once.
+    fn gigabytes_per_second(&self) -> f64 {
+        let s = &self.problem.shape;
+        let elements = s.batch as f64 * s.heads_kv as f64 * s.seqlen_k as f64 * (s.head_dim + s.head_dim_v) as f64;
+        elements * self.problem.element_type.bytes() as f64 / self.time.median * 1e-9
     }
 }
 
@@ -208,8 +247,8 @@ impl Report {
 
     fn header(&self) {
         let line = format!(
-            "{:<28} {:<5} {:<18} {:<7} {:>10} {:>10} {:>9} {:>12} {:>10}",
-            "kernel", "dtype", "B,H,N,D", "", "median ms", "min ms", "TFLOP/s", "extra memory", "speed-up"
+            "{:<28} {:<5} {:<18} {:<7} {:>10} {:>10} {:>9} {:>9} {:>12} {:>10}",
+            "kernel", "dtype", "B,H,N,D", "", "median ms", "min ms", "TFLOP/s", "K, V GB/s", "extra memory", "speed-up"
         );
         self.bar.suspend(|| println!("{line}"));
     }
@@ -229,10 +268,11 @@ impl Report {
         });
         let speed_up = yardstick.map_or("-".into(), |naive| format!("{:.2}", naive.time.median / time.median));
         let rest = format!(
-            "{:>10.3} {:>10.3} {:>9.4} {:>8.3} MiB {speed_up:>10}",
+            "{:>10.4} {:>10.4} {:>9.4} {:>9.1} {:>8.3} MiB {speed_up:>10}",
             time.median * 1e3,
             time.min * 1e3,
             figure.teraflops(),
+            figure.gigabytes_per_second(),
             *extra_bytes as f64 / 1_048_576.0,
         );
         self.bar.suspend(|| println!("{}", Self::line(name, problem, &rest)));
@@ -240,16 +280,18 @@ impl Report {
             let s = &problem.shape;
             writeln!(
                 csv,
-                "{name},forward,{},{},{},{},{},{},{},{:.6},{:.6}",
+                "{name},forward,{},{},{},{},{},{},{},{},{:.6},{:.6},{:.3}",
                 problem.element_type,
                 s.batch,
                 s.heads_q,
                 s.heads_kv,
                 s.seqlen_q,
+                s.seqlen_k,
                 s.head_dim,
                 problem.causal.is_some() as u8,
                 time.median * 1e3,
-                figure.teraflops()
+                figure.teraflops(),
+                figure.gigabytes_per_second()
             )?;
         }
         self.figures.push(figure);
@@ -260,7 +302,8 @@ impl Report {
 /// A shape as `--shapes` takes it.
 fn label(s: &Shape) -> String {
     let heads = if s.group() == 1 { s.heads_q.to_string() } else { format!("{}/{}", s.heads_q, s.heads_kv) };
-    format!("{},{heads},{},{}", s.batch, s.seqlen_q, s.head_dim)
+    let queries = if s.seqlen_q == s.seqlen_k { String::new() } else { format!(",{}", s.seqlen_q) };
+    format!("{},{heads},{},{}{queries}", s.batch, s.seqlen_k, s.head_dim)
 }
 
 /// Checks and times one kernel on one problem.
@@ -273,7 +316,13 @@ fn compare_one<T: Number>(
     report: &mut Report,
 ) -> Result<()> {
     let name = candidate.to_string();
-    let options = PlanOptions { kernel: Some(candidate.kernel), tile: candidate.tile, coop_tile: None };
+    let options = PlanOptions {
+        kernel: Some(candidate.kernel),
+        tile: candidate.tile,
+        decode_tile: candidate.decode_tile,
+        splits: candidate.splits,
+        ..Default::default()
+    };
     let plan = match context.plan_with(problem, &options) {
         Ok(plan) => plan,
         Err(error) => {
@@ -306,11 +355,11 @@ fn compare_all<T: Number>(
     let problem = Problem { lse: true, ..Problem::new(shape, T::TYPE) };
     problem.validate()?;
     let elements =
-        |heads: u32| shape.batch as usize * heads as usize * shape.seqlen_q as usize * shape.head_dim as usize;
+        |heads: u32, rows: u32| shape.batch as usize * heads as usize * rows as usize * shape.head_dim as usize;
     let tensors = Tensors::<T> {
-        query: support::random(elements(shape.heads_q), 1),
-        key: support::random(elements(shape.heads_kv), 2),
-        value: support::random(elements(shape.heads_kv), 3),
+        query: support::random(elements(shape.heads_q, shape.seqlen_q), 1),
+        key: support::random(elements(shape.heads_kv, shape.seqlen_k), 2),
+        value: support::random(elements(shape.heads_kv, shape.seqlen_k), 3),
         seqlens_k: None,
     };
     let inputs = Inputs::upload(context, &tensors)?;
@@ -330,14 +379,28 @@ fn run(mut args: Args) -> Result<bool> {
     // The yardstick first: naive in f32.
     args.dtype.sort();
     args.kernels.sort();
-    let context = Context::headless_with(&HeadlessOptions { adapter: args.adapter.clone(), checked: false })?;
+    let context = Context::headless_with(&HeadlessOptions {
+        adapter: args.adapter.clone(),
+        cooperative_matrices: args.kernels.contains(&KernelName::Coop),
+        ..Default::default()
+    })?;
     let candidates: Vec<Candidate> = args
         .kernels
         .iter()
         .flat_map(|kernel| match kernel {
-            KernelName::Naive => vec![Candidate { kernel: Kernel::Naive, tile: None, coop_tile: None }],
-            KernelName::Tile if args.tile.is_empty() => vec![Candidate { kernel: Kernel::Tile, tile: None, coop_tile: None }],
-            KernelName::Tile => args.tile.iter().map(|&t| Candidate { kernel: Kernel::Tile, tile: Some(t) }).collect(),
+            KernelName::Naive => vec![Candidate::of(Kernel::Naive)],
+            KernelName::Coop => vec![Candidate::of(Kernel::Coop)],
+            KernelName::Decode => {
+                let decode = Candidate { decode_tile: args.decode_tile, ..Candidate::of(Kernel::Decode) };
+                match &args.splits[..] {
+                    [] => vec![decode],
+                    some => some.iter().map(|&n| Candidate { splits: Some(n), ..decode }).collect(),
+                }
+            }
+            KernelName::Tile if args.tile.is_empty() => vec![Candidate::of(Kernel::Tile)],
+            KernelName::Tile => {
+                args.tile.iter().map(|&t| Candidate { tile: Some(t), ..Candidate::of(Kernel::Tile) }).collect()
+            }
         })
         .collect();
     let masks: &[_] = match args.causal {
@@ -350,7 +413,7 @@ fn run(mut args: Args) -> Result<bool> {
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}")?);
     let mut csv = args.csv.as_ref().map(|path| named(path, File::create(path))).transpose()?;
     if let Some(csv) = &mut csv {
-        writeln!(csv, "kernel,op,dtype,B,H,Hkv,N,D,causal,median_ms,TFLOPS")?;
+        writeln!(csv, "kernel,op,dtype,B,H,Hkv,N,Nk,D,causal,median_ms,TFLOPS,GBps")?;
     }
     let mut report = Report { bar, csv, figures: vec![], all_right: true };
     println!("adapter: {}", support::adapter_name(&context));
@@ -392,7 +455,7 @@ fn series(figures: &[Figure], value: impl Fn(&Figure) -> f64) -> Vec<Series> {
         if common_sizes(figures).is_none() {
             name = format!("{name}, {}", sizes(figure));
         }
-        let point = (figure.problem.shape.seqlen_q as f64, value(figure));
+        let point = (figure.problem.shape.seqlen_k as f64, value(figure));
         match all.iter_mut().find(|series| series.name == name) {
             Some(series) => series.points.push(point),
             None => all.push(Series { name, points: vec![point] }),

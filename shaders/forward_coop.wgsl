@@ -5,14 +5,10 @@
 //     m = -inf, l = 0, O = 0
 //     for each tile of KEYS keys that some row may see:
 //         S = score(Q K^T)                          f32 accumulators, then plain numbers in the lanes that hold them
-//         if some row's maximum grew by more than LAZY:
-//             m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
-//         P = 2^(S - m)                             f16 left operands, made from S where it lies
+//         m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
+//         P = 2^(S - m')                            f16 left operands, made from S where it lies
 //         l = l + rowsum P,  O = O + P V
-//     O = O / l,  lse = ln 2 (m + log2 l)
-//
-// Maxima are in base 2. A maximum that grew a little is left as it is (FlashAttention-4): P is then at most 2^LAZY,
-// which f16 holds, and O / l does not change.
+//     O = O / l,  lse = ln 2 (m + log2 l),          maxima being in base 2
 //
 // Which elements of a matrix a lane holds is asked of the device (src/elements.rs); accumulators and left operands have
 // to agree, so that P is where S was.
@@ -34,17 +30,25 @@ alias Right = coop_mat8x8<f16, B>;
 const M = 8u;
 #endif
 
+// Eight elements, 16 bytes: what a thread moves at once.
+struct Eight {
+    low: vec4<f16>,
+    high: vec4<f16>,
+}
+
 #if ALIGNED
-alias Elements = array<vec4<f16>>;
+alias InElements = array<vec4u>;
+alias OutElements = array<vec4<f16>>;
 #else
-alias Elements = array<f16>;
+alias InElements = array<f16>;
+alias OutElements = array<f16>;
 #endif
 // The inputs are never written. A compiler may move loads of read-only memory down to where their values are used;
 // these stay where they are, ahead of the arithmetic that hides their latency.
-@group(0) @binding(1) var<storage, read_write> query: Elements;
-@group(0) @binding(2) var<storage, read_write> key: Elements;
-@group(0) @binding(3) var<storage, read_write> value: Elements;
-@group(0) @binding(4) var<storage, read_write> out: Elements;
+@group(0) @binding(1) var<storage, read_write> query: InElements;
+@group(0) @binding(2) var<storage, read_write> key: InElements;
+@group(0) @binding(3) var<storage, read_write> value: InElements;
+@group(0) @binding(4) var<storage, read_write> out: OutElements;
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
@@ -53,17 +57,27 @@ alias Elements = array<f16>;
 #include "common/elements_f16.wgsl" tensor=key
 #include "common/elements_f16.wgsl" tensor=value
 
-fn write_out(start: u32, d: u32, dim: u32, x: vec4<f16>) {
+// x with 0 for the elements from `count` on.
+fn first_elements(x: Eight, count: u32) -> Eight {
+    let e = vec4u(0u, 1u, 2u, 3u);
+    let zero = vec4<f16>();
+    return Eight(select(zero, x.low, e < vec4u(count)), select(zero, x.high, e + 4u < vec4u(count)));
+}
+
+fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 #if ALIGNED
-    out[(start + d) / 4u] = x;
+    let e = (start + d) / 8u * 2u;
+    out[e] = x.low;
+    out[e + 1u] = x.high;
 #else
-    for (var c = 0u; c < min(4u, dim - d); c++) {
-        out[start + d + c] = x[c];
+    for (var c = 0u; c < min(8u, dim - d); c++) {
+        out[start + d + c] = select(x.high[c % 4u], x.low[c % 4u], c < 4u);
     }
 #endif
 }
 
-// The bodies of these are put in by src/elements.rs: element e of a matrix, and a matrix of given elements.
+// The bodies of these are put in by src/elements.rs: element e of a matrix, a matrix of given elements, and the four f16
+// in 64 bits.
 fn coop_get_0(m: Accumulator) -> f32 { return 0.0; }
 fn coop_get_1(m: Accumulator) -> f32 { return 0.0; }
 fn coop_get_2(m: Accumulator) -> f32 { return 0.0; }
@@ -73,6 +87,7 @@ fn coop_get_5(m: Accumulator) -> f32 { return 0.0; }
 fn coop_get_6(m: Accumulator) -> f32 { return 0.0; }
 fn coop_get_7(m: Accumulator) -> f32 { return 0.0; }
 fn coop_set_accumulator(z: Accumulator, a: f32, b: f32, c: f32, d: f32, e: f32, f: f32, g: f32, h: f32) -> Accumulator { return z; }
+fn coop_bits(x: vec2u) -> vec4<f16> { return vec4<f16>(); }
 fn coop_set_left(z: Left, a: f16, b: f16, c: f16, d: f16, e: f16, f: f16, g: f16, h: f16) -> Left { return z; }
 
 const ELEMENTS = 8u;
@@ -97,54 +112,60 @@ const ROWS = SUBGROUPS * ROW_MATRICES * M;
 const KM = KEYS / M;
 const DM = (HEAD_DIM + M - 1u) / M;
 const VM = (HEAD_DIM_V + M - 1u) / M;
-// Rows in workgroup memory, in vectors of four: what is there, and how far apart. The two vectors between rows keep the
-// rows of a matrix on different banks.
-const D4 = DM * M / 4u;
-const V4 = VM * M / 4u;
-const K_STRIDE = D4 + 2u;
-const V_STRIDE = V4 + 2u;
+// Rows in workgroup memory: how many times eight elements are there, and how far apart rows are, in vectors of four. The
+// two vectors between rows keep the rows of a matrix on different banks.
+const D8 = DM * M / 8u;
+const V8 = VM * M / 8u;
+const K_STRIDE = 2u * D8 + 2u;
+const V_STRIDE = 2u * V8 + 2u;
 const K_SIZE = KEYS * K_STRIDE;
 const V_SIZE = KEYS * V_STRIDE;
 // What each thread moves of Q, O, and a tile of K and of V.
-const Q_LOADS = (ROWS * D4 + THREADS - 1u) / THREADS;
-const O_STORES = (ROWS * V4 + THREADS - 1u) / THREADS;
-const K_LOADS = (KEYS * D4 + THREADS - 1u) / THREADS;
-const V_LOADS = (KEYS * V4 + THREADS - 1u) / THREADS;
-const LAZY = 8.0;
+const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
+const O_STORES = (ROWS * V8 + THREADS - 1u) / THREADS;
+const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
+const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
+// A maximum below this is of masked scores only.
+const EMPTY = -1.0e14;
 
-// Two tiles of K and two of V, one in use while the other is filled; before them Q, and after them O.
-const TILES = max(2u * (K_SIZE + V_SIZE), ROWS * max(K_STRIDE, V_STRIDE));
+// A tile of K and one of V, or two of each, one in use while the other is filled; before them Q, and after them O.
+const TILES = max(BUFFERS * (K_SIZE + V_SIZE), ROWS * max(K_STRIDE, V_STRIDE));
 var<workgroup> tiles: array<vec4<f16>, TILES>;
 
-fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<vec4<f16>, K_LOADS> {
-    var x: array<vec4<f16>, K_LOADS>;
+fn store_eight(place: u32, x: Eight) {
+    tiles[place] = x.low;
+    tiles[place + 1u] = x.high;
+}
+
+fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<Eight, K_LOADS> {
+    var x: array<Eight, K_LOADS>;
     for (var n = 0u; n < K_LOADS; n++) {
         let t = thread + n * THREADS;
-        x[n] = read_key(start + min(j0 + t / D4, last) * problem.key.row, 4u * (t % D4), HEAD_DIM);
+        x[n] = read_key(start + min(j0 + t / D8, last) * problem.key.row, 8u * (t % D8), HEAD_DIM);
     }
     return x;
 }
 
-fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<vec4<f16>, V_LOADS> {
-    var x: array<vec4<f16>, V_LOADS>;
+fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Eight, V_LOADS> {
+    var x: array<Eight, V_LOADS>;
     for (var n = 0u; n < V_LOADS; n++) {
         let t = thread + n * THREADS;
-        x[n] = read_value(start + min(j0 + t / V4, last) * problem.value.row, 4u * (t % V4), HEAD_DIM_V);
+        x[n] = read_value(start + min(j0 + t / V8, last) * problem.value.row, 8u * (t % V8), HEAD_DIM_V);
     }
     return x;
 }
 
-fn store_tile(k: array<vec4<f16>, K_LOADS>, v: array<vec4<f16>, V_LOADS>, buffer: u32, thread: u32) {
+fn store_tile(k: array<Eight, K_LOADS>, v: array<Eight, V_LOADS>, buffer: u32, thread: u32) {
     for (var n = 0u; n < K_LOADS; n++) {
         let t = thread + n * THREADS;
-        if t < KEYS * D4 {
-            tiles[buffer * K_SIZE + t / D4 * K_STRIDE + t % D4] = k[n];
+        if t < KEYS * D8 {
+            store_eight(buffer * K_SIZE + t / D8 * K_STRIDE + 2u * (t % D8), k[n]);
         }
     }
     for (var n = 0u; n < V_LOADS; n++) {
         let t = thread + n * THREADS;
-        if t < KEYS * V4 {
-            tiles[2u * K_SIZE + buffer * V_SIZE + t / V4 * V_STRIDE + t % V4] = v[n];
+        if t < KEYS * V8 {
+            store_eight(BUFFERS * K_SIZE + buffer * V_SIZE + t / V8 * V_STRIDE + 2u * (t % V8), v[n]);
         }
     }
 }
@@ -166,16 +187,19 @@ fn forward(
     let key_start = head_start(problem.key, at.batch, at.head_kv);
     let value_start = head_start(problem.value, at.batch, at.head_kv);
     // Scores times this are exponents of 2. It is not negative: a negative scale turns Q around.
-    let factor = score_factor();
+    let factor = max(score_factor(), 1.0e-22);
+    // Times the factor it is far below EMPTY, whatever the factor.
+    let masked = -1.0e15 / factor;
 
     // Q, with 0 in the columns past the head dimension, so that they add nothing, whatever K has there
     for (var n = 0u; n < Q_LOADS; n++) {
         let t = thread + n * THREADS;
-        let i = min(row0 + t / D4, problem.row_end - 1u) - problem.row_begin;
-        let d = 4u * (t % D4);
-        let x = read_query(query_start + i * problem.query.row, d, HEAD_DIM) * f16(score_sign());
-        if t < ROWS * D4 {
-            tiles[t / D4 * K_STRIDE + t % D4] = select(vec4<f16>(), x, vec4u(d) + vec4u(0u, 1u, 2u, 3u) < vec4u(HEAD_DIM));
+        let i = min(row0 + t / D8, problem.row_end - 1u) - problem.row_begin;
+        let d = 8u * (t % D8);
+        let x = first_elements(read_query(query_start + i * problem.query.row, d, HEAD_DIM), max(d, HEAD_DIM) - d);
+        if t < ROWS * D8 {
+            let sign = f16(score_sign());
+            store_eight(t / D8 * K_STRIDE + 2u * (t % D8), Eight(x.low * sign, x.high * sign));
         }
     }
     workgroupBarrier();
@@ -204,14 +228,25 @@ fn forward(
     let range = key_range(at, i32(row0), i32(row1));
     let first = range.x / i32(KEYS) * i32(KEYS);
     let last = u32(max(at.keys, 1) - 1);
+    var key_next: array<Eight, K_LOADS>;
+    var value_next: array<Eight, V_LOADS>;
     if range.x < range.y {
-        store_tile(load_key(key_start, u32(first), last, thread), load_value(value_start, u32(first), last, thread), 0u, thread);
+        key_next = load_key(key_start, u32(first), last, thread);
+        value_next = load_value(value_start, u32(first), last, thread);
     }
-    workgroupBarrier();
+    if BUFFERS == 2u {
+        store_tile(key_next, value_next, 0u, thread);
+        workgroupBarrier();
+    }
     var buffer = 0u;
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
-        let key_next = load_key(key_start, u32(j0) + KEYS, last, thread);
-        let value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
+        if BUFFERS == 1u {
+            workgroupBarrier();
+            store_tile(key_next, value_next, 0u, thread);
+            workgroupBarrier();
+        }
+        key_next = load_key(key_start, u32(j0) + KEYS, last, thread);
+        value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
 
         // S = Q K^T
         var s: array<array<Accumulator, KM>, ROW_MATRICES>;
@@ -253,57 +288,44 @@ fn forward(
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let i = i32(row0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
                         let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                        x[r][c][e] = select(MASKED, x[r][c][e], keep(at, i, j));
+                        x[r][c][e] = select(masked, x[r][c][e], keep(at, i, j));
                     }
                 }
             }
         }
 
-        // m' = max(m, rowmax S), if it grew by much:  l = 2^(m - m') l,  O = 2^(m - m') O
-        var most: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
-        var grew = false;
+        // m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
         for (var r = 0u; r < ROW_MATRICES; r++) {
+            var most: array<f32, LANE_ROWS>;
             for (var h = 0u; h < LANE_ROWS; h++) {
-                most[r][h] = MASKED;
+                most[h] = masked;
             }
             for (var c = 0u; c < KM; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    most[r][held_row(e)] = max(most[r][held_row(e)], x[r][c][e]);
+                    most[held_row(e)] = max(most[held_row(e)], x[r][c][e]);
                 }
             }
+            var shrink: array<f32, LANE_ROWS>;
             for (var h = 0u; h < LANE_ROWS; h++) {
-                most[r][h] = row_max(most[r][h]) * factor;
-                grew = grew || most[r][h] > m[r][h] + LAZY;
+                let larger = max(m[r][h], row_max(most[h]) * factor);
+                shrink[h] = exp2(m[r][h] - larger);
+                m[r][h] = larger;
+                l[r][h] *= shrink[h];
             }
-        }
-        // Uniform in the subgroup, which naga cannot see under an `if`.
-        for (var once = u32(subgroupAny(grew)); once > 0u; once--) {
-            for (var r = 0u; r < ROW_MATRICES; r++) {
-                var shrink: array<f32, LANE_ROWS>;
-                for (var h = 0u; h < LANE_ROWS; h++) {
-                    let larger = max(m[r][h], most[r][h]);
-                    shrink[h] = exp2(m[r][h] - larger);
-                    m[r][h] = larger;
-                    l[r][h] *= shrink[h];
+            for (var d = 0u; d < VM; d++) {
+                var y = elements_of(o[r][d]);
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    y[e] *= shrink[held_row(e)];
                 }
-                for (var d = 0u; d < VM; d++) {
-                    var y = elements_of(o[r][d]);
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        y[e] *= shrink[held_row(e)];
-                    }
-                    o[r][d] = accumulator(y);
-                }
+                o[r][d] = accumulator(y);
             }
         }
 
-        // P = 2^(S - m),  l = l + rowsum P
+        // P = 2^(S - m'),  l = l + rowsum P
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    var p = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
-                    if !full {
-                        p = select(p, 0.0, x[r][c][e] == MASKED);
-                    }
+                    let p = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
                     x[r][c][e] = p;
                     l[r][held_row(e)] += p;
                 }
@@ -317,7 +339,7 @@ fn forward(
                 p[r] = left(x[r][c]);
             }
             for (var d = 0u; d < VM; d++) {
-                let place = 2u * K_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / 4u;
+                let place = BUFFERS * K_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / 4u;
                 let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     o[r][d] = coopMultiplyAdd(p[r], v, o[r][d]);
@@ -325,15 +347,18 @@ fn forward(
             }
         }
 
-        buffer = 1u - buffer;
-        store_tile(key_next, value_next, buffer, thread);
-        workgroupBarrier();
+        if BUFFERS == 2u {
+            buffer = 1u - buffer;
+            store_tile(key_next, value_next, buffer, thread);
+            workgroupBarrier();
+        }
     }
+    workgroupBarrier();
 
     // O / l to workgroup memory, then out in whole rows
     for (var r = 0u; r < ROW_MATRICES; r++) {
         for (var h = 0u; h < LANE_ROWS; h++) {
-            l[r][h] = row_sum(l[r][h]);
+            l[r][h] = select(row_sum(l[r][h]), 0.0, m[r][h] < EMPTY);
         }
         for (var d = 0u; d < VM; d++) {
             let y = elements_of(o[r][d]);
@@ -356,11 +381,12 @@ fn forward(
     workgroupBarrier();
     for (var n = 0u; n < O_STORES; n++) {
         let t = thread + n * THREADS;
-        let i = row0 + t / V4;
-        let d = 4u * (t % V4);
-        if t < ROWS * V4 && i < row1 && d < HEAD_DIM_V {
+        let i = row0 + t / V8;
+        let d = 8u * (t % V8);
+        if t < ROWS * V8 && i < row1 && d < HEAD_DIM_V {
             let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
-            write_out(start, d, HEAD_DIM_V, tiles[t / V4 * V_STRIDE + t % V4]);
+            let place = t / V8 * V_STRIDE + 2u * (t % V8);
+            write_out(start, d, HEAD_DIM_V, Eight(tiles[place], tiles[place + 1u]));
         }
     }
 }

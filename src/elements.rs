@@ -272,6 +272,8 @@ enum Placeholder {
     Get(u32),
     /// Returns its first parameter with elements replaced by the others.
     Set,
+    /// Returns the bits of its parameter, two u32, as four f16: naga's WGSL has no such bitcast.
+    Bits,
 }
 
 /// The functions of the module whose names start with `coop_`, by name. (WGSL's own, such as coopLoad, have no
@@ -284,6 +286,18 @@ fn placeholders(module: &naga::Module, elements: u32) -> Result<HashMap<&str, Pl
             continue;
         };
         let refuse = |expected| Err(ModuleError::Signature { function: name.into(), expected });
+        if name == "coop_bits" {
+            let vector = |size, scalar| TypeInner::Vector { size, scalar };
+            let takes = function.arguments.iter().map(|argument| inner(argument.ty)).collect::<Vec<_>>();
+            let gives = function.result.as_ref().map(|result| inner(result.ty));
+            let (bits, halves) =
+                (vector(naga::VectorSize::Bi, Scalar::U32), vector(naga::VectorSize::Quad, Scalar::F16));
+            if takes != [&bits] || gives != Some(&halves) {
+                return refuse("it must take one vec2<u32> and return a vec4<f16>");
+            }
+            found.insert(name, Placeholder::Bits);
+            continue;
+        }
         let is_set = name.starts_with("coop_set");
         let index = name.strip_prefix("coop_get_");
         if !is_set && index.is_none() {
@@ -336,6 +350,7 @@ mod op {
     pub const U_LESS_THAN: u32 = 176;
     pub const LOOP_MERGE: u32 = 246;
     pub const BRANCH_CONDITIONAL: u32 = 250;
+    pub const BITCAST: u32 = 124;
     pub const RETURN_VALUE: u32 = 254;
 }
 
@@ -410,6 +425,11 @@ fn fill_placeholders(spirv: &[u32], placeholders: &HashMap<&str, Placeholder>) -
                         let element = fresh();
                         push(&mut words, op::COMPOSITE_EXTRACT, &[*result_type, element, value, *index]);
                         value = element;
+                    }
+                    Placeholder::Bits => {
+                        let halves = fresh();
+                        push(&mut words, op::BITCAST, &[*result_type, halves, value]);
+                        value = halves;
                     }
                     Placeholder::Set => {
                         for (&scalar, index) in parameters[1..].iter().zip(0..) {

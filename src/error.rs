@@ -57,7 +57,7 @@ pub enum Error {
     },
     /// One head of one batch entry is more than the device can bind at once, so it cannot be split further.
     #[error(
-        "{argument} needs {bytes} bytes in one binding for a single head; the device binds at most {limit} \
+        "{argument} needs {bytes} bytes in one binding, which cannot be split further; the device binds at most {limit} \
          (max_storage_buffer_binding_size, max_buffer_size)"
     )]
     BindingTooLarge {

@@ -2,8 +2,9 @@
 
 use wgpu::{BindGroupEntry, BindingResource, BufferBinding, BufferUsages};
 
+use crate::kernel::uniform::ProblemUniform;
 use crate::kernel::{Access, Slot};
-use crate::plan::Plan;
+use crate::plan::{Launch, Plan};
 use crate::problem::Tensor;
 use crate::{Error, context::Pipeline};
 
@@ -71,28 +72,7 @@ impl Plan {
         };
         let mut steps = vec![];
         for launch in &self.launches {
-            let uniform = BufferBinding {
-                buffer: uniforms,
-                offset: launch.uniform_offset,
-                size: wgpu::BufferSize::new(size_of::<crate::kernel::uniform::ProblemUniform>() as u64),
-            };
-            let mut entries = vec![BindGroupEntry { binding: 0, resource: BindingResource::Buffer(uniform.clone()) }];
-            for &(slot, start, size) in &launch.ranges {
-                let given = slots.iter().find(|(s, _)| *s == slot).map(|(_, binding)| binding);
-                // A tensor without elements is never read; wgpu wants something bound all the same.
-                let resource = match (given, wgpu::BufferSize::new(size)) {
-                    (Some(given), Some(size)) => {
-                        BufferBinding { buffer: given.buffer, offset: given.offset + start, size: Some(size) }
-                    }
-                    _ => BufferBinding { offset: 0, ..uniform.clone() },
-                };
-                entries.push(BindGroupEntry { binding: slot as u32, resource: BindingResource::Buffer(resource) });
-            }
-            let group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
-                label: Some("wgpu-flash-attention forward"),
-                layout: &launch.pipeline.layout,
-                entries: &entries,
-            });
+            let group = bind_launch(&self.device, launch, uniforms, &slots);
             steps.push((&*launch.pipeline, group, launch.workgroups));
         }
         Ok(BoundForward { steps })
@@ -104,7 +84,6 @@ impl Plan {
         let lse = if problem.lse { 4 * problem.shape.rows() } else { 0 };
         let seqlens = if problem.seqlens_k { 4 * problem.shape.batch as u64 } else { 0 };
         let bytes = |tensor| problem.tensor_bytes(tensor).next_multiple_of(4);
-        // The slot, its access, the buffer, the bytes it needs, and whether the problem has it.
         let all = [
             (Slot::Query, Access::Read, Some(&buffers.query), bytes(Tensor::Query), true),
             (Slot::Key, Access::Read, Some(&buffers.key), bytes(Tensor::Key), true),
@@ -115,39 +94,83 @@ impl Plan {
             // A workspace that this plan does without may be given all the same.
             (Slot::Workspace, Access::ReadWrite, buffers.workspace.as_ref(), self.workspace_bytes(), true),
         ];
-        let mut bound: Vec<(Slot, Access, &BufferBinding, u64)> = vec![];
-        for (slot, access, given, needed, has) in all {
-            let argument = slot.name();
-            let binding = match given {
-                Some(_) if !has => return Err(Error::BufferUnexpected { argument }),
-                None if needed > 0 => return Err(Error::BufferMissing { argument, bytes: needed }),
-                Some(binding) if needed > 0 => binding,
-                _ => continue,
-            };
-            let rest = binding.buffer.size().saturating_sub(binding.offset);
-            let found = binding.size.map_or(rest, |size| rest.min(size.get()));
-            if !binding.buffer.usage().contains(BufferUsages::STORAGE) {
-                return Err(Error::BufferUsage { argument, found: binding.buffer.usage() });
-            }
-            if !binding.offset.is_multiple_of(self.offset_alignment) {
-                let alignment = self.offset_alignment;
-                return Err(Error::BufferOffset { argument, offset: binding.offset, alignment });
-            }
-            if found < needed {
-                return Err(Error::BufferTooSmall { argument, needed, found });
-            }
-            for &(other, other_access, there, there_bytes) in &bound {
-                if there.buffer != binding.buffer || (access, other_access) == (Access::Read, Access::Read) {
-                    continue;
-                }
-                let apart = there.offset + there_bytes <= binding.offset || binding.offset + needed <= there.offset;
-                if access != other_access || !apart {
-                    let (output, other) = if access == Access::ReadWrite { (slot, other) } else { (other, slot) };
-                    return Err(Error::BufferAliased { output: output.name(), other: other.name() });
-                }
-            }
-            bound.push((slot, access, binding, needed));
-        }
-        Ok(bound.into_iter().map(|(slot, _, binding, _)| (slot, binding)).collect())
+        check_buffers(&all, self.offset_alignment)
     }
+}
+
+/// A buffer argument: its slot, its access, the buffer, the bytes it needs, and whether the problem has it.
+pub(crate) type Argument<'b, 'a> = (Slot, Access, Option<&'b BufferBinding<'a>>, u64, bool);
+
+/// Checks every buffer; returns those that can be bound.
+pub(crate) fn check_buffers<'b, 'a>(
+    all: &[Argument<'b, 'a>],
+    offset_alignment: u64,
+) -> Result<Vec<(Slot, &'b BufferBinding<'a>)>, Error> {
+    let mut bound: Vec<(Slot, Access, &BufferBinding, u64)> = vec![];
+    for (slot, access, given, needed, has) in all.iter().copied() {
+        let argument = slot.name();
+        let binding = match given {
+            Some(_) if !has => return Err(Error::BufferUnexpected { argument }),
+            None if needed > 0 => return Err(Error::BufferMissing { argument, bytes: needed }),
+            Some(binding) if needed > 0 => binding,
+            _ => continue,
+        };
+        let rest = binding.buffer.size().saturating_sub(binding.offset);
+        let found = binding.size.map_or(rest, |size| rest.min(size.get()));
+        if !binding.buffer.usage().contains(BufferUsages::STORAGE) {
+            return Err(Error::BufferUsage { argument, found: binding.buffer.usage() });
+        }
+        if !binding.offset.is_multiple_of(offset_alignment) {
+            let alignment = offset_alignment;
+            return Err(Error::BufferOffset { argument, offset: binding.offset, alignment });
+        }
+        if found < needed {
+            return Err(Error::BufferTooSmall { argument, needed, found });
+        }
+        for &(other, other_access, there, there_bytes) in &bound {
+            if there.buffer != binding.buffer || (access, other_access) == (Access::Read, Access::Read) {
+                continue;
+            }
+            let apart = there.offset + there_bytes <= binding.offset || binding.offset + needed <= there.offset;
+            if access != other_access || !apart {
+                let (output, other) = if access == Access::ReadWrite { (slot, other) } else { (other, slot) };
+                return Err(Error::BufferAliased { output: output.name(), other: other.name() });
+            }
+        }
+        bound.push((slot, access, binding, needed));
+    }
+    Ok(bound.into_iter().map(|(slot, _, binding, _)| (slot, binding)).collect())
+}
+
+/// Binds a launch's uniform and ranges of the buffers.
+pub(crate) fn bind_launch(
+    device: &wgpu::Device,
+    launch: &Launch,
+    uniforms: &wgpu::Buffer,
+    slots: &[(Slot, &BufferBinding<'_>)],
+) -> wgpu::BindGroup {
+    let uniform = BufferBinding {
+        buffer: uniforms,
+        offset: launch.uniform_offset,
+        size: wgpu::BufferSize::new(size_of::<ProblemUniform>() as u64),
+    };
+    let mut entries = vec![BindGroupEntry { binding: 0, resource: BindingResource::Buffer(uniform.clone()) }];
+    for &(slot, start, size) in &launch.ranges {
+        // The caller gives one workspace.
+        let argument = if slot == Slot::WorkspaceLse { Slot::Workspace } else { slot };
+        let given = slots.iter().find(|(s, _)| *s == argument).map(|(_, binding)| binding);
+        // A tensor without elements is never read; wgpu wants something bound all the same.
+        let resource = match (given, wgpu::BufferSize::new(size)) {
+            (Some(given), Some(size)) => {
+                BufferBinding { buffer: given.buffer, offset: given.offset + start, size: Some(size) }
+            }
+            _ => BufferBinding { offset: 0, ..uniform.clone() },
+        };
+        entries.push(BindGroupEntry { binding: slot as u32, resource: BindingResource::Buffer(resource) });
+    }
+    device.create_bind_group(&wgpu::BindGroupDescriptor {
+        label: Some("wgpu-flash-attention"),
+        layout: &launch.pipeline.layout,
+        entries: &entries,
+    })
 }

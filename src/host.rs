@@ -192,6 +192,7 @@ impl Context {
             usage: BufferUsages::STORAGE | BufferUsages::COPY_SRC,
             mapped_at_creation: false,
         });
+        let workspace = plan.create_workspace();
         let mut encoder = self.device().create_command_encoder(&Default::default());
         let buffers = ForwardBuffers {
             query: q.as_entire_buffer_binding(),
@@ -200,7 +201,7 @@ impl Context {
             out: out.as_entire_buffer_binding(),
             lse: None,
             seqlens_k: None,
-            workspace: None,
+            workspace: workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
         };
         plan.forward(&mut encoder, &buffers)?;
         self.queue().submit([encoder.finish()]);

@@ -7,7 +7,7 @@ use crate::context::{Context, Pipeline};
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{self, Kernel, Pass, Slot};
 use crate::problem::{Layout, Tensor};
-use crate::tune::{self, CoopTile, Tile};
+use crate::tune::{self, CoopTile, DecodeTile, Tile};
 use crate::{ElementType, Error, Problem};
 
 /// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes.
@@ -19,6 +19,10 @@ pub struct PlanOptions {
     pub tile: Option<Tile>,
     /// The tile of the coop kernel; `None` takes [`tune::coop_tile`].
     pub coop_tile: Option<CoopTile>,
+    /// The tile of the decode kernel; `None` takes [`tune::decode_tile`].
+    pub decode_tile: Option<DecodeTile>,
+    /// Into how many splits the decode kernel cuts the keys; `None` takes [`tune::decode_splits`].
+    pub splits: Option<u32>,
 }
 
 /// How a problem is computed on a device. Made by [`Context::plan`]; used any number of times.
@@ -34,6 +38,8 @@ pub struct Plan {
     kernel: Kernel,
     reason: &'static str,
     tile: Option<Tile>,
+    /// Splits of the keys, for the decode kernel.
+    splits: Option<u32>,
     /// Queries and keys of a tile, for kernels that have tiles.
     rows_and_keys: Option<(u32, u32)>,
     workgroup_bytes: u32,
@@ -82,6 +88,7 @@ impl Part {
 }
 
 /// One dispatch.
+#[derive(Debug)]
 pub(crate) struct Launch {
     pub pipeline: Arc<Pipeline>,
     /// For each binding of the pipeline: what it holds, its first byte and its size, from where the caller binds it.
@@ -178,14 +185,14 @@ fn split(
     problem: &Problem,
     kernel: Kernel,
     passes: &[Pass],
-    workspace: &dyn Fn(&Part) -> u64,
+    workspace: &dyn Fn(&Part) -> Vec<(Slot, u64, u64)>,
     row_unit: u32,
     bounds: &Bounds,
 ) -> Result<Vec<Part>, Error> {
     let shape = &problem.shape;
     let fits = |part: &Part| {
         let (mut ranges, _) = bind_part(problem, part, bounds);
-        ranges.push((Slot::Workspace, 0, workspace(part)));
+        ranges.extend(workspace(part));
         for (slot, _, size) in ranges {
             if size > bounds.binding {
                 return Err(Error::BindingTooLarge { argument: slot.name(), bytes: size, limit: bounds.binding });
@@ -212,6 +219,21 @@ fn split(
     Ok(done)
 }
 
+/// The uniforms of the launches; bound as a tensor too where that has no elements.
+pub(crate) fn uniform_buffer(device: &wgpu::Device, bytes: &[u8]) -> wgpu::Buffer {
+    let buffer = device.create_buffer(&wgpu::BufferDescriptor {
+        label: Some("wgpu-flash-attention problem"),
+        size: bytes.len() as u64,
+        usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE,
+        mapped_at_creation: true,
+    });
+    if let Ok(mut mapped) = buffer.get_mapped_range_mut(..) {
+        mapped.copy_from_slice(bytes);
+    }
+    buffer.unmap();
+    buffer
+}
+
 impl Plan {
     pub(crate) fn new(context: &Context, problem: &Problem, options: &PlanOptions) -> Result<Plan, Error> {
         problem.validate()?;
@@ -219,12 +241,16 @@ impl Plan {
         let shape = &problem.shape;
         let (kernel, reason) = match (options.kernel, &context.matrices, problem.element_type) {
             (Some(kernel), _, _) => (kernel, "asked for"),
+            (None, _, _) if kernel::decode::suits(problem) => {
+                (Kernel::Decode, "few queries and many keys: splits of the keys fill the device")
+            }
             (None, Some(_), ElementType::F16) => (Kernel::Coop, "the device has cooperative matrices for f16"),
             (None, Some(_), _) => (Kernel::Tile, "cooperative matrices take f16 only"),
             (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
         };
         let mut tile = None;
         let mut rows_and_keys = None;
+        let mut splits = None;
         let passes = match kernel {
             Kernel::Coop => {
                 let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
@@ -242,6 +268,20 @@ impl Plan {
                 rows_and_keys = Some((chosen.rows(size), chosen.keys));
                 vec![kernel::forward_coop::pass(problem, chosen, matrices)]
             }
+            Kernel::Decode => {
+                let rows = shape.group() as u64 * shape.seqlen_q as u64;
+                let chosen = options.decode_tile.unwrap_or_else(|| {
+                    tune::decode_tile(rows, shape.head_dim, shape.head_dim_v, problem.element_type.bytes(), limits)
+                });
+                chosen.validate(shape.head_dim_v)?;
+                let workgroups = shape.batch as u64 * shape.heads_kv as u64 * rows.div_ceil(chosen.rows as u64);
+                let tiles = problem.keys_in_sight().div_ceil(chosen.keys()) as u64;
+                let split = options.splits.unwrap_or_else(|| tune::decode_splits(workgroups, tiles));
+                let split = split.clamp(1, limits.max_compute_workgroups_per_dimension);
+                splits = Some(split);
+                rows_and_keys = Some((chosen.rows, chosen.keys()));
+                kernel::decode::passes(problem, chosen, split)
+            }
             Kernel::Naive => kernel::naive::passes(problem),
             Kernel::Tile => {
                 let chosen = options.tile.unwrap_or_else(|| tune::tile(shape.head_dim, shape.head_dim_v, limits));
@@ -254,10 +294,26 @@ impl Plan {
         check_limits(kernel, &passes, limits)?;
 
         let bounds = Bounds::of(limits);
-        let workspace = |part: &Part| match kernel {
-            Kernel::Naive => kernel::naive::workspace_bytes(problem, part),
-            Kernel::Coop | Kernel::Tile => 0,
+        // What lies in the workspace, one after the other at aligned places.
+        let workspaces = |part: &Part| match kernel {
+            Kernel::Naive => vec![(Slot::Workspace, kernel::naive::workspace_bytes(problem, part))],
+            Kernel::Decode => {
+                let (out, lse) = kernel::decode::workspace_bytes(problem, part, splits.unwrap_or(1));
+                vec![(Slot::Workspace, out), (Slot::WorkspaceLse, lse)]
+            }
+            Kernel::Coop | Kernel::Tile => vec![],
         };
+        let workspace = |part: &Part| -> Vec<(Slot, u64, u64)> {
+            let mut end = 0u64;
+            let place = |(slot, bytes): (Slot, u64)| {
+                let start = end.saturating_add(bounds.alignment - 1) / bounds.alignment * bounds.alignment;
+                end = start.saturating_add(bytes);
+                (slot, start, bytes)
+            };
+            workspaces(part).into_iter().map(place).collect()
+        };
+        let workspace_bytes =
+            |part: &Part| workspace(part).last().map_or(0, |&(_, start, bytes)| start.saturating_add(bytes));
         let mut plan = Plan {
             device: context.device().clone(),
             problem: problem.clone(),
@@ -267,6 +323,7 @@ impl Plan {
             kernel,
             reason,
             tile,
+            splits,
             rows_and_keys,
             workgroup_bytes: passes.iter().map(|pass| pass.workgroup_bytes).max().unwrap_or(0),
             workspace_bytes: 0,
@@ -276,9 +333,12 @@ impl Plan {
             return Ok(plan);
         }
         // The naive kernel keeps all scores of a head at once, as people write it.
-        let row_unit = rows_and_keys.map_or(shape.seqlen_q, |(rows, _)| rows);
+        let row_unit = match kernel {
+            Kernel::Decode => 1,
+            _ => rows_and_keys.map_or(shape.seqlen_q, |(rows, _)| rows),
+        };
         let parts = split(problem, kernel, &passes, &workspace, row_unit, &bounds)?;
-        plan.workspace_bytes = parts.iter().map(workspace).max().unwrap_or(0);
+        plan.workspace_bytes = parts.iter().map(workspace_bytes).max().unwrap_or(0);
         plan.parts = parts.len();
         let pipelines = passes.iter().map(|pass| context.pipeline(pass)).collect::<Result<Vec<_>, _>>()?;
 
@@ -286,8 +346,10 @@ impl Plan {
         let uniform_step = uniform_bytes.next_multiple_of(limits.min_uniform_buffer_offset_alignment as u64);
         let mut uniforms = vec![0u8; uniform_step as usize * parts.len()];
         for (n, part) in parts.iter().enumerate() {
-            let (mut ranges, uniform) = bind_part(problem, part, &bounds);
-            ranges.push((Slot::Workspace, 0, workspace(part)));
+            let (mut ranges, mut uniform) = bind_part(problem, part, &bounds);
+            ranges.extend(workspace(part));
+            uniform.splits = splits.unwrap_or(0);
+            uniform.split_rows = kernel::decode::rows(part) as u32;
             let uniform_offset = n as u64 * uniform_step;
             uniforms[uniform_offset as usize..][..uniform_bytes as usize].copy_from_slice(bytemuck::bytes_of(&uniform));
             for (pass, pipeline) in passes.iter().zip(&pipelines) {
@@ -301,17 +363,7 @@ impl Plan {
                 });
             }
         }
-        let buffer = plan.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("wgpu-flash-attention problem"),
-            size: uniforms.len() as u64,
-            usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE,
-            mapped_at_creation: true,
-        });
-        if let Ok(mut mapped) = buffer.get_mapped_range_mut(..) {
-            mapped.copy_from_slice(&uniforms);
-        }
-        buffer.unmap();
-        plan.uniforms = Some(buffer);
+        plan.uniforms = Some(uniform_buffer(&plan.device, &uniforms));
         Ok(plan)
     }
 
@@ -352,9 +404,22 @@ impl Plan {
     /// loaded, outputs, and scores where they are stored.
     pub fn bytes_moved(&self) -> u64 {
         match self.rows_and_keys {
+            Some((rows, _)) if self.kernel == Kernel::Decode => self.decode_bytes_moved(rows),
             Some((rows, keys)) => self.tile_bytes_moved(rows, keys),
             None => self.materialized_bytes(),
         }
+    }
+
+    /// K and V once for each tile of rows, q for each split, and the splits' results, written and read.
+    fn decode_bytes_moved(&self, rows: u32) -> u64 {
+        let s = &self.problem.shape;
+        let splits = self.splits.unwrap_or(1) as u64;
+        let tiles = (s.group() as u64 * s.seqlen_q as u64).div_ceil(rows as u64);
+        let keys = s.batch as u64 * s.heads_kv as u64 * tiles * self.problem.keys_in_sight() as u64;
+        let elements =
+            keys * (s.head_dim + s.head_dim_v) as u64 + s.rows() * (splits * s.head_dim as u64 + s.head_dim_v as u64);
+        let workspace = splits * s.rows() * (16 * s.head_dim_v.div_ceil(4) as u64 + 4);
+        elements * self.problem.element_type.bytes() + 2 * workspace + self.lse_bytes()
     }
 
     fn tile_bytes_moved(&self, rows: u32, keys: u32) -> u64 {
@@ -386,7 +451,7 @@ impl Plan {
     }
 }
 
-fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limits) -> Result<(), Error> {
+pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limits) -> Result<(), Error> {
     for pass in passes {
         let storage_buffers = pass.bindings.len() as u32;
         let needs = [
@@ -428,7 +493,11 @@ impl std::fmt::Display for Plan {
         if let (None, Some((rows, keys))) = (self.tile, self.rows_and_keys) {
             writeln!(f, "tile: {rows} queries by {keys} keys")?;
         }
-        writeln!(f, "access: {}", if p.is_aligned() { "four elements at a time" } else { "element by element" })?;
+        if let Some(splits) = self.splits {
+            writeln!(f, "splits of the keys: {splits}")?;
+        }
+        let vector = if self.kernel == Kernel::Coop { 8 } else { 4 };
+        writeln!(f, "access: {}", if p.is_aligned(vector) { "whole vectors" } else { "element by element" })?;
         writeln!(f, "workgroup memory: {}", Bytes(self.workgroup_bytes as u64))?;
         let workgroups: u64 =
             self.launches.iter().map(|l| l.workgroups.iter().map(|&n| n as u64).product::<u64>()).sum();

@@ -177,9 +177,9 @@ impl Layout {
         false
     }
 
-    fn is_aligned(&self, dims: [u32; 4]) -> bool {
+    fn is_aligned(&self, dims: [u32; 4], elements: u64) -> bool {
         let strides = [(self.offset, 2), (self.batch, dims[0]), (self.head, dims[1]), (self.row, dims[2])];
-        strides.iter().all(|&(stride, n)| n < 2 || stride.is_multiple_of(4))
+        strides.iter().all(|&(stride, n)| n < 2 || stride.is_multiple_of(elements))
     }
 }
 
@@ -365,12 +365,19 @@ impl Problem {
         self.layout(tensor).end(dims).unwrap_or(u64::MAX / 8) * self.element_type.bytes()
     }
 
-    /// Whether all four tensors can be read and written in groups of four elements.
-    pub(crate) fn is_aligned(&self) -> bool {
+    /// Whether all four tensors can be read and written in groups of so many elements.
+    pub(crate) fn is_aligned(&self, elements: u32) -> bool {
         let s = &self.shape;
-        s.head_dim.is_multiple_of(4)
-            && s.head_dim_v.is_multiple_of(4)
-            && Tensor::ALL.iter().all(|&t| self.layout(t).is_aligned(s.dims(t)))
+        s.head_dim.is_multiple_of(elements)
+            && s.head_dim_v.is_multiple_of(elements)
+            && Tensor::ALL.iter().all(|&t| self.layout(t).is_aligned(s.dims(t), elements.into()))
+    }
+
+    /// Keys that some query may see when all are valid.
+    pub(crate) fn keys_in_sight(&self) -> u32 {
+        let s = &self.shape;
+        let first = self.key_interval(0, s.seqlen_k).0;
+        self.key_interval(s.seqlen_q.saturating_sub(1), s.seqlen_k).1.saturating_sub(first)
     }
 
     /// The keys that query `i` may see when `keys` of them are valid: first, and one past the last.

@@ -6,8 +6,10 @@
 
 use std::fmt::Write;
 
-use crate::kernel::{forward_tile, naive};
-use crate::{Problem, tune::Tile};
+use crate::elements::{MatrixFormat, MatrixLayout};
+use crate::kernel::{decode, forward_coop, forward_tile, naive};
+use crate::tune::{CoopTile, DecodeTile, Tile};
+use crate::{MergeProblem, Problem};
 
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = &[
@@ -19,6 +21,8 @@ const FILES: &[(&str, &str)] = &[
     ("common/score.wgsl", include_str!("../shaders/common/score.wgsl")),
     ("common/softmax.wgsl", include_str!("../shaders/common/softmax.wgsl")),
     ("common/write.wgsl", include_str!("../shaders/common/write.wgsl")),
+    ("decode_combine.wgsl", include_str!("../shaders/decode_combine.wgsl")),
+    ("decode_split.wgsl", include_str!("../shaders/decode_split.wgsl")),
     ("forward_coop.wgsl", include_str!("../shaders/forward_coop.wgsl")),
     ("forward_tile.wgsl", include_str!("../shaders/forward_tile.wgsl")),
     ("naive_output.wgsl", include_str!("../shaders/naive_output.wgsl")),
@@ -64,15 +68,6 @@ pub struct SpecializeError {
     pub line: usize,
     /// What is wrong.
     pub what: String,
-}
-
-/// The modules that a plan builds: those of the tile kernel with this tile, or those of the naive kernel.
-pub fn modules(problem: &crate::Problem, tile: Option<crate::tune::Tile>) -> Vec<Specialization> {
-    let passes = match tile {
-        Some(tile) => vec![crate::kernel::forward_tile::pass(problem, tile)],
-        None => crate::kernel::naive::passes(problem),
-    };
-    passes.into_iter().map(|pass| pass.specialization).collect()
 }
 
 impl Specialization {
@@ -183,6 +178,30 @@ pub fn modules(problem: &Problem, tile: Option<Tile>) -> Vec<Specialization> {
         None => naive::passes(problem),
     };
     passes.into_iter().map(|pass| pass.specialization).collect()
+}
+
+/// The module of the cooperative-matrix kernel, and the bindings that it is made for.
+#[doc(hidden)]
+pub fn coop_module(
+    problem: &Problem,
+    tile: CoopTile,
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+) -> (Specialization, Vec<u32>) {
+    let matrices = forward_coop::Matrices { format, layout: layout.clone() };
+    let pass = forward_coop::pass(problem, tile, &matrices);
+    let bindings = std::iter::once(0).chain(pass.bindings.iter().map(|&(slot, _)| slot as u32)).collect();
+    (pass.specialization, bindings)
+}
+
+/// The modules of the decode kernel with this tile and so many splits of the keys.
+pub fn decode_modules(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Specialization> {
+    decode::passes(problem, tile, splits).into_iter().map(|pass| pass.specialization).collect()
+}
+
+/// The module of a merge.
+pub fn merge_module(problem: &MergeProblem) -> Specialization {
+    decode::merge(problem).specialization
 }
 
 #[cfg(test)]

@@ -71,6 +71,8 @@ pub struct CoopTile {
     pub row_matrices: u32,
     /// Keys a step of the loop takes; a multiple of the matrices' size.
     pub keys: u32,
+    /// Tiles of K and V in workgroup memory: 1, or 2 to fill one while the other is in use.
+    pub buffers: u32,
 }
 
 impl CoopTile {
@@ -83,7 +85,7 @@ impl CoopTile {
     pub const fn workgroup_bytes(&self, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
         let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
         let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
-        let tiles = 2 * self.keys * (k_stride + v_stride);
+        let tiles = self.buffers * self.keys * (k_stride + v_stride);
         let rows = self.rows(size) * if k_stride > v_stride { k_stride } else { v_stride };
         8 * if tiles > rows { tiles } else { rows }
     }
@@ -93,6 +95,9 @@ impl CoopTile {
         // Bounds the arithmetic of workgroup_bytes.
         if [self.subgroups, self.row_matrices, self.keys].iter().any(|&n| n == 0 || n > 1024) {
             return Err(Error::Tile("every size must be from 1 to 1024"));
+        }
+        if !matches!(self.buffers, 1 | 2) {
+            return Err(Error::Tile("buffers must be 1 or 2"));
         }
         if !self.keys.is_multiple_of(size) {
             return Err(Error::Tile("the size of a matrix must divide keys"));
@@ -104,12 +109,88 @@ impl CoopTile {
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
 pub fn coop_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
     match (size, head_dim.max(head_dim_v)) {
-        (16, 0..=64) => CoopTile { subgroups: 4, row_matrices: 2, keys: 32 },
-        (16, 65..=128) => CoopTile { subgroups: 8, row_matrices: 1, keys: 32 },
-        (16, _) => CoopTile { subgroups: 4, row_matrices: 1, keys: 16 },
-        (_, 0..=128) => CoopTile { subgroups: 4, row_matrices: 2, keys: 16 },
-        (_, _) => CoopTile { subgroups: 2, row_matrices: 1, keys: 8 },
+        (16, 0..=64) => CoopTile { subgroups: 4, row_matrices: 2, keys: 32, buffers: 1 },
+        (16, 65..=128) => CoopTile { subgroups: 8, row_matrices: 1, keys: 48, buffers: 1 },
+        (16, _) => CoopTile { subgroups: 4, row_matrices: 1, keys: 16, buffers: 2 },
+        (_, 0..=128) => CoopTile { subgroups: 4, row_matrices: 2, keys: 16, buffers: 2 },
+        (_, _) => CoopTile { subgroups: 2, row_matrices: 1, keys: 8, buffers: 2 },
     }
+}
+
+/// The tile of the decode kernel, `shaders/decode_split.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DecodeTile {
+    /// Rows a workgroup computes: queries of all heads that share a key-value head; a multiple of 4.
+    pub rows: u32,
+    /// Threads in a workgroup; at least a quarter of the head dim of the values.
+    pub threads: u32,
+    /// Threads that share a key; divides `threads`.
+    pub key_threads: u32,
+    /// Keys of a tile that a thread takes part in; at most `key_threads`.
+    pub thread_keys: u32,
+}
+
+impl DecodeTile {
+    /// Keys a step of the loop takes.
+    pub const fn keys(&self) -> u32 {
+        self.threads / self.key_threads * self.thread_keys
+    }
+
+    /// Workgroup memory in bytes. The same sums as the constants of the shader.
+    pub const fn workgroup_bytes(&self, head_dim: u32, head_dim_v: u32) -> u32 {
+        let q = 4 * self.key_threads * head_dim.div_ceil(4 * self.key_threads);
+        let columns = head_dim_v.div_ceil(4);
+        let slices = if self.threads / columns < self.keys() { self.threads / columns } else { self.keys() };
+        let p = (self.threads - 1) / columns + slices * (self.keys().div_ceil(slices) - 1) + 1;
+        let dots = self.key_threads * (self.keys() + 1);
+        let partial = if dots > 4 * self.threads { dots } else { 4 * self.threads };
+        16 * (self.rows / 4 * (q + p + 8) + partial)
+    }
+
+    /// Checks that the tile divides as the shader needs it to.
+    pub fn validate(&self, head_dim_v: u32) -> Result<(), Error> {
+        // Bounds the arithmetic of workgroup_bytes.
+        if [self.rows, self.threads, self.key_threads, self.thread_keys].iter().any(|&n| n == 0 || n > 1024) {
+            return Err(Error::Tile("every size must be from 1 to 1024"));
+        }
+        if !self.rows.is_multiple_of(4) {
+            return Err(Error::Tile("rows must be a multiple of 4"));
+        }
+        if !self.threads.is_multiple_of(self.key_threads) {
+            return Err(Error::Tile("key_threads must divide threads"));
+        }
+        if self.thread_keys > self.key_threads {
+            return Err(Error::Tile("thread_keys must be at most key_threads"));
+        }
+        if self.threads < head_dim_v.div_ceil(4) {
+            return Err(Error::Tile("threads must be at least a quarter of head_dim_v"));
+        }
+        Ok(())
+    }
+}
+
+/// The tile of the decode kernel for a problem with so many rows a key-value head, `element_bytes` bytes an element.
+pub fn decode_tile(rows: u64, head_dim: u32, head_dim_v: u32, element_bytes: u64, limits: &wgpu::Limits) -> DecodeTile {
+    // A thread loads four vectors of each key or fewer; 128 bytes of K at once, and as much of V.
+    let key_threads = (head_dim.max(head_dim_v).div_ceil(4).next_power_of_two() / 4).clamp(4, 16);
+    let thread_keys = if element_bytes == 2 { 4 } else { 2 };
+    let rows = rows.next_multiple_of(4).clamp(4, 16) as u32;
+    let mut tile = DecodeTile { rows, threads: 128, key_threads, thread_keys };
+    while tile.rows > 4 && tile.workgroup_bytes(head_dim, head_dim_v) > limits.max_compute_workgroup_storage_size {
+        tile.rows -= 4;
+    }
+    tile
+}
+
+/// Workgroups that fill a large device: four on each of the 132 multiprocessors of an H100.
+const DECODE_WORKGROUPS: u64 = 528;
+
+/// Into how many splits the keys go when `workgroups` take all of them, in `tiles` tiles each: as many as fill the device,
+/// and no more than whole tiles need.
+pub fn decode_splits(workgroups: u64, tiles: u64) -> u32 {
+    let most = (DECODE_WORKGROUPS / workgroups.max(1)).clamp(1, tiles.max(1));
+    let tiles_of_split = tiles.div_ceil(most).max(1);
+    tiles.div_ceil(tiles_of_split).max(1) as u32
 }
 
 /// A row of the table: the first one whose bounds hold is taken.
@@ -192,6 +273,32 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn every_head_dim_gets_a_decode_tile_that_fits() {
+        for bytes in [16 << 10, 32 << 10, 48 << 10] {
+            for (head_dim, rows) in (1..=256).flat_map(|d| [1, 4, 7, 16, 100].map(|rows| (d, rows))) {
+                for (head_dim_v, element_bytes) in [(1, 2), (64, 4), (128, 2), (256, 4), (head_dim, 2)] {
+                    let tile = decode_tile(rows, head_dim, head_dim_v, element_bytes, &limits(bytes, 256));
+                    tile.validate(head_dim_v).unwrap();
+                    let used = tile.workgroup_bytes(head_dim, head_dim_v);
+                    assert!(used <= bytes, "{head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn splits_fill_the_device() {
+        // 32,768 keys in tiles of 64 for 8 key-value heads.
+        assert_eq!(decode_splits(8, 512), 64);
+        // Never less than a tile each, and none without a tile.
+        assert_eq!(decode_splits(8, 10), 10);
+        assert_eq!(decode_splits(100, 12), 4);
+        assert_eq!(decode_splits(100, 11), 4);
+        assert_eq!(decode_splits(1000, 50), 1);
+        assert_eq!(decode_splits(8, 0), 1);
     }
 
     #[test]

@@ -7,9 +7,9 @@ use naga::back::{hlsl, msl, spv};
 use naga::proc::Layouter;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, Module};
-use wgpu_flash_attention::specialize::{Source, Specialization, modules};
-use wgpu_flash_attention::tune::{Tile, tile};
-use wgpu_flash_attention::{ElementType, Problem, Shape, wgpu};
+use wgpu_flash_attention::specialize::{Source, Specialization, decode_modules, merge_module, modules};
+use wgpu_flash_attention::tune::{Tile, decode_tile, tile};
+use wgpu_flash_attention::{ElementType, MergeProblem, Problem, Shape, wgpu};
 
 const DIMS: &[[u32; 2]] = &[
     [1, 1],
@@ -153,4 +153,42 @@ fn tile_with_32_kib() {
 #[test]
 fn tile_with_48_kib() {
     check_tile(&wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() });
+}
+
+#[test]
+fn decode_within_the_default_limits() {
+    let limits = wgpu::Limits::default();
+    let mut seen = HashSet::new();
+    for problem in problems() {
+        for (rows, splits) in [(1, 3), (7, 64)] {
+            let (d, dv) = (problem.shape.head_dim, problem.shape.head_dim_v);
+            let tile = decode_tile(rows, d, dv, problem.element_type.bytes(), &limits);
+            for specialization in decode_modules(&problem, tile, splits) {
+                if seen.insert(specialization.source().unwrap().text) {
+                    let (module, info) = validate(&specialization);
+                    write(&specialization, &module, &info);
+                    fits(&module, &limits);
+                    if specialization.entry == "decode_split" {
+                        let said = tile.workgroup_bytes(d, dv);
+                        assert_eq!(workgroup_bytes(&module).iter().sum::<u32>(), said, "{tile:?} {d} {dv}");
+                    }
+                }
+            }
+        }
+    }
+    assert!(seen.len() >= 300, "only {} modules", seen.len());
+}
+
+#[test]
+fn merge() {
+    for element_type in [ElementType::F32, ElementType::F16, ElementType::BF16] {
+        for head_dim_v in [1, 7, 12, 64, 128, 255, 256] {
+            for parts in [1, 2, 5, 100] {
+                let specialization = merge_module(&MergeProblem { parts, rows: 10, head_dim_v, element_type });
+                let (module, info) = validate(&specialization);
+                write(&specialization, &module, &info);
+                fits(&module, &wgpu::Limits::default());
+            }
+        }
+    }
 }

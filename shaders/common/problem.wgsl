@@ -31,6 +31,9 @@ struct Problem {
     top_left: i32,
     scale: f32,
     softcap: f32,
+    // Results over parts of the keys that decode_combine.wgsl merges, and rows of each.
+    splits: u32,
+    split_rows: u32,
 }
 
 @group(0) @binding(0) var<uniform> problem: Problem;

@@ -38,7 +38,7 @@ pub(crate) fn pass(problem: &Problem, tile: CoopTile, matrices: &Matrices) -> Pa
     let shape = problem.shape;
     let size = matrices.format.size;
     let rows = tile.rows(size);
-    let mut on = switches(problem);
+    let mut on = switches(problem, 8);
     if size == 16 {
         on.push("MATRIX16");
     }
@@ -46,6 +46,7 @@ pub(crate) fn pass(problem: &Problem, tile: CoopTile, matrices: &Matrices) -> Pa
         ("HEAD_DIM", shape.head_dim),
         ("HEAD_DIM_V", shape.head_dim_v),
         ("KEYS", tile.keys),
+        ("BUFFERS", tile.buffers),
         ("SUBGROUPS", tile.subgroups),
         ("ROW_MATRICES", tile.row_matrices),
     ];

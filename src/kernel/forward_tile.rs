@@ -11,7 +11,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
         specialization: Specialization {
             file: "forward_tile.wgsl",
             entry: "forward",
-            switches: switches(problem),
+            switches: switches(problem, 4),
             constants: vec![
                 ("HEAD_DIM", shape.head_dim),
                 ("HEAD_DIM_V", shape.head_dim_v),

@@ -1,6 +1,7 @@
 //! The kernels: one file each, beside its WGSL. A kernel says which modules it runs, what they bind, and how many
 //! workgroups a part of the problem takes.
 
+pub(crate) mod decode;
 pub(crate) mod forward_coop;
 pub(crate) mod forward_tile;
 pub(crate) mod naive;
@@ -19,6 +20,8 @@ pub enum Kernel {
     /// Tiles on cooperative matrices (tensor cores), f16 in memory, for contexts that
     /// [`Context::with_cooperative_matrices`](crate::Context::with_cooperative_matrices) made.
     Coop,
+    /// Few queries, many keys: the keys are split over workgroups, and the splits' results merged by lse.
+    Decode,
     /// Tiles and an online softmax within WebGPU's default limits, larger tiles where the device allows them.
     Tile,
 }
@@ -27,6 +30,7 @@ impl std::fmt::Display for Kernel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Kernel::Coop => "coop",
+            Kernel::Decode => "decode",
             Kernel::Naive => "naive",
             Kernel::Tile => "tile",
         })
@@ -43,6 +47,10 @@ pub(crate) enum Slot {
     Lse = 5,
     SeqlensK = 6,
     Workspace = 7,
+    /// The lse of the splits, at the workspace's end.
+    WorkspaceLse = 8,
+    PartOut = 9,
+    PartLse = 10,
 }
 
 impl Slot {
@@ -54,7 +62,9 @@ impl Slot {
             Slot::Out => "out",
             Slot::Lse => "lse",
             Slot::SeqlensK => "seqlens_k",
-            Slot::Workspace => "workspace",
+            Slot::Workspace | Slot::WorkspaceLse => "workspace",
+            Slot::PartOut => "part_out",
+            Slot::PartLse => "part_lse",
         }
     }
 }
@@ -79,16 +89,24 @@ pub(crate) struct Pass {
 /// The workgroups that a part of the problem takes.
 pub(crate) type Workgroups = Box<dyn Fn(&Part) -> [u64; 3]>;
 
-/// The switches that follow from the problem alone.
-pub(crate) fn switches(problem: &Problem) -> Vec<&'static str> {
-    let mut on = vec![match problem.element_type {
-        ElementType::F32 => "ELEMENT_F32",
-        ElementType::F16 => "ELEMENT_F16",
-        ElementType::BF16 => "ELEMENT_BF16",
-    }];
+impl ElementType {
+    /// Its name in `common/elements.wgsl`.
+    fn switch(self) -> &'static str {
+        match self {
+            ElementType::F32 => "ELEMENT_F32",
+            ElementType::F16 => "ELEMENT_F16",
+            ElementType::BF16 => "ELEMENT_BF16",
+        }
+    }
+}
+
+/// The switches that follow from the problem, for a kernel that moves `vector` elements at a time where they lie so.
+pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
+    let aligned = problem.is_aligned(vector);
+    let mut on = vec![problem.element_type.switch()];
     let flags = [
-        (problem.is_aligned(), "ALIGNED"),
-        (problem.is_aligned() && problem.element_type != ElementType::F32, "PACKED"),
+        (aligned, "ALIGNED"),
+        (aligned && problem.element_type != ElementType::F32, "PACKED"),
         (problem.softcap.is_some(), "SOFTCAP"),
         (problem.seqlens_k, "SEQLENS_K"),
         (problem.lse, "LSE"),

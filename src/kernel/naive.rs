@@ -18,7 +18,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let shape = problem.shape;
     let (seqlen_k, head_dim_v) = (shape.seqlen_k as u64, shape.head_dim_v as u64);
     let pass = |file, entry, constants, used: &[(Slot, Access)], threads, workgroup_bytes, workgroups| Pass {
-        specialization: Specialization { file, entry, switches: switches(problem), constants },
+        specialization: Specialization { file, entry, switches: switches(problem, 4), constants },
         bindings: bindings(problem, used),
         element_access: false,
         threads,

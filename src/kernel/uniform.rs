@@ -32,7 +32,9 @@ pub(crate) struct ProblemUniform {
     pub top_left: i32,
     pub scale: f32,
     pub softcap: f32,
-    pub padding: [u32; 3],
+    pub splits: u32,
+    pub split_rows: u32,
+    pub padding: u32,
 }
 
 /// An open side of a window: past every key, and far enough from the ends of i32 that adding a position cannot wrap.

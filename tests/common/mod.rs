@@ -4,6 +4,8 @@
 //! NaN; outputs and workspace hold NaN before each run, and what is not the output's must hold it afterwards.
 #![allow(dead_code)] // Each test binary uses a part.
 
+pub mod cases;
+
 use std::fmt::Write;
 use std::sync::OnceLock;
 

@@ -1,0 +1,272 @@
+//! Random problems for minutes, on real hardware: every kernel against the oracle, twice for the same bits.
+//! `--help` lists the options.
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use half::{bf16, f16};
+use wgpu_flash_attention::{
+    Causal, Context, ElementType, Error, HeadlessOptions, Kernel, Layout, PlanOptions, Problem, Shape, reference, wgpu,
+};
+
+use support::{Errors, Inputs, Number, Outputs, Tensors};
+
+/// Random shapes, options, strides and element types, through every kernel that takes them, against the oracle in f64.
+/// Case n is made from seed + n alone.
+#[derive(Parser)]
+struct Args {
+    /// How long; at least one case is run
+    #[arg(long, default_value_t = 1.0)]
+    minutes: f64,
+    /// The first case's seed
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// The adapter whose name holds this text
+    #[arg(long)]
+    adapter: Option<String>,
+    /// Opens the device with cooperative matrices, which wgpu calls experimental, and runs the coop kernel too
+    #[arg(long)]
+    coop: bool,
+}
+
+/// splitmix64.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        x ^ (x >> 31)
+    }
+
+    /// From `first` to `last`, both included.
+    fn from(&mut self, first: u32, last: u32) -> u32 {
+        first + (self.next() % (last - first + 1) as u64) as u32
+    }
+
+    /// True once in n.
+    fn once_in(&mut self, n: u64) -> bool {
+        self.next().is_multiple_of(n)
+    }
+
+    fn unit(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 24) as f32
+    }
+}
+
+fn random_shape(rng: &mut Rng, most: u32) -> Shape {
+    let head_dim = |rng: &mut Rng| if rng.once_in(2) { rng.from(1, 256) } else { 16 << rng.from(0, 4) };
+    loop {
+        let heads_kv = rng.from(1, 3);
+        let dim = head_dim(rng);
+        let shape = Shape {
+            batch: rng.from(1, 3),
+            heads_q: heads_kv * rng.from(1, 4),
+            heads_kv,
+            seqlen_q: if rng.once_in(3) { rng.from(1, 16) } else { rng.from(1, most) },
+            seqlen_k: if rng.once_in(4) { rng.from(0, 40) } else { rng.from(1, most) },
+            head_dim: dim,
+            head_dim_v: if rng.once_in(2) { dim } else { head_dim(rng) },
+        };
+        // Of a few elements even the plain computation in 16 bits may be exact, and the bound nearly 0.
+        if shape.rows() * shape.head_dim_v as u64 >= 256 {
+            return shape;
+        }
+    }
+}
+
+/// Rows in this order or that; for inputs also gaps, of multiples of eight elements or of any size.
+fn random_layout(rng: &mut Rng, heads: u32, rows: u32, dim: u32, gaps: bool) -> Layout {
+    match rng.from(0, if gaps { 3 } else { 1 }) {
+        0 => Layout::bhnd(heads, rows, dim),
+        1 => Layout { batch: (heads * rows * dim) as u64, ..Layout::bnhd(heads, rows, dim) },
+        n => {
+            let unit = if n == 2 { 8 } else { 1 };
+            let mut gap = || unit * rng.from(0, 3) as u64;
+            let row = (dim as u64).next_multiple_of(unit) + gap();
+            let head = rows as u64 * row + gap();
+            Layout { offset: gap(), batch: heads as u64 * head + gap(), head, row }
+        }
+    }
+}
+
+fn random_problem(rng: &mut Rng, most: u32, element_type: ElementType) -> Problem {
+    let s = random_shape(rng, most);
+    let mut problem = Problem::new(s, element_type).with_lse();
+    problem.query = random_layout(rng, s.heads_q, s.seqlen_q, s.head_dim, true);
+    problem.key = random_layout(rng, s.heads_kv, s.seqlen_k, s.head_dim, true);
+    problem.value = random_layout(rng, s.heads_kv, s.seqlen_k, s.head_dim_v, true);
+    problem.out = random_layout(rng, s.heads_q, s.seqlen_q, s.head_dim_v, false);
+    problem.scale = rng.once_in(3).then(|| (3.0 * rng.unit() - 1.5) / (s.head_dim as f32).sqrt());
+    problem.softcap = rng.once_in(4).then(|| 0.5 + 20.0 * rng.unit());
+    let diagonal = if rng.once_in(2) { Causal::BottomRight } else { Causal::TopLeft };
+    problem.causal = rng.once_in(3).then_some(diagonal);
+    let mut side = || rng.once_in(4).then(|| rng.from(0, s.seqlen_k));
+    (problem.window_left, problem.window_right) = (side(), side());
+    problem.seqlens_k = rng.once_in(3);
+    problem
+}
+
+/// Where element (b, h, i, 0) lies.
+fn place(layout: &Layout, [b, h, i]: [u32; 3]) -> usize {
+    (layout.offset + b as u64 * layout.batch + h as u64 * layout.head + i as u64 * layout.row) as usize
+}
+
+/// A contiguous tensor in another layout, NaN in the gaps and in rows from `count(batch entry)` on.
+fn lay_out<T: Number>(
+    data: &[T],
+    layout: &Layout,
+    [batch, heads, rows, dim]: [u32; 4],
+    count: impl Fn(u32) -> u32,
+) -> Vec<T> {
+    let dim = dim as usize;
+    let mut out = vec![];
+    let all = (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..rows).map(move |i| [b, h, i])));
+    for (row, at) in data.chunks(dim).zip(all) {
+        let start = place(layout, at);
+        out.resize(out.len().max(start + dim), T::nearest(f32::NAN));
+        if at[2] < count(at[0]) {
+            out[start..][..dim].copy_from_slice(row);
+        }
+    }
+    out
+}
+
+/// Runs of each kernel, and its worst error as a part of what is allowed.
+type Totals = BTreeMap<String, (u32, f64)>;
+
+fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Result<(), String> {
+    let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
+    let mut rng = Rng(seed);
+    let large = rng.once_in(4);
+    let problem = random_problem(
+        &mut rng,
+        if software {
+            100
+        } else if large {
+            3000
+        } else {
+            300
+        },
+        T::TYPE,
+    );
+    let s = &problem.shape;
+    let lengths = || (0..s.batch).map(|_| rng.from(0, s.seqlen_k) as i32).collect::<Vec<_>>();
+    let seqlens_k = problem.seqlens_k.then(lengths);
+    let keys = |b: u32| seqlens_k.as_ref().map_or(s.seqlen_k, |lengths| lengths[b as usize] as u32);
+    let q = [s.batch, s.heads_q, s.seqlen_q, s.head_dim];
+    let [k, v] = [s.head_dim, s.head_dim_v].map(|dim| [s.batch, s.heads_kv, s.seqlen_k, dim]);
+    let tensor =
+        |dims: [u32; 4], n: u64| support::random::<T>(dims.iter().map(|&d| d as usize).product(), seed ^ n << 60);
+    // Values of a mean other than 0: a relative error says nothing of sums that cancel.
+    let value: Vec<T> = tensor(v, 3).into_iter().map(|x| T::nearest(0.7 + 0.5 * x.into() as f32)).collect();
+    let tensors = Tensors { query: tensor(q, 1), key: tensor(k, 2), value, seqlens_k: seqlens_k.clone() };
+    let laid_out = Tensors {
+        query: lay_out(&tensors.query, &problem.query, q, |_| s.seqlen_q),
+        key: lay_out(&tensors.key, &problem.key, k, keys),
+        value: lay_out(&tensors.value, &problem.value, v, keys),
+        seqlens_k: seqlens_k.clone(),
+    };
+    let inputs = Inputs::upload(context, &laid_out)?;
+
+    // All rows, or as many as the oracle computes in a moment.
+    let affordable = 20_000_000 / (s.seqlen_k as u64 * (s.head_dim + s.head_dim_v) as u64).max(1);
+    let step = s.rows().div_ceil(affordable.max(32)) as usize;
+    let (mut rows, mut out, mut lse, mut plain) = (vec![], vec![], vec![], vec![]);
+    for n in (0..s.rows() as u32).step_by(step) {
+        let row = [n / s.seqlen_q / s.heads_q, n / s.seqlen_q % s.heads_q, n % s.seqlen_q];
+        let Tensors { query, key, value, .. } = &tensors;
+        let (o, l) = reference::forward_row(&problem, query, key, value, seqlens_k.as_deref(), row);
+        rows.push((n as usize, row));
+        out.extend(o);
+        lse.push(l);
+        plain.extend(support::plain_row(&problem, &tensors, row).0);
+    }
+    let plain = Errors::of(plain, &out);
+
+    let mut kernels = vec![Kernel::Tile];
+    kernels.extend((s.rows() * s.seqlen_k as u64 <= 1 << 20).then_some(Kernel::Naive));
+    kernels.extend((s.seqlen_q <= 16).then_some(Kernel::Decode));
+    kernels.push(Kernel::Coop);
+    for kernel in kernels {
+        let failed = |what: String| format!("seed {seed}: {kernel}: {what}\n{problem:?}\nkey lengths {seqlens_k:?}");
+        let plan = match context.plan_with(&problem, &PlanOptions { kernel: Some(kernel), ..Default::default() }) {
+            Err(Error::Unsupported { .. }) => continue,
+            plan => plan.map_err(|error| failed(error.to_string()))?,
+        };
+        let run = || -> Result<(Vec<T>, Vec<f32>), String> {
+            let outputs = Outputs::poisoned(context, &plan)?;
+            let bound = support::bind(&plan, &inputs, &outputs).map_err(|error| error.to_string())?;
+            support::pass_times(context, &bound, 1, 1).map_err(|error| error.to_string())?;
+            outputs.read(context, &problem).map_err(|error| error.to_string())
+        };
+        let [first, second] = [run().map_err(failed)?, run().map_err(failed)?];
+        let bytes =
+            |(o, l): &(Vec<T>, Vec<f32>)| [bytemuck::cast_slice(o), bytemuck::cast_slice::<f32, u8>(l)].concat();
+        if bytes(&first) != bytes(&second) {
+            return Err(failed("two runs gave different bits".into()));
+        }
+        let dim = s.head_dim_v as usize;
+        let found_out = rows.iter().flat_map(|&(_, row)| &first.0[place(&problem.out, row)..][..dim]).copied();
+        let found_lse: Vec<f32> = rows.iter().map(|&(n, _)| first.1[n]).collect();
+        let errors = Errors::of(found_out, &out);
+        let o = match T::TYPE {
+            ElementType::F32 => support::judge_relative(errors),
+            _ => support::judge_by_plain(errors, plain),
+        };
+        for (name, verdict) in [("o", o), ("lse", support::judge_lse(&found_lse, &lse))] {
+            if !verdict.holds {
+                return Err(failed(format!("{name}: {verdict}")));
+            }
+            let (count, worst) = totals.entry(format!("{kernel}, {}, {name}", T::TYPE)).or_default();
+            (*count, *worst) = (*count + 1, worst.max(verdict.ratio));
+        }
+    }
+    Ok(())
+}
+
+fn run(args: &Args) -> Result<bool, Box<dyn std::error::Error>> {
+    let context = Context::headless_with(&HeadlessOptions {
+        adapter: args.adapter.clone(),
+        cooperative_matrices: args.coop,
+        ..Default::default()
+    })?;
+    println!("adapter: {}", support::adapter_name(&context));
+    let (start, mut totals, mut seed) = (Instant::now(), Totals::new(), args.seed);
+    let failure = loop {
+        let result = match seed % 3 {
+            0 => run_case::<f32>(&context, seed, &mut totals),
+            1 => run_case::<f16>(&context, seed, &mut totals),
+            _ => run_case::<bf16>(&context, seed, &mut totals),
+        };
+        seed += 1;
+        if result.is_err() || start.elapsed() >= Duration::from_secs_f64(60.0 * args.minutes) {
+            break result.err();
+        }
+    };
+    println!("{} cases, seeds {} to {}, {:.0} s", seed - args.seed, args.seed, seed - 1, start.elapsed().as_secs_f64());
+    for (name, (count, worst)) in &totals {
+        println!("{name:<20} {count:>6} runs, each twice; worst error {worst:.2} of what is allowed");
+    }
+    match &failure {
+        None => println!("PASS"),
+        Some(what) => println!("FAIL: {what}\nrepeat it with --minutes 0 --seed {}", seed - 1),
+    }
+    Ok(failure.is_none())
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("stress: {error}");
+            ExitCode::from(2)
+        }
+    }
+}

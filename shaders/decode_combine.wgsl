@@ -1,0 +1,104 @@
+// Decoding, second half, and the public merge: results over disjoint sets of keys become the result over their union.
+//
+//     lse = ln sum_s exp(lse_s),  o = sum_s exp(lse_s - lse) o_s
+//
+// A workgroup takes ROWS rows. Of the threads of a row, (slice, column) keeps four columns over every SLICES-th part;
+// the slices are then merged in the same way, through workgroup memory. A part with an lse of -inf adds nothing, whatever
+// its o holds.
+#include "common/problem.wgsl"
+#include "common/softmax.wgsl"
+#include "common/elements.wgsl"
+
+@group(0) @binding(4) var<storage, read_write> out: OutElements;
+#if LSE
+@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
+#endif
+#include "common/write.wgsl" tensor=out
+
+const COLUMNS = (HEAD_DIM_V + 3u) / 4u;
+const THREADS = ROWS * SLICES * COLUMNS;
+
+#if MERGE
+// Parts of the caller's: [splits, rows, HEAD_DIM_V] and [splits, rows].
+@group(0) @binding(9) var<storage, read> part_out: InElements;
+@group(0) @binding(10) var<storage, read> part_lse: array<u32>;
+#include "common/read.wgsl" tensor=part_out
+
+fn read_part(place: u32, column: u32) -> vec4f {
+    return unpack4(read_part_out(place * HEAD_DIM_V, 4u * column, HEAD_DIM_V));
+}
+#else
+// Parts of decode_split.wgsl: [splits, rows, COLUMNS] and [splits, rows].
+@group(0) @binding(7) var<storage, read> part_out: array<vec4f>;
+@group(0) @binding(8) var<storage, read> part_lse: array<u32>;
+
+fn read_part(place: u32, column: u32) -> vec4f {
+    return part_out[place * COLUMNS + column];
+}
+#endif
+
+// -infinity is taken for MASKED: WGSL may assume that it does not occur.
+fn read_lse(place: u32) -> f32 {
+    let bits = part_lse[place];
+    return bitcast<f32>(select(bits, bitcast<u32>(MASKED), bits == 0xff800000u));
+}
+
+var<workgroup> slice_out: array<vec4f, THREADS>;
+var<workgroup> slice_max: array<f32, ROWS * SLICES>;
+var<workgroup> slice_sum: array<f32, ROWS * SLICES>;
+
+@compute @workgroup_size(THREADS)
+fn decode_combine(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(num_workgroups) groups: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let column = thread % COLUMNS;
+    let row_slice = thread / COLUMNS;
+    let row = (group.y * groups.x + group.x) * ROWS + row_slice / SLICES;
+    let row_read = min(row, problem.split_rows - 1u);
+
+    var m = LOWEST;
+    for (var s = row_slice % SLICES; s < problem.splits; s += SLICES) {
+        m = max(m, read_lse(s * problem.split_rows + row_read));
+    }
+    var l = 0.0;
+    var o = vec4f();
+    for (var s = row_slice % SLICES; s < problem.splits; s += SLICES) {
+        let place = s * problem.split_rows + row_read;
+        let weight = exp_difference(read_lse(place), m);
+        l += weight;
+        o = fma(vec4f(weight), select(vec4f(), read_part(place, column), weight > 0.0), o);
+    }
+    slice_out[thread] = o;
+    if column == 0u {
+        slice_max[row_slice] = m;
+        slice_sum[row_slice] = l;
+    }
+    workgroupBarrier();
+    if row_slice % SLICES > 0u || row >= problem.split_rows {
+        return;
+    }
+
+    for (var slice = 1u; slice < SLICES; slice++) {
+        m = max(m, slice_max[row_slice + slice]);
+    }
+    l = 0.0;
+    o = vec4f();
+    for (var slice = 0u; slice < SLICES; slice++) {
+        let weight = exp_difference(slice_max[row_slice + slice], m);
+        l = fma(weight, slice_sum[row_slice + slice], l);
+        o = fma(vec4f(weight), slice_out[thread + slice * COLUMNS], o);
+    }
+    let queries = problem.row_end - problem.row_begin;
+    let batch = row / queries / problem.heads;
+    let head = row / queries % problem.heads;
+    let i = row % queries;
+    let start = head_start(problem.out, batch, head) + i * problem.out.row;
+    write_out(start, 4u * column, HEAD_DIM_V, o * inverse_sum(l));
+#if LSE
+    if column == 0u {
+        lse[head_start(problem.lse, batch, head) + i] = lse_bits(m, l);
+    }
+#endif
+}

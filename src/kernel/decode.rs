@@ -1,0 +1,127 @@
+//! Host side of `shaders/decode_split.wgsl` and `shaders/decode_combine.wgsl`.
+
+use super::{Access, Pass, Slot, bindings, switches};
+use crate::specialize::Specialization;
+use crate::tune::DecodeTile;
+use crate::{ElementType, MergeProblem, Problem, plan::Part};
+
+/// Whether splitting the keys pays: the rows of a key-value head fit a tile, and there are keys to split.
+pub(crate) fn suits(problem: &Problem) -> bool {
+    let s = &problem.shape;
+    let rows = s.group() as u64 * s.seqlen_q as u64;
+    (1..=16).contains(&rows) && s.seqlen_k >= 256
+}
+
+/// Rows of a part that share a key-value head.
+fn rows_of_head(problem: &Problem, part: &Part) -> u64 {
+    part.head_count().min(problem.shape.group() as u64) * part.row_count()
+}
+
+/// Rows of a part.
+pub(crate) fn rows(part: &Part) -> u64 {
+    part.batch_count() * part.head_count() * part.row_count()
+}
+
+/// Bytes of o and of lse of all splits.
+pub(crate) fn workspace_bytes(problem: &Problem, part: &Part, splits: u32) -> (u64, u64) {
+    let rows = rows(part).saturating_mul(splits as u64);
+    (rows.saturating_mul(16 * problem.shape.head_dim_v.div_ceil(4) as u64), rows.saturating_mul(4))
+}
+
+pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pass> {
+    let shape = problem.shape;
+    let workgroups = {
+        let problem = problem.clone();
+        move |part: &Part| {
+            let group = part.head_count().min(shape.group() as u64);
+            let tiles = rows_of_head(&problem, part).div_ceil(tile.rows as u64);
+            [splits as u64, part.head_count() / group * tiles, part.batch_count()]
+        }
+    };
+    let split = Pass {
+        specialization: Specialization {
+            file: "decode_split.wgsl",
+            entry: "decode_split",
+            // Its lse goes to the workspace in any case.
+            switches: switches(problem, 4).into_iter().filter(|&name| name != "LSE").collect(),
+            constants: vec![
+                ("HEAD_DIM", shape.head_dim),
+                ("HEAD_DIM_V", shape.head_dim_v),
+                ("ROWS", tile.rows),
+                ("THREADS", tile.threads),
+                ("KEY_THREADS", tile.key_threads),
+                ("THREAD_KEYS", tile.thread_keys),
+            ],
+        },
+        bindings: bindings(
+            problem,
+            &[
+                (Slot::Query, Access::Read),
+                (Slot::Key, Access::Read),
+                (Slot::Value, Access::Read),
+                (Slot::SeqlensK, Access::Read),
+                (Slot::Workspace, Access::ReadWrite),
+                (Slot::WorkspaceLse, Access::ReadWrite),
+            ],
+        ),
+        element_access: false,
+        threads: tile.threads,
+        workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+        workgroups: Box::new(workgroups),
+    };
+    // The hooks are for the scores.
+    let mut on = switches(problem, 4);
+    on.retain(|name| !["SOFTCAP", "SEQLENS_K"].contains(name));
+    let mut used = vec![
+        (Slot::Workspace, Access::Read),
+        (Slot::WorkspaceLse, Access::Read),
+        (Slot::Out, Access::ReadWrite),
+        (Slot::Lse, Access::ReadWrite),
+    ];
+    used.retain(|&(slot, _)| slot != Slot::Lse || problem.lse);
+    vec![split, combine(on, used, splits, shape.head_dim_v)]
+}
+
+/// The public merge.
+pub(crate) fn merge(problem: &MergeProblem) -> Pass {
+    let aligned = problem.head_dim_v.is_multiple_of(4);
+    let mut on = vec!["MERGE", "LSE", problem.element_type.switch()];
+    if aligned {
+        on.push("ALIGNED");
+    }
+    if aligned && problem.element_type != ElementType::F32 {
+        on.push("PACKED");
+    }
+    let used = vec![
+        (Slot::PartOut, Access::Read),
+        (Slot::PartLse, Access::Read),
+        (Slot::Out, Access::ReadWrite),
+        (Slot::Lse, Access::ReadWrite),
+    ];
+    combine(on, used, problem.parts, problem.head_dim_v)
+}
+
+fn combine(switches: Vec<&'static str>, bindings: Vec<(Slot, Access)>, parts: u32, head_dim_v: u32) -> Pass {
+    // Slices for the parts as far as there are threads, then rows.
+    const THREADS: u32 = 256;
+    const WIDTH: u64 = 4096;
+    let columns = head_dim_v.div_ceil(4);
+    let slices = (THREADS / columns).min(parts).clamp(1, 32);
+    let rows = (THREADS / columns / slices).max(1);
+    Pass {
+        specialization: Specialization {
+            file: "decode_combine.wgsl",
+            entry: "decode_combine",
+            switches,
+            constants: vec![("HEAD_DIM_V", head_dim_v), ("SLICES", slices), ("ROWS", rows)],
+        },
+        bindings,
+        element_access: false,
+        threads: rows * slices * columns,
+        workgroup_bytes: rows * slices * (16 * columns + 8),
+        workgroups: Box::new(move |part: &Part| {
+            let groups = self::rows(part).div_ceil(rows as u64);
+            [groups.min(WIDTH), groups.div_ceil(WIDTH), 1]
+        }),
+    }
+}

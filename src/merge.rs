@@ -1,0 +1,175 @@
+//! Merging results over disjoint sets of keys.
+
+use std::sync::Arc;
+
+use wgpu::BufferBinding;
+
+use crate::context::{Context, Pipeline};
+use crate::forward::{bind_launch, check_buffers};
+use crate::kernel::uniform::{ProblemUniform, TensorUniform};
+use crate::kernel::{Access, Kernel, Slot, decode};
+use crate::plan::{Launch, Part, check_limits, uniform_buffer};
+use crate::problem::MAX_HEAD_DIM;
+use crate::{ElementType, Error};
+
+/// Partial results to merge: `parts` times o and lse of the same rows, each over keys of its own.
+///
+/// Softmax attention over a set of keys follows from its results over the parts of the set:
+/// `lse = ln Σ exp(lseₛ)`, `o = Σ exp(lseₛ − lse) oₛ`. This is the building block of attention over several devices
+/// (ring attention, context parallelism, a cache split between them): each device computes o and lse over the keys that it
+/// holds, with a [`Plan`](crate::Plan) of a [`Problem`](crate::Problem) that has lse, and what arrives is merged. The
+/// merge is associative, but for rounding: results may be merged one by one as they come, or all at once. A part
+/// that saw no key of a row has −∞ in lse there and adds nothing.
+///
+/// Arithmetic is f32; o is rounded to the element type once, so f32 partial results lose least.
+///
+/// ```no_run
+/// use wgpu_flash_attention::wgpu::{Buffer, CommandEncoder};
+/// use wgpu_flash_attention::{Context, ElementType, Error, MergeBuffers, MergeProblem};
+///
+/// // Two results of 8 heads with 100 queries, of head dim 64.
+/// fn merge(context: &Context, encoder: &mut CommandEncoder, buffers: [&Buffer; 4]) -> Result<(), Error> {
+///     let problem = MergeProblem { parts: 2, rows: 800, head_dim_v: 64, element_type: ElementType::F32 };
+///     let [part_out, part_lse, out, lse] = buffers.map(|buffer| buffer.as_entire_buffer_binding());
+///     context.plan_merge(&problem)?.merge(encoder, &MergeBuffers { part_out, part_lse, out, lse })
+/// }
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MergeProblem {
+    /// Partial results.
+    pub parts: u32,
+    /// Rows of each: batch · heads · queries, in any order that all parts share.
+    pub rows: u32,
+    /// Elements of a row of o, 1 to 256.
+    pub head_dim_v: u32,
+    /// Type of o, of the parts and of the result. lse is f32.
+    pub element_type: ElementType,
+}
+
+/// The buffers of a merge. What [`ForwardBuffers`](crate::ForwardBuffers) says of usages and offsets holds here too.
+#[derive(Clone, Debug)]
+pub struct MergeBuffers<'a> {
+    /// o of the parts, contiguous `[parts, rows, head_dim_v]`.
+    pub part_out: BufferBinding<'a>,
+    /// lse of the parts, f32 `[parts, rows]`; −∞ where a part saw no key.
+    pub part_lse: BufferBinding<'a>,
+    /// The merged o, contiguous `[rows, head_dim_v]`; not in a buffer of the parts.
+    pub out: BufferBinding<'a>,
+    /// The merged lse, f32 `[rows]`; not in a buffer of the parts.
+    pub lse: BufferBinding<'a>,
+}
+
+/// A merge on a device. Made by [`Context::plan_merge`]; used any number of times.
+#[derive(Debug)]
+pub struct MergePlan {
+    device: wgpu::Device,
+    problem: MergeProblem,
+    offset_alignment: u64,
+    /// Nothing to do without rows.
+    work: Option<(Launch, wgpu::Buffer)>,
+}
+
+impl MergeProblem {
+    /// Bytes of o of one part.
+    fn out_bytes(&self) -> u64 {
+        self.rows as u64 * self.head_dim_v as u64 * self.element_type.bytes()
+    }
+
+    /// What each buffer needs: o and lse of the parts, o and lse of the result.
+    fn bytes(&self) -> Result<[(Slot, u64); 4], Error> {
+        let parts = |bytes: u64| bytes.checked_mul(self.parts as u64).and_then(|n| n.checked_next_multiple_of(4));
+        let overflow = |slot: Slot| Error::LayoutOverflow { argument: slot.name() };
+        let part_out = parts(self.out_bytes()).ok_or(overflow(Slot::PartOut))?;
+        let part_lse = parts(4 * self.rows as u64).ok_or(overflow(Slot::PartLse))?;
+        Ok([
+            (Slot::PartOut, part_out),
+            (Slot::PartLse, part_lse),
+            (Slot::Out, self.out_bytes().next_multiple_of(4)),
+            (Slot::Lse, 4 * self.rows as u64),
+        ])
+    }
+}
+
+impl Context {
+    /// Checks a merge and builds its pipeline. All parts must fit into one binding.
+    pub fn plan_merge(&self, problem: &MergeProblem) -> Result<MergePlan, Error> {
+        if !(1..=MAX_HEAD_DIM).contains(&problem.head_dim_v) {
+            return Err(Error::HeadDim { argument: "head_dim_v", found: problem.head_dim_v });
+        }
+        let limits = self.limits();
+        let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        let ranges = problem.bytes()?;
+        if let Some(&(slot, bytes)) = ranges.iter().find(|(_, bytes)| *bytes > limit) {
+            return Err(Error::BindingTooLarge { argument: slot.name(), bytes, limit });
+        }
+        let pass = decode::merge(problem);
+        let part = Part { batch: 0..1, heads: 0..1, rows: 0..problem.rows };
+        check_limits(Kernel::Decode, std::slice::from_ref(&pass), limits)?;
+        let workgroups = (pass.workgroups)(&part);
+        let most = limits.max_compute_workgroups_per_dimension as u64;
+        if let Some(&needed) = workgroups.iter().find(|&&n| n > most) {
+            let limit = "max_compute_workgroups_per_dimension";
+            return Err(Error::DeviceLimit { kernel: Kernel::Decode, limit, needed, found: most });
+        }
+        let mut plan = MergePlan {
+            device: self.device().clone(),
+            problem: *problem,
+            offset_alignment: limits.min_storage_buffer_offset_alignment as u64,
+            work: None,
+        };
+        if problem.rows > 0 {
+            let uniform = ProblemUniform {
+                out: TensorUniform { row: problem.head_dim_v, ..Default::default() },
+                row_end: problem.rows,
+                heads: 1,
+                splits: problem.parts,
+                split_rows: problem.rows,
+                ..Default::default()
+            };
+            let pipeline: Arc<Pipeline> = self.pipeline(&pass)?;
+            let launch = Launch {
+                pipeline,
+                ranges: ranges.map(|(slot, bytes)| (slot, 0, bytes)).to_vec(),
+                uniform_offset: 0,
+                workgroups: workgroups.map(|n| n as u32),
+            };
+            plan.work = Some((launch, uniform_buffer(self.device(), bytemuck::bytes_of(&uniform))));
+        }
+        Ok(plan)
+    }
+}
+
+impl MergePlan {
+    /// The problem that this plan computes.
+    pub fn problem(&self) -> &MergeProblem {
+        &self.problem
+    }
+
+    /// Records the merge into the caller's encoder. Submits nothing and allocates no buffer; on an error nothing has
+    /// been recorded.
+    pub fn merge(&self, encoder: &mut wgpu::CommandEncoder, buffers: &MergeBuffers<'_>) -> Result<(), Error> {
+        let given = [&buffers.part_out, &buffers.part_lse, &buffers.out, &buffers.lse];
+        let needed = self.problem.bytes()?;
+        let all: Vec<_> = needed
+            .iter()
+            .zip(given)
+            .map(|(&(slot, bytes), binding)| {
+                let output = matches!(slot, Slot::Out | Slot::Lse);
+                let access = if output { Access::ReadWrite } else { Access::Read };
+                (slot, access, Some(binding), bytes, true)
+            })
+            .collect();
+        let slots = check_buffers(&all, self.offset_alignment)?;
+        let Some((launch, uniforms)) = &self.work else {
+            return Ok(());
+        };
+        let group = bind_launch(&self.device, launch, uniforms, &slots);
+        let label = Some("wgpu-flash-attention merge");
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label, timestamp_writes: None });
+        pass.set_pipeline(&launch.pipeline.pipeline);
+        pass.set_bind_group(0, &group, &[]);
+        let [x, y, z] = launch.workgroups;
+        pass.dispatch_workgroups(x, y, z);
+        Ok(())
+    }
+}

@@ -1,0 +1,215 @@
+//! The cooperative-matrix kernel on a device that has such matrices (`scripts/vulkan --coop cargo test` has one): the
+//! cases of the other kernels, in f16. Says so where there is no such device.
+
+mod common;
+
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use common::cases::{cases, dims, prepare};
+use common::*;
+use wgpu_flash_attention::Causal::BottomRight;
+use wgpu_flash_attention::elements::{Bit, ElementModule, MatrixFormat, MatrixLayout};
+use wgpu_flash_attention::specialize::coop_module;
+use wgpu_flash_attention::tune::{self, CoopTile};
+use wgpu_flash_attention::{
+    Context, ElementType, Error, HeadlessOptions, Kernel, Plan, PlanOptions, Problem, Shape, wgpu,
+};
+
+/// Past the test harness, which keeps what passing tests print to itself.
+fn skipped(why: &str) {
+    let mut terminal = std::io::stderr();
+    writeln!(terminal, "SKIPPED: {why}").unwrap();
+}
+
+/// A context with cooperative matrices.
+fn context() -> Option<&'static Context> {
+    static CONTEXT: OnceLock<Option<Context>> = OnceLock::new();
+    let open = || {
+        let options = HeadlessOptions { cooperative_matrices: true, ..Default::default() };
+        Context::headless_with(&options).inspect_err(|why| skipped(&format!("coop tests: {why}"))).ok()
+    };
+    CONTEXT.get_or_init(open).as_ref()
+}
+
+fn coop() -> PlanOptions {
+    PlanOptions { kernel: Some(Kernel::Coop), ..Default::default() }
+}
+
+/// The kernel with this tile.
+fn tiled(subgroups: u32, row_matrices: u32, keys: u32, buffers: u32) -> PlanOptions {
+    PlanOptions { coop_tile: Some(CoopTile { subgroups, row_matrices, keys, buffers }), ..coop() }
+}
+
+/// One subgroup, one buffer. 16 is a multiple of every size that matrices have.
+fn small() -> PlanOptions {
+    tiled(1, 1, 16, 1)
+}
+
+#[test]
+fn all_cases() {
+    let Some(context) = context() else { return };
+    let ways = [("coop", context, coop()), ("small tile", context, small())];
+    check_all(&prepare(cases(), ElementType::F16), &ways);
+}
+
+/// On a processor, only head dims up to 64 and the smallest tile: software Vulkan takes minutes to compile larger ones.
+#[test]
+fn all_dims() {
+    let Some(context) = context() else { return };
+    let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
+    let mut dims = dims();
+    let options = if software { tiled(1, 1, 8, 1) } else { coop() };
+    dims.retain(|(_, case)| {
+        let shape = &case.problem.shape;
+        !software || shape.head_dim.max(shape.head_dim_v) <= 64
+    });
+    check_all(&prepare(dims, ElementType::F16), &[("coop", context, options)]);
+}
+
+/// Many steps of the loop, in which maxima grow and do not, and several matrices of rows and of keys.
+#[test]
+fn many_keys() {
+    let Some(context) = context() else { return };
+    let long = case(1, [2, 1], [70, 1000], [16, 12]);
+    let cases = [
+        ("scale 1", long.clone().scale(1.0)),
+        ("causal", long.clone().causal(BottomRight)),
+        ("window", long.clone().window(300, -1)),
+        ("huge scores", long.scale(1.0).integers(40)),
+    ];
+    let cases = cases.map(|(name, case)| (format!("many keys, {name}"), case));
+    let ways = [("coop", context, coop()), ("large tile", context, tiled(2, 3, 32, 2))];
+    check_all(&prepare(cases, ElementType::F16), &ways);
+}
+
+/// With bounds checks, which would turn an access past a binding into a wrong result.
+#[test]
+fn within_bounds() {
+    let Some(context) = context() else { return };
+    let context = context.clone().checked();
+    let cases = [
+        ("aligned", case(2, [4, 2], [37, 45], [16, 12]).causal(BottomRight)),
+        ("odd", case(2, [2, 1], [19, 23], [7, 5]).odd().seqlens(&[23, 4]).softcap(2.0)),
+        ("packed", case(2, [4, 2], [35, 35], [8, 4]).packed().window(5, 3)),
+        ("no keys", case(1, [1, 1], [3, 0], [16, 12])),
+    ];
+    let cases = cases.map(|(name, case)| (name.to_string(), case));
+    check_all(&prepare(cases, ElementType::F16), &[("coop", &context, coop()), ("small tile", &context, small())]);
+}
+
+fn kernel_line(plan: &Plan) -> String {
+    plan.to_string().lines().find(|line| line.starts_with("kernel:")).unwrap().to_string()
+}
+
+#[test]
+fn plans_choose_it_for_f16() {
+    let Some(context) = context() else { return };
+    let problem = case(1, [2, 1], [37, 45], [16, 12]).problem;
+    for (element_type, kernel, line) in [
+        (ElementType::F16, Kernel::Coop, "kernel: coop (the device has cooperative matrices for f16)"),
+        (ElementType::F32, Kernel::Tile, "kernel: tile (cooperative matrices take f16 only)"),
+        (ElementType::BF16, Kernel::Tile, "kernel: tile (cooperative matrices take f16 only)"),
+    ] {
+        let problem = Problem { element_type, ..problem.clone() };
+        let plan = context.plan(&problem).unwrap();
+        assert_eq!((plan.kernel(), kernel_line(&plan).as_str()), (kernel, line));
+        let asked = context.plan_with(&problem, &coop());
+        match element_type {
+            ElementType::F16 => assert_eq!(kernel_line(&asked.unwrap()), "kernel: coop (asked for)"),
+            _ => {
+                let error = asked.unwrap_err();
+                assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn tiles_that_do_not_divide_are_refused() {
+    let Some(context) = context() else { return };
+    let problem = case(1, [2, 1], [37, 45], [16, 12]).element_type(ElementType::F16).problem;
+    for options in [tiled(1, 1, 12, 1), tiled(0, 1, 16, 2), tiled(1, 1025, 16, 1)] {
+        let error = context.plan_with(&problem, &options).unwrap_err();
+        assert!(matches!(error, Error::Tile(_)), "{error}");
+    }
+}
+
+/// Needs no such device.
+#[test]
+fn contexts_without_matrices_refuse_it() {
+    let problem = case(1, [2, 1], [37, 45], [16, 12]).element_type(ElementType::F16).problem;
+    let error = full().plan_with(&problem, &coop()).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
+    assert_eq!(full().plan(&problem).unwrap().kernel(), Kernel::Tile);
+}
+
+/// The matrices that are known to exist: of an H100 and of lavapipe.
+fn known_matrices() -> [(MatrixFormat, MatrixLayout); 2] {
+    use Bit::{Element, Lane};
+    let h100 = MatrixLayout {
+        row: vec![Lane(2), Lane(3), Lane(4), Element(2)],
+        column: vec![Element(0), Lane(0), Lane(1), Element(1)],
+    };
+    let lavapipe =
+        MatrixLayout { row: vec![Element(0), Element(1), Element(2)], column: vec![Lane(0), Lane(1), Lane(2)] };
+    [(MatrixFormat { size: 16, lanes: 32 }, h100), (MatrixFormat { size: 8, lanes: 8 }, lavapipe)]
+}
+
+/// Sizes of the workgroup variables of a module.
+fn workgroup_bytes(text: &str) -> u32 {
+    let module = naga::front::wgsl::parse_str(text).unwrap();
+    let mut layouter = naga::proc::Layouter::default();
+    layouter.update(module.to_ctx()).unwrap();
+    let variables = module.global_variables.iter().map(|(_, variable)| variable);
+    variables.filter(|v| v.space == naga::AddressSpace::WorkGroup).map(|v| layouter[v.ty].size).sum()
+}
+
+/// What the validator of SPIR-V says of a module, if anything.
+fn spirv_error(validator: &Path, module: &ElementModule) -> Option<String> {
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("coop.spv");
+    std::fs::write(&file, bytemuck::cast_slice::<u32, u8>(module.spirv())).unwrap();
+    // Not Vulkan's rules on top, one of which naga breaks for every workgroup array (gfx-rs/wgpu#7696).
+    let output = Command::new(validator).args(["--target-env", "spv1.6"]).arg(&file).output().unwrap();
+    (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Needs no device: naga takes every module, its workgroup memory is what the tile says, and so does the validator of
+/// SPIR-V, where it is there.
+#[test]
+fn modules_are_valid() {
+    let validator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/mesa/spirv-val");
+    let validator = validator.exists().then_some(validator);
+    if validator.is_none() {
+        skipped("spirv-val: scripts/vulkan --coop fetches it");
+    }
+    for (format, layout) in known_matrices() {
+        for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
+            for switches in 0..16u32 {
+                let on = |n: u32| switches >> n & 1 == 1;
+                let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
+                let mut problem = Problem::new(shape, ElementType::F16);
+                problem.query = problem.query.at(on(0).into());
+                problem.softcap = on(1).then_some(2.0);
+                problem.seqlens_k = on(2);
+                problem.lse = on(3);
+                let mut tiles = vec![tune::coop_tile(format.size, head_dim, head_dim_v)];
+                tiles.extend([1, 2].map(|buffers| CoopTile { subgroups: 1, row_matrices: 1, keys: 16, buffers }));
+                for tile in tiles {
+                    let (specialization, bindings) = coop_module(&problem, tile, format, &layout);
+                    let text = specialization.source().unwrap().text;
+                    let said = tile.workgroup_bytes(format.size, head_dim, head_dim_v);
+                    assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
+                    let module = ElementModule::new(&text, format, &bindings, on(3))
+                        .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
+                    assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
+                    if let Some(error) = validator.as_ref().and_then(|validator| spirv_error(validator, &module)) {
+                        panic!("{specialization:?}: {error}");
+                    }
+                }
+            }
+        }
+    }
+}

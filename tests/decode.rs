@@ -1,0 +1,344 @@
+//! Decoding, and the public merge: the cases of the other forward kernels, and those that are about splits.
+
+mod common;
+
+use common::cases::{cases, dims, prepare};
+use common::*;
+use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
+use wgpu_flash_attention::tune::DecodeTile;
+use wgpu_flash_attention::wgpu::{self, BufferBinding};
+use wgpu_flash_attention::{
+    Context, ElementType, Error, Kernel, MergeBuffers, MergeProblem, PlanOptions, Problem, Shape, reference,
+};
+
+fn decode() -> PlanOptions {
+    PlanOptions { kernel: Some(Kernel::Decode), ..Default::default() }
+}
+
+/// So many splits of the keys, in tiles of 16 keys and 4 rows.
+fn small(splits: u32) -> PlanOptions {
+    let tile = DecodeTile { rows: 4, threads: 64, key_threads: 8, thread_keys: 2 };
+    PlanOptions { decode_tile: Some(tile), splits: Some(splits), ..decode() }
+}
+
+/// Cases in which there is more than one tile a split, empty splits, and a tail.
+fn long_cases() -> Vec<(String, Case)> {
+    let one = || case(2, [4, 2], [1, 301], [16, 12]);
+    let few = || case(2, [6, 2], [3, 290], [16, 12]);
+    let three = || case(3, [4, 2], [1, 300], [16, 12]);
+    let all = vec![
+        ("one query", one()),
+        ("one query, no lse", one().no_lse()),
+        ("one head for each", case(2, [3, 3], [1, 300], [16, 12])),
+        ("16 heads on one", case(2, [16, 1], [1, 300], [16, 12])),
+        ("17 heads on one", case(1, [17, 1], [1, 300], [16, 12])),
+        ("few queries", few()),
+        ("few queries, bottom-right", few().causal(BottomRight)),
+        ("few queries, top-left", few().causal(TopLeft)),
+        ("window", few().window(40, -1)),
+        ("window on both sides", few().window(100, 3)),
+        ("window of one key", one().window(0, 0)),
+        ("window past a length", three().window(20, 5).seqlens(&[300, 9, 200])),
+        ("lengths 0, 1, all", three().seqlens(&[0, 1, 300])),
+        ("lengths between", three().seqlens(&[17, 64, 257]).causal(BottomRight)),
+        ("lengths, few queries", case(3, [6, 2], [3, 290], [16, 12]).seqlens(&[2, 290, 100]).causal(BottomRight)),
+        ("softcap", few().softcap(1.5)),
+        ("softcap, scale below 0", few().softcap(2.0).scale(-1.5)),
+        ("scale below 0", one().scale(-0.3)),
+        ("huge scores", one().scale(1.0).integers(40)),
+        ("huge scores, scale below 0", few().scale(-1.0).integers(40).causal(BottomRight)),
+        ("BNHD", few().bnhd()),
+        ("NBHD", few().nbhd()),
+        ("odd strides", few().odd()),
+        ("odd strides, odd head dims", case(2, [6, 2], [3, 290], [7, 5]).odd().seqlens(&[200, 1])),
+        ("gaps", few().gaps()),
+        ("shared k and v", few().shared_kv()),
+        ("head dim 128", case(1, [8, 2], [1, 600], [128, 128]).seqlens(&[555])),
+        ("head dim 64", case(1, [8, 2], [2, 600], [64, 64]).causal(BottomRight)),
+        ("head dim 80", case(1, [8, 2], [1, 600], [80, 80])),
+        ("head dims 256 and 200", case(1, [4, 2], [2, 270], [256, 200])),
+        ("head dims 33 and 101", case(1, [4, 2], [2, 270], [33, 101])),
+    ];
+    all.into_iter().map(|(name, case)| (name.to_string(), case)).collect()
+}
+
+fn run(element_type: ElementType) {
+    let [chosen, split] = [("decode", webgpu(), decode()), ("3 splits", full(), small(3))];
+    check_all(&prepare(cases(), element_type), &[split]);
+    let others = [("1 split", full(), small(1)), ("100 splits", full(), small(100))];
+    check_all(&prepare(long_cases(), element_type), &[chosen, split, others[0], others[1]]);
+}
+
+#[test]
+fn cases_f32() {
+    run(ElementType::F32);
+}
+
+#[test]
+fn cases_f16() {
+    run(ElementType::F16);
+}
+
+#[test]
+fn cases_bf16() {
+    run(ElementType::BF16);
+}
+
+#[test]
+fn head_dims() {
+    for element_type in TYPES {
+        check_all(&prepare(dims(), element_type), &[("decode", full(), decode())]);
+    }
+}
+
+#[test]
+fn within_bounds() {
+    let context = full().clone().checked();
+    let ways = [("decode", &context, decode()), ("small", &context, small(3))];
+    for element_type in TYPES {
+        let some = long_cases().into_iter().step_by(4);
+        check_all(&prepare(some, element_type), &ways);
+    }
+}
+
+/// Bindings and dispatches too small for the whole problem.
+#[test]
+fn parts() {
+    let cases = || {
+        let three = || case(3, [4, 2], [3, 140], [16, 12]);
+        let all = vec![
+            ("plain", three()),
+            ("one head for all", case(2, [5, 1], [3, 140], [16, 12])),
+            ("lengths, causal", three().seqlens(&[9, 140, 33]).causal(BottomRight)),
+            ("odd strides", three().odd().seqlens(&[9, 140, 33])),
+            ("no lse", three().no_lse()),
+        ];
+        all.into_iter().map(|(name, case)| (name.to_string(), case))
+    };
+    let by_workgroups = with_limits(|limits| limits.max_compute_workgroups_per_dimension = 2);
+    // Enough for the keys of one head, 140 · 16 · 4 bytes, with strides of their own in some cases.
+    let by_binding = with_limits(|limits| limits.max_storage_buffer_binding_size = 12 << 10);
+    for element_type in TYPES {
+        check_all(
+            &prepare(cases(), element_type),
+            &[
+                ("workgroups", &by_workgroups, decode()),
+                ("workgroups, small", &by_workgroups, small(2)),
+                ("binding", &by_binding, small(3)),
+            ],
+        );
+    }
+    // K alone would not fit.
+    let plan = by_binding.plan_with(&case(3, [4, 2], [3, 140], [16, 12]).problem, &small(3)).unwrap();
+    assert!(!plan.to_string().contains("split into: 1"), "{plan}");
+}
+
+#[test]
+fn the_plan_chooses_by_shape() {
+    let chosen = |heads_q, seqlen_q, seqlen_k| {
+        let shape = Shape { heads_q, heads_kv: 2, seqlen_q, seqlen_k, ..Shape::square(1, 2, 1, 64) };
+        let plan = webgpu().plan(&Problem::new(shape, ElementType::F16)).unwrap();
+        let text = plan.to_string();
+        assert_eq!(
+            text.contains("kernel: decode (few queries and many keys"),
+            plan.kernel() == Kernel::Decode,
+            "{text}"
+        );
+        assert_eq!(plan.workspace_bytes() > 0, plan.kernel() == Kernel::Decode);
+        plan.kernel()
+    };
+    assert_eq!(chosen(8, 1, 4096), Kernel::Decode);
+    assert_eq!(chosen(8, 4, 256), Kernel::Decode);
+    assert_eq!(chosen(8, 5, 4096), Kernel::Tile);
+    assert_eq!(chosen(8, 1, 255), Kernel::Tile);
+    assert_eq!(chosen(34, 1, 4096), Kernel::Tile);
+    assert_eq!(chosen(8, 0, 4096), Kernel::Tile);
+}
+
+#[test]
+fn splits_are_as_asked_for() {
+    let problem = case(1, [8, 2], [1, 4096], [64, 64]).problem;
+    let plan = full().plan_with(&problem, &PlanOptions { splits: Some(7), ..decode() }).unwrap();
+    assert!(plan.to_string().contains("splits of the keys: 7\n"), "{plan}");
+    let bad = DecodeTile { rows: 6, threads: 64, key_threads: 8, thread_keys: 2 };
+    let error = full().plan_with(&problem, &PlanOptions { decode_tile: Some(bad), ..decode() }).unwrap_err();
+    assert_eq!(error, Error::Tile("rows must be a multiple of 4"));
+}
+
+/// o and lse, o as values of its type.
+type Partial = (Vec<f32>, Vec<f32>);
+
+/// Merges on the device.
+fn merged(context: &Context, element_type: ElementType, head_dim_v: u32, parts: &[&Partial]) -> Partial {
+    let rows = parts.first().map_or(3, |(_, lse)| lse.len()) as u32;
+    let problem = MergeProblem { parts: parts.len() as u32, rows, head_dim_v, element_type };
+    let bytes = element_type.bytes() as usize;
+    let encode = |x: f32| to_bits(element_type, x).to_le_bytes().into_iter().take(bytes);
+    let out: Vec<u8> = parts.iter().flat_map(|(out, _)| out.iter().copied().flat_map(encode)).collect();
+    let lse: Vec<f32> = parts.iter().flat_map(|(_, lse)| lse.iter().copied()).collect();
+    let (part_out, part_lse) = (context.upload(&out), context.upload(bytemuck::cast_slice(&lse)));
+    let elements = (rows * head_dim_v) as usize;
+    let (out, lse) = (context.upload(&vec![0xff; elements * bytes]), context.upload(&vec![0xff; rows as usize * 4]));
+    let plan = context.plan_merge(&problem).unwrap();
+    let mut encoder = context.device().create_command_encoder(&Default::default());
+    let buffers = MergeBuffers {
+        part_out: part_out.as_entire_buffer_binding(),
+        part_lse: part_lse.as_entire_buffer_binding(),
+        out: out.as_entire_buffer_binding(),
+        lse: lse.as_entire_buffer_binding(),
+    };
+    plan.merge(&mut encoder, &buffers).unwrap();
+    context.queue().submit([encoder.finish()]);
+    let out = context.download(&out, 0, out.size()).unwrap();
+    let out = out.chunks(bytes).take(elements).map(|chunk| {
+        let mut bits = [0; 4];
+        bits[..bytes].copy_from_slice(chunk);
+        from_bits(element_type, u32::from_le_bytes(bits))
+    });
+    let lse = context.download(&lse, 0, rows as u64 * 4).unwrap();
+    (out.collect(), bytemuck::pod_collect_to_vec(&lse))
+}
+
+/// Attention over each range of keys, from the oracle, rounded to the type; and over all of them.
+fn partials(element_type: ElementType, [dim, dim_v]: [u32; 2], cuts: &[usize]) -> (Vec<Partial>, reference::Forward) {
+    let keys = *cuts.last().unwrap();
+    let shape = |keys: usize| Shape {
+        batch: 2,
+        heads_q: 2,
+        heads_kv: 1,
+        seqlen_q: 5,
+        seqlen_k: keys as u32,
+        head_dim: dim,
+        head_dim_v: dim_v,
+    };
+    let mut rng = Rng(7);
+    let mut random = |n: usize| -> Vec<f32> { (0..n).map(|_| 3.0 * rng.unit() - 1.2).collect() };
+    let query = random(2 * 2 * 5 * dim as usize);
+    let (key, value) = (random(2 * keys * dim as usize), random(2 * keys * dim_v as usize));
+    let attend = |first: usize, end: usize| {
+        let of = |x: &[f32], dim: u32| -> Vec<f32> {
+            let rows = x.chunks(keys * dim as usize);
+            rows.flat_map(|x| x[first * dim as usize..end * dim as usize].to_vec()).collect()
+        };
+        let problem = Problem::new(shape(end - first), ElementType::F32).scale(1.0);
+        reference::forward(&problem, &query, &of(&key, dim), &of(&value, dim_v), None)
+    };
+    let round = |x: &f64| from_bits(element_type, to_bits(element_type, *x as f32));
+    let part = |cut: &[usize]| {
+        let part = attend(cut[0], cut[1]);
+        (part.out.iter().map(round).collect(), part.lse.iter().map(|&x| x as f32).collect())
+    };
+    (cuts.windows(2).map(part).collect(), attend(0, keys))
+}
+
+fn largest(found: &[f32], expected: impl Iterator<Item = f64>) -> f64 {
+    found.iter().zip(expected).fold(0.0, |most, (&x, y)| {
+        let error = (x as f64 - y).abs();
+        if error.is_nan() { f64::INFINITY } else { f64::max(most, error) }
+    })
+}
+
+/// Roundings of o to the type: half a unit of its last place at the largest |o|, below 2.
+fn rounding(element_type: ElementType) -> f64 {
+    match element_type {
+        ElementType::F32 => 0.5f64.powi(23),
+        ElementType::F16 => 0.5f64.powi(11),
+        ElementType::BF16 => 0.5f64.powi(8),
+    }
+}
+
+#[test]
+fn merge_of_splits_is_attention_over_all_keys() {
+    let many: Vec<usize> = (0..=50).collect();
+    for element_type in TYPES {
+        for dims in [[16, 12], [8, 1], [7, 5], [64, 128], [16, 256], [33, 255]] {
+            for cuts in [&[0, 40][..], &[0, 13, 40], &[0, 1, 20, 20, 50], &many] {
+                let (parts, all) = partials(element_type, dims, cuts);
+                for context in [full(), webgpu()] {
+                    let parts: Vec<_> = parts.iter().collect();
+                    let (out, lse) = merged(context, element_type, dims[1], &parts);
+                    let [of_out, of_lse] =
+                        [largest(&out, all.out.iter().copied()), largest(&lse, all.lse.iter().copied())];
+                    // One rounding of each part and one of the result, and a few of f32.
+                    let bound = 2.0 * rounding(element_type) + 1e-6;
+                    assert!(of_out <= bound, "{element_type} {dims:?} {cuts:?}: {of_out:e} > {bound:e}");
+                    assert!(of_lse <= 1e-5, "{element_type} {dims:?} {cuts:?}: lse {of_lse:e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn merge_is_associative_to_rounding() {
+    for element_type in TYPES {
+        let (parts, _) = partials(element_type, [16, 20], &[0, 9, 10, 31, 60]);
+        let [a, b, c, d] = &parts[..] else { unreachable!() };
+        let merge = |parts: &[&Partial]| merged(full(), element_type, 20, parts);
+        let at_once = merge(&[a, b, c, d]);
+        let one_by_one = merge(&[&merge(&[&merge(&[a, b]), c]), d]);
+        let in_pairs = merge(&[&merge(&[d, c]), &merge(&[b, a])]);
+        for other in [one_by_one, in_pairs] {
+            let [out, lse] =
+                [(&at_once.0, &other.0), (&at_once.1, &other.1)].map(|(x, y)| largest(x, y.iter().map(|&y| y as f64)));
+            // Each step rounds once: at most three here, one there.
+            assert!(out <= 4.0 * rounding(element_type) + 1e-6, "{element_type}: {out:e}");
+            assert!(lse <= 1e-5, "{element_type}: lse {lse:e}");
+        }
+    }
+}
+
+#[test]
+fn a_part_without_keys_adds_nothing() {
+    const EMPTY: f32 = f32::NEG_INFINITY;
+    for element_type in TYPES {
+        // The second row has no keys anywhere, the third none in the first part. What o holds there does not matter.
+        let a = (vec![1.0, -2.0, 0.5, f32::NAN, f32::NAN, f32::NAN, f32::NAN, 7.0, 7.0], vec![0.5, EMPTY, EMPTY]);
+        let b = (vec![7.0, 7.0, f32::NAN, 3.0, 3.0, 3.0, 4.0, 5.0, -6.0], vec![EMPTY, EMPTY, -3e4]);
+        for parts in [[&a, &b], [&b, &a]] {
+            let (out, lse) = merged(full(), element_type, 3, &parts);
+            assert_eq!(out, [1.0, -2.0, 0.5, 0.0, 0.0, 0.0, 4.0, 5.0, -6.0]);
+            assert_eq!(lse, [0.5, EMPTY, -3e4]);
+        }
+        assert_eq!(merged(full(), element_type, 3, &[]), (vec![0.0; 9], vec![EMPTY; 3]));
+    }
+}
+
+#[test]
+fn lse_far_apart() {
+    let a = (vec![1.0, 2.0], vec![1e4]);
+    let b = (vec![-5.0, 3.0], vec![-1e4]);
+    assert_eq!(merged(full(), ElementType::F32, 2, &[&a, &b]), a);
+    assert_eq!(merged(full(), ElementType::F32, 2, &[&b, &a]), a);
+}
+
+#[test]
+fn a_wrong_merge_is_refused() {
+    let context = webgpu();
+    let good = MergeProblem { parts: 2, rows: 10, head_dim_v: 8, element_type: ElementType::F32 };
+    let refused = |problem| context.plan_merge(&problem).unwrap_err();
+    let error = refused(MergeProblem { head_dim_v: 0, ..good });
+    assert_eq!(error, Error::HeadDim { argument: "head_dim_v", found: 0 });
+    let error = refused(MergeProblem { rows: u32::MAX, ..good });
+    assert!(matches!(error, Error::BindingTooLarge { argument: "part_out", .. }), "{error}");
+
+    let plan = context.plan_merge(&good).unwrap();
+    let buffer = |bytes: usize| context.upload(&vec![0; bytes]);
+    let (part_out, part_lse, out, lse) = (buffer(640), buffer(80), buffer(320), buffer(40));
+    fn whole(buffer: &wgpu::Buffer) -> BufferBinding<'_> {
+        buffer.as_entire_buffer_binding()
+    }
+    let buffers =
+        || MergeBuffers { part_out: whole(&part_out), part_lse: whole(&part_lse), out: whole(&out), lse: whole(&lse) };
+    let merge =
+        |buffers: MergeBuffers| plan.merge(&mut context.device().create_command_encoder(&Default::default()), &buffers);
+    assert_eq!(merge(buffers()), Ok(()));
+    assert_eq!(
+        merge(MergeBuffers { part_out: whole(&out), out: whole(&part_out), ..buffers() }),
+        Err(Error::BufferTooSmall { argument: "part_out", needed: 640, found: 320 })
+    );
+    assert_eq!(
+        merge(MergeBuffers { out: whole(&part_out), ..buffers() }),
+        Err(Error::BufferAliased { output: "out", other: "part_out" })
+    );
+}
