@@ -125,7 +125,8 @@ const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
 const O_STORES = (ROWS * V8 + THREADS - 1u) / THREADS;
 const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
 const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
-// A maximum below this is of masked scores only.
+// Where maxima start: below every score and above every masked one. So no row takes its maximum from masked scores, whose
+// product with the factor is rounded: exp2 of that rounding error, of a number as large as 1e15, may overflow.
 const EMPTY = -1.0e14;
 
 // A tile of K and one of V, or two of each, one in use while the other is filled; before them Q, and after them O.
@@ -220,7 +221,7 @@ fn forward(
             o[r][d] = Accumulator();
         }
         for (var h = 0u; h < LANE_ROWS; h++) {
-            m[r][h] = LOWEST;
+            m[r][h] = EMPTY;
             l[r][h] = 0.0;
         }
     }
@@ -358,7 +359,7 @@ fn forward(
     // O / l to workgroup memory, then out in whole rows
     for (var r = 0u; r < ROW_MATRICES; r++) {
         for (var h = 0u; h < LANE_ROWS; h++) {
-            l[r][h] = select(row_sum(l[r][h]), 0.0, m[r][h] < EMPTY);
+            l[r][h] = row_sum(l[r][h]);
         }
         for (var d = 0u; d < VM; d++) {
             let y = elements_of(o[r][d]);

@@ -29,7 +29,7 @@ pub struct ForwardBuffers<'a> {
     pub lse: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
-    /// At least [`Plan::workspace_bytes`]; not needed where that is 0.
+    /// At least [`Plan::workspace_bytes`], in a buffer of its own; not needed where that is 0.
     pub workspace: Option<BufferBinding<'a>>,
 }
 
@@ -132,7 +132,8 @@ pub(crate) fn check_buffers<'b, 'a>(
                 continue;
             }
             let apart = there.offset + there_bytes <= binding.offset || binding.offset + needed <= there.offset;
-            if access != other_access || !apart {
+            // Kernels read the workspace while they write an output.
+            if access != other_access || slot == Slot::Workspace || !apart {
                 let (output, other) = if access == Access::ReadWrite { (slot, other) } else { (other, slot) };
                 return Err(Error::BufferAliased { output: output.name(), other: other.name() });
             }

@@ -145,8 +145,11 @@ fn tensor_range(
     (start, size, uniform)
 }
 
+/// Bindings: what each holds, its first byte and its size.
+type Ranges = Vec<(Slot, u64, u64)>;
+
 /// What a part binds, and what it is told.
-fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds) -> (Vec<(Slot, u64, u64)>, ProblemUniform) {
+fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds) -> (Ranges, ProblemUniform) {
     let shape = &problem.shape;
     let group = shape.group();
     let heads_kv = part.heads.start / group..(part.heads.end - 1) / group + 1;
@@ -185,7 +188,7 @@ fn split(
     problem: &Problem,
     kernel: Kernel,
     passes: &[Pass],
-    workspace: &dyn Fn(&Part) -> Vec<(Slot, u64, u64)>,
+    workspace: &dyn Fn(&Part) -> Ranges,
     row_unit: u32,
     bounds: &Bounds,
 ) -> Result<Vec<Part>, Error> {
@@ -303,7 +306,7 @@ impl Plan {
             }
             Kernel::Coop | Kernel::Tile => vec![],
         };
-        let workspace = |part: &Part| -> Vec<(Slot, u64, u64)> {
+        let workspace = |part: &Part| -> Ranges {
             let mut end = 0u64;
             let place = |(slot, bytes): (Slot, u64)| {
                 let start = end.saturating_add(bounds.alignment - 1) / bounds.alignment * bounds.alignment;

@@ -221,7 +221,7 @@ const fn row(
 #[rustfmt::skip]
 const TILES: &[Row] = &[
     //  D,    memory, rows, keys,     grid, chunk, value_keys
-    row(128, 48 << 10,  128,   64, (16, 16),    32,  16),
+    row(256, 48 << 10,  128,   64, (16, 16),    32,  16),
     row(128, 32 << 10,   64,   64,  (16, 8),    32,  16),
     row(256, 32 << 10,   64,   64, (16, 16),    32,  16),
     // WebGPU's default limits: 16 KiB, 256 invocations.
@@ -231,21 +231,24 @@ const TILES: &[Row] = &[
 /// The tile for a problem on a device: the table's, with `chunk` and `value_keys` made to fit head dimension and memory.
 pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
     let memory = limits.max_compute_workgroup_storage_size;
-    let suits = |row: &&Row| {
+    let fitted = |row: &Row| {
+        let mut tile = row.tile;
+        // Equal chunks: 80 columns in chunks of at most 64 are two of 40.
+        let chunks = head_dim.div_ceil(tile.chunk);
+        tile.chunk = head_dim.div_ceil(chunks).next_multiple_of(4);
+        while tile.value_keys > 4 && tile.workgroup_bytes(head_dim, head_dim_v) > memory {
+            tile.value_keys /= 2;
+        }
+        tile
+    };
+    let suits = |row: &Row| {
         head_dim.max(head_dim_v) <= row.head_dim
             && memory >= row.workgroup_bytes
             && limits.max_compute_invocations_per_workgroup >= row.invocations
+            && fitted(row).workgroup_bytes(head_dim, head_dim_v) <= memory
     };
-    // The last row has no bounds beyond those that validate() and the plan check with an error.
-    let row = TILES.iter().find(suits).unwrap_or(&TILES[TILES.len() - 1]);
-    let mut tile = row.tile;
-    // Equal chunks: 80 columns in chunks of at most 64 are two of 40.
-    let chunks = head_dim.div_ceil(tile.chunk);
-    tile.chunk = head_dim.div_ceil(chunks).next_multiple_of(4);
-    while tile.value_keys > 4 && tile.workgroup_bytes(head_dim, head_dim_v) > memory {
-        tile.value_keys /= 2;
-    }
-    tile
+    // Where not even the last row fits, the plan's check of the device's limits says so.
+    fitted(TILES.iter().find(|row| suits(row)).unwrap_or(&TILES[TILES.len() - 1]))
 }
 
 #[cfg(test)]

@@ -84,11 +84,12 @@ fn cases_bf16() {
     run(ElementType::BF16);
 }
 
+/// Up to 128; larger ones are among the long cases, and take software adapters long to compile.
 #[test]
 fn head_dims() {
-    for element_type in TYPES {
-        check_all(&prepare(dims(), element_type), &[("decode", full(), decode())]);
-    }
+    let some =
+        dims().into_iter().filter(|(_, case)| case.problem.shape.head_dim.max(case.problem.shape.head_dim_v) <= 128);
+    check_all(&prepare(some, ElementType::F16), &[("decode", full(), decode())]);
 }
 
 #[test]

@@ -71,6 +71,7 @@ pub fn cases() -> Vec<(String, Case)> {
         ("left window", square().window(9, -1)),
         ("right window", square().window(-1, 5)),
         ("window", square().window(20, 3)),
+        ("window, rows whose first tiles are masked", case(1, [1, 1], [35, 35], [8, 4]).window(5, 3)),
         ("window of one key", square().window(0, 0)),
         ("window wider than all", square().window(1 << 30, i32::MAX)),
         ("window, more keys", wide().window(10, 2)),

@@ -49,8 +49,9 @@ pub fn with_limits(lower: impl FnOnce(&mut wgpu::Limits)) -> Context {
     let mut required_limits = wgpu::Limits::default();
     lower(&mut required_limits);
     let (device, queue) = pollster::block_on(async {
-        let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
-        let adapter = instance.request_adapter(&Default::default()).await.unwrap();
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+        descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
+        let adapter = wgpu::Instance::new(descriptor).request_adapter(&Default::default()).await.unwrap();
         let descriptor = wgpu::DeviceDescriptor { required_limits, ..Default::default() };
         adapter.request_device(&descriptor).await.unwrap()
     });
