@@ -73,8 +73,12 @@ fn store_query(x: array<Elements4, QUERY_LOADS>, d0: u32, thread: u32) {
     for (var n = 0u; n < QUERY_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < ROWS * CHUNK4 {
-            let d = d0 + 4u * (t % CHUNK4);
-            tiles[Q_AT + t / CHUNK4 * CHUNK_STRIDE + t % CHUNK4] = first_elements(unpack4(x[n]), max(d, HEAD_DIM) - d);
+            var q = unpack4(x[n]);
+            if HEAD_DIM % CHUNK > 0u {
+                let d = d0 + 4u * (t % CHUNK4);
+                q = first_elements(q, max(d, HEAD_DIM) - d);
+            }
+            tiles[Q_AT + t / CHUNK4 * CHUNK_STRIDE + t % CHUNK4] = q;
         }
     }
 }
@@ -241,14 +245,15 @@ fn forward(
         }
         workgroupBarrier();
 
-        // P = exp(S - m'),  l = exp(m - m') l + rowsum P,  O = exp(m - m') O
+        // P = exp(S - m'),  l = exp(m - m') l + rowsum P
+        var shrink: array<f32, TR>;
         for (var r = 0u; r < TR; r++) {
             let row = r * THREADS_Y + ty;
             var most = m[r];
             for (var x = 0u; x < THREADS_X; x++) {
                 most = max(most, partial[row][x]);
             }
-            let shrink = exp_difference(m[r], most);
+            shrink[r] = exp_difference(m[r], most);
             m[r] = most;
             var sum = vec4f();
             for (var c = 0u; c < TC4; c++) {
@@ -256,13 +261,16 @@ fn forward(
                 tiles[P_AT + row * P_STRIDE + tx * TC4 + c] = p;
                 sum += p;
             }
-            l[r] = fma(l[r], shrink, sum4(sum));
-            for (var u = 0u; u < TV; u++) {
-                o[r][u] *= shrink;
-            }
+            l[r] = fma(l[r], shrink[r], sum4(sum));
         }
 
-        // O = O + P V
+        // O = exp(m - m') O + P V. P V is summed by itself first: a sum of sums loses less than one long sum does.
+        var pv: array<array<vec4f, TV>, TR>;
+        for (var r = 0u; r < TR; r++) {
+            for (var u = 0u; u < TV; u++) {
+                pv[r][u] = vec4f();
+            }
+        }
         for (var v0 = 0u; v0 < KEYS; v0 += VALUE_KEYS) {
             if v0 > 0u {
                 workgroupBarrier();
@@ -280,12 +288,17 @@ fn forward(
                 for (var r = 0u; r < TR; r++) {
                     let p = tiles[P_AT + (r * THREADS_Y + ty) * P_STRIDE + v0 / 4u + j4];
                     for (var u = 0u; u < TV; u++) {
-                        let a = fma(vec4f(p.x), v[0][u], o[r][u]);
+                        let a = fma(vec4f(p.x), v[0][u], pv[r][u]);
                         let b = fma(vec4f(p.y), v[1][u], a);
                         let c = fma(vec4f(p.z), v[2][u], b);
-                        o[r][u] = fma(vec4f(p.w), v[3][u], c);
+                        pv[r][u] = fma(vec4f(p.w), v[3][u], c);
                     }
                 }
+            }
+        }
+        for (var r = 0u; r < TR; r++) {
+            for (var u = 0u; u < TV; u++) {
+                o[r][u] = fma(o[r][u], vec4f(shrink[r]), pv[r][u]);
             }
         }
     }

@@ -221,7 +221,8 @@ const fn row(
 #[rustfmt::skip]
 const TILES: &[Row] = &[
     //  D,    memory, rows, keys,     grid, chunk, value_keys
-    row(256, 48 << 10,  128,   64, (16, 16),    32,  16),
+    row( 64, 48 << 10,  128,   64, (16, 16),    32,  16),
+    row(256, 48 << 10,  128,   64, (16, 16),    16,  16),
     row(128, 32 << 10,   64,   64,  (16, 8),    32,  16),
     row(256, 32 << 10,   64,   64, (16, 16),    32,  16),
     // WebGPU's default limits: 16 KiB, 256 invocations.
