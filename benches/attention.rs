@@ -1,5 +1,5 @@
 //! Forward passes, naive beside tile, at sizes that software Vulkan gets through in minutes. Device time where the
-//! adapter has timestamp queries. `examples/compare.rs` makes the figures to report.
+//! adapter has timestamp queries. And the host's part: planning and recording. `examples/compare.rs` makes the figures to report.
 
 #[path = "../examples/support/mod.rs"]
 mod support;
@@ -42,5 +42,26 @@ fn forward(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, forward);
+/// Host time: planning a problem whose pipelines exist, and recording it.
+fn host(criterion: &mut Criterion) {
+    let context = Context::headless().expect("an adapter");
+    let problem = Problem::new(Shape::square(1, 2, 256, 64), ElementType::F32).with_lse();
+    let plan = context.plan(&problem).expect("a small problem");
+    let values = vec![0.0; 2 * 256 * 64];
+    let tensors = Tensors::<f32> { query: values.clone(), key: values.clone(), value: values, seqlens_k: None };
+    let inputs = Inputs::upload(&context, &tensors).expect("small inputs");
+    let outputs = Outputs::poisoned(&context, &plan).expect("small outputs");
+    let mut group = criterion.benchmark_group("host");
+    group.sample_size(20).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(2));
+    group.bench_function("plan", |bencher| bencher.iter(|| context.plan(&problem)));
+    group.bench_function("bind", |bencher| bencher.iter(|| support::bind(&plan, &inputs, &outputs)));
+    let bound = support::bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes");
+    group.bench_function("record", |bencher| {
+        let mut encoder = context.device().create_command_encoder(&Default::default());
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        bencher.iter(|| bound.record(&mut pass));
+    });
+}
+
+criterion_group!(benches, forward, host);
 criterion_main!(benches);
