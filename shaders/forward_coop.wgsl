@@ -359,7 +359,8 @@ fn forward(
     // O / l to workgroup memory, then out in whole rows
     for (var r = 0u; r < ROW_MATRICES; r++) {
         for (var h = 0u; h < LANE_ROWS; h++) {
-            l[r][h] = row_sum(l[r][h]);
+            // The largest p of a row is 1 up to the rounding of m, so a row with keys is told from an empty one by m.
+            l[r][h] = select(max(row_sum(l[r][h]), 0.5), 0.0, m[r][h] == EMPTY);
         }
         for (var d = 0u; d < VM; d++) {
             let y = elements_of(o[r][d]);

@@ -57,14 +57,15 @@ impl Context {
     }
 
     /// Allows kernels on cooperative matrices (tensor cores), for devices whose owner opted in to
-    /// [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES). `properties` are those of the device's adapter,
-    /// [`wgpu::Adapter::cooperative_matrix_properties`]. Runs one small kernel, to learn which lane holds which element of a
-    /// matrix, and waits for it.
-    pub async fn with_cooperative_matrices(
-        mut self,
-        properties: &[wgpu::CooperativeMatrixProperties],
-    ) -> Result<Self, NoElementAccess> {
-        let format = MatrixFormat::of(&self.device, properties)?;
+    /// [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES). `adapter` is the one that the device came from; it
+    /// knows the sizes of the matrices. Runs one small kernel, to learn which lane holds which element of a matrix, and
+    /// waits for it.
+    pub async fn with_cooperative_matrices(mut self, adapter: &wgpu::Adapter) -> Result<Self, NoElementAccess> {
+        let of = |info: wgpu::AdapterInfo| (info.name, info.vendor, info.device, info.backend, info.driver_info);
+        if of(adapter.get_info()) != of(self.device.adapter_info()) {
+            return Err(NoElementAccess::Adapter);
+        }
+        let format = MatrixFormat::of(&self.device, &adapter.cooperative_matrix_properties())?;
         let found = elements::probe(&self, format).await?;
         if format.elements() != forward_coop::ELEMENTS || found.a != found.c || found.b != found.c.transposed() {
             return Err(NoElementAccess::Roles);

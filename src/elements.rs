@@ -57,6 +57,9 @@ pub enum NoElementAccess {
     /// The driver or wgpu refused the probe, or the device failed while it ran.
     #[error("the probe failed: {0}")]
     Probe(String),
+    /// The adapter is not the one that the device came from.
+    #[error("the adapter is another than the device's; pass the adapter that the device was requested from")]
+    Adapter,
     /// Left operands do not lie as accumulators do, right ones not as their transpose, or a lane holds more or fewer than
     /// eight elements.
     #[error("the roles of a matrix lie in the lanes in ways that no kernel is written for")]
@@ -663,7 +666,8 @@ pub async fn probe(context: &Context, format: MatrixFormat) -> Result<ProbedLayo
     let nothing = vec![u32::MAX; 3 * count as usize];
 
     let device = context.device();
-    let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+    let filters = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::OutOfMemory];
+    let scopes = filters.map(|filter| device.push_error_scope(filter));
     let buffers = [
         context.upload(bytemuck::cast_slice(&indices_f32)),
         context.upload(bytemuck::cast_slice(&indices_f16)),
@@ -707,9 +711,13 @@ pub async fn probe(context: &Context, format: MatrixFormat) -> Result<ProbedLayo
         pass.dispatch_workgroups(1, 1, 1);
     }
     context.queue().submit([encoder.finish()]);
-    let refused = scope.pop();
-    if let Some(error) = refused.await {
-        return Err(NoElementAccess::Probe(error.to_string()));
+    // The scope opened last closes first; all close before anything is awaited.
+    let [validation, internal, memory] = scopes;
+    let errors = [memory.pop(), internal.pop(), validation.pop()];
+    for error in errors {
+        if let Some(error) = error.await {
+            return Err(NoElementAccess::Probe(error.to_string()));
+        }
     }
     let bytes = context
         .read_buffer(&buffers[2], 0, u64::from(3 * count) * 4)

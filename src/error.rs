@@ -55,7 +55,8 @@ pub enum Error {
         /// The tensor.
         argument: &'static str,
     },
-    /// One head of one batch entry is more than the device can bind at once, so it cannot be split further.
+    /// What cannot be split further is more than the device can bind at once: the keys or the values of one head, the smallest
+    /// tile of rows, the scores of a head, or a merge.
     #[error(
         "{argument} needs {bytes} bytes in one binding, which cannot be split further; the device binds at most {limit} \
          (max_storage_buffer_binding_size, max_buffer_size)"
@@ -63,7 +64,7 @@ pub enum Error {
     BindingTooLarge {
         /// The tensor or workspace.
         argument: &'static str,
-        /// Bytes that one head spans.
+        /// Bytes that it spans.
         bytes: u64,
         /// What the device allows.
         limit: u64,

@@ -1,4 +1,4 @@
-//! Host slices in, host vectors out: for tests, tools and first steps. Everything here uses the public calls only.
+//! Host slices in, host vectors out: for tests, tools and first steps.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -56,12 +56,12 @@ pub struct SdpaOptions {
 /// Which device [`Context::headless_with`] opens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HeadlessOptions {
-    /// Takes the first adapter whose name or driver holds this text, without regard to case.
+    /// Takes the first adapter whose name, driver or backend holds this text, without regard to case.
     pub adapter: Option<String>,
     /// See [`Context::checked`].
     pub checked: bool,
-    /// Opens the device with [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES), which wgpu calls experimental,
-    /// and the context with [`Context::with_cooperative_matrices`].
+    /// Opens the device with [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES), which wgpu calls experimental:
+    /// it may have bugs with undefined behaviour. And the context with [`Context::with_cooperative_matrices`].
     pub cooperative_matrices: bool,
 }
 
@@ -129,10 +129,8 @@ impl Context {
             .map_err(|error| Error::Adapter(error.to_string()))?;
         let mut context = Context::new(&device, &queue);
         if options.cooperative_matrices {
-            context = context
-                .with_cooperative_matrices(&adapter.cooperative_matrix_properties())
-                .await
-                .map_err(|error| Error::Adapter(error.to_string()))?;
+            context =
+                context.with_cooperative_matrices(&adapter).await.map_err(|error| Error::Adapter(error.to_string()))?;
         }
         Ok(if options.checked { context.checked() } else { context })
     }
@@ -184,6 +182,13 @@ impl Context {
         let out_bytes = problem.shape.rows() * problem.shape.head_dim_v as u64 * size_of::<T>() as u64;
         if out_bytes == 0 {
             return Ok(None);
+        }
+        let limit = self.limits().max_buffer_size;
+        let bytes = |data: &[T]| size_of_val(data) as u64;
+        let sizes =
+            [("query", bytes(query.data)), ("key", bytes(key.data)), ("value", bytes(value.data)), ("out", out_bytes)];
+        if let Some(&(argument, bytes)) = sizes.iter().find(|(_, bytes)| *bytes > limit) {
+            return Err(Error::BindingTooLarge { argument, bytes, limit });
         }
         let [q, k, v] = [query.data, key.data, value.data].map(|data| self.upload(bytemuck::cast_slice(data)));
         let out = self.device().create_buffer(&wgpu::BufferDescriptor {

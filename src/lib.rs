@@ -1,8 +1,8 @@
 //! Exact attention, `softmax(scale · QKᵀ) V`, as WGSL compute shaders on [`wgpu`].
 //!
 //! The scores are never stored: a workgroup takes a tile of queries through the keys with an online softmax, as
-//! FlashAttention does, so memory beyond the tensors does not grow with the square of the length. The kernels need
-//! nothing beyond WebGPU's default limits, and no device feature. Queries may have more heads than keys, every tensor any
+//! FlashAttention does, so memory beyond the tensors does not grow with the square of the length. But for the
+//! one on cooperative matrices, the kernels need nothing beyond WebGPU's default limits, and no device feature. Queries may have more heads than keys, every tensor any
 //! strides with a contiguous last dimension; masks are causal (either diagonal), sliding windows and key lengths by batch
 //! entry.
 //!

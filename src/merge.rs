@@ -97,7 +97,8 @@ impl Context {
             return Err(Error::HeadDim { argument: "head_dim_v", found: problem.head_dim_v });
         }
         let limits = self.limits();
-        let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size);
+        // The shader counts elements in u32.
+        let limit = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(u32::MAX as u64);
         let ranges = problem.bytes()?;
         if let Some(&(slot, bytes)) = ranges.iter().find(|(_, bytes)| *bytes > limit) {
             return Err(Error::BindingTooLarge { argument: slot.name(), bytes, limit });

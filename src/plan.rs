@@ -101,6 +101,7 @@ pub(crate) struct Launch {
 #[derive(Clone, Copy)]
 struct Bounds {
     binding: u64,
+    buffer: u64,
     workgroups: u64,
     alignment: u64,
 }
@@ -108,7 +109,9 @@ struct Bounds {
 impl Bounds {
     fn of(limits: &wgpu::Limits) -> Self {
         Bounds {
-            binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size) / 4 * 4,
+            // Shaders count elements in u32.
+            binding: limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(u32::MAX as u64) / 4 * 4,
+            buffer: limits.max_buffer_size,
             workgroups: limits.max_compute_workgroups_per_dimension as u64,
             alignment: limits.min_storage_buffer_offset_alignment.max(16) as u64,
         }
@@ -201,6 +204,10 @@ fn split(
                 return Err(Error::BindingTooLarge { argument: slot.name(), bytes: size, limit: bounds.binding });
             }
         }
+        let total = workspace(part).last().map_or(0, |&(_, start, bytes)| start.saturating_add(bytes));
+        if total > bounds.buffer {
+            return Err(Error::BindingTooLarge { argument: "workspace", bytes: total, limit: bounds.buffer });
+        }
         let most = passes.iter().flat_map(|pass| (pass.workgroups)(part)).max().unwrap_or(0);
         if most > bounds.workgroups {
             let limit = "max_compute_workgroups_per_dimension";
@@ -242,12 +249,23 @@ impl Plan {
         problem.validate()?;
         let limits = context.limits();
         let shape = &problem.shape;
+        let coop_fits = context.matrices.as_ref().is_some_and(|matrices| {
+            let tile = tune::coop_tile(matrices.format.size, shape.head_dim, shape.head_dim_v);
+            let bytes = tile.workgroup_bytes(matrices.format.size, shape.head_dim, shape.head_dim_v);
+            bytes <= limits.max_compute_workgroup_storage_size
+                && tile.subgroups * matrices.format.lanes <= limits.max_compute_invocations_per_workgroup
+        });
         let (kernel, reason) = match (options.kernel, &context.matrices, problem.element_type) {
             (Some(kernel), _, _) => (kernel, "asked for"),
             (None, _, _) if kernel::decode::suits(problem) => {
                 (Kernel::Decode, "few queries and many keys: splits of the keys fill the device")
             }
-            (None, Some(_), ElementType::F16) => (Kernel::Coop, "the device has cooperative matrices for f16"),
+            (None, Some(_), ElementType::F16) if coop_fits => {
+                (Kernel::Coop, "the device has cooperative matrices for f16")
+            }
+            (None, Some(_), ElementType::F16) => {
+                (Kernel::Tile, "the device's limits are too small for the tile of the coop kernel")
+            }
             (None, Some(_), _) => (Kernel::Tile, "cooperative matrices take f16 only"),
             (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
         };

@@ -96,6 +96,9 @@ impl CoopTile {
         if [self.subgroups, self.row_matrices, self.keys].iter().any(|&n| n == 0 || n > 1024) {
             return Err(Error::Tile("every size must be from 1 to 1024"));
         }
+        if self.subgroups * self.row_matrices > 1024 {
+            return Err(Error::Tile("subgroups times row_matrices must be at most 1024"));
+        }
         if !matches!(self.buffers, 1 | 2) {
             return Err(Error::Tile("buffers must be 1 or 2"));
         }
@@ -234,7 +237,7 @@ pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
     let memory = limits.max_compute_workgroup_storage_size;
     let fitted = |row: &Row| {
         let mut tile = row.tile;
-        // Equal chunks: 80 columns in chunks of at most 64 are two of 40.
+        // Equal chunks: 80 columns in chunks of at most 32 are three of 28.
         let chunks = head_dim.div_ceil(tile.chunk);
         tile.chunk = head_dim.div_ceil(chunks).next_multiple_of(4);
         while tile.value_keys > 4 && tile.workgroup_bytes(head_dim, head_dim_v) > memory {

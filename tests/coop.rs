@@ -138,6 +138,29 @@ fn tiles_that_do_not_divide_are_refused() {
 }
 
 /// Needs no such device.
+/// A device that has the features but WebGPU's limits: the tile kernel where the coop kernel's tile does not fit.
+#[test]
+#[allow(unsafe_code)]
+fn small_limits_fall_back_to_the_tile_kernel() {
+    if context().is_none() {
+        return;
+    }
+    let instance = wgpu::Instance::default();
+    let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
+    let descriptor = wgpu::DeviceDescriptor {
+        required_features: wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES,
+        // SAFETY: a test; the features are what it is about.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+        ..Default::default()
+    };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
+    let context = pollster::block_on(Context::new(&device, &queue).with_cooperative_matrices(&adapter)).unwrap();
+    let plan = |dim| context.plan(&Problem::new(Shape::square(1, 1, 64, dim), ElementType::F16)).unwrap();
+    assert_eq!(plan(32).kernel(), Kernel::Coop);
+    assert_eq!(plan(128).kernel(), Kernel::Tile);
+    assert!(plan(128).to_string().contains("limits are too small"), "{}", plan(128));
+}
+
 #[test]
 fn contexts_without_matrices_refuse_it() {
     let problem = case(1, [2, 1], [37, 45], [16, 12]).element_type(ElementType::F16).problem;
