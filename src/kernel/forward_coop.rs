@@ -1,6 +1,6 @@
 //! Host side of `shaders/forward_coop.wgsl`.
 
-use super::{Access, Pass, Slot, bindings, switches};
+use super::{FORWARD_BINDINGS, Pass, bindings, switches};
 use crate::elements::{Bit, MatrixFormat, MatrixLayout};
 use crate::specialize::Specialization;
 use crate::tune::CoopTile;
@@ -53,17 +53,7 @@ pub(crate) fn pass(problem: &Problem, tile: CoopTile, matrices: &Matrices) -> Pa
     constants.extend(layout_constants(&matrices.layout));
     Pass {
         specialization: Specialization { file: "forward_coop.wgsl", entry: "forward", switches: on, constants },
-        bindings: bindings(
-            problem,
-            &[
-                (Slot::Query, Access::Read),
-                (Slot::Key, Access::Read),
-                (Slot::Value, Access::Read),
-                (Slot::Out, Access::ReadWrite),
-                (Slot::Lse, Access::ReadWrite),
-                (Slot::SeqlensK, Access::Read),
-            ],
-        ),
+        bindings: bindings(problem, FORWARD_BINDINGS),
         element_access: true,
         threads: tile.subgroups * matrices.format.lanes,
         workgroup_bytes: tile.workgroup_bytes(size, shape.head_dim, shape.head_dim_v),

@@ -1,6 +1,6 @@
 //! Host side of `shaders/forward_tile.wgsl`.
 
-use super::{Access, Pass, Slot, bindings, switches};
+use super::{FORWARD_BINDINGS, Pass, bindings, switches};
 use crate::specialize::Specialization;
 use crate::tune::Tile;
 use crate::{Problem, plan::Part};
@@ -23,17 +23,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
                 ("VALUE_KEYS", tile.value_keys),
             ],
         },
-        bindings: bindings(
-            problem,
-            &[
-                (Slot::Query, Access::Read),
-                (Slot::Key, Access::Read),
-                (Slot::Value, Access::Read),
-                (Slot::Out, Access::ReadWrite),
-                (Slot::Lse, Access::ReadWrite),
-                (Slot::SeqlensK, Access::Read),
-            ],
-        ),
+        bindings: bindings(problem, FORWARD_BINDINGS),
         element_access: false,
         threads: tile.threads(),
         workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),

@@ -75,6 +75,16 @@ pub(crate) enum Access {
     ReadWrite,
 }
 
+/// What a forward pass in one dispatch binds.
+pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
+    (Slot::Query, Access::Read),
+    (Slot::Key, Access::Read),
+    (Slot::Value, Access::Read),
+    (Slot::Out, Access::ReadWrite),
+    (Slot::Lse, Access::ReadWrite),
+    (Slot::SeqlensK, Access::Read),
+];
+
 /// One dispatch of a kernel.
 pub(crate) struct Pass {
     pub specialization: Specialization,
