@@ -102,11 +102,12 @@ pub(crate) fn merge(problem: &MergeProblem) -> Pass {
 }
 
 fn combine(switches: Vec<&'static str>, bindings: Vec<(Slot, Access)>, parts: u32, head_dim_v: u32) -> Pass {
-    // Slices for the parts as far as there are threads, then rows.
+    // Slices for the parts as far as there are threads, then rows. A power of two, so that a growing number of parts, as
+    // keys are appended, meets few pipelines.
     const THREADS: u32 = 256;
     const WIDTH: u64 = 4096;
     let columns = head_dim_v.div_ceil(4);
-    let slices = (THREADS / columns).min(parts).clamp(1, 32);
+    let slices = (THREADS / columns).min(parts.min(32).next_power_of_two()).max(1);
     let rows = (THREADS / columns / slices).max(1);
     Pass {
         specialization: Specialization {
