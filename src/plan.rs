@@ -151,6 +151,11 @@ fn tensor_range(
 /// Bindings: what each holds, its first byte and its size.
 type Ranges = Vec<(Slot, u64, u64)>;
 
+/// The bytes up to the end of ranges that lie one after the other.
+fn end_of(ranges: &[(Slot, u64, u64)]) -> u64 {
+    ranges.last().map_or(0, |&(_, start, bytes)| start.saturating_add(bytes))
+}
+
 /// What a part binds, and what it is told.
 fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds) -> (Ranges, ProblemUniform) {
     let shape = &problem.shape;
@@ -198,13 +203,14 @@ fn split(
     let shape = &problem.shape;
     let fits = |part: &Part| {
         let (mut ranges, _) = bind_part(problem, part, bounds);
-        ranges.extend(workspace(part));
+        let workspace = workspace(part);
+        let total = end_of(&workspace);
+        ranges.extend(workspace);
         for (slot, _, size) in ranges {
             if size > bounds.binding {
                 return Err(Error::BindingTooLarge { argument: slot.name(), bytes: size, limit: bounds.binding });
             }
         }
-        let total = workspace(part).last().map_or(0, |&(_, start, bytes)| start.saturating_add(bytes));
         if total > bounds.buffer {
             return Err(Error::BindingTooLarge { argument: "workspace", bytes: total, limit: bounds.buffer });
         }
@@ -333,8 +339,6 @@ impl Plan {
             };
             workspaces(part).into_iter().map(place).collect()
         };
-        let workspace_bytes =
-            |part: &Part| workspace(part).last().map_or(0, |&(_, start, bytes)| start.saturating_add(bytes));
         let mut plan = Plan {
             device: context.device().clone(),
             problem: problem.clone(),
@@ -359,7 +363,7 @@ impl Plan {
             _ => rows_and_keys.map_or(shape.seqlen_q, |(rows, _)| rows),
         };
         let parts = split(problem, kernel, &passes, &workspace, row_unit, &bounds)?;
-        plan.workspace_bytes = parts.iter().map(workspace_bytes).max().unwrap_or(0);
+        plan.workspace_bytes = parts.iter().map(|part| end_of(&workspace(part))).max().unwrap_or(0);
         plan.parts = parts.len();
         let pipelines = passes.iter().map(|pass| context.pipeline(pass)).collect::<Result<Vec<_>, _>>()?;
 
