@@ -58,13 +58,15 @@ pub(crate) struct Schedule {
     pub parts: usize,
 }
 
+/// What a part of a problem keeps in the workspace, and how many bytes of it.
+pub(crate) type Workspaces<'a> = Box<dyn Fn(&Part) -> Vec<(Slot, u64)> + 'a>;
+
 /// What a kernel runs for each part of a problem.
 pub(crate) struct Recipe<'a> {
     pub kernel: Kernel,
     pub reason: &'static str,
     pub passes: Vec<Pass>,
-    /// What a part keeps in the workspace, and how many bytes of it.
-    pub workspaces: Box<dyn Fn(&Part) -> Vec<(Slot, u64)> + 'a>,
+    pub workspaces: Workspaces<'a>,
     /// How a problem that is too large for one launch may be cut.
     pub cut: Cut,
     pub splits: u32,

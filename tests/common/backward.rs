@@ -236,7 +236,11 @@ fn untouched(problem: &Problem, lse: &[f32], seqlens_k: Option<&[i32]>) -> [Vec<
     let mut keys = vec![];
     for b in 0..s.batch {
         let valid = seqlens_k.map_or(s.seqlen_k, |lengths| lengths[b as usize].clamp(0, s.seqlen_k as i32) as u32);
-        let seen = |j: &u32| (0..s.seqlen_q).any(|i| (|(a, b)| a..b)(problem.key_interval(i, valid)).contains(j));
+        let sees = |i: u32, j: u32| {
+            let (first, end) = problem.key_interval(i, valid);
+            (first..end).contains(&j)
+        };
+        let seen = |&j: &u32| (0..s.seqlen_q).any(|i| sees(i, j));
         let of_head: Vec<bool> = (0..s.seqlen_k).map(|j| !seen(&j)).collect();
         (0..s.heads_kv).for_each(|_| keys.extend(&of_head));
     }
