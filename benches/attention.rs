@@ -31,7 +31,7 @@ fn forward(criterion: &mut Criterion) {
             let options = PlanOptions { kernel: Some(kernel), ..Default::default() };
             let plan = context.plan_with(&problem, &options).expect("a small problem");
             let outputs = Outputs::poisoned(&context, &plan).expect("small outputs");
-            let bound = support::bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes");
+            let bound = [support::bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes")];
             group.bench_function(kernel.to_string(), |bencher| {
                 bencher.iter_custom(|runs| {
                     let times = support::pass_times(&context, &bound, runs as u32, 1).expect("a working device");

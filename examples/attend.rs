@@ -294,7 +294,7 @@ fn on_device<T: Number>(args: &Args, problem: &Problem, tensors: &Tensors<T>) ->
     say("plan", &plan);
     let inputs = Inputs::upload(&context, tensors)?;
     let outputs = Outputs::poisoned(&context, &plan)?;
-    let bound = support::bind(&plan, &inputs, &outputs).map_err(words)?;
+    let bound = [support::bind(&plan, &inputs, &outputs).map_err(words)?];
     support::pass_times(&context, &bound, 1, 1).map_err(words)?;
     let result = outputs.read(&context, problem).map_err(words)?;
     let time = support::measure(&context, &bound).map_err(words)?;
@@ -333,7 +333,7 @@ fn compare<T: Number>(task: &Task, tensors: &Tensors<T>, out: &[T], lse: &[f32])
     if let Some(expected) = &task.out {
         let errors = Errors::of(out.iter().copied(), expected);
         let verdict = match plain {
-            None => support::judge_relative(errors),
+            None => support::judge_relative(errors, 2e-6),
             Some((plain, _)) => support::judge_by_plain(errors, plain),
         };
         verdicts.push(("o", verdict));
