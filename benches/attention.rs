@@ -1,4 +1,4 @@
-//! Forward passes, naive beside tile, at sizes that software Vulkan gets through in minutes. Device time where the
+//! Forward and backward passes, naive beside tile, at sizes that software Vulkan gets through in minutes. Device time where the
 //! adapter has timestamp queries. And the host's part: planning and recording. `examples/compare.rs` makes the figures to report.
 
 #[path = "../examples/support/mod.rs"]
@@ -7,14 +7,15 @@ mod support;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use support::{Inputs, Outputs, Tensors};
+use support::{GradientBuffers, Inputs, Outputs, Tensors, Upstream};
 use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions, Problem, Shape};
 
-fn forward(criterion: &mut Criterion) {
+/// Device time: the forward pass, the backward pass over its output, and one after the other.
+fn passes(criterion: &mut Criterion) {
     let context = Context::headless().expect("an adapter");
     eprintln!("{}: {}", support::adapter_name(&context), support::clock(&context));
     for seqlen in [256, 1024] {
-        let problem = Problem::new(Shape::square(1, 2, seqlen, 64), ElementType::F32).with_lse();
+        let problem = Problem::new(Shape::square(1, 2, seqlen, 64), ElementType::F32).with_gradients();
         let elements = 2 * seqlen as usize * 64;
         let tensors = Tensors::<f32> {
             query: support::random(elements, 1),
@@ -22,22 +23,39 @@ fn forward(criterion: &mut Criterion) {
             value: support::random(elements, 3),
             seqlens_k: None,
         };
+        let upstream = Upstream::<f32> { out: support::random(elements, 4), lse: None };
         let inputs = Inputs::upload(&context, &tensors).expect("small inputs");
-        let mut group = criterion.benchmark_group(format!("forward f32 1,2,{seqlen},64"));
-        // Criterion's unit of work is an integer: floating-point operations here.
-        group.throughput(Throughput::Elements(problem.forward_flops() as u64));
-        group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
-        for kernel in [Kernel::Naive, Kernel::Tile] {
-            let options = PlanOptions { kernel: Some(kernel), ..Default::default() };
-            let plan = context.plan_with(&problem, &options).expect("a small problem");
-            let outputs = Outputs::poisoned(&context, &plan).expect("small outputs");
-            let bound = support::bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes");
-            group.bench_function(kernel.to_string(), |bencher| {
-                bencher.iter_custom(|runs| {
-                    let times = support::pass_times(&context, &bound, runs as u32, 1).expect("a working device");
-                    Duration::from_secs_f64(times[0])
+        let (forward, backward) = (problem.forward_flops(), problem.backward_flops());
+        for (op, flops) in [("forward", forward), ("backward", backward), ("forward+backward", forward + backward)] {
+            let mut group = criterion.benchmark_group(format!("{op} f32 1,2,{seqlen},64"));
+            // Criterion's unit of work is an integer: floating-point operations here.
+            group.throughput(Throughput::Elements(flops as u64));
+            group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
+            for kernel in [Kernel::Naive, Kernel::Tile] {
+                let options = PlanOptions { kernel: Some(kernel), backward: Some(kernel), ..Default::default() };
+                let plan = context.plan_with(&problem, &options).expect("a small problem");
+                let outputs = Outputs::poisoned(&context, &plan).expect("small outputs");
+                let gradients = GradientBuffers::poisoned(&context, &plan, &upstream).expect("small gradients");
+                let mut bound = vec![
+                    support::bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes"),
+                    gradients.bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes"),
+                ];
+                match op {
+                    "forward" => bound.truncate(1),
+                    // The o and lse that it needs are there before.
+                    "backward" => {
+                        let forward = bound.remove(0);
+                        support::pass_times(&context, &[forward], 1, 1).expect("a working device");
+                    }
+                    _ => {}
+                }
+                group.bench_function(kernel.to_string(), |bencher| {
+                    bencher.iter_custom(|runs| {
+                        let times = support::pass_times(&context, &bound, runs as u32, 1).expect("a working device");
+                        Duration::from_secs_f64(times[0])
+                    });
                 });
-            });
+            }
         }
     }
 }
@@ -63,5 +81,5 @@ fn host(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, forward, host);
+criterion_group!(benches, passes, host);
 criterion_main!(benches);

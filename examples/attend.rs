@@ -9,22 +9,26 @@ use clap::{Parser, ValueEnum};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use wgpu_flash_attention::{
-    Causal, Context, ElementType, HeadlessOptions, Kernel, MAX_SEQLEN, PlanOptions, Problem, Shape, reference,
+    BoundPass, Causal, Context, ElementType, HeadlessOptions, Kernel, MAX_SEQLEN, PlanOptions, Problem, Shape,
+    reference,
 };
 
-use support::{Errors, Inputs, Number, Outputs, Tensors};
+use support::{
+    Errors, Expected, GRADIENTS, GradientBuffers, Inputs, Number, Outputs, PlainGradients, Tensors, Upstream,
+    sample_rows,
+};
 
 /// What stops the command, in one line.
 type Result<T> = std::result::Result<T, String>;
 
-/// Queries, keys and values of a real model, with the expected o and lse.
+/// Queries, keys and values of a real model, with the expected o, lse and gradients.
 const FIXTURE: &[u8] = include_bytes!("../tests/data/minilm_layer5.safetensors");
 
 /// Attention on a safetensors file.
 ///
 /// Reads q [B,Hq,Nq,D], k [B,Hkv,Nk,D] and v [B,Hkv,Nk,Dv] in F32, F16 or BF16 and, if there is one, seqlens_k [B] in
 /// I32 or I64: how many keys of each batch entry count. Where the file also holds the expected o [B,Hq,Nq,Dv] or
-/// lse [B,Hq,Nq], compares with them.
+/// lse [B,Hq,Nq], compares with them; with --backward also with dq, dk and dv.
 #[derive(Parser)]
 #[command(
     after_help = "Exit code: 0 if all went well, 1 if the result is too far from the expected one, 2 for bad input."
@@ -32,13 +36,17 @@ const FIXTURE: &[u8] = include_bytes!("../tests/data/minilm_layer5.safetensors")
 struct Args {
     /// The file; without it, one layer of all-MiniLM-L6-v2 on three short texts
     input: Option<PathBuf>,
-    /// Writes o and lse to this file
+    /// Computes gradients too: reads do [B,Hq,Nq,Dv], that of o, and, if there is one, dlse [B,Hq,Nq], that of lse; gives dq,
+    /// dk and dv
+    #[arg(long)]
+    backward: bool,
+    /// Writes o and lse, and gradients, to this file
     #[arg(short, value_name = "OUTPUT.safetensors")]
     output: Option<PathBuf>,
     /// What computes: a kernel, or the reference in f64 on the host
     #[arg(long, value_enum, default_value = "auto")]
     kernel: KernelName,
-    /// Converts q, k and v to this type first; o gets it too [default: the file's]
+    /// Converts q, k, v and do to this type first; o and gradients get it too [default: the file's]
     #[arg(long, value_enum)]
     dtype: Option<Type>,
     /// Masks keys after the query, counted from the last or from the first query and key
@@ -129,13 +137,19 @@ fn decode<T: Number>(data: &[u8]) -> Vec<f64> {
     bytemuck::pod_collect_to_vec::<u8, T>(data).into_iter().map(T::into).collect()
 }
 
-/// q, k or v, with its four sizes.
-fn input(file: &SafeTensors<'_>, name: &str) -> Result<(Floats, [u32; 4])> {
+/// A tensor to compute with.
+fn input(file: &SafeTensors<'_>, name: &str) -> Result<Floats> {
     let tensor = floats(file, name)?;
-    let shape = &tensor.shape;
     if tensor.dtype == Dtype::F64 {
         return Err(format!("{name} is F64; it must be F32, F16 or BF16"));
     }
+    Ok(tensor)
+}
+
+/// q, k or v, with its four sizes.
+fn input_and_sizes(file: &SafeTensors<'_>, name: &str) -> Result<(Floats, [u32; 4])> {
+    let tensor = input(file, name)?;
+    let shape = &tensor.shape;
     let sizes: [usize; 4] = shape[..].try_into().map_err(|_| {
         format!("{name} has {} dimensions, {shape:?}; it must have four: [batch, heads, positions, dim]", shape.len())
     })?;
@@ -171,10 +185,14 @@ fn expected(file: &SafeTensors<'_>, name: &str, shape: &[u32]) -> Result<Option<
         return Ok(None);
     }
     let tensor = floats(file, name)?;
-    if !tensor.shape.iter().eq(shape.iter().map(|&n| n as usize).collect::<Vec<_>>().iter()) {
+    if !has_shape(&tensor, shape) {
         return Err(format!("the expected {name} has shape {:?}; q, k and v give {shape:?}", tensor.shape));
     }
     Ok(Some(tensor.values))
+}
+
+fn has_shape(tensor: &Floats, shape: &[u32]) -> bool {
+    tensor.shape.iter().copied().eq(shape.iter().map(|&n| n as usize))
 }
 
 /// What the file asks for.
@@ -186,10 +204,37 @@ struct Task {
     seqlens_k: Option<Vec<i32>>,
     out: Option<Vec<f64>>,
     lse: Option<Vec<f64>>,
+    backward: Option<BackwardTask>,
+}
+
+struct BackwardTask {
+    grad_out: Floats,
+    grad_lse: Option<Vec<f32>>,
+    /// dq, dk and dv.
+    expected: [Option<Vec<f64>>; 3],
+}
+
+fn read_backward(file: &SafeTensors<'_>, q: &[u32; 4], k: &[u32; 4], v: &[u32; 4]) -> Result<BackwardTask> {
+    let given = |name, shape: &[u32]| -> Result<Floats> {
+        let tensor = input(file, name)?;
+        if !has_shape(&tensor, shape) {
+            return Err(format!("{name} has shape {:?}; q, k and v need {shape:?}", tensor.shape));
+        }
+        Ok(tensor)
+    };
+    let grad_out = given("do", &[q[0], q[1], q[2], v[3]])?;
+    let grad_lse = file.names().contains(&"dlse").then(|| given("dlse", &q[..3])).transpose()?;
+    let [name_q, name_k, name_v] = GRADIENTS;
+    Ok(BackwardTask {
+        grad_out,
+        grad_lse: grad_lse.map(|tensor| tensor.values.into_iter().map(|x| x as f32).collect()),
+        expected: [expected(file, name_q, q)?, expected(file, name_k, k)?, expected(file, name_v, v)?],
+    })
 }
 
 fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
-    let [(query, q), (key, k), (value, v)] = [input(file, "q")?, input(file, "k")?, input(file, "v")?];
+    let [query, key, value] = ["q", "k", "v"].map(|name| input_and_sizes(file, name));
+    let ((query, q), (key, k), (value, v)) = (query?, key?, value?);
     if [k[0], k[3]] != [q[0], q[3]] {
         return Err(format!("k has shape {k:?} and q has {q:?}; batch (first) and head dim (last) must be equal"));
     }
@@ -198,6 +243,13 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
     }
     if k[1] == 0 || q[1] % k[1] != 0 {
         return Err(format!("k and v have {} heads and q has {}; theirs must divide q's", k[1], q[1]));
+    }
+    let backward = args.backward.then(|| read_backward(file, &q, &k, &v)).transpose()?;
+    if let (Some(backward), None) = (&backward, args.dtype)
+        && backward.grad_out.dtype != query.dtype
+    {
+        let (q, grad_out) = (query.dtype, backward.grad_out.dtype);
+        return Err(format!("q is {q} and do is {grad_out}; --dtype converts them to one type"));
     }
     let element_type = match (args.dtype, query.dtype) {
         (Some(Type::F32), _) => ElementType::F32,
@@ -222,7 +274,7 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
     };
     let seqlens_k = lengths(file, q[0], k[2])?;
     let window = args.window.unwrap_or(Window { left: None, right: None });
-    let problem = Problem {
+    let mut problem = Problem {
         scale: args.scale,
         softcap: args.softcap,
         causal: args.causal.map(|diagonal| match diagonal {
@@ -233,6 +285,10 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
         lse: true,
         ..Problem::new(shape, element_type).window(window.left, window.right)
     };
+    if let Some(backward) = &backward {
+        problem = problem.with_gradients();
+        problem.gradients.iter_mut().for_each(|gradients| gradients.lse = backward.grad_lse.is_some());
+    }
     problem.validate().map_err(|error| error.to_string())?;
     Ok(Task {
         out: expected(file, "o", &[q[0], q[1], q[2], v[3]])?,
@@ -242,7 +298,16 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
         key: key.values,
         value: value.values,
         seqlens_k,
+        backward,
     })
+}
+
+/// What is computed.
+struct Results<T> {
+    out: Vec<T>,
+    lse: Vec<f32>,
+    /// dq, dk and dv.
+    gradients: Option<[Vec<T>; 3]>,
 }
 
 /// Computes, prints what there is to say about it, writes the output. Whether the result is as expected.
@@ -255,26 +320,42 @@ fn attend<T: Number>(args: &Args, task: &Task) -> Result<bool> {
         value: convert(&task.value),
         seqlens_k: task.seqlens_k.clone(),
     };
-    let (out, lse) = match args.kernel {
-        KernelName::Reference => on_host(problem, &tensors),
-        _ => on_device(args, problem, &tensors)?,
+    let upstream = task
+        .backward
+        .as_ref()
+        .map(|backward| Upstream { out: convert(&backward.grad_out.values), lse: backward.grad_lse.clone() });
+    let results = match args.kernel {
+        KernelName::Reference => on_host(problem, &tensors, upstream.as_ref()),
+        _ => on_device(args, problem, &tensors, upstream.as_ref())?,
     };
     if let Some(path) = &args.output {
-        write(path, problem, &out, &lse)?;
+        write(path, problem, &results)?;
     }
-    Ok(compare(task, &tensors, &out, &lse))
+    Ok(compare(task, &tensors, upstream.as_ref(), &results))
 }
 
-fn on_host<T: Number>(problem: &Problem, tensors: &Tensors<T>) -> (Vec<T>, Vec<f32>) {
+fn on_host<T: Number>(problem: &Problem, tensors: &Tensors<T>, upstream: Option<&Upstream<T>>) -> Results<T> {
     say("kernel", "the reference, in f64 on the host");
     let start = std::time::Instant::now();
     let Tensors { query, key, value, seqlens_k } = tensors;
+    let rounded = |values: Vec<f64>| -> Vec<T> { values.into_iter().map(|x| T::nearest(x as f32)).collect() };
     let result = reference::forward(problem, query, key, value, seqlens_k.as_deref());
+    let gradients = upstream.map(|upstream| {
+        let all = [&query[..], key, value, &upstream.out];
+        let result = reference::backward(problem, all, upstream.lse.as_deref(), seqlens_k.as_deref());
+        [result.query, result.key, result.value].map(rounded)
+    });
     say("time", format!("{:.3} ms", start.elapsed().as_secs_f64() * 1e3));
-    (result.out.iter().map(|&x| T::nearest(x as f32)).collect(), result.lse.iter().map(|&x| x as f32).collect())
+    let lse = result.lse.iter().map(|&x| x as f32).collect();
+    Results { out: rounded(result.out), lse, gradients }
 }
 
-fn on_device<T: Number>(args: &Args, problem: &Problem, tensors: &Tensors<T>) -> Result<(Vec<T>, Vec<f32>)> {
+fn on_device<T: Number>(
+    args: &Args,
+    problem: &Problem,
+    tensors: &Tensors<T>,
+    upstream: Option<&Upstream<T>>,
+) -> Result<Results<T>> {
     let words = |error: wgpu_flash_attention::Error| error.to_string();
     let options = HeadlessOptions {
         adapter: args.adapter.clone(),
@@ -290,39 +371,66 @@ fn on_device<T: Number>(args: &Args, problem: &Problem, tensors: &Tensors<T>) ->
         KernelName::Decode => Some(Kernel::Decode),
         KernelName::Auto | KernelName::Reference => None,
     };
-    let plan = context.plan_with(problem, &PlanOptions { kernel, ..Default::default() }).map_err(words)?;
+    let plan =
+        context.plan_with(problem, &PlanOptions { kernel, backward: kernel, ..Default::default() }).map_err(words)?;
     say("plan", &plan);
     let inputs = Inputs::upload(&context, tensors)?;
     let outputs = Outputs::poisoned(&context, &plan)?;
-    let bound = support::bind(&plan, &inputs, &outputs).map_err(words)?;
+    let bound = [support::bind(&plan, &inputs, &outputs).map_err(words)?];
     support::pass_times(&context, &bound, 1, 1).map_err(words)?;
-    let result = outputs.read(&context, problem).map_err(words)?;
-    let time = support::measure(&context, &bound).map_err(words)?;
-    let (median, passes, clock) = (time.median * 1e3, time.passes, support::clock(&context));
-    say("time", format!("{median:.3} ms ({clock}, median of {passes} measurements)"));
-    Ok(result)
+    let (out, lse) = outputs.read(&context, problem).map_err(words)?;
+    let time = |pass: &str, bound: &[BoundPass<'_>]| -> Result<()> {
+        let time = support::measure(&context, bound).map_err(words)?;
+        let (median, passes, clock) = (time.median * 1e3, time.passes, support::clock(&context));
+        say("time", format!("{pass}: {median:.3} ms ({clock}, median of {passes} measurements)"));
+        Ok(())
+    };
+    time("forward", &bound)?;
+    let mut results = Results { out, lse, gradients: None };
+    if let Some(upstream) = upstream {
+        let gradients = GradientBuffers::poisoned(&context, &plan, upstream)?;
+        let bound = [gradients.bind(&plan, &inputs, &outputs).map_err(words)?];
+        support::pass_times(&context, &bound, 1, 1).map_err(words)?;
+        results.gradients = Some(gradients.read(&context, problem).map_err(words)?);
+        time("backward", &bound)?;
+    }
+    Ok(results)
 }
 
-fn write<T: Number>(path: &Path, problem: &Problem, out: &[T], lse: &[f32]) -> Result<()> {
+fn write<T: Number>(path: &Path, problem: &Problem, results: &Results<T>) -> Result<()> {
     let s = &problem.shape;
-    let rows = [s.batch, s.heads_q, s.seqlen_q].map(|n| n as usize);
+    let sizes = |sizes: &[u32]| -> Vec<usize> { sizes.iter().map(|&n| n as usize).collect() };
     let dtype = match T::TYPE {
         ElementType::F32 => Dtype::F32,
         ElementType::F16 => Dtype::F16,
         ElementType::BF16 => Dtype::BF16,
     };
-    let full = [rows[0], rows[1], rows[2], s.head_dim_v as usize];
+    let rows = [s.batch, s.heads_q, s.seqlen_q];
+    let keys = [s.batch, s.heads_kv, s.seqlen_k];
+    let mut all: Vec<(&str, Dtype, Vec<usize>, &[u8])> = vec![
+        ("o", dtype, sizes(&[&rows[..], &[s.head_dim_v]].concat()), bytemuck::cast_slice(&results.out)),
+        ("lse", Dtype::F32, sizes(&rows), bytemuck::cast_slice(&results.lse)),
+    ];
+    if let Some(gradients) = &results.gradients {
+        let shapes = [(rows, s.head_dim), (keys, s.head_dim), (keys, s.head_dim_v)];
+        for ((name, values), (rows, dim)) in GRADIENTS.iter().zip(gradients).zip(shapes) {
+            all.push((name, dtype, sizes(&[&rows[..], &[dim]].concat()), bytemuck::cast_slice(values)));
+        }
+    }
     let words = |error| format!("cannot write {}: {error}", path.display());
-    let out = TensorView::new(dtype, full.to_vec(), bytemuck::cast_slice(out)).map_err(words)?;
-    let lse = TensorView::new(Dtype::F32, rows.to_vec(), bytemuck::cast_slice(lse)).map_err(words)?;
-    let bytes = safetensors::serialize([("o", out), ("lse", lse)], None).map_err(words)?;
+    let mut views = vec![];
+    for (name, dtype, shape, bytes) in &all {
+        views.push((*name, TensorView::new(*dtype, shape.clone(), bytes).map_err(words)?));
+    }
+    let bytes = safetensors::serialize(views, None).map_err(words)?;
     std::fs::write(path, bytes).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
-    say("wrote", format!("{}: o {dtype} {full:?}, lse F32 {rows:?}", path.display()));
+    let named: Vec<_> = all.iter().map(|(name, dtype, shape, _)| format!("{name} {dtype} {shape:?}")).collect();
+    say("wrote", format!("{}: {}", path.display(), named.join(", ")));
     Ok(())
 }
 
 /// Compares with what the file expects, by the bounds that the crate's tests have.
-fn compare<T: Number>(task: &Task, tensors: &Tensors<T>, out: &[T], lse: &[f32]) -> bool {
+fn compare<T: Number>(task: &Task, tensors: &Tensors<T>, upstream: Option<&Upstream<T>>, results: &Results<T>) -> bool {
     let mut verdicts = vec![];
     // What the type costs the plain computation: lengths, masks and all, but never the expected values.
     let plain = (T::TYPE != ElementType::F32 && (task.out.is_some() || task.lse.is_some())).then(|| {
@@ -331,36 +439,76 @@ fn compare<T: Number>(task: &Task, tensors: &Tensors<T>, out: &[T], lse: &[f32])
         (Errors::of(out, &exact.out), Errors::of(lse, &exact.lse))
     });
     if let Some(expected) = &task.out {
-        let errors = Errors::of(out.iter().copied(), expected);
+        let errors = Errors::of(results.out.iter().copied(), expected);
         let verdict = match plain {
-            None => support::judge_relative(errors),
+            None => support::judge_relative(errors, 2e-6),
             Some((plain, _)) => support::judge_by_plain(errors, plain),
         };
         verdicts.push(("o", verdict));
     }
     if let Some(expected) = &task.lse {
         let verdict = match plain {
-            None => support::judge_lse(lse, expected),
+            None => support::judge_lse(&results.lse, expected),
             // The expected lse may be that of the values before they were rounded.
-            Some((_, plain)) => support::judge_by_plain(Errors::of(lse.iter().copied(), expected), plain),
+            Some((_, plain)) => support::judge_by_plain(Errors::of(results.lse.iter().copied(), expected), plain),
         };
         verdicts.push(("lse", verdict));
+    }
+    if let (Some(backward), Some(upstream), Some(found)) = (&task.backward, upstream, &results.gradients) {
+        for (n, expected) in expected_gradients(task, backward, tensors, upstream).into_iter().enumerate() {
+            let verdict = expected.map(|expected| expected.judge(found[n].iter().copied()));
+            verdicts.extend(verdict.map(|verdict| (GRADIENTS[n], verdict)));
+        }
     }
     for (name, verdict) in &verdicts {
         say(name, verdict);
     }
     let names = |holds: bool| {
         let named = verdicts.iter().filter(|(_, verdict)| verdict.holds == holds).map(|(name, _)| *name);
-        named.collect::<Vec<_>>().join(" and ")
+        list(&named.collect::<Vec<_>>(), "and")
     };
     if verdicts.is_empty() {
-        println!("DONE: the file holds no expected o or lse, so nothing was compared");
+        let all: &[&str] = if results.gradients.is_some() { &["o", "lse", "dq", "dk", "dv"] } else { &["o", "lse"] };
+        println!("DONE: the file holds no expected {}, so nothing was compared", list(all, "or"));
     } else if verdicts.iter().all(|(_, verdict)| verdict.holds) {
         println!("PASS: {}: what the file expects", names(true));
     } else {
         println!("FAIL: {}: not what the file expects; was it made with the same options?", names(false));
     }
     verdicts.iter().all(|(_, verdict)| verdict.holds)
+}
+
+/// "o, lse and dq"
+fn list(names: &[&str], conjunction: &str) -> String {
+    match names {
+        [first @ .., last] if !first.is_empty() => format!("{} {conjunction} {last}", first.join(", ")),
+        _ => names.concat(),
+    }
+}
+
+/// dq, dk and dv, those that the file has.
+fn expected_gradients<T: Number>(
+    task: &Task,
+    backward: &BackwardTask,
+    tensors: &Tensors<T>,
+    upstream: &Upstream<T>,
+) -> [Option<Expected>; 3] {
+    if backward.expected.iter().all(Option::is_none) {
+        return [None, None, None];
+    }
+    let (problem, s) = (&task.problem, &task.problem.shape);
+    let inputs = [&task.query[..], &task.key, &task.value, &backward.grad_out.values];
+    let exact = reference::backward(problem, inputs, backward.grad_lse.as_deref(), task.seqlens_k.as_deref());
+    let (out, lse) = plain(problem, tensors);
+    let plain = PlainGradients { problem, tensors, upstream, out, lse };
+    let all_rows = |heads, positions| sample_rows([s.batch, heads, positions], u64::MAX);
+    let dq = plain.query_rows(&all_rows(s.heads_q, s.seqlen_q));
+    let [dk, dv] = plain.key_rows(&all_rows(s.heads_kv, s.seqlen_k));
+    let [query, key, value] = backward.expected.each_ref().map(Option::as_ref);
+    let expected = |values: Option<&Vec<f64>>, exact: &[f64], plain| {
+        values.map(|values| Expected::new(values.clone(), exact, plain))
+    };
+    [expected(query, &exact.query, dq), expected(key, &exact.key, dk), expected(value, &exact.value, dv)]
 }
 
 /// Every row of the plain computation.
@@ -397,7 +545,12 @@ fn run(args: &Args) -> Result<bool> {
     let k = [s.batch, s.heads_kv, s.seqlen_k, s.head_dim];
     let v = [s.batch, s.heads_kv, s.seqlen_k, s.head_dim_v];
     let lengths = task.seqlens_k.as_ref().map_or("all keys".into(), |lengths| format!("key lengths {lengths:?}"));
-    say("input", format!("{name}: q {q:?}, k {k:?}, v {v:?} in {ty}; {lengths}"));
+    let upstream = match &task.backward {
+        None => "",
+        Some(BackwardTask { grad_lse: None, .. }) => "; gradients from do",
+        Some(_) => "; gradients from do and dlse",
+    };
+    say("input", format!("{name}: q {q:?}, k {k:?}, v {v:?} in {ty}; {lengths}{upstream}"));
     match task.problem.element_type {
         ElementType::F32 => attend::<f32>(args, &task),
         ElementType::F16 => attend::<half::f16>(args, &task),

@@ -11,17 +11,19 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use wgpu_flash_attention::tune::{DecodeTile, Tile};
+use wgpu_flash_attention::tune::{BackwardTile, DecodeTile, Tile};
 use wgpu_flash_attention::{
     Causal, Context, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, reference,
 };
 
-use support::{Errors, Inputs, Number, Outputs, Tensors, Time, Verdict};
+use support::{
+    Errors, GRADIENTS, GradientBuffers, GradientSample, Inputs, Number, Outputs, Tensors, Time, Upstream, Verdict,
+};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Times every kernel on a list of shapes. Rows of each output are checked against f64 first; a kernel that fails
-/// gets no figure, and the exit code is 1.
+/// Times every kernel on a list of shapes. Rows of each output, gradients included, are checked against f64 first; a kernel
+/// that fails gets no figure, and the exit code is 1.
 #[derive(Parser)]
 struct Args {
     /// Batch, heads (or query heads/key-value heads), sequence length, head dim and, where they are not as many as the
@@ -35,12 +37,18 @@ struct Args {
     /// Element types in memory
     #[arg(long, value_enum, value_delimiter = ',', default_value = "f32")]
     dtype: Vec<Type>,
+    /// The forward pass, the backward pass over its output, or one after the other
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "fwd")]
+    op: Vec<Op>,
     /// Kernels to time; coop opens the device with cooperative matrices, which wgpu calls experimental
     #[arg(long, value_enum, value_delimiter = ',', default_value = "naive,tile")]
     kernels: Vec<KernelName>,
     /// Times this tile in place of the tuned one; may be repeated
     #[arg(long, value_name = "ROWS,KEYS,TY,TX,CHUNK,VALUE_KEYS", value_parser = parse_tile)]
     tile: Vec<Tile>,
+    /// Times the backward pass with this tile in place of the tuned ones; may be repeated
+    #[arg(long, value_name = "OWN,STEP,TY,TX,CHUNK,BLOCK", value_parser = parse_backward_tile)]
+    backward_tile: Vec<BackwardTile>,
     /// Times the decode kernel with so many splits of the keys, in place of the tuned number; may be repeated
     #[arg(long)]
     splits: Vec<u32>,
@@ -63,6 +71,26 @@ enum Masks {
     None,
     Only,
     Both,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Op {
+    #[value(name = "fwd")]
+    Forward,
+    #[value(name = "bwd")]
+    Backward,
+    #[value(name = "fwd+bwd")]
+    Both,
+}
+
+impl std::fmt::Display for Op {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Op::Forward => "forward",
+            Op::Backward => "backward",
+            Op::Both => "forward+backward",
+        })
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
@@ -122,42 +150,78 @@ fn parse_tile(text: &str) -> std::result::Result<Tile, String> {
     Ok(Tile { rows, keys, threads_y, threads_x, chunk, value_keys })
 }
 
+fn parse_backward_tile(text: &str) -> std::result::Result<BackwardTile, String> {
+    let [own, step, threads_y, threads_x, chunk, block] = numbers(text)?;
+    Ok(BackwardTile { own, step, threads_y, threads_x, chunk, block })
+}
+
 /// Something to time: a kernel, with a tile or number of splits if the table's is not wanted.
 #[derive(Clone, Copy)]
 struct Candidate {
     kernel: Kernel,
     tile: Option<Tile>,
+    backward_tile: Option<BackwardTile>,
     decode_tile: Option<DecodeTile>,
     splits: Option<u32>,
 }
 
 impl Candidate {
     fn of(kernel: Kernel) -> Self {
-        Candidate { kernel, tile: None, decode_tile: None, splits: None }
+        Candidate { kernel, tile: None, backward_tile: None, decode_tile: None, splits: None }
     }
 }
 
 impl std::fmt::Display for Candidate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.tile {
-            None => {
-                self.kernel.fmt(f)?;
-                if let Some(DecodeTile { rows, threads, key_threads, thread_keys }) = self.decode_tile {
-                    write!(f, "[{rows} {threads} {key_threads} {thread_keys}]")?;
-                }
-                self.splits.map_or(Ok(()), |splits| write!(f, " {splits} splits"))
+        self.kernel.fmt(f)?;
+        if let Some(t) = self.tile {
+            let Tile { rows, keys, threads_y, threads_x, chunk, value_keys } = t;
+            write!(f, "[{rows} {keys} {threads_y} {threads_x} {chunk} {value_keys}]")?;
+        }
+        if let Some(t) = self.backward_tile {
+            let BackwardTile { own, step, threads_y, threads_x, chunk, block } = t;
+            write!(f, "[{own} {step} {threads_y} {threads_x} {chunk} {block}]")?;
+        }
+        if let Some(DecodeTile { rows, threads, key_threads, thread_keys }) = self.decode_tile {
+            write!(f, "[{rows} {threads} {key_threads} {thread_keys}]")?;
+        }
+        self.splits.map_or(Ok(()), |splits| write!(f, " {splits} splits"))
+    }
+}
+
+/// What to time in one operation.
+fn candidates(args: &Args, op: Op) -> Vec<Candidate> {
+    /// The table's choice if nothing is asked for.
+    fn or_none<T: Copy>(asked: &[T]) -> Vec<Option<T>> {
+        if asked.is_empty() { vec![None] } else { asked.iter().copied().map(Some).collect() }
+    }
+    let mut all = vec![];
+    for kernel in &args.kernels {
+        match kernel {
+            KernelName::Naive => all.push(Candidate::of(Kernel::Naive)),
+            KernelName::Coop => all.push(Candidate::of(Kernel::Coop)),
+            KernelName::Decode => {
+                let decode = Candidate { decode_tile: args.decode_tile, ..Candidate::of(Kernel::Decode) };
+                all.extend(or_none(&args.splits).into_iter().map(|splits| Candidate { splits, ..decode }));
             }
-            Some(t) => {
-                let Tile { rows, keys, threads_y, threads_x, chunk, value_keys } = t;
-                write!(f, "tile[{rows} {keys} {threads_y} {threads_x} {chunk} {value_keys}]")
+            KernelName::Tile => {
+                // Of the pass that is not timed the table's.
+                let tiles = or_none(if op == Op::Backward { &[] } else { &args.tile });
+                let backward_tiles = or_none(if op == Op::Forward { &[] } else { &args.backward_tile });
+                for tile in tiles {
+                    let tile = Candidate { tile, ..Candidate::of(Kernel::Tile) };
+                    all.extend(backward_tiles.iter().map(|&backward_tile| Candidate { backward_tile, ..tile }));
+                }
             }
         }
     }
+    all
 }
 
 /// A figure that was checked.
 struct Figure {
     name: String,
+    op: Op,
     problem: Problem,
     time: Time,
     extra_bytes: u64,
@@ -165,16 +229,27 @@ struct Figure {
 
 impl Figure {
     fn teraflops(&self) -> f64 {
-        self.problem.forward_flops() / self.time.median * 1e-12
+        let flops = match self.op {
+            Op::Forward => self.problem.forward_flops(),
+            Op::Backward => self.problem.backward_flops(),
+            Op::Both => self.problem.forward_flops() + self.problem.backward_flops(),
+        };
+        flops / self.time.median * 1e-12
     }
 
-    /// Of K and V, each read once.
-    fn gigabytes_per_second(&self) -> f64 {
+    /// Of K and V, each read once: what bounds the forward pass of few queries.
+    fn gigabytes_per_second(&self) -> Option<f64> {
+        if self.op != Op::Forward {
+            return None;
+        }
         let s = &self.problem.shape;
         let elements = s.batch as f64 * s.heads_kv as f64 * s.seqlen_k as f64 * (s.head_dim + s.head_dim_v) as f64;
-        elements * self.problem.element_type.bytes() as f64 / self.time.median * 1e-9
+        Some(elements * self.problem.element_type.bytes() as f64 / self.time.median * 1e-9)
     }
 }
+
+/// How many rows of each output are checked.
+const SAMPLES: u64 = 64;
 
 /// The rows that are checked, and what they should be.
 struct Sample {
@@ -187,17 +262,8 @@ struct Sample {
 
 impl Sample {
     fn of<T: Number>(problem: &Problem, tensors: &Tensors<T>) -> Self {
-        const SAMPLES: u64 = 64;
         let s = &problem.shape;
-        let last = s.rows() - 1;
-        let count = SAMPLES.min(s.rows());
-        // From the first row to the last; the step is no multiple of the length, so positions differ between heads.
-        let row = |n: u64| {
-            let row = (n as u128 * last as u128 / (count - 1).max(1) as u128) as u64;
-            let (heads, n) = (s.heads_q as u64, s.seqlen_q as u64);
-            [(row / n / heads) as u32, (row / n % heads) as u32, (row % n) as u32]
-        };
-        let rows: Vec<_> = (0..count).map(row).collect();
+        let rows = support::sample_rows([s.batch, s.heads_q, s.seqlen_q], SAMPLES);
         let (mut out, mut lse, mut plain) = (vec![], vec![], vec![]);
         for &row in &rows {
             let (o, l) = reference::forward_row(problem, &tensors.query, &tensors.key, &tensors.value, None, row);
@@ -221,7 +287,7 @@ impl Sample {
         let found = self.rows.iter().flat_map(|&row| out[at(row) * dim..][..dim].iter().copied());
         let errors = Errors::of(found, &self.out);
         let verdict = match problem.element_type {
-            ElementType::F32 => support::judge_relative(errors),
+            ElementType::F32 => support::judge_relative(errors, 2e-6),
             _ => support::judge_by_plain(errors, self.plain),
         };
         let lse: Vec<f32> = self.rows.iter().map(|&row| lse[at(row)]).collect();
@@ -240,47 +306,59 @@ struct Report {
 }
 
 impl Report {
-    fn line(name: &str, problem: &Problem, rest: &str) -> String {
+    fn line(name: &str, op: Op, problem: &Problem, rest: &str) -> String {
         let causal = if problem.causal.is_some() { "causal" } else { "" };
-        format!("{name:<28} {:<5} {:<18} {causal:<7} {rest}", problem.element_type.to_string(), label(&problem.shape))
+        let (ty, shape) = (problem.element_type.to_string(), label(&problem.shape));
+        format!("{name:<28} {op:<16} {ty:<5} {shape:<18} {causal:<7} {rest}")
     }
 
     fn header(&self) {
         let line = format!(
-            "{:<28} {:<5} {:<18} {:<7} {:>10} {:>10} {:>9} {:>9} {:>12} {:>10}",
-            "kernel", "dtype", "B,H,N,D", "", "median ms", "min ms", "TFLOP/s", "K, V GB/s", "extra memory", "speed-up"
+            "{:<28} {:<16} {:<5} {:<18} {:<7} {:>10} {:>10} {:>9} {:>9} {:>12} {:>10}",
+            "kernel",
+            "op",
+            "dtype",
+            "B,H,N,D",
+            "",
+            "median ms",
+            "min ms",
+            "TFLOP/s",
+            "K, V GB/s",
+            "extra memory",
+            "speed-up"
         );
         self.bar.suspend(|| println!("{line}"));
     }
 
     /// A kernel without a figure, and why.
-    fn refuse(&mut self, name: &str, problem: &Problem, reason: &str) {
-        self.bar.suspend(|| println!("{}", Self::line(name, problem, reason)));
+    fn refuse(&mut self, name: &str, op: Op, problem: &Problem, reason: &str) {
+        self.bar.suspend(|| println!("{}", Self::line(name, op, problem, reason)));
     }
 
     fn add(&mut self, figure: Figure) -> Result<()> {
-        let Figure { name, problem, time, extra_bytes } = &figure;
+        let Figure { name, op, problem, time, extra_bytes } = &figure;
         let yardstick = self.figures.iter().chain([&figure]).find(|other| {
             let p = &other.problem;
-            other.name == "naive"
+            (other.name.as_str(), other.op) == ("naive", *op)
                 && p.element_type == ElementType::F32
                 && (p.shape, p.causal) == (problem.shape, problem.causal)
         });
         let speed_up = yardstick.map_or("-".into(), |naive| format!("{:.2}", naive.time.median / time.median));
+        let bandwidth = |decimals: usize| figure.gigabytes_per_second().map(|x| format!("{x:.decimals$}"));
         let rest = format!(
-            "{:>10.4} {:>10.4} {:>9.4} {:>9.1} {:>8.3} MiB {speed_up:>10}",
+            "{:>10.4} {:>10.4} {:>9.4} {:>9} {:>8.3} MiB {speed_up:>10}",
             time.median * 1e3,
             time.min * 1e3,
             figure.teraflops(),
-            figure.gigabytes_per_second(),
+            bandwidth(1).unwrap_or("-".into()),
             *extra_bytes as f64 / 1_048_576.0,
         );
-        self.bar.suspend(|| println!("{}", Self::line(name, problem, &rest)));
+        self.bar.suspend(|| println!("{}", Self::line(name, *op, problem, &rest)));
         if let Some(csv) = &mut self.csv {
             let s = &problem.shape;
             writeln!(
                 csv,
-                "{name},forward,{},{},{},{},{},{},{},{},{:.6},{:.6},{:.3}",
+                "{name},{op},{},{},{},{},{},{},{},{},{:.6},{:.6},{}",
                 problem.element_type,
                 s.batch,
                 s.heads_q,
@@ -291,7 +369,7 @@ impl Report {
                 problem.causal.is_some() as u8,
                 time.median * 1e3,
                 figure.teraflops(),
-                figure.gigabytes_per_second()
+                bandwidth(3).unwrap_or_default()
             )?;
         }
         self.figures.push(figure);
@@ -306,13 +384,22 @@ fn label(s: &Shape) -> String {
     format!("{},{heads},{},{}{queries}", s.batch, s.seqlen_k, s.head_dim)
 }
 
+/// What every kernel is given, and what its outputs are checked with.
+struct Subject<'a, T> {
+    inputs: &'a Inputs,
+    upstream: &'a Upstream<T>,
+    sample: Sample,
+    /// Where the operations need it.
+    gradients: Option<GradientSample>,
+}
+
 /// Checks and times one kernel on one problem.
 fn compare_one<T: Number>(
     context: &Context,
     candidate: Candidate,
+    op: Op,
     problem: &Problem,
-    inputs: &Inputs,
-    sample: &Sample,
+    subject: &Subject<'_, T>,
     report: &mut Report,
 ) -> Result<()> {
     let name = candidate.to_string();
@@ -321,33 +408,65 @@ fn compare_one<T: Number>(
         tile: candidate.tile,
         decode_tile: candidate.decode_tile,
         splits: candidate.splits,
+        backward: Some(candidate.kernel),
+        backward_tile: candidate.backward_tile,
         ..Default::default()
     };
-    let plan = match context.plan_with(problem, &options) {
+    let problem = match op {
+        Op::Forward => problem.clone(),
+        Op::Backward | Op::Both => problem.clone().with_gradients(),
+    };
+    let plan = match context.plan_with(&problem, &options) {
         Ok(plan) => plan,
         Err(error) => {
-            report.refuse(&name, problem, &format!("refused: {error}"));
+            report.refuse(&name, op, &problem, &format!("refused: {error}"));
             return Ok(());
         }
     };
     let outputs = Outputs::poisoned(context, &plan)?;
-    let bound = support::bind(&plan, inputs, &outputs)?;
+    let mut bound = vec![support::bind(&plan, subject.inputs, &outputs)?];
     support::pass_times(context, &bound, 1, 1)?;
-    let (out, lse) = outputs.read::<T>(context, problem)?;
-    if let Err(wrong) = sample.check(problem, &out, &lse) {
-        report.refuse(&name, problem, &wrong);
+    let (out, lse) = outputs.read::<T>(context, &problem)?;
+    let mut checked = subject.sample.check(&problem, &out, &lse);
+    let mut extra_bytes = 4 * problem.shape.rows();
+    if op != Op::Backward {
+        extra_bytes += plan.workspace_bytes();
+    }
+    if let (Ok(()), Some(sample), true) = (&checked, &subject.gradients, op != Op::Forward) {
+        let gradients = GradientBuffers::poisoned(context, &plan, subject.upstream)?;
+        let backward = [gradients.bind(&plan, subject.inputs, &outputs)?];
+        support::pass_times(context, &backward, 1, 1)?;
+        checked = check_gradients(sample, &problem, &gradients.read::<T>(context, &problem)?);
+        extra_bytes += plan.backward_workspace_bytes();
+        if op == Op::Backward {
+            bound.clear();
+        }
+        bound.extend(backward);
+    }
+    if let Err(wrong) = checked {
+        report.refuse(&name, op, &problem, &wrong);
         report.all_right = false;
         return Ok(());
     }
     let time = support::measure(context, &bound)?;
-    let extra_bytes = plan.workspace_bytes() + 4 * problem.shape.rows();
-    report.add(Figure { name, problem: problem.clone(), time, extra_bytes })
+    report.add(Figure { name, op, problem, time, extra_bytes })
+}
+
+/// What is wrong with dq, dk and dv, if anything.
+fn check_gradients<T: Number>(
+    sample: &GradientSample,
+    problem: &Problem,
+    found: &[Vec<T>; 3],
+) -> std::result::Result<(), String> {
+    let verdicts = sample.judge(problem, found).map_err(|wrong| format!("WRONG: {wrong}"))?;
+    let broken = GRADIENTS.iter().zip(verdicts).find(|(_, verdict)| !verdict.holds);
+    broken.map_or(Ok(()), |(name, verdict)| Err(format!("WRONG: {name}: {verdict}")))
 }
 
 /// Every kernel on one shape in one element type.
 fn compare_all<T: Number>(
     context: &Context,
-    candidates: &[Candidate],
+    args: &Args,
     shape: Shape,
     masks: &[Option<Causal>],
     report: &mut Report,
@@ -363,13 +482,22 @@ fn compare_all<T: Number>(
         seqlens_k: None,
     };
     let inputs = Inputs::upload(context, &tensors)?;
+    let upstream = Upstream { out: support::random(elements(shape.heads_q, shape.seqlen_q), 4), lse: None };
     for &causal in masks {
         let problem = Problem { causal, ..problem.clone() };
         let sample = Sample::of(&problem, &tensors);
-        for &candidate in candidates {
-            report.bar.set_message(format!("{candidate} {} {}", T::TYPE, label(&shape)));
-            compare_one::<T>(context, candidate, &problem, &inputs, &sample, report)?;
-            report.bar.inc(1);
+        let keys = support::sample_rows([shape.batch, shape.heads_kv, shape.seqlen_k], SAMPLES);
+        let needed = args.op.iter().any(|&op| op != Op::Forward);
+        let gradients =
+            needed.then(|| GradientSample::of(context, &problem, &tensors, &upstream, sample.rows.clone(), keys));
+        let gradients = gradients.transpose()?;
+        let subject = Subject { inputs: &inputs, upstream: &upstream, sample, gradients };
+        for &op in &args.op {
+            for candidate in candidates(args, op) {
+                report.bar.set_message(format!("{candidate} {op} {} {}", T::TYPE, label(&shape)));
+                compare_one(context, candidate, op, &problem, &subject, report)?;
+                report.bar.inc(1);
+            }
         }
     }
     Ok(())
@@ -384,31 +512,13 @@ fn run(mut args: Args) -> Result<bool> {
         cooperative_matrices: args.kernels.contains(&KernelName::Coop),
         ..Default::default()
     })?;
-    let candidates: Vec<Candidate> = args
-        .kernels
-        .iter()
-        .flat_map(|kernel| match kernel {
-            KernelName::Naive => vec![Candidate::of(Kernel::Naive)],
-            KernelName::Coop => vec![Candidate::of(Kernel::Coop)],
-            KernelName::Decode => {
-                let decode = Candidate { decode_tile: args.decode_tile, ..Candidate::of(Kernel::Decode) };
-                match &args.splits[..] {
-                    [] => vec![decode],
-                    some => some.iter().map(|&n| Candidate { splits: Some(n), ..decode }).collect(),
-                }
-            }
-            KernelName::Tile if args.tile.is_empty() => vec![Candidate::of(Kernel::Tile)],
-            KernelName::Tile => {
-                args.tile.iter().map(|&t| Candidate { tile: Some(t), ..Candidate::of(Kernel::Tile) }).collect()
-            }
-        })
-        .collect();
     let masks: &[_] = match args.causal {
         Masks::None => &[None],
         Masks::Only => &[Some(Causal::BottomRight)],
         Masks::Both => &[None, Some(Causal::BottomRight)],
     };
-    let count = args.shapes.len() * args.dtype.len() * masks.len() * candidates.len();
+    let candidates: usize = args.op.iter().map(|&op| candidates(&args, op).len()).sum();
+    let count = args.shapes.len() * args.dtype.len() * masks.len() * candidates;
     let bar = ProgressBar::new(count as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}")?);
     let mut csv = args.csv.as_ref().map(|path| named(path, File::create(path))).transpose()?;
@@ -417,14 +527,14 @@ fn run(mut args: Args) -> Result<bool> {
     }
     let mut report = Report { bar, csv, figures: vec![], all_right: true };
     println!("adapter: {}", support::adapter_name(&context));
-    println!("times: {}; speed-up: over naive in f32 on the same shape", support::clock(&context));
+    println!("times: {}; speed-up: over naive in f32 on the same op and shape", support::clock(&context));
     report.header();
     for &shape in &args.shapes {
         for &dtype in &args.dtype {
             match dtype {
-                Type::F32 => compare_all::<f32>(&context, &candidates, shape, masks, &mut report)?,
-                Type::F16 => compare_all::<half::f16>(&context, &candidates, shape, masks, &mut report)?,
-                Type::Bf16 => compare_all::<half::bf16>(&context, &candidates, shape, masks, &mut report)?,
+                Type::F32 => compare_all::<f32>(&context, &args, shape, masks, &mut report)?,
+                Type::F16 => compare_all::<half::f16>(&context, &args, shape, masks, &mut report)?,
+                Type::Bf16 => compare_all::<half::bf16>(&context, &args, shape, masks, &mut report)?,
             }
         }
     }
@@ -452,6 +562,9 @@ fn series(figures: &[Figure], value: impl Fn(&Figure) -> f64) -> Vec<Series> {
     for figure in figures {
         let causal = if figure.problem.causal.is_some() { ", causal" } else { "" };
         let mut name = format!("{} {}{causal}", figure.name, figure.problem.element_type);
+        if common_op(figures).is_none() {
+            name = format!("{name}, {}", figure.op);
+        }
         if common_sizes(figures).is_none() {
             name = format!("{name}, {}", sizes(figure));
         }
@@ -480,6 +593,12 @@ fn common_sizes(figures: &[Figure]) -> Option<String> {
     figures.iter().all(|figure| sizes(figure) == first).then_some(first)
 }
 
+/// The operation, where it is that of every figure.
+fn common_op(figures: &[Figure]) -> Option<Op> {
+    let first = figures.first()?.op;
+    figures.iter().all(|figure| figure.op == first).then_some(first)
+}
+
 fn draw(figures: &[Figure], adapter: &str) -> Result<String> {
     let mut svg = String::new();
     {
@@ -488,9 +607,19 @@ fn draw(figures: &[Figure], adapter: &str) -> Result<String> {
         let title = common_sizes(figures).map_or(adapter.into(), |sizes| format!("{sizes} on {adapter}"));
         let root = root.titled(&title, ("sans-serif", 16))?;
         let (left, right) = root.split_horizontally(550);
-        panel(&left, "Time of a forward pass", "ms", &series(figures, |figure| figure.time.median * 1e3))?;
+        let time = match common_op(figures) {
+            Some(Op::Forward) => "Time of a forward pass",
+            Some(Op::Backward) => "Time of a backward pass",
+            Some(Op::Both) => "Time of a forward and a backward pass",
+            None => "Time",
+        };
+        panel(&left, time, "ms", &series(figures, |figure| figure.time.median * 1e3))?;
+        let memory = match common_op(figures) {
+            Some(Op::Forward) => "Memory beyond q, k, v and o",
+            _ => "Memory beyond q, k, v, o and gradients",
+        };
         let mebibytes = series(figures, |figure| figure.extra_bytes as f64 / 1_048_576.0);
-        panel(&right, "Memory beyond q, k, v and o", "MiB", &mebibytes)?;
+        panel(&right, memory, "MiB", &mebibytes)?;
         root.present()?;
     }
     Ok(svg)

@@ -10,12 +10,16 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use half::{bf16, f16};
 use wgpu_flash_attention::{
-    Causal, Context, ElementType, Error, HeadlessOptions, Kernel, Layout, PlanOptions, Problem, Shape, reference, wgpu,
+    Causal, Context, ElementType, Error, HeadlessOptions, Kernel, Layout, Plan, PlanOptions, Problem, Shape, reference,
+    wgpu,
 };
 
-use support::{Errors, Inputs, Number, Outputs, Tensors};
+use support::{
+    Errors, GRADIENTS, GradientBuffers, GradientSample, Inputs, Number, Outputs, Tensors, Upstream, Verdict,
+};
 
-/// Random shapes, options, strides and element types, through every kernel that takes them, against the oracle in f64.
+/// Random shapes, options, strides and element types, through every kernel that takes them, forward and backward, against
+/// the oracle in f64.
 /// Case n is made from seed + n alone.
 #[derive(Parser)]
 struct Args {
@@ -112,11 +116,6 @@ fn random_problem(rng: &mut Rng, most: u32, element_type: ElementType) -> Proble
     problem
 }
 
-/// Where element (b, h, i, 0) lies.
-fn place(layout: &Layout, [b, h, i]: [u32; 3]) -> usize {
-    (layout.offset + b as u64 * layout.batch + h as u64 * layout.head + i as u64 * layout.row) as usize
-}
-
 /// A contiguous tensor in another layout, NaN in the gaps and in rows from `count(batch entry)` on.
 fn lay_out<T: Number>(
     data: &[T],
@@ -128,7 +127,7 @@ fn lay_out<T: Number>(
     let mut out = vec![];
     let all = (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..rows).map(move |i| [b, h, i])));
     for (row, at) in data.chunks(dim).zip(all) {
-        let start = place(layout, at);
+        let start = support::place(layout, at);
         out.resize(out.len().max(start + dim), T::nearest(f32::NAN));
         if at[2] < count(at[0]) {
             out[start..][..dim].copy_from_slice(row);
@@ -139,6 +138,31 @@ fn lay_out<T: Number>(
 
 /// Runs of each kernel, and its worst error as a part of what is allowed.
 type Totals = BTreeMap<String, (u32, f64)>;
+
+/// A kernel's backward pass, after its forward pass: twice for the same bits, and against the oracle.
+fn run_backward<T: Number>(
+    context: &Context,
+    plan: &Plan,
+    inputs: &Inputs,
+    upstream: &Upstream<T>,
+    sample: &GradientSample,
+) -> Result<[Verdict; 3], String> {
+    let words = |error: Error| error.to_string();
+    let outputs = Outputs::poisoned(context, plan)?;
+    support::pass_times(context, &[support::bind(plan, inputs, &outputs).map_err(words)?], 1, 1).map_err(words)?;
+    let run = || -> Result<[Vec<T>; 3], String> {
+        let gradients = GradientBuffers::poisoned(context, plan, upstream)?;
+        let bound = gradients.bind(plan, inputs, &outputs).map_err(words)?;
+        support::pass_times(context, &[bound], 1, 1).map_err(words)?;
+        gradients.read(context, plan.problem()).map_err(words)
+    };
+    let [first, second] = [run()?, run()?];
+    let bytes = |all: &[Vec<T>; 3]| all.each_ref().map(|values| bytemuck::cast_slice::<T, u8>(values).to_vec());
+    if bytes(&first) != bytes(&second) {
+        return Err("two backward runs gave different bits".into());
+    }
+    sample.judge(plan.problem(), &first)
+}
 
 fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Result<(), String> {
     let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
@@ -189,6 +213,28 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     }
     let plain = Errors::of(plain, &out);
 
+    // Gradients of q, k and v have layouts of their own; that of o is laid out as inputs are.
+    let mut with_gradients = problem.clone().with_gradients();
+    if let Some(gradients) = &mut with_gradients.gradients {
+        gradients.out = random_layout(&mut rng, s.heads_q, s.seqlen_q, s.head_dim_v, true);
+        gradients.query = random_layout(&mut rng, s.heads_q, s.seqlen_q, s.head_dim, false);
+        gradients.key = random_layout(&mut rng, s.heads_kv, s.seqlen_k, s.head_dim, false);
+        gradients.value = random_layout(&mut rng, s.heads_kv, s.seqlen_k, s.head_dim_v, false);
+        gradients.lse = rng.once_in(2);
+    }
+    let gradients = with_gradients.gradients.ok_or("no gradients")?;
+    let o = [s.batch, s.heads_q, s.seqlen_q, s.head_dim_v];
+    let grad_lse = gradients.lse.then(|| (0..s.rows()).map(|_| 2.0 * rng.unit() - 1.0).collect());
+    let upstream = Upstream { out: tensor(o, 4), lse: grad_lse };
+    let upstream_laid_out =
+        Upstream { out: lay_out(&upstream.out, &gradients.out, o, |_| s.seqlen_q), lse: upstream.lse.clone() };
+    let queries = support::sample_rows([s.batch, s.heads_q, s.seqlen_q], affordable.clamp(32, 512) / 4);
+    let group_rows = s.group() as u64 * s.seqlen_q as u64 * (s.head_dim + s.head_dim_v) as u64;
+    let affordable_keys = (20_000_000 / group_rows).clamp(32, 512) / 4;
+    let keys = support::sample_rows([s.batch, s.heads_kv, s.seqlen_k], affordable_keys);
+    let sample = GradientSample::of(context, &with_gradients, &tensors, &upstream, queries, keys)
+        .map_err(|what| format!("seed {seed}: {what}\n{problem:?}\nkey lengths {seqlens_k:?}"))?;
+
     let mut kernels = vec![Kernel::Tile];
     kernels.extend((s.rows() * s.seqlen_k as u64 <= 1 << 20).then_some(Kernel::Naive));
     kernels.extend((s.seqlen_q <= 16).then_some(Kernel::Decode));
@@ -202,7 +248,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
         let run = || -> Result<(Vec<T>, Vec<f32>), String> {
             let outputs = Outputs::poisoned(context, &plan)?;
             let bound = support::bind(&plan, &inputs, &outputs).map_err(|error| error.to_string())?;
-            support::pass_times(context, &bound, 1, 1).map_err(|error| error.to_string())?;
+            support::pass_times(context, &[bound], 1, 1).map_err(|error| error.to_string())?;
             outputs.read(context, &problem).map_err(|error| error.to_string())
         };
         let [first, second] = [run().map_err(failed)?, run().map_err(failed)?];
@@ -212,16 +258,31 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
             return Err(failed("two runs gave different bits".into()));
         }
         let dim = s.head_dim_v as usize;
-        let found_out = rows.iter().flat_map(|&(_, row)| &first.0[place(&problem.out, row)..][..dim]).copied();
+        let found_out = rows.iter().flat_map(|&(_, row)| &first.0[support::place(&problem.out, row)..][..dim]).copied();
         let found_lse: Vec<f32> = rows.iter().map(|&(n, _)| first.1[n]).collect();
         let errors = Errors::of(found_out, &out);
         let o = match T::TYPE {
-            ElementType::F32 => support::judge_relative(errors),
+            ElementType::F32 => support::judge_relative(errors, 2e-6),
             _ => support::judge_by_plain(errors, plain),
         };
         for (name, verdict) in [("o", o), ("lse", support::judge_lse(&found_lse, &lse))] {
             if !verdict.holds {
                 return Err(failed(format!("{name}: {verdict}")));
+            }
+            let (count, worst) = totals.entry(format!("{kernel}, {}, {name}", T::TYPE)).or_default();
+            (*count, *worst) = (*count + 1, worst.max(verdict.ratio));
+        }
+
+        let options = PlanOptions { kernel: Some(kernel), backward: Some(kernel), ..Default::default() };
+        let plan = match context.plan_with(&with_gradients, &options) {
+            Err(Error::Unsupported { .. }) => continue,
+            plan => plan.map_err(|error| failed(error.to_string()))?,
+        };
+        let verdicts = run_backward(context, &plan, &inputs, &upstream_laid_out, &sample)
+            .map_err(|what| failed(format!("{what}\n{gradients:?}")))?;
+        for (name, verdict) in GRADIENTS.into_iter().zip(verdicts) {
+            if !verdict.holds {
+                return Err(failed(format!("{name}: {verdict}\n{gradients:?}")));
             }
             let (count, worst) = totals.entry(format!("{kernel}, {}, {name}", T::TYPE)).or_default();
             (*count, *worst) = (*count + 1, worst.max(verdict.ratio));

@@ -150,6 +150,39 @@ pub fn backward_query_row<T: Copy + Into<f64>>(
     dq
 }
 
+/// One row of dk and of dv, at batch entry, key-value head and position `[b, h, j]`.
+///
+/// `lse` and `delta`, `[batch, heads_q, seqlen_q]` each, are what [`backward`] works out for each query: with them given, one key
+/// costs as much as one query. `delta` is `do · o − dlse`.
+///
+/// # Panics
+/// If a slice is shorter than the problem's shape says.
+pub fn backward_key_row<T: Copy + Into<f64>>(
+    problem: &Problem,
+    [query, key, value, grad_out]: [&[T]; 4],
+    [lse, delta]: [&[f64]; 2],
+    seqlens_k: Option<&[i32]>,
+    [b, h, j]: [u32; 3],
+) -> (Vec<f64>, Vec<f64>) {
+    let s = &problem.shape;
+    let (d, dv) = (s.head_dim as usize, s.head_dim_v as usize);
+    let keys = valid_keys(problem, seqlens_k, b);
+    let m = (b as usize * s.heads_kv as usize + h as usize) * s.seqlen_k as usize + j as usize;
+    let (k, v) = (&key[m * d..][..d], &value[m * dv..][..dv]);
+    let (mut dk, mut dv_row) = (vec![0.0; d], vec![0.0; dv]);
+    for head in h * s.group()..(h + 1) * s.group() {
+        for i in (0..s.seqlen_q).filter(|&i| keep(problem, keys, i, j)) {
+            let n = (b as usize * s.heads_q as usize + head as usize) * s.seqlen_q as usize + i as usize;
+            let (q, grad) = (&query[n * d..][..d], &grad_out[n * dv..][..dv]);
+            let product = dot(q, k);
+            let p = (score(problem, product) - lse[n]).exp();
+            add(&mut dk, p * (dot(grad, v) - delta[n]) * score_slope(problem, product), q);
+            add(&mut dv_row, p, grad);
+        }
+    }
+    (dk, dv_row)
+}
+
 /// What a query and a key that it sees have in common.
 struct Pair {
     j: u32,
@@ -352,5 +385,24 @@ mod tests {
         let all = backward(&problem, [&q, &k, &v, &g], None, None);
         let row = backward_query_row(&problem, [&q, &k, &v, &g], None, None, [0, 1, 2]);
         assert_eq!(row, all.query[5 * 2..]);
+    }
+
+    #[test]
+    fn one_row_of_the_gradients_of_keys_and_values() {
+        let shape = Shape { heads_q: 4, heads_kv: 2, seqlen_k: 5, head_dim_v: 2, ..Shape::square(2, 4, 4, 3) };
+        let problem = Problem::new(shape, ElementType::F32).causal(Causal::BottomRight).softcap(1.5);
+        let lengths: Option<&[i32]> = Some(&[4, 1]);
+        let [q, k, v, g] = [(96, 0.4), (60, 1.1), (40, 0.9), (64, 2.1)].map(|(n, seed)| numbers(n, seed));
+        let grad_lse: Vec<f32> = numbers(32, 2.9).into_iter().map(|x| x as f32).collect();
+        let Forward { out, lse } = forward(&problem, &q, &k, &v, lengths);
+        let delta: Vec<f64> = (0..32).map(|n| dot(&g[2 * n..][..2], &out[2 * n..][..2]) - grad_lse[n] as f64).collect();
+        let all = backward(&problem, [&q, &k, &v, &g], Some(&grad_lse), lengths);
+        for m in 0..20 {
+            let [b, h, j] = [m / 10, m / 5 % 2, m % 5];
+            let (dk, dv) = backward_key_row(&problem, [&q, &k, &v, &g], [&lse, &delta], lengths, [b, h, j]);
+            let m = m as usize;
+            let close = |x: &[f64], y: &[f64]| x.iter().zip(y).all(|(x, y)| (x - y).abs() < 1e-12);
+            assert!(close(&dk, &all.key[3 * m..][..3]) && close(&dv, &all.value[2 * m..][..2]), "key {m}");
+        }
     }
 }

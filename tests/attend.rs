@@ -124,6 +124,141 @@ fn every_kernel_and_type_passes_on_the_fixture() {
 }
 
 #[test]
+fn gradients_pass_on_the_fixture() {
+    let text = expect(&["--backward"], 0);
+    for word in ["backward kernel: tile", "time     backward", "PASS: o, lse, dq, dk and dv"] {
+        assert!(text.contains(word), "{text}");
+    }
+    for kernel in ["naive", "tile", "reference"] {
+        for dtype in ["f32", "f16", "bf16"] {
+            let text = expect(&["--backward", "--kernel", kernel, "--dtype", dtype, "--checked"], 0);
+            assert!(text.contains(kernel) && text.contains("PASS: o, lse, dq, dk and dv"), "{text}");
+        }
+    }
+    expect_refusal(&["--backward", "--kernel", "decode"], &["decode kernel", "no backward pass"]);
+}
+
+/// Do, dlse, and the gradients of a problem over the file's q, k and v.
+fn with_gradients(file: File, problem: &Problem, lengths: Option<&[i32]>) -> File {
+    let [q, k, v] = [values(192, 0.7), values(160, 1.1), values(120, 1.9)];
+    let (grad_out, grad_lse) = (values(144, 2.3), values(24, 2.9));
+    let result = reference::backward(problem, [&q, &k, &v, &grad_out], Some(&grad_lse), lengths);
+    let f32s = |values: &[f64]| -> Vec<f32> { values.iter().map(|&x| x as f32).collect() };
+    file.with("do", &[2, 4, 3, 6], &grad_out)
+        .with("dlse", &[2, 4, 3], &grad_lse)
+        .with("dq", &[2, 4, 3, 8], &f32s(&result.query))
+        .with("dk", &[2, 2, 5, 8], &f32s(&result.key))
+        .with("dv", &[2, 2, 5, 6], &f32s(&result.value))
+}
+
+#[test]
+fn options_lengths_and_dlse_reach_the_backward_kernels() {
+    let options = ["--causal", "top-left", "--window", "2,-1", "--scale", "-0.9", "--softcap", "1.5"];
+    let problem = Problem::new(File::SHAPE, ElementType::F32)
+        .causal(Causal::TopLeft)
+        .window(Some(2), None)
+        .scale(-0.9)
+        .softcap(1.5)
+        .with_seqlens_k();
+    let file = with_gradients(File::new().with_lengths(&[4, 2]), &problem, Some(&[4, 2]));
+    let right = file.save("backward-options");
+    let without_dlse = file.clone().without("dlse").save("backward-no-dlse");
+    let other_lengths = file.with_lengths(&[4, 3]).save("backward-lengths");
+    for kernel in ["naive", "tile", "reference"] {
+        for dtype in ["f32", "f16"] {
+            let run = |path: &str, options: &[&str], code| {
+                expect(&[&[path, "--backward", "--kernel", kernel, "--dtype", dtype], options].concat(), code)
+            };
+            assert!(run(&right, &options, 0).contains("PASS: dq, dk and dv"));
+            for n in (0..options.len()).step_by(2) {
+                let fewer = [&options[..n], &options[n + 2..]].concat();
+                assert!(run(&right, &fewer, 1).contains("FAIL"), "{kernel} without {}", options[n]);
+            }
+            // dv does not depend on the gradient of lse.
+            assert!(run(&without_dlse, &options, 1).contains("FAIL: dq and dk:"));
+            run(&other_lengths, &options, 1);
+        }
+    }
+}
+
+#[test]
+fn a_wrong_gradient_fails_and_is_named() {
+    let problem = Problem::new(File::SHAPE, ElementType::F32);
+    let right = with_gradients(File::new(), &problem, None);
+    let text = expect(&[&right.save("right-gradients"), "--backward"], 0);
+    assert!(text.contains("PASS: dq, dk and dv:") && text.contains("gradients from do and dlse"), "{text}");
+    // Nothing is read of it without the option.
+    assert!(expect(&[&right.save("right-gradients")], 0).contains("nothing was compared"));
+
+    let shapes: [(&str, &[usize]); 3] = [("dq", &[2, 4, 3, 8]), ("dk", &[2, 2, 5, 8]), ("dv", &[2, 2, 5, 6])];
+    for (name, shape) in shapes {
+        let bytes = &right.0.iter().find(|(other, ..)| *other == name).unwrap().3;
+        for wrong in [0.05, f32::NAN] {
+            let mut values: Vec<f32> = bytemuck::pod_collect_to_vec(bytes);
+            *values.last_mut().unwrap() += wrong;
+            let path = right.clone().with(name, shape, &values).save(&format!("wrong-{name}"));
+            for dtype in ["f32", "f16"] {
+                let text = expect(&[&path, "--backward", "--dtype", dtype], 1);
+                assert!(text.contains(&format!("FAIL: {name}:")), "{text}");
+            }
+        }
+    }
+}
+
+/// Rows that see one key each have no gradient of queries: nothing to be relative to but what cancels.
+#[test]
+fn gradients_that_cancel_pass() {
+    let problem = Problem::new(File::SHAPE, ElementType::F32).window(Some(0), Some(0));
+    let file = with_gradients(File::new(), &problem, None).without("dlse");
+    let path = file.with("dq", &[2, 4, 3, 8], &[0.0; 192]).with("dk", &[2, 2, 5, 8], &[0.0; 160]).save("cancel");
+    for dtype in ["f32", "f16"] {
+        expect(&[&path, "--backward", "--window", "0,0", "--dtype", dtype], 0);
+    }
+}
+
+#[test]
+fn gradients_are_written_in_the_computing_type() {
+    let file = File::new().with("do", &[2, 4, 3, 6], &values(144, 2.3)).save("backward-written");
+    for (dtype, written) in [("f32", Dtype::F32), ("f16", Dtype::F16), ("bf16", Dtype::BF16)] {
+        for kernel in ["auto", "reference"] {
+            let path = temporary(&format!("backward-written-{dtype}"));
+            let args = [&file, "--backward", "--kernel", kernel, "--dtype", dtype, "-o", path.to_str().unwrap()];
+            let text = expect(&args, 0);
+            assert!(text.contains("no expected o, lse, dq, dk or dv, so nothing was compared"), "{text}");
+            let bytes = std::fs::read(&path).unwrap();
+            let shapes = [("o", [2, 4, 3, 6]), ("dq", [2, 4, 3, 8]), ("dk", [2, 2, 5, 8]), ("dv", [2, 2, 5, 6])];
+            for (name, shape) in shapes {
+                assert_eq!(shape_and_type(&bytes, name), (shape.to_vec(), written), "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn bad_gradients_are_refused_in_one_line() {
+    let right = || File::new().with("do", &[2, 4, 3, 6], &values(144, 2.3)).with("dlse", &[2, 4, 3], &values(24, 2.9));
+    let cases: &[(&str, File, &[&str])] = &[
+        ("missing-do", right().without("do"), &["no tensor do", "k, q, v"]),
+        ("shape-of-do", right().with("do", &[2, 4, 3, 8], &values(192, 1.0)), &["do has shape", "[2, 4, 3, 6]"]),
+        ("rank-of-do", right().with("do", &[144], &values(144, 1.0)), &["do has shape [144]"]),
+        ("integer-do", right().put("do", Dtype::I32, &[2, 4, 3, 6], &[0; 576]), &["do is I32", "F32, F16 or BF16"]),
+        ("double-do", right().put("do", Dtype::F64, &[2, 4, 3, 6], &[0; 1152]), &["do is F64"]),
+        ("half-do", right().put("do", Dtype::F16, &[2, 4, 3, 6], &[0; 288]), &["do is F16", "--dtype"]),
+        ("shape-of-dlse", right().with("dlse", &[2, 4, 5], &values(40, 1.0)), &["dlse has shape", "[2, 4, 3]"]),
+        ("integer-dlse", right().put("dlse", Dtype::I32, &[2, 4, 3], &[0; 96]), &["dlse is I32"]),
+        ("double-dlse", right().put("dlse", Dtype::F64, &[2, 4, 3], &[0; 192]), &["dlse is F64"]),
+        ("expected-dq", right().with("dq", &[2, 4, 3, 6], &values(144, 1.0)), &["expected dq has shape"]),
+        ("expected-dk", right().with("dk", &[2, 4, 5, 8], &values(320, 1.0)), &["expected dk has shape"]),
+        ("expected-dv", right().with("dv", &[2, 2, 5, 8], &values(160, 1.0)), &["expected dv has shape"]),
+    ];
+    for (name, file, words) in cases {
+        let path = file.save(&format!("bad-{name}"));
+        expect_refusal(&[&path, "--backward"], words);
+        expect(&[&path, "--kernel", "reference"], 0);
+    }
+}
+
+#[test]
 fn o_and_lse_are_written_in_the_computing_type() {
     let (o, _) = shape_and_type(FIXTURE, "o");
     for (dtype, written) in [("f32", Dtype::F32), ("f16", Dtype::F16), ("bf16", Dtype::BF16)] {

@@ -1,9 +1,12 @@
-//! What the command, the benchmark and the bench share: inputs, buffers, device time, and the bounds of a check.
-#![allow(dead_code)] // Each of the three uses a part of it.
+//! What the examples and the bench share: inputs, buffers, device time, and the bounds of a check.
+#![allow(dead_code)] // Each of them uses a part of it.
 
 use std::time::Instant;
 
-use wgpu_flash_attention::{BoundPass, Context, Element, Error, ForwardBuffers, Plan, Problem, wgpu};
+use wgpu_flash_attention::{
+    BackwardBuffers, BoundPass, Context, Element, ElementType, Error, ForwardBuffers, Kernel, Layout, Plan,
+    PlanOptions, Problem, reference, wgpu,
+};
 
 /// An element type that one can compute with on the host.
 pub trait Number: Element + Into<f64> {
@@ -62,7 +65,13 @@ pub struct Tensors<T> {
     pub seqlens_k: Option<Vec<i32>>,
 }
 
-/// The same on the device.
+/// What the backward pass is given besides: the gradients of o and, where the loss uses it, of lse; contiguous.
+pub struct Upstream<T> {
+    pub out: Vec<T>,
+    pub lse: Option<Vec<f32>>,
+}
+
+/// q, k, v and the key lengths on the device.
 pub struct Inputs {
     query: wgpu::Buffer,
     key: wgpu::Buffer,
@@ -72,20 +81,31 @@ pub struct Inputs {
 
 impl Inputs {
     pub fn upload<T: Number>(context: &Context, tensors: &Tensors<T>) -> Result<Self, String> {
-        let limit = context.device().limits().max_buffer_size;
-        let upload = |name, data: &[T]| match size_of_val(data) as u64 {
-            bytes if bytes > limit => {
-                Err(format!("{name} takes {bytes} bytes; the device's largest buffer is {limit}"))
-            }
-            _ => Ok(context.upload(bytemuck::cast_slice(data))),
-        };
         Ok(Inputs {
-            query: upload("q", &tensors.query)?,
-            key: upload("k", &tensors.key)?,
-            value: upload("v", &tensors.value)?,
+            query: upload(context, "q", &tensors.query)?,
+            key: upload(context, "k", &tensors.key)?,
+            value: upload(context, "v", &tensors.value)?,
             seqlens_k: tensors.seqlens_k.as_ref().map(|lengths| context.upload(bytemuck::cast_slice(lengths))),
         })
     }
+}
+
+fn upload<T: Number>(context: &Context, name: &str, data: &[T]) -> Result<wgpu::Buffer, String> {
+    fits(context, name, size_of_val(data) as u64)?;
+    Ok(context.upload(bytemuck::cast_slice(data)))
+}
+
+fn fits(context: &Context, name: &str, bytes: u64) -> Result<(), String> {
+    match context.device().limits().max_buffer_size {
+        limit if bytes > limit => Err(format!("{name} takes {bytes} bytes; the device's largest buffer is {limit}")),
+        _ => Ok(()),
+    }
+}
+
+/// A buffer full of NaN.
+fn poisoned(context: &Context, name: &str, bytes: u64) -> Result<wgpu::Buffer, String> {
+    fits(context, name, bytes)?;
+    Ok(context.upload(&vec![0xff; bytes as usize]))
 }
 
 /// o and lse, filled with NaN, and the plan's workspace.
@@ -97,13 +117,12 @@ pub struct Outputs {
 
 impl Outputs {
     pub fn poisoned(context: &Context, plan: &Plan) -> Result<Self, String> {
-        let limit = context.device().limits().max_buffer_size;
         let (out, lse) = output_bytes(plan.problem());
-        if out > limit {
-            return Err(format!("o takes {out} bytes; the device's largest buffer is {limit}"));
-        }
-        let nan = |bytes: u64| context.upload(&vec![0xff; bytes as usize]);
-        Ok(Outputs { out: nan(out), lse: nan(lse), workspace: plan.create_workspace() })
+        Ok(Outputs {
+            out: poisoned(context, "o", out)?,
+            lse: poisoned(context, "lse", lse)?,
+            workspace: plan.create_workspace(),
+        })
     }
 
     /// o and lse as they are now.
@@ -136,6 +155,66 @@ pub fn bind<'p>(plan: &'p Plan, inputs: &Inputs, outputs: &Outputs) -> Result<Bo
     })
 }
 
+/// The buffers of a backward pass that its forward pass has no use for; dq, dk and dv are filled with NaN.
+pub struct GradientBuffers {
+    out: wgpu::Buffer,
+    lse: Option<wgpu::Buffer>,
+    /// dq, dk, dv.
+    results: [wgpu::Buffer; 3],
+    workspace: Option<wgpu::Buffer>,
+}
+
+impl GradientBuffers {
+    pub fn poisoned<T: Number>(context: &Context, plan: &Plan, upstream: &Upstream<T>) -> Result<Self, String> {
+        let [query, key, value] = gradient_bytes(plan.problem());
+        Ok(GradientBuffers {
+            out: upload(context, "do", &upstream.out)?,
+            lse: upstream.lse.as_ref().map(|lse| context.upload(bytemuck::cast_slice(lse))),
+            results: [poisoned(context, "dq", query)?, poisoned(context, "dk", key)?, poisoned(context, "dv", value)?],
+            workspace: plan.create_backward_workspace(),
+        })
+    }
+
+    /// Binds the backward pass of a plan, over what its forward pass has been given and has left.
+    pub fn bind<'p>(&self, plan: &'p Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundPass<'p>, Error> {
+        let [grad_query, grad_key, grad_value] =
+            self.results.each_ref().map(|buffer| buffer.as_entire_buffer_binding());
+        plan.bind_backward(&BackwardBuffers {
+            query: inputs.query.as_entire_buffer_binding(),
+            key: inputs.key.as_entire_buffer_binding(),
+            value: inputs.value.as_entire_buffer_binding(),
+            out: outputs.out.as_entire_buffer_binding(),
+            lse: outputs.lse.as_entire_buffer_binding(),
+            grad_out: self.out.as_entire_buffer_binding(),
+            grad_lse: self.lse.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
+            grad_query,
+            grad_key,
+            grad_value,
+            seqlens_k: inputs.seqlens_k.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
+            workspace: self.workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
+        })
+    }
+
+    /// dq, dk and dv as they are now.
+    pub fn read<T: Number>(&self, context: &Context, problem: &Problem) -> Result<[Vec<T>; 3], Error> {
+        let mut all = [vec![], vec![], vec![]];
+        for ((values, buffer), bytes) in all.iter_mut().zip(&self.results).zip(gradient_bytes(problem)) {
+            if bytes > 0 {
+                *values = bytemuck::pod_collect_to_vec(&context.download(buffer, 0, bytes)?);
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// Of dq, dk and dv.
+fn gradient_bytes(problem: &Problem) -> [u64; 3] {
+    let s = &problem.shape;
+    let keys = s.batch as u64 * s.heads_kv as u64 * s.seqlen_k as u64;
+    [(s.rows(), s.head_dim), (keys, s.head_dim), (keys, s.head_dim_v)]
+        .map(|(rows, dim)| rows * dim as u64 * problem.element_type.bytes())
+}
+
 /// What [`pass_times`] measures on this device, in words.
 pub fn clock(context: &Context) -> &'static str {
     if has_timestamps(context) { "device time" } else { "host time of submit and wait" }
@@ -145,9 +224,10 @@ fn has_timestamps(context: &Context) -> bool {
     context.device().features().contains(wgpu::Features::TIMESTAMP_QUERY)
 }
 
-/// Seconds that each of `passes` compute passes takes, every one of `runs` forward passes in a row. With timestamps
-/// all of them are queued before the host waits for anything, so that the device does not idle in between.
-pub fn pass_times(context: &Context, bound: &BoundPass<'_>, runs: u32, passes: u32) -> Result<Vec<f64>, Error> {
+/// Seconds that each of `passes` compute passes takes, every one of them `bound` (a forward pass, say, and a backward one)
+/// `runs` times in a row. With timestamps all are queued before the host waits for anything, so that the device does
+/// not idle in between.
+pub fn pass_times(context: &Context, bound: &[BoundPass<'_>], runs: u32, passes: u32) -> Result<Vec<f64>, Error> {
     let (device, queue) = (context.device(), context.queue());
     let wait =
         || device.poll(wgpu::PollType::wait_indefinitely()).map(drop).map_err(|error| Error::Device(error.to_string()));
@@ -155,7 +235,7 @@ pub fn pass_times(context: &Context, bound: &BoundPass<'_>, runs: u32, passes: u
         let mut encoder = device.create_command_encoder(&Default::default());
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes });
         for _ in 0..runs {
-            bound.record(&mut pass);
+            bound.iter().for_each(|bound| bound.record(&mut pass));
         }
         drop(pass);
         queue.submit([encoder.finish()]);
@@ -197,16 +277,16 @@ pub fn pass_times(context: &Context, bound: &BoundPass<'_>, runs: u32, passes: u
     Ok(ticks.iter().map(|[begin, end]| end.saturating_sub(*begin) as f64 * period).collect())
 }
 
-/// Seconds of one forward pass.
+/// Seconds of one run.
 pub struct Time {
     pub median: f64,
     pub min: f64,
     pub passes: usize,
 }
 
-/// Times a forward pass on a busy device: an idle GPU lowers its clock within moments, so the timed passes follow
+/// Times what is bound on a busy device: an idle GPU lowers its clock within moments, so the timed passes follow
 /// without a gap on at least 250 ms of the same work, and each takes at least 2 ms.
-pub fn measure(context: &Context, bound: &BoundPass<'_>) -> Result<Time, Error> {
+pub fn measure(context: &Context, bound: &[BoundPass<'_>]) -> Result<Time, Error> {
     // A processor needs no warming up, and takes its time as it is.
     let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
     // Somewhat more of both, since the estimate may come from a device that was still getting faster.
@@ -217,7 +297,7 @@ pub fn measure(context: &Context, bound: &BoundPass<'_>) -> Result<Time, Error> 
         let all = pass_times(context, bound, runs as u32, warm + passes)?;
         Ok(all[warm as usize..].iter().map(|seconds| seconds / runs).collect())
     };
-    // No forward pass is that short; a clock may be that coarse.
+    // No pass is that short; a clock may be that coarse.
     let shortest = 1e-6;
     let cold = pass_times(context, bound, 1, 1)?[0].max(shortest);
     let estimate = times(cold, 1)?[0].max(shortest);
@@ -259,6 +339,279 @@ pub fn plain_row<T: Number>(problem: &Problem, tensors: &Tensors<T>, [b, h, i]: 
     (out.into_iter().map(T::nearest).collect(), max + sum.ln())
 }
 
+/// The plain computation of gradients in type `T`: sums in f32; o, p, score gradients and results rounded to `T`.
+pub struct PlainGradients<'a, T> {
+    pub problem: &'a Problem,
+    pub tensors: &'a Tensors<T>,
+    pub upstream: &'a Upstream<T>,
+    /// o and lse of every row.
+    pub out: Vec<T>,
+    pub lse: Vec<f32>,
+}
+
+/// Some rows of a gradient.
+pub struct PlainRows<T> {
+    pub values: Vec<T>,
+    /// Squares of what was summed, added up, with p·dp and p·delta apart: they may cancel.
+    pub terms: f64,
+}
+
+impl<T: Number> PlainGradients<'_, T> {
+    /// Rows of dq, each `[b, h, i]`.
+    pub fn query_rows(&self, rows: &[[u32; 3]]) -> PlainRows<T> {
+        let s = &self.problem.shape;
+        let mut result = PlainRows { values: vec![], terms: 0.0 };
+        for &[b, h, i] in rows {
+            let n = number([s.heads_q, s.seqlen_q], [b, h, i]);
+            let delta = self.delta(n);
+            let (first, end) = self.problem.key_interval(i, self.keys(b));
+            let mut dq = vec![0.0; s.head_dim as usize];
+            for j in first..end {
+                let m = number([s.heads_kv, s.seqlen_k], [b, h / s.group(), j]);
+                let pair = self.pair(n, m, delta);
+                result.terms += add(&mut dq, pair.ddot, pair.size, row(&self.tensors.key, m, s.head_dim));
+            }
+            result.values.extend(dq.into_iter().map(T::nearest));
+        }
+        result
+    }
+
+    /// Rows of dk and of dv, each `[b, h, j]` with a key-value head.
+    pub fn key_rows(&self, rows: &[[u32; 3]]) -> [PlainRows<T>; 2] {
+        let s = &self.problem.shape;
+        let mut result = [0, 1].map(|_| PlainRows { values: vec![], terms: 0.0 });
+        for &[b, h, j] in rows {
+            let m = number([s.heads_kv, s.seqlen_k], [b, h, j]);
+            let (mut dk, mut dv) = (vec![0.0; s.head_dim as usize], vec![0.0; s.head_dim_v as usize]);
+            for head in h * s.group()..(h + 1) * s.group() {
+                for i in 0..s.seqlen_q {
+                    let (first, end) = self.problem.key_interval(i, self.keys(b));
+                    if (first..end).contains(&j) {
+                        let n = number([s.heads_q, s.seqlen_q], [b, head, i]);
+                        let pair = self.pair(n, m, self.delta(n));
+                        result[0].terms += add(&mut dk, pair.ddot, pair.size, row(&self.tensors.query, n, s.head_dim));
+                        result[1].terms += add(&mut dv, pair.p, pair.p, row(&self.upstream.out, n, s.head_dim_v));
+                    }
+                }
+            }
+            result[0].values.extend(dk.into_iter().map(T::nearest));
+            result[1].values.extend(dv.into_iter().map(T::nearest));
+        }
+        result
+    }
+
+    fn keys(&self, b: u32) -> u32 {
+        self.tensors.seqlens_k.as_ref().map_or(self.problem.shape.seqlen_k, |lengths| lengths[b as usize] as u32)
+    }
+
+    fn delta(&self, n: usize) -> f32 {
+        let dim = self.problem.shape.head_dim_v;
+        dot(row(&self.upstream.out, n, dim), row(&self.out, n, dim))
+            - self.upstream.lse.as_ref().map_or(0.0, |lse| lse[n])
+    }
+
+    fn pair(&self, n: usize, m: usize, delta: f32) -> PlainPair {
+        let (s, scale) = (&self.problem.shape, self.problem.effective_scale());
+        let scaled = scale * dot(row(&self.tensors.query, n, s.head_dim), row(&self.tensors.key, m, s.head_dim));
+        let (score, slope) = self.problem.softcap.map_or((scaled, 1.0), |cap| {
+            let tanh = (scaled / cap).tanh();
+            (cap * tanh, 1.0 - tanh * tanh)
+        });
+        let p = (score - self.lse[n]).exp();
+        let dp = dot(row(&self.upstream.out, n, s.head_dim_v), row(&self.tensors.value, m, s.head_dim_v));
+        let round = |x: f32| -> f32 { T::nearest(x).into() as f32 };
+        PlainPair {
+            p: round(p),
+            ddot: round(p * (dp - delta) * slope) * scale,
+            size: p * (dp.abs() + delta.abs()) * slope * scale,
+        }
+    }
+}
+
+struct PlainPair {
+    p: f32,
+    /// The loss' gradient in q·k.
+    ddot: f32,
+    /// How large it would be if nothing cancelled.
+    size: f32,
+}
+
+/// Which row of all, of a contiguous tensor.
+fn number([heads, positions]: [u32; 2], [b, h, i]: [u32; 3]) -> usize {
+    (b as usize * heads as usize + h as usize) * positions as usize + i as usize
+}
+
+fn row<T>(data: &[T], n: usize, dim: u32) -> &[T] {
+    &data[n * dim as usize..][..dim as usize]
+}
+
+fn dot<T: Number>(x: &[T], y: &[T]) -> f32 {
+    x.iter().zip(y).map(|(&x, &y)| (x.into() as f32) * (y.into() as f32)).sum()
+}
+
+/// Adds `factor · x`; the square of `size · x`.
+fn add<T: Number>(sum: &mut [f32], factor: f32, size: f32, x: &[T]) -> f64 {
+    let mut squares = 0.0;
+    for (sum, &x) in sum.iter_mut().zip(x) {
+        *sum += factor * x.into() as f32;
+        squares += x.into() * x.into();
+    }
+    squares * (size as f64).powi(2)
+}
+
+/// A gradient, or rows of it, as it should be.
+pub struct Expected {
+    pub values: Vec<f64>,
+    /// Errors of the plain computation in the same type.
+    plain: Errors,
+    terms: f64,
+}
+
+impl Expected {
+    /// `exact` is what the plain computation is held against.
+    pub fn new<T: Number>(values: Vec<f64>, exact: &[f64], plain: PlainRows<T>) -> Self {
+        Expected { plain: Errors::of(plain.values, exact), terms: plain.terms, values }
+    }
+
+    pub fn judge<T: Number>(&self, found: impl IntoIterator<Item = T>) -> Verdict {
+        let errors = Errors::of_sums(found, &self.values, self.terms);
+        match T::TYPE {
+            ElementType::F32 => judge_relative(errors, 5e-6),
+            _ => judge_by_plain(errors, self.plain),
+        }
+    }
+}
+
+pub const GRADIENTS: [&str; 3] = ["dq", "dk", "dv"];
+
+/// Rows of dq, dk and dv as they should be.
+pub struct GradientSample {
+    queries: Vec<[u32; 3]>,
+    keys: Vec<[u32; 3]>,
+    expected: [Expected; 3],
+}
+
+impl GradientSample {
+    /// Rows of dq by the oracle alone. Rows of dk and dv depend on o and lse of every query, which would take the oracle
+    /// N² D: they come from a forward pass by the tile kernel in f32 on the same values, checked on the rows of dq. They are
+    /// not those that the kernel in question is given, whose o is rounded to its type.
+    pub fn of<T: Number>(
+        context: &Context,
+        problem: &Problem,
+        tensors: &Tensors<T>,
+        upstream: &Upstream<T>,
+        queries: Vec<[u32; 3]>,
+        keys: Vec<[u32; 3]>,
+    ) -> Result<Self, String> {
+        let s = &problem.shape;
+        let lengths = tensors.seqlens_k.as_deref();
+        let (out, lse) = forward_f32(context, problem, tensors)?;
+        let Tensors { query: q, key: k, value: v, .. } = tensors;
+        let (mut exact_out, mut exact_lse, mut found_out, mut found_lse) = (vec![], vec![], vec![], vec![]);
+        let mut dq = vec![];
+        for &at in &queries {
+            let (o, l) = reference::forward_row(problem, q, k, v, lengths, at);
+            exact_out.extend(o);
+            exact_lse.push(l);
+            let n = number([s.heads_q, s.seqlen_q], at);
+            found_out.extend_from_slice(row(&out, n, s.head_dim_v));
+            found_lse.push(lse[n]);
+            let all = [&q[..], k, v, &upstream.out];
+            dq.extend(reference::backward_query_row(problem, all, upstream.lse.as_deref(), lengths, at));
+        }
+        let verdicts = [judge_relative(Errors::of(found_out, &exact_out), 2e-6), judge_lse(&found_lse, &exact_lse)];
+        if let Some(verdict) = verdicts.iter().find(|verdict| !verdict.holds) {
+            return Err(format!("the forward pass in f32 that gradients were to be checked with: {verdict}"));
+        }
+
+        let delta = |n: usize| -> f64 {
+            let products = row(&upstream.out, n, s.head_dim_v).iter().zip(row(&out, n, s.head_dim_v));
+            let sum: f64 = products.map(|(&x, &y)| x.into() * y as f64).sum();
+            sum - upstream.lse.as_ref().map_or(0.0, |lse| lse[n] as f64)
+        };
+        let delta: Vec<f64> = (0..lse.len()).map(delta).collect();
+        let lse_f64: Vec<f64> = lse.iter().map(|&x| x as f64).collect();
+        let (mut dk, mut dv) = (vec![], vec![]);
+        for &at in &keys {
+            let all = [&q[..], k, v, &upstream.out];
+            let (of_key, of_value) = reference::backward_key_row(problem, all, [&lse_f64, &delta], lengths, at);
+            dk.extend(of_key);
+            dv.extend(of_value);
+        }
+
+        let out = out.into_iter().map(T::nearest).collect();
+        let plain = PlainGradients { problem, tensors, upstream, out, lse };
+        let plain_dq = plain.query_rows(&queries);
+        let [plain_dk, plain_dv] = plain.key_rows(&keys);
+        let expected = |exact: Vec<f64>, plain| Expected::new(exact.clone(), &exact, plain);
+        let expected = [expected(dq, plain_dq), expected(dk, plain_dk), expected(dv, plain_dv)];
+        Ok(GradientSample { queries, keys, expected })
+    }
+
+    /// Judges dq, dk and dv, laid out as the problem says, without gaps.
+    pub fn judge<T: Number>(&self, problem: &Problem, found: &[Vec<T>; 3]) -> Result<[Verdict; 3], String> {
+        let gradients = problem.gradients.ok_or("a problem without gradients")?;
+        let s = &problem.shape;
+        let nan = (0..3).find(|&n| found[n].iter().any(|&x| x.into().is_nan()));
+        if let Some(n) = nan {
+            return Err(format!("{}: some elements were not written or are NaN", GRADIENTS[n]));
+        }
+        let judge = |n: usize, layout: &Layout, rows: &[[u32; 3]], dim: u32| {
+            let of_row = |&at: &[u32; 3]| found[n][place(layout, at)..][..dim as usize].iter().copied();
+            self.expected[n].judge(rows.iter().flat_map(of_row))
+        };
+        Ok([
+            judge(0, &gradients.query, &self.queries, s.head_dim),
+            judge(1, &gradients.key, &self.keys, s.head_dim),
+            judge(2, &gradients.value, &self.keys, s.head_dim_v),
+        ])
+    }
+}
+
+/// Where element (b, h, i, 0) lies.
+pub fn place(layout: &Layout, [b, h, i]: [u32; 3]) -> usize {
+    (layout.offset + b as u64 * layout.batch + h as u64 * layout.head + i as u64 * layout.row) as usize
+}
+
+/// At most `count` rows of so many, from the first to the last; the step is no multiple of the length, so positions differ
+/// between heads.
+pub fn sample_rows([batch, heads, positions]: [u32; 3], count: u64) -> Vec<[u32; 3]> {
+    let (heads, positions) = (heads as u64, positions as u64);
+    let rows = batch as u64 * heads * positions;
+    let count = count.min(rows);
+    let row = |n: u64| {
+        let row = (n as u128 * (rows - 1) as u128 / (count - 1).max(1) as u128) as u64;
+        [(row / positions / heads) as u32, (row / positions % heads) as u32, (row % positions) as u32]
+    };
+    (0..count).map(row).collect()
+}
+
+/// o and lse of every row by the tile kernel in f32, whatever the type of the inputs.
+fn forward_f32<T: Number>(
+    context: &Context,
+    problem: &Problem,
+    tensors: &Tensors<T>,
+) -> Result<(Vec<f32>, Vec<f32>), String> {
+    let Problem { query, key, value, out, .. } = Problem::new(problem.shape, ElementType::F32);
+    let element_type = ElementType::F32;
+    let problem = Problem { element_type, query, key, value, out, gradients: None, ..problem.clone() };
+    let f32s = |values: &[T]| -> Vec<f32> { values.iter().map(|&x| x.into() as f32).collect() };
+    let tensors = Tensors {
+        query: f32s(&tensors.query),
+        key: f32s(&tensors.key),
+        value: f32s(&tensors.value),
+        seqlens_k: tensors.seqlens_k.clone(),
+    };
+    let words = |error: Error| error.to_string();
+    let options = PlanOptions { kernel: Some(Kernel::Tile), ..Default::default() };
+    let plan = context.plan_with(&problem, &options).map_err(words)?;
+    let inputs = Inputs::upload(context, &tensors)?;
+    let outputs = Outputs::poisoned(context, &plan)?;
+    let bound = bind(&plan, &inputs, &outputs).map_err(words)?;
+    pass_times(context, &[bound], 1, 1).map_err(words)?;
+    outputs.read(context, &problem).map_err(words)
+}
+
 /// How far values are from what they should be. NaN counts as infinitely far.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Errors {
@@ -270,6 +623,11 @@ pub struct Errors {
 
 impl Errors {
     pub fn of(found: impl IntoIterator<Item = impl Into<f64>>, expected: &[f64]) -> Self {
+        Self::of_sums(found, expected, 0.0)
+    }
+
+    /// The same for sums that may cancel, with the squares of their terms, added up: errors are relative to the larger.
+    pub fn of_sums(found: impl IntoIterator<Item = impl Into<f64>>, expected: &[f64], terms: f64) -> Self {
         let (mut largest, mut squares, mut norm) = (0.0f64, 0.0, 0.0);
         for (found, &expected) in found.into_iter().zip(expected) {
             let error = difference(found.into(), expected);
@@ -278,7 +636,7 @@ impl Errors {
             // −∞ in lse has no size to be relative to.
             norm += if expected.is_finite() { expected * expected } else { 0.0 };
         }
-        let relative = if squares == 0.0 { 0.0 } else { (squares / norm).sqrt() };
+        let relative = if squares == 0.0 { 0.0 } else { (squares / norm.max(terms)).sqrt() };
         Errors { largest, relative }
     }
 }
@@ -311,10 +669,10 @@ impl std::fmt::Display for Verdict {
     }
 }
 
-/// For o in f32: the relative error.
-pub fn judge_relative(errors: Errors) -> Verdict {
-    let ratio = errors.relative / 2e-6;
-    Verdict { errors, bound: "relative error at most 2.0e-6".into(), ratio, holds: ratio <= 1.0 }
+/// For f32: the relative error, at most 2e-6 for o and 5e-6 for gradients.
+pub fn judge_relative(errors: Errors, most: f64) -> Verdict {
+    let ratio = errors.relative / most;
+    Verdict { errors, bound: format!("relative error at most {most:.1e}"), ratio, holds: ratio <= 1.0 }
 }
 
 /// For 16-bit types flash-attention's rule: at most twice the largest error of the plain computation.

@@ -5,7 +5,7 @@ use wgpu_flash_attention::{
     BackwardBuffers, Context, ElementType, Gradients, Kernel, Layout, Plan, PlanOptions, Problem, reference,
 };
 
-use super::{Case, GUARD, Rng, end, from_bits, guarded, places, poison, tensor_dims, to_bits, unguard};
+use super::{Case, GUARD, Prepared, Rng, end, from_bits, guarded, places, poison, tensor_dims, to_bits, unguard};
 
 /// The plan's own choice of forward kernel, and this one for the backward pass.
 pub fn backward(kernel: Kernel) -> PlanOptions {
@@ -49,8 +49,7 @@ fn input_dims(problem: &Problem) -> [[u32; 4]; 5] {
 impl Case {
     pub fn prepare_backward(&self, ask: Ask) -> PreparedBackward {
         let mut problem = self.problem.clone().with_gradients();
-        let (shape, ty) = (problem.shape, problem.element_type);
-        let dims = input_dims(&problem);
+        let shape = problem.shape;
         if let Some(gradients) = &mut problem.gradients {
             gradients.lse = ask.grad_lse;
             gradients.accumulate = ask.accumulate;
@@ -60,23 +59,39 @@ impl Case {
                 gradients.value = Layout::bhnd(shape.heads_kv, shape.seqlen_k, shape.head_dim_v);
             }
         }
-        let forward = self.prepare();
         let mut rng = Rng(0x9ad);
         let mut numbers =
             |n: usize, low: f32, high: f32| -> Vec<f32> { (0..n).map(|_| low + (high - low) * rng.unit()).collect() };
-        let len = |n: usize| dims[n].iter().map(|&d| d as usize).product::<usize>();
-        let round = |x: Vec<f32>| -> Vec<f32> { x.into_iter().map(|x| from_bits(ty, to_bits(ty, x))).collect() };
-        let grad_out = round(numbers(len(3), -1.0, 1.5));
+        let len = |n: usize| input_dims(&problem)[n].iter().map(|&d| d as usize).product::<usize>();
+        let grad_out = numbers(len(3), -1.0, 1.5);
         let grad_lse = ask.grad_lse.then(|| numbers(shape.rows() as usize, -1.0, 1.0));
-        let before = ask.accumulate.then(|| [0, 1, 2].map(|n| round(numbers(len(n), -1.0, 1.0))));
+        let before = ask.accumulate.then(|| [0, 1, 2].map(|n| numbers(len(n), -1.0, 1.0)));
+        PreparedBackward::new(&problem, self.prepare(), grad_out, grad_lse, before)
+    }
+}
+
+impl PreparedBackward {
+    /// From the forward pass of the same problem. `grad_out` and `before` are contiguous; they are rounded to the problem's type.
+    pub fn new(
+        problem: &Problem,
+        forward: Prepared,
+        grad_out: Vec<f32>,
+        grad_lse: Option<Vec<f32>>,
+        before: Option<[Vec<f32>; 3]>,
+    ) -> Self {
+        let ty = problem.element_type;
+        let dims = input_dims(problem);
+        let round = |x: Vec<f32>| -> Vec<f32> { x.into_iter().map(|x| from_bits(ty, to_bits(ty, x))).collect() };
+        let grad_out = round(grad_out);
+        let before = before.map(|before| before.map(round));
         let out = round(forward.expected.out.iter().map(|&x| x as f32).collect());
         let lse: Vec<f32> = forward.expected.lse.iter().map(|&x| x as f32).collect();
 
         let [q, k, v] = forward.seen();
-        let lengths = self.seqlens_k.as_deref();
-        let exact = reference::backward(&problem, [&q, &k, &v, &grad_out], grad_lse.as_deref(), lengths);
+        let lengths = forward.seqlens_k.as_deref();
+        let exact = reference::backward(problem, [&q, &k, &v, &grad_out], grad_lse.as_deref(), lengths);
         let exact = [exact.query, exact.key, exact.value];
-        let (plain, terms) = plain(&problem, [&q, &k, &v, &out, &grad_out], &lse, grad_lse.as_deref(), lengths);
+        let (plain, terms) = plain(problem, [&q, &k, &v, &out, &grad_out], &lse, grad_lse.as_deref(), lengths);
         let sum = |n: usize, place: usize, x: f64| x + before.as_ref().map_or(0.0, |before| before[n][place] as f64);
         let expected: [Vec<f64>; 3] =
             [0, 1, 2].map(|n| exact[n].iter().enumerate().map(|(place, &x)| sum(n, place, x)).collect());
@@ -85,9 +100,9 @@ impl Case {
                 |place: usize| from_bits(ty, to_bits(ty, sum(n, place, plain[n][place] as f64) as f32)) as f64;
             error(ty, (0..plain[n].len()).map(rounded), &expected[n], terms[n])
         });
-        let untouched = match ask.accumulate {
-            true => [vec![], vec![], vec![]],
-            false => untouched(&problem, &lse, lengths),
+        let untouched = match before {
+            Some(_) => [vec![], vec![], vec![]],
+            None => untouched(problem, &lse, lengths),
         };
 
         let mut inputs = forward.inputs;
@@ -97,12 +112,10 @@ impl Case {
             places(layout, dims[n]).zip(elements).for_each(|((place, ..), &x)| buffer[place] = to_bits(ty, x));
             inputs.push(guarded(ty, &buffer, poison(ty, 0)));
         }
-        let seqlens_k = self.seqlens_k.clone();
+        let (problem, seqlens_k) = (problem.clone(), forward.seqlens_k);
         PreparedBackward { problem, inputs, lse, grad_lse, seqlens_k, before, expected, plain_error, terms, untouched }
     }
-}
 
-impl PreparedBackward {
     fn gradients(&self) -> Gradients {
         self.problem.gradients.unwrap()
     }
