@@ -20,8 +20,13 @@ fn output(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) loc
     let p = (group.z * rows + row) * problem.seqlen_k;
     let v = head_start(problem.value, at.batch, at.head_kv);
     var o = vec4f();
-    for (var j = 0u; j < u32(at.keys); j++) {
-        o += scores[p + j] * unpack4(read_value(v + j * problem.value.row, d, HEAD_DIM_V));
+    // A sum of sums: one long sum of 16,384 products would lose more than is allowed.
+    for (var j0 = 0u; j0 < u32(at.keys); j0 += 256u) {
+        var sum = vec4f();
+        for (var j = j0; j < min(j0 + 256u, u32(at.keys)); j++) {
+            sum += scores[p + j] * unpack4(read_value(v + j * problem.value.row, d, HEAD_DIM_V));
+        }
+        o += sum;
     }
     let start = head_start(problem.out, at.batch, at.head_q) + row * problem.out.row;
     write_out(start, d, HEAD_DIM_V, o);

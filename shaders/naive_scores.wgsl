@@ -27,8 +27,9 @@ fn scores_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) 
         let k = head_start(problem.key, at.batch, at.head_kv) + j * problem.key.row;
         var dot = 0.0;
         for (var d = 0u; d < HEAD_DIM; d += 4u) {
-            let x = first_elements(unpack4(read_query(q, d, HEAD_DIM)), HEAD_DIM - d) * unpack4(read_key(k, d, HEAD_DIM));
-            dot += (x.x + x.y) + (x.z + x.w);
+            let x = first_elements(unpack4(read_query(q, d, HEAD_DIM)), HEAD_DIM - d);
+            let xy = x * unpack4(read_key(k, d, HEAD_DIM));
+            dot += (xy.x + xy.y) + (xy.z + xy.w);
         }
         s = score(dot, at, i, i32(j));
     }

@@ -1,10 +1,10 @@
 //! Exact attention, `softmax(scale · QKᵀ) V`, as WGSL compute shaders on [`wgpu`].
 //!
 //! The scores are never stored: a workgroup takes a tile of queries through the keys with an online softmax, as
-//! FlashAttention does, so memory beyond the tensors does not grow with the square of the length. But for the
-//! one on cooperative matrices, the kernels need nothing beyond WebGPU's default limits, and no device feature. Queries may have more heads than keys, every tensor any
-//! strides with a contiguous last dimension; masks are causal (either diagonal), sliding windows and key lengths by batch
-//! entry.
+//! FlashAttention does, so memory beyond the tensors does not grow with the square of the length. All kernels but the one
+//! on cooperative matrices stay within WebGPU's default limits and need no device feature. Queries may have more heads
+//! than keys, every tensor any strides with a contiguous last dimension; masks are causal (either diagonal), sliding
+//! windows and key lengths by batch entry.
 //!
 //! With host slices, as PyTorch's function of the same name:
 //!
@@ -39,8 +39,8 @@
 //!   recorded nothing.
 //!
 //! `examples/own_device.rs` is a complete program of this kind, `examples/attend.rs` a command that compares the kernels
-//! with your own framework on a safetensors file. [`mod@reference`] has the same mathematics in f64 on the host, in loops one
-//! can read; [`tune`] the tiles by device; [`specialize`] how a shader file becomes a module.
+//! with your own framework on a safetensors file. [`mod@reference`] has the same mathematics in f64 on the host, in loops
+//! one can read; [`tune`] the tiles by device; [`specialize`] how a shader file becomes a module.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
