@@ -7,12 +7,15 @@
 use std::fmt::Write;
 
 use crate::elements::{MatrixFormat, MatrixLayout};
-use crate::kernel::{decode, forward_coop, forward_tile, naive};
-use crate::tune::{CoopTile, DecodeTile, Tile};
+use crate::kernel::{backward_delta, backward_naive, backward_tile, decode, forward_coop, forward_tile, naive};
+use crate::tune::{BackwardTile, CoopTile, DecodeTile, Tile};
 use crate::{MergeProblem, Problem};
 
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = &[
+    ("backward_delta.wgsl", include_str!("../shaders/backward_delta.wgsl")),
+    ("backward_dkdv_tile.wgsl", include_str!("../shaders/backward_dkdv_tile.wgsl")),
+    ("backward_dq_tile.wgsl", include_str!("../shaders/backward_dq_tile.wgsl")),
     ("common/elements.wgsl", include_str!("../shaders/common/elements.wgsl")),
     ("common/elements_f16.wgsl", include_str!("../shaders/common/elements_f16.wgsl")),
     ("common/matrix_layout.wgsl", include_str!("../shaders/common/matrix_layout.wgsl")),
@@ -20,11 +23,17 @@ const FILES: &[(&str, &str)] = &[
     ("common/read.wgsl", include_str!("../shaders/common/read.wgsl")),
     ("common/score.wgsl", include_str!("../shaders/common/score.wgsl")),
     ("common/softmax.wgsl", include_str!("../shaders/common/softmax.wgsl")),
+    ("common/tile_load.wgsl", include_str!("../shaders/common/tile_load.wgsl")),
+    ("common/tile_products.wgsl", include_str!("../shaders/common/tile_products.wgsl")),
+    ("common/tile_result.wgsl", include_str!("../shaders/common/tile_result.wgsl")),
     ("common/write.wgsl", include_str!("../shaders/common/write.wgsl")),
     ("decode_combine.wgsl", include_str!("../shaders/decode_combine.wgsl")),
     ("decode_split.wgsl", include_str!("../shaders/decode_split.wgsl")),
     ("forward_coop.wgsl", include_str!("../shaders/forward_coop.wgsl")),
     ("forward_tile.wgsl", include_str!("../shaders/forward_tile.wgsl")),
+    ("naive_backward_key_value.wgsl", include_str!("../shaders/naive_backward_key_value.wgsl")),
+    ("naive_backward_query.wgsl", include_str!("../shaders/naive_backward_query.wgsl")),
+    ("naive_backward_scores.wgsl", include_str!("../shaders/naive_backward_scores.wgsl")),
     ("naive_output.wgsl", include_str!("../shaders/naive_output.wgsl")),
     ("naive_scores.wgsl", include_str!("../shaders/naive_scores.wgsl")),
     ("naive_softmax.wgsl", include_str!("../shaders/naive_softmax.wgsl")),
@@ -168,6 +177,16 @@ impl Specialization {
         including.pop();
         Ok(())
     }
+}
+
+/// The modules of the backward pass with these tiles of keys and of queries or, without them, of the naive one.
+pub fn backward_modules(problem: &Problem, tiles: Option<[BackwardTile; 2]>) -> Vec<Specialization> {
+    let mut passes = vec![backward_delta::pass(problem)];
+    passes.extend(match tiles {
+        Some([dkdv, dq]) => backward_tile::passes(problem, dkdv, dq),
+        None => backward_naive::passes(problem),
+    });
+    passes.into_iter().map(|pass| pass.specialization).collect()
 }
 
 /// The modules of the tile kernel with this tile or, without one, of the naive kernel: what a plan compiles for a

@@ -4,6 +4,8 @@ const LOG2_E = 1.4426950408889634;
 // so far above MASKED that exp2(MASKED - LOWEST) vanishes, and below every score.
 const MASKED = -2.0e38;
 const LOWEST = -1.0e38;
+// What the backward pass takes for lse where a row sees no key: exp of any score less this vanishes.
+const NO_KEYS = 1.0e38;
 
 fn exp_difference(x: f32, reference: f32) -> f32 {
     return exp2((x - reference) * LOG2_E);
