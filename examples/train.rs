@@ -234,7 +234,7 @@ fn run(args: &Args) -> Result<()> {
     if characters < needed {
         return Err(format!("{name} has {characters} characters; --context {} needs at least {needed}", args.context));
     }
-    if args.dim % (2 * args.heads) != 0 {
+    if !args.dim.is_multiple_of(2 * args.heads) {
         return Err(format!("--dim is {}; it must be a multiple of {}, twice --heads", args.dim, 2 * args.heads));
     }
     let sizes = Sizes {

@@ -1,5 +1,6 @@
 //! A transformer's attention on a device: with gradients for training, with a cache of keys and values for generating.
 #![allow(dead_code)] // The example and the tests each use a part.
+#![allow(clippy::unnecessary_cast)] // Real is f32 in one and f64 in the other.
 
 use std::marker::PhantomData;
 

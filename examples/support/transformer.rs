@@ -11,6 +11,7 @@
 //! A layer keeps its input in `forward`; `backward` takes the gradient of its output, adds to the gradients of its
 //! parameters and returns the gradient of its input.
 #![allow(dead_code)] // The example and the tests each use a part.
+#![allow(clippy::unnecessary_cast, clippy::excessive_precision)] // Real is f32 in one and f64 in the other.
 
 use fastrand::Rng;
 use ndarray::linalg::general_mat_mul;
