@@ -39,8 +39,9 @@
 //!   recorded nothing.
 //!
 //! `examples/own_device.rs` is a complete program of this kind, `examples/attend.rs` a command that compares the kernels
-//! with your own framework on a safetensors file. [`mod@reference`] has the same mathematics in f64 on the host, in loops
-//! one can read; [`tune`] the tiles by device; [`specialize`] how a shader file becomes a module.
+//! with your own framework on a safetensors file, `examples/train.rs` one that trains a small transformer on the device.
+//! [`mod@reference`] has the same mathematics in f64 on the host, in loops one can read; [`tune`] the tiles by device;
+//! [`specialize`] how a shader file becomes a module.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 

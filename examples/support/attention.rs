@@ -1,0 +1,237 @@
+//! A transformer's attention on a device: with gradients for training, with a cache of keys and values for generating.
+#![allow(dead_code)] // The example and the tests each use a part.
+#![allow(clippy::unnecessary_cast)] // Real is f32 in one and f64 in the other.
+
+use std::marker::PhantomData;
+
+use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferUsages};
+use wgpu_flash_attention::{
+    BackwardBuffers, Causal, Context, Error, ForwardBuffers, Kernel, Plan, PlanOptions, Problem, Shape,
+};
+
+use super::Real;
+use super::support::Number;
+use super::transformer::{Attention, Differentiable, Matrix};
+
+/// A buffer that can be written, used and read.
+fn buffer(context: &Context, argument: &'static str, bytes: u64) -> Result<wgpu::Buffer, Error> {
+    let limit = context.device().limits().max_buffer_size;
+    let size = bytes.next_multiple_of(4);
+    if size > limit {
+        return Err(Error::BindingTooLarge { argument, bytes, limit });
+    }
+    let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+    let label = Some(argument);
+    Ok(context.device().create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false }))
+}
+
+fn write<T: Number>(context: &Context, buffer: &wgpu::Buffer, offset: u64, matrix: &Matrix, factor: Real) {
+    let values: Vec<T> = matrix.iter().map(|&x| T::nearest((x * factor) as f32)).collect();
+    context.queue().write_buffer(buffer, offset, bytemuck::cast_slice(&values));
+}
+
+/// Elements of a buffer, times a factor.
+fn matrix<T: Number>(bytes: &[u8], shape: (usize, usize), factor: Real) -> Matrix {
+    let value = |x: T| -> f64 { x.into() };
+    let mut values = bytemuck::pod_collect_to_vec::<u8, T>(bytes).into_iter();
+    Matrix::from_shape_simple_fn(shape, || values.next().map_or(0.0, |x| value(x) as Real * factor))
+}
+
+/// Attention over whole sequences, with gradients. Planned once; each block has buffers of its own, so that what
+/// `backward` needs stays on the device.
+pub struct DeviceAttention<T> {
+    context: Context,
+    plan: Plan,
+    /// Bytes of a tensor; the three of a buffer begin at multiples of `step`.
+    bytes: u64,
+    step: u64,
+    blocks: Vec<Saved>,
+    grad_out: wgpu::Buffer,
+    /// dq, dk and dv.
+    gradients: wgpu::Buffer,
+    workspace: Option<wgpu::Buffer>,
+    backward_workspace: Option<wgpu::Buffer>,
+    element: PhantomData<T>,
+}
+
+struct Saved {
+    /// q, k and v.
+    inputs: wgpu::Buffer,
+    out: wgpu::Buffer,
+    lse: wgpu::Buffer,
+}
+
+impl<T: Number> DeviceAttention<T> {
+    /// For this many blocks of causal self-attention; `kernel` is that of both passes.
+    pub fn new(context: &Context, shape: Shape, layers: usize, kernel: Option<Kernel>) -> Result<Self, Error> {
+        let problem = Problem::new(shape, T::TYPE).bnhd().causal(Causal::BottomRight).with_gradients();
+        let plan = context.plan_with(&problem, &PlanOptions { kernel, backward: kernel, ..Default::default() })?;
+        let bytes = shape.rows() * shape.head_dim as u64 * T::TYPE.bytes();
+        let step = bytes.next_multiple_of(context.device().limits().min_storage_buffer_offset_alignment as u64);
+        let saved = |_| {
+            Ok(Saved {
+                inputs: buffer(context, "q, k and v", 3 * step)?,
+                out: buffer(context, "o", bytes)?,
+                lse: buffer(context, "lse", shape.rows() * 4)?,
+            })
+        };
+        Ok(DeviceAttention {
+            blocks: (0..layers).map(saved).collect::<Result<_, Error>>()?,
+            grad_out: buffer(context, "do", bytes)?,
+            gradients: buffer(context, "dq, dk and dv", 3 * step)?,
+            workspace: plan.create_workspace(),
+            backward_workspace: plan.create_backward_workspace(),
+            context: context.clone(),
+            plan,
+            bytes,
+            step,
+            element: PhantomData,
+        })
+    }
+
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// One of the three tensors in a buffer.
+    fn third<'a>(&self, buffer: &'a wgpu::Buffer, n: u64) -> BufferBinding<'a> {
+        BufferBinding { buffer, offset: n * self.step, size: wgpu::BufferSize::new(self.bytes.next_multiple_of(4)) }
+    }
+
+    /// Records and submits a pass.
+    fn submit(&self, record: impl FnOnce(&mut wgpu::CommandEncoder) -> Result<(), Error>) -> Result<(), Error> {
+        let mut encoder = self.context.device().create_command_encoder(&Default::default());
+        record(&mut encoder)?;
+        self.context.queue().submit([encoder.finish()]);
+        Ok(())
+    }
+}
+
+impl<T: Number> Attention for DeviceAttention<T> {
+    fn forward(&mut self, block: usize, query: &Matrix, key: &Matrix, value: &Matrix) -> Result<Matrix, Error> {
+        let Saved { inputs, out, lse } = &self.blocks[block];
+        for (n, tensor) in (0..).zip([query, key, value]) {
+            write::<T>(&self.context, inputs, n * self.step, tensor, 1.0);
+        }
+        let buffers = ForwardBuffers {
+            query: self.third(inputs, 0),
+            key: self.third(inputs, 1),
+            value: self.third(inputs, 2),
+            out: out.as_entire_buffer_binding(),
+            lse: Some(lse.as_entire_buffer_binding()),
+            seqlens_k: None,
+            workspace: self.workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
+        };
+        self.submit(|encoder| self.plan.forward(encoder, &buffers))?;
+        Ok(matrix::<T>(&self.context.download(out, 0, self.bytes)?, query.dim(), 1.0))
+    }
+}
+
+impl<T: Number> Differentiable for DeviceAttention<T> {
+    fn backward(&mut self, block: usize, grad_out: &Matrix) -> Result<[Matrix; 3], Error> {
+        // Gradients are linear in dO, and those of a mean over many tokens are small: the power of two that takes the
+        // largest element of dO to between 1 and 2 keeps them all within the range of f16, and rounds nothing.
+        let largest = grad_out.iter().fold(0.0, |largest: Real, x| largest.max(x.abs()));
+        let factor = if largest > 0.0 { (-largest.log2().floor()).exp2() } else { 1.0 };
+        write::<T>(&self.context, &self.grad_out, 0, grad_out, factor);
+        let Saved { inputs, out, lse } = &self.blocks[block];
+        let buffers = BackwardBuffers {
+            query: self.third(inputs, 0),
+            key: self.third(inputs, 1),
+            value: self.third(inputs, 2),
+            out: out.as_entire_buffer_binding(),
+            lse: lse.as_entire_buffer_binding(),
+            grad_out: self.grad_out.as_entire_buffer_binding(),
+            grad_lse: None,
+            grad_query: self.third(&self.gradients, 0),
+            grad_key: self.third(&self.gradients, 1),
+            grad_value: self.third(&self.gradients, 2),
+            seqlens_k: None,
+            workspace: self.backward_workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
+        };
+        self.submit(|encoder| self.plan.backward(encoder, &buffers))?;
+        let bytes = self.context.download(&self.gradients, 0, 2 * self.step + self.bytes)?;
+        let tensor =
+            |n| matrix::<T>(&bytes[(n * self.step) as usize..][..self.bytes as usize], grad_out.dim(), factor.recip());
+        Ok([tensor(0), tensor(1), tensor(2)])
+    }
+}
+
+/// Attention of one token after the other on the keys and values of those before it, which stay on the device: the
+/// decode kernel, with one plan for every length.
+pub struct CachedAttention<T> {
+    context: Context,
+    plan: Plan,
+    /// The place of the present token.
+    position: usize,
+    blocks: Vec<Cache>,
+    query: wgpu::Buffer,
+    out: wgpu::Buffer,
+    length: wgpu::Buffer,
+    workspace: Option<wgpu::Buffer>,
+    element: PhantomData<T>,
+}
+
+struct Cache {
+    key: wgpu::Buffer,
+    value: wgpu::Buffer,
+}
+
+impl<T: Number> CachedAttention<T> {
+    /// For this many blocks, and at most `most` tokens.
+    pub fn new(context: &Context, [heads, head_dim]: [u32; 2], most: u32, layers: usize) -> Result<Self, Error> {
+        let shape = Shape { batch: 1, seqlen_q: 1, ..Shape::square(1, heads, most, head_dim) };
+        // The length stands in for the causal mask.
+        let problem = Problem::new(shape, T::TYPE).bnhd().with_seqlens_k();
+        let plan = context.plan_with(&problem, &PlanOptions { kernel: Some(Kernel::Decode), ..Default::default() })?;
+        let row = (heads * head_dim) as u64 * T::TYPE.bytes();
+        let cache = |_| {
+            Ok(Cache {
+                key: buffer(context, "the cache of keys", row * most as u64)?,
+                value: buffer(context, "the cache of values", row * most as u64)?,
+            })
+        };
+        Ok(CachedAttention {
+            blocks: (0..layers).map(cache).collect::<Result<_, Error>>()?,
+            query: buffer(context, "q", row)?,
+            out: buffer(context, "o", row)?,
+            length: buffer(context, "the length of the cache", 4)?,
+            workspace: plan.create_workspace(),
+            context: context.clone(),
+            plan,
+            position: 0,
+            element: PhantomData,
+        })
+    }
+
+    /// The next token is at this place; it sees the tokens before.
+    pub fn move_to(&mut self, position: usize) {
+        self.position = position;
+        self.context.queue().write_buffer(&self.length, 0, &(position as i32 + 1).to_ne_bytes());
+    }
+}
+
+impl<T: Number> Attention for CachedAttention<T> {
+    /// q, k and v are those of one token.
+    fn forward(&mut self, block: usize, query: &Matrix, key: &Matrix, value: &Matrix) -> Result<Matrix, Error> {
+        let cache = &self.blocks[block];
+        let row = query.len() as u64 * T::TYPE.bytes();
+        let offset = self.position as u64 * row;
+        write::<T>(&self.context, &self.query, 0, query, 1.0);
+        write::<T>(&self.context, &cache.key, offset, key, 1.0);
+        write::<T>(&self.context, &cache.value, offset, value, 1.0);
+        let buffers = ForwardBuffers {
+            query: self.query.as_entire_buffer_binding(),
+            key: cache.key.as_entire_buffer_binding(),
+            value: cache.value.as_entire_buffer_binding(),
+            out: self.out.as_entire_buffer_binding(),
+            lse: None,
+            seqlens_k: Some(self.length.as_entire_buffer_binding()),
+            workspace: self.workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
+        };
+        let mut encoder = self.context.device().create_command_encoder(&Default::default());
+        self.plan.forward(&mut encoder, &buffers)?;
+        self.context.queue().submit([encoder.finish()]);
+        Ok(matrix::<T>(&self.context.download(&self.out, 0, row)?, query.dim(), 1.0))
+    }
+}
