@@ -13,6 +13,8 @@ use crate::{MergeProblem, Problem};
 
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = &[
+    ("backward_dkdv_coop.wgsl", include_str!("../shaders/backward_dkdv_coop.wgsl")),
+    ("backward_dq_coop.wgsl", include_str!("../shaders/backward_dq_coop.wgsl")),
     ("common/elements.wgsl", include_str!("../shaders/common/elements.wgsl")),
     ("common/elements_f16.wgsl", include_str!("../shaders/common/elements_f16.wgsl")),
     ("common/matrices.wgsl", include_str!("../shaders/common/matrices.wgsl")),
@@ -24,6 +26,7 @@ const FILES: &[(&str, &str)] = &[
     ("common/score.wgsl", include_str!("../shaders/common/score.wgsl")),
     ("common/softmax.wgsl", include_str!("../shaders/common/softmax.wgsl")),
     ("common/write.wgsl", include_str!("../shaders/common/write.wgsl")),
+    ("common/write_f16.wgsl", include_str!("../shaders/common/write_f16.wgsl")),
     ("decode_combine.wgsl", include_str!("../shaders/decode_combine.wgsl")),
     ("decode_split.wgsl", include_str!("../shaders/decode_split.wgsl")),
     ("forward_coop.wgsl", include_str!("../shaders/forward_coop.wgsl")),

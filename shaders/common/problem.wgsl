@@ -14,6 +14,10 @@ struct Problem {
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    grad_out: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
     seqlen_q: u32,
     seqlen_k: u32,
     // This launch computes rows row_begin .. row_end of each of its heads; they are stored from row 0 of its bindings.

@@ -67,3 +67,20 @@ fn key_range(at: Sequence, i0: i32, i1: i32) -> vec2i {
 fn tile_is_full(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
     return j0 >= key_interval(at, i1 - 1).x && j1 <= key_interval(at, i0).y;
 }
+
+// d score / d dot, but for the factor scale, where the shape is `shape`.
+fn score_slope(shape: f32) -> f32 {
+#if SOFTCAP
+    return 1.0 - shape * shape;
+#else
+    return 1.0;
+#endif
+}
+
+// The rows that may see any of keys j0 .. j1; the others are never loaded.
+fn row_range(at: Sequence, j0: i32, j1: i32) -> vec2i {
+    let offset = i32(problem.seqlen_q) - at.keys;
+    let first = max(max(0, j0 + offset - problem.window_right), j0 - problem.top_left);
+    let end = min(i32(problem.seqlen_q), j1 + offset + problem.window_left);
+    return vec2i(first, select(end, 0, j0 >= at.keys));
+}

@@ -23,3 +23,6 @@ fn inverse_sum(sum: f32) -> f32 {
 fn lse_bits(m: f32, sum: f32) -> u32 {
     return select(bitcast<u32>(m + log(max(sum, 0.5))), 0xff800000u, row_is_empty(sum));
 }
+
+// In place of the lse of a row without keys, in base 2: 2^(x - NO_KEYS) is 0 for every x.
+const NO_KEYS = 3.0e38;

@@ -31,6 +31,7 @@ fn layout_constants(layout: &MatrixLayout) -> Vec<(&'static str, u32)> {
     constants.push(("ELEMENT_ROW_BITS", row_bits.iter().map(|n| 1 << n).sum()));
     constants.push(("LANE_COLUMN_BITS", layout.row_shuffles().iter().sum()));
     constants.push(("LANE_ROWS", 1 << row_bits.len()));
+    constants.push(("LANE_COLUMNS", ELEMENTS >> row_bits.len()));
     constants
 }
 

@@ -1,0 +1,399 @@
+// Gradients of K and V on cooperative matrices, f16 products with f32 sums. One workgroup computes KEYS keys of one
+// key-value head; each of its subgroups has KEY_MATRICES · M of them to itself, M being the size of a matrix.
+//
+//     dK = 0, dV = 0
+//     for each query head that reads these keys, for each tile of ROWS rows that may see some of them:
+//         S^T = K Q^T,  dP^T = V dO^T               keys are rows here, so that
+//         P^T = 2^(score(S^T) - lse)                P^T and dS^T become left operands where they lie;
+//         dS^T = P^T (dP^T - delta) score'          lse, in base 2, and delta belong to columns
+//         dV = dV + P^T dO,  dK = dK + dS^T Q
+//     dK = scale dK
+//
+// Where registers do not hold all columns of dK and dV, a workgroup computes COLUMNS of each, and S^T and dP^T are
+// computed once for each such block.
+enable f16;
+enable wgpu_cooperative_matrix;
+#include "common/problem.wgsl"
+#include "common/softmax.wgsl"
+#include "common/score.wgsl"
+#include "common/matrices.wgsl"
+#include "common/elements_f16.wgsl"
+
+// Read only, but as in forward_coop.wgsl loads stay where they are written.
+@group(0) @binding(1) var<storage, read_write> query: InElements;
+@group(0) @binding(2) var<storage, read_write> key: InElements;
+@group(0) @binding(3) var<storage, read_write> value: InElements;
+@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+@group(0) @binding(11) var<storage, read_write> grad_out: InElements;
+@group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
+@group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
+#include "common/matrix_elements.wgsl"
+#include "common/read_f16.wgsl" tensor=query
+#include "common/read_f16.wgsl" tensor=key
+#include "common/read_f16.wgsl" tensor=value
+#include "common/read_f16.wgsl" tensor=grad_out
+#include "common/write_f16.wgsl" tensor=grad_key
+#include "common/write_f16.wgsl" tensor=grad_value
+
+const LANES = M * M / ELEMENTS;
+const THREADS = SUBGROUPS * LANES;
+const KEYS = SUBGROUPS * KEY_MATRICES * M;
+// Matrices across the rows of a tile, the head dimension, the values' dimension, and the columns of a block.
+const RM = ROWS / M;
+const DM = (HEAD_DIM + M - 1u) / M;
+const VM = (HEAD_DIM_V + M - 1u) / M;
+const DK_COLUMNS = min(DM, COLUMNS / M);
+const DV_COLUMNS = min(VM, COLUMNS / M);
+const BLOCKS = max((DM + DK_COLUMNS - 1u) / DK_COLUMNS, (VM + DV_COLUMNS - 1u) / DV_COLUMNS);
+// Rows in workgroup memory: how many times eight elements are there, and how far apart rows are, in vectors of four.
+const D8 = DM * M / 8u;
+const V8 = VM * M / 8u;
+const D_STRIDE = 2u * D8 + 2u;
+const V_STRIDE = 2u * V8 + 2u;
+// What each thread moves of K, of V, and of a tile of Q, of dO and of the rows' numbers.
+const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
+const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
+const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
+const DO_LOADS = (ROWS * V8 + THREADS - 1u) / THREADS;
+const NUMBER_LOADS = (ROWS + THREADS - 1u) / THREADS;
+
+// K and V where registers do not hold them, then a tile of Q and one of dO; K and V on their way to registers before
+// that, and dK and dV on their way out after it.
+#if HOLD_KEY
+const V_PLACE = 0u;
+#else
+const V_PLACE = KEYS * D_STRIDE;
+#endif
+#if HOLD_VALUE
+const Q_PLACE = V_PLACE;
+#else
+const Q_PLACE = V_PLACE + KEYS * V_STRIDE;
+#endif
+const DO_PLACE = Q_PLACE + ROWS * D_STRIDE;
+const TILES = max(DO_PLACE + ROWS * V_STRIDE, KEYS * max(D_STRIDE, V_STRIDE));
+var<workgroup> tiles: array<vec4<f16>, TILES>;
+// lse and delta of the tile's rows.
+var<workgroup> numbers: array<vec2f, ROWS>;
+
+fn store_eight(place: u32, x: Eight) {
+    tiles[place] = x.low;
+    tiles[place + 1u] = x.high;
+}
+
+// K and V have 0 in the columns past the head dimension, so that these add nothing, whatever Q and dO have there.
+fn store_keys(place: u32, start: u32, key0: u32, last: u32, thread: u32) {
+    for (var n = 0u; n < K_LOADS; n++) {
+        let t = thread + n * THREADS;
+        let d = 8u * (t % D8);
+        let x = read_key(start + min(key0 + t / D8, last) * problem.key.row, d, HEAD_DIM);
+        if t < KEYS * D8 {
+            store_eight(place + t / D8 * D_STRIDE + d / 4u, first_elements(x, max(d, HEAD_DIM) - d));
+        }
+    }
+}
+
+fn store_values(place: u32, start: u32, key0: u32, last: u32, thread: u32) {
+    for (var n = 0u; n < V_LOADS; n++) {
+        let t = thread + n * THREADS;
+        let d = 8u * (t % V8);
+        let x = read_value(start + min(key0 + t / V8, last) * problem.value.row, d, HEAD_DIM_V);
+        if t < KEYS * V8 {
+            store_eight(place + t / V8 * V_STRIDE + d / 4u, first_elements(x, max(d, HEAD_DIM_V) - d));
+        }
+    }
+}
+
+// A tile of rows on its way from device memory to workgroup memory.
+struct Tile {
+    q: array<Eight, Q_LOADS>,
+    grad: array<Eight, DO_LOADS>,
+    numbers: array<vec2f, NUMBER_LOADS>,
+}
+
+fn load_tile(batch: u32, head: u32, i0: u32, thread: u32) -> Tile {
+    var x: Tile;
+    let last = problem.seqlen_q - 1u;
+    let query_start = head_start(problem.query, batch, head);
+    for (var n = 0u; n < Q_LOADS; n++) {
+        let t = thread + n * THREADS;
+        x.q[n] = read_query(query_start + min(i0 + t / D8, last) * problem.query.row, 8u * (t % D8), HEAD_DIM);
+    }
+    let grad_start = head_start(problem.grad_out, batch, head);
+    for (var n = 0u; n < DO_LOADS; n++) {
+        let t = thread + n * THREADS;
+        x.grad[n] = read_grad_out(grad_start + min(i0 + t / V8, last) * problem.grad_out.row, 8u * (t % V8), HEAD_DIM_V);
+    }
+    let first_row = (batch * problem.heads + head) * problem.seqlen_q;
+    for (var n = 0u; n < NUMBER_LOADS; n++) {
+        x.numbers[n] = rows[first_row + min(i0 + thread + n * THREADS, last)];
+    }
+    return x;
+}
+
+fn store_tile(x: Tile, i0: u32, thread: u32) {
+    for (var n = 0u; n < Q_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < ROWS * D8 {
+            store_eight(Q_PLACE + t / D8 * D_STRIDE + 2u * (t % D8), x.q[n]);
+        }
+    }
+    for (var n = 0u; n < DO_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < ROWS * V8 {
+            store_eight(DO_PLACE + t / V8 * V_STRIDE + 2u * (t % V8), x.grad[n]);
+        }
+    }
+    for (var n = 0u; n < NUMBER_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < ROWS {
+            // A row past the end is as one without keys.
+            numbers[t] = select(x.numbers[n], vec2f(NO_KEYS, 0.0), i0 + t >= problem.seqlen_q);
+        }
+    }
+}
+
+@compute @workgroup_size(THREADS)
+fn backward_dkdv(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    let at = sequence(group.z, group.y * problem.group);
+    let key0 = group.x / BLOCKS * KEYS;
+    let mine = subgroup * KEY_MATRICES * M;
+    // The first matrix of columns of dK and of dV.
+    let dk0 = group.x % BLOCKS * DK_COLUMNS;
+    let dv0 = group.x % BLOCKS * DV_COLUMNS;
+    let key_start = head_start(problem.key, at.batch, at.head_kv);
+    let value_start = head_start(problem.value, at.batch, at.head_kv);
+    let last = u32(max(at.keys, 1) - 1);
+    // Shapes of scores times this are exponents of 2; a shape is odd in its score.
+    let factor = score_sign() * score_factor();
+
+#if HOLD_KEY
+    var k: array<array<Left, DM>, KEY_MATRICES>;
+    store_keys(0u, key_start, key0, last, thread);
+    workgroupBarrier();
+    for (var r = 0u; r < KEY_MATRICES; r++) {
+        for (var d = 0u; d < DM; d++) {
+            let place = (mine + r * M) * D_STRIDE + d * M / 4u;
+            k[r][d] = coopLoadT<Left>(&tiles[place], D_STRIDE);
+        }
+    }
+    workgroupBarrier();
+#endif
+#if HOLD_VALUE
+    var v: array<array<Left, VM>, KEY_MATRICES>;
+    store_values(0u, value_start, key0, last, thread);
+    workgroupBarrier();
+    for (var r = 0u; r < KEY_MATRICES; r++) {
+        for (var d = 0u; d < VM; d++) {
+            let place = (mine + r * M) * V_STRIDE + d * M / 4u;
+            v[r][d] = coopLoadT<Left>(&tiles[place], V_STRIDE);
+        }
+    }
+    workgroupBarrier();
+#endif
+#if !HOLD_KEY
+    store_keys(0u, key_start, key0, last, thread);
+#endif
+#if !HOLD_VALUE
+    store_values(V_PLACE, value_start, key0, last, thread);
+#endif
+
+    var dk: array<array<Accumulator, DK_COLUMNS>, KEY_MATRICES>;
+    var dv: array<array<Accumulator, DV_COLUMNS>, KEY_MATRICES>;
+    for (var r = 0u; r < KEY_MATRICES; r++) {
+        for (var d = 0u; d < DK_COLUMNS; d++) {
+            dk[r][d] = Accumulator();
+        }
+        for (var d = 0u; d < DV_COLUMNS; d++) {
+            dv[r][d] = Accumulator();
+        }
+    }
+
+    let range = row_range(at, i32(key0), i32(key0 + KEYS));
+    let first = range.x / i32(ROWS) * i32(ROWS);
+    let tiles_of_head = (max(range.y - first, 0) + i32(ROWS) - 1) / i32(ROWS);
+    let end = select(tiles_of_head, 0, range.x >= range.y) * i32(problem.group);
+    var head = at.head_q;
+    var i0 = first;
+    var next: Tile;
+    if end > 0 {
+        next = load_tile(at.batch, head, u32(i0), thread);
+    }
+    for (var n = 0; n < end; n++) {
+        workgroupBarrier();
+        store_tile(next, u32(i0), thread);
+        workgroupBarrier();
+        let full = tile_is_full(at, i0, i0 + i32(ROWS), i32(key0), i32(key0 + KEYS));
+        let row0 = i0;
+        i0 += i32(ROWS);
+        if i0 >= range.y {
+            i0 = first;
+            head++;
+        }
+        // The last one is loaded for nothing.
+        next = load_tile(at.batch, min(head, at.head_q + problem.group - 1u), u32(i0), thread);
+
+        // S^T = K Q^T,  dP^T = V dO^T
+        var s: array<array<Accumulator, RM>, KEY_MATRICES>;
+        var dp: array<array<Accumulator, RM>, KEY_MATRICES>;
+        for (var r = 0u; r < KEY_MATRICES; r++) {
+            for (var c = 0u; c < RM; c++) {
+                s[r][c] = Accumulator();
+                dp[r][c] = Accumulator();
+            }
+        }
+        for (var d = 0u; d < DM; d++) {
+#if !HOLD_KEY
+            var k: array<Left, KEY_MATRICES>;
+            for (var r = 0u; r < KEY_MATRICES; r++) {
+                let place = (mine + r * M) * D_STRIDE + d * M / 4u;
+                k[r] = coopLoadT<Left>(&tiles[place], D_STRIDE);
+            }
+#endif
+            for (var c = 0u; c < RM; c++) {
+                let place = Q_PLACE + c * M * D_STRIDE + d * M / 4u;
+                let q = coopLoad<Right>(&tiles[place], D_STRIDE);
+                for (var r = 0u; r < KEY_MATRICES; r++) {
+#if HOLD_KEY
+                    s[r][c] = coopMultiplyAdd(k[r][d], q, s[r][c]);
+#else
+                    s[r][c] = coopMultiplyAdd(k[r], q, s[r][c]);
+#endif
+                }
+            }
+        }
+        for (var d = 0u; d < VM; d++) {
+#if !HOLD_VALUE
+            var v: array<Left, KEY_MATRICES>;
+            for (var r = 0u; r < KEY_MATRICES; r++) {
+                let place = V_PLACE + (mine + r * M) * V_STRIDE + d * M / 4u;
+                v[r] = coopLoadT<Left>(&tiles[place], V_STRIDE);
+            }
+#endif
+            for (var c = 0u; c < RM; c++) {
+                let place = DO_PLACE + c * M * V_STRIDE + d * M / 4u;
+                let grad = coopLoad<Right>(&tiles[place], V_STRIDE);
+                for (var r = 0u; r < KEY_MATRICES; r++) {
+#if HOLD_VALUE
+                    dp[r][c] = coopMultiplyAdd(v[r][d], grad, dp[r][c]);
+#else
+                    dp[r][c] = coopMultiplyAdd(v[r], grad, dp[r][c]);
+#endif
+                }
+            }
+        }
+
+        // P^T = 2^(score(S^T) - lse),  dS^T = P^T (dP^T - delta) score'
+        var p: array<array<Lane, RM>, KEY_MATRICES>;
+        var ds: array<array<Lane, RM>, KEY_MATRICES>;
+        for (var c = 0u; c < RM; c++) {
+            var of_column: array<vec2f, LANE_COLUMNS>;
+            for (var e = 0u; e < ELEMENTS; e++) {
+                of_column[held_column(e)] = numbers[c * M + column_of(lane, 0u) + column_of(0u, e)];
+            }
+            for (var r = 0u; r < KEY_MATRICES; r++) {
+                p[r][c] = elements_of(s[r][c]);
+                ds[r][c] = elements_of(dp[r][c]);
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    let number = of_column[held_column(e)];
+                    let shape = score_shape(p[r][c][e]);
+                    p[r][c][e] = fma(shape, factor, -number.x);
+                    ds[r][c][e] = (ds[r][c][e] - number.y) * score_slope(shape);
+                }
+            }
+        }
+        if !full {
+            for (var r = 0u; r < KEY_MATRICES; r++) {
+                for (var c = 0u; c < RM; c++) {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let i = row0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
+                        let j = i32(key0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
+                        p[r][c][e] = select(MASKED, p[r][c][e], keep(at, i, j));
+                    }
+                }
+            }
+        }
+        for (var r = 0u; r < KEY_MATRICES; r++) {
+            for (var c = 0u; c < RM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    p[r][c][e] = exp2(p[r][c][e]);
+                    ds[r][c][e] *= p[r][c][e];
+                }
+            }
+        }
+
+        // dV = dV + P^T dO,  dK = dK + dS^T Q
+        for (var c = 0u; c < RM; c++) {
+            var p_left: array<Left, KEY_MATRICES>;
+            var ds_left: array<Left, KEY_MATRICES>;
+            for (var r = 0u; r < KEY_MATRICES; r++) {
+                p_left[r] = left(p[r][c]);
+                ds_left[r] = left(ds[r][c]);
+            }
+            for (var d = 0u; d < DV_COLUMNS; d++) {
+                let place = DO_PLACE + c * M * V_STRIDE + min(dv0 + d, VM - 1u) * M / 4u;
+                let grad = coopLoadT<Right>(&tiles[place], V_STRIDE);
+                for (var r = 0u; r < KEY_MATRICES; r++) {
+                    dv[r][d] = coopMultiplyAdd(p_left[r], grad, dv[r][d]);
+                }
+            }
+            for (var d = 0u; d < DK_COLUMNS; d++) {
+                let place = Q_PLACE + c * M * D_STRIDE + min(dk0 + d, DM - 1u) * M / 4u;
+                let q = coopLoadT<Right>(&tiles[place], D_STRIDE);
+                for (var r = 0u; r < KEY_MATRICES; r++) {
+                    dk[r][d] = coopMultiplyAdd(ds_left[r], q, dk[r][d]);
+                }
+            }
+        }
+    }
+
+    // To workgroup memory, then out in whole rows
+    workgroupBarrier();
+    for (var r = 0u; r < KEY_MATRICES; r++) {
+        for (var d = 0u; d < DK_COLUMNS; d++) {
+            let y = elements_of(dk[r][d]);
+            for (var e = 0u; e < ELEMENTS; e++) {
+                let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
+                let column = d * M + column_of(lane, 0u) + column_of(0u, e);
+                tiles[row * D_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
+            }
+        }
+    }
+    workgroupBarrier();
+    for (var t = thread; t < KEYS * DK_COLUMNS * M / 8u; t += THREADS) {
+        let row = t / (DK_COLUMNS * M / 8u);
+        let d8 = t % (DK_COLUMNS * M / 8u);
+        let d = dk0 * M + 8u * d8;
+        if key0 + row < problem.seqlen_k && d < HEAD_DIM {
+            let start = head_start(problem.grad_key, at.batch, at.head_kv) + (key0 + row) * problem.grad_key.row;
+            let place = row * D_STRIDE + 2u * d8;
+            write_grad_key(start, d, HEAD_DIM, Eight(tiles[place], tiles[place + 1u]));
+        }
+    }
+    workgroupBarrier();
+    for (var r = 0u; r < KEY_MATRICES; r++) {
+        for (var d = 0u; d < DV_COLUMNS; d++) {
+            let y = elements_of(dv[r][d]);
+            for (var e = 0u; e < ELEMENTS; e++) {
+                let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
+                let column = d * M + column_of(lane, 0u) + column_of(0u, e);
+                tiles[row * V_STRIDE + column / 4u][column % 4u] = f16(y[e]);
+            }
+        }
+    }
+    workgroupBarrier();
+    for (var t = thread; t < KEYS * DV_COLUMNS * M / 8u; t += THREADS) {
+        let row = t / (DV_COLUMNS * M / 8u);
+        let d8 = t % (DV_COLUMNS * M / 8u);
+        let d = dv0 * M + 8u * d8;
+        if key0 + row < problem.seqlen_k && d < HEAD_DIM_V {
+            let start = head_start(problem.grad_value, at.batch, at.head_kv) + (key0 + row) * problem.grad_value.row;
+            let place = row * V_STRIDE + 2u * d8;
+            write_grad_value(start, d, HEAD_DIM_V, Eight(tiles[place], tiles[place + 1u]));
+        }
+    }
+}
