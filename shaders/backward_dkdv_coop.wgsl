@@ -1,17 +1,16 @@
 // Gradients of K and V on cooperative matrices, f16 products with f32 sums. One workgroup computes KEYS keys of one
-// key-value head; two subgroups, a pair, share KEY_MATRICES · M of them, M being the size of a matrix.
+// key-value head; each of its subgroups has KEY_MATRICES · M of them to itself, M being the size of a matrix.
 //
 //     dK = 0, dV = 0
 //     for each query head that reads these keys, for each tile of ROWS rows that may see some of them:
-//         one subgroup                              the other
-//         S^T = K Q^T                               dP^T = V dO^T
-//         P^T = 2^(score(S^T) - lse)                dS^T = P^T (dP^T - delta) score'
-//         dV = dV + P^T dO                          dK = dK + dS^T Q
+//         S^T = K Q^T,  dP^T = V dO^T               keys are rows here, so that
+//         P^T = 2^(score(S^T) - lse)                P^T and dS^T become left operands where they lie;
+//         dS^T = P^T (dP^T - delta) score'          lse, in base 2, and delta belong to columns
+//         dV = dV + P^T dO,  dK = dK + dS^T Q
 //     dK = scale dK
 //
-// Keys are rows here, so that P^T and dS^T become left operands where they lie; lse, in base 2, and delta belong to
-// columns. Two subgroups do the same products on other operands; each keeps one left operand and one sum in registers, and
-// the first passes P^T score' on through workgroup memory.
+// Where registers do not hold all columns of dK and dV, a workgroup computes COLUMNS of each, and S^T and dP^T are
+// computed once for each such block.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "common/problem.wgsl"
@@ -38,137 +37,114 @@ enable wgpu_cooperative_matrix;
 
 const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;
-const PAIRS = SUBGROUPS / 2u;
-const KEYS = PAIRS * KEY_MATRICES * M;
-// Matrices across the rows of a tile, and the larger of the two head dimensions.
+const KEYS = SUBGROUPS * KEY_MATRICES * M;
+// Matrices across the rows of a tile, the head dimension, the values' dimension, and the columns of a block.
 const RM = ROWS / M;
-const WM = (max(HEAD_DIM, HEAD_DIM_V) + M - 1u) / M;
-// Rows in workgroup memory: how many times eight elements are there, and how far apart rows are, in vectors of four. The
-// two vectors between rows keep the rows of a matrix on different banks.
-const W8 = WM * M / 8u;
-const STRIDE = 2u * W8 + 2u;
-// What a workgroup moves between device and workgroup memory, once: a matrix of keys of each pair, of K and of V; what each
-// thread moves of one of them, and of a tile of Q, of dO and of the rows' numbers.
-const STRIP = PAIRS * M;
-const STRIP_MOVES = (STRIP * W8 + THREADS - 1u) / THREADS;
-const TILE_MOVES = (ROWS * W8 + THREADS - 1u) / THREADS;
-const NUMBER_MOVES = (ROWS + THREADS - 1u) / THREADS;
+const DM = (HEAD_DIM + M - 1u) / M;
+const VM = (HEAD_DIM_V + M - 1u) / M;
+const DK_COLUMNS = min(DM, COLUMNS / M);
+const DV_COLUMNS = min(VM, COLUMNS / M);
+const BLOCKS = max((DM + DK_COLUMNS - 1u) / DK_COLUMNS, (VM + DV_COLUMNS - 1u) / DV_COLUMNS);
+// Rows in workgroup memory: how many times eight elements are there, and how far apart rows are, in vectors of four.
+const D8 = DM * M / 8u;
+const V8 = VM * M / 8u;
+const D_STRIDE = 2u * D8 + 2u;
+const V_STRIDE = 2u * V8 + 2u;
+// What each thread moves of K, of V, and of a tile of Q, of dO and of the rows' numbers.
+const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
+const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
+const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
+const DO_LOADS = (ROWS * V8 + THREADS - 1u) / THREADS;
+const NUMBER_LOADS = (ROWS + THREADS - 1u) / THREADS;
 
-// Two tiles of Q and dO, one in use while the other is filled; before them strips of K and V, after them of dV and dK.
-const TILES = 2u * max(2u * ROWS, STRIP) * STRIDE;
+// V where registers do not hold it, then a tile of Q and one of dO; K and V on their way to registers before that, and dK
+// and dV on their way out after it.
+#if HOLD_VALUE
+const Q_PLACE = 0u;
+#else
+const Q_PLACE = KEYS * V_STRIDE;
+#endif
+const DO_PLACE = Q_PLACE + ROWS * D_STRIDE;
+const TILES = max(DO_PLACE + ROWS * V_STRIDE, KEYS * max(D_STRIDE, V_STRIDE));
 var<workgroup> tiles: array<vec4<f16>, TILES>;
-// lse and delta of the tiles' rows.
-var<workgroup> numbers: array<vec2f, 2u * ROWS>;
-// P^T score' on its way from one subgroup of a pair to the other, which holds the same elements in the same lanes.
-const PASSED = KEY_MATRICES * RM * LANES;
-var<workgroup> passed: array<array<vec4f, 2>, PAIRS * PASSED>;
+// lse and delta of the tile's rows.
+var<workgroup> numbers: array<vec2f, ROWS>;
 
 fn store_eight(place: u32, x: Eight) {
     tiles[place] = x.low;
     tiles[place + 1u] = x.high;
 }
 
-// The key in row `row` of strip r.
-fn key_of(key0: u32, r: u32, row: u32) -> u32 {
-    return key0 + (row / M * KEY_MATRICES + r) * M + row % M;
-}
-
-// Strip r of K and of V, with 0 in the columns past the head dimension, so that these add nothing, whatever Q and dO have
-// there.
-fn store_strips(at: Sequence, key0: u32, r: u32, thread: u32) {
-    let last = u32(max(at.keys, 1) - 1);
-    let key_start = head_start(problem.key, at.batch, at.head_kv);
-    let value_start = head_start(problem.value, at.batch, at.head_kv);
-    for (var n = 0u; n < STRIP_MOVES; n++) {
+// K and V have 0 in the columns past the head dimension, so that these add nothing, whatever Q and dO have there.
+fn store_keys(start: u32, key0: u32, last: u32, thread: u32) {
+    for (var n = 0u; n < K_LOADS; n++) {
         let t = thread + n * THREADS;
-        let d = 8u * (t % W8);
-        let j = min(key_of(key0, r, t / W8), last);
-        let k = first_elements(read_key(key_start + j * problem.key.row, d, HEAD_DIM), max(d, HEAD_DIM) - d);
-        let v = first_elements(read_value(value_start + j * problem.value.row, d, HEAD_DIM_V), max(d, HEAD_DIM_V) - d);
-        if t < STRIP * W8 {
-            store_eight(t / W8 * STRIDE + d / 4u, k);
-            store_eight((STRIP + t / W8) * STRIDE + d / 4u, v);
+        let d = 8u * (t % D8);
+        let x = read_key(start + min(key0 + t / D8, last) * problem.key.row, d, HEAD_DIM);
+        if t < KEYS * D8 {
+            store_eight(t / D8 * D_STRIDE + d / 4u, first_elements(x, max(d, HEAD_DIM) - d));
         }
     }
 }
 
-// Strip r of dV and of dK, out in whole rows.
-fn write_strips(at: Sequence, key0: u32, r: u32, thread: u32) {
-    let value_start = head_start(problem.grad_value, at.batch, at.head_kv);
-    let key_start = head_start(problem.grad_key, at.batch, at.head_kv);
-    for (var n = 0u; n < STRIP_MOVES; n++) {
+fn store_values(start: u32, key0: u32, last: u32, thread: u32) {
+    for (var n = 0u; n < V_LOADS; n++) {
         let t = thread + n * THREADS;
-        let d = 8u * (t % W8);
-        let j = key_of(key0, r, t / W8);
-        if t < STRIP * W8 && j < problem.seqlen_k {
-            let v = t / W8 * STRIDE + d / 4u;
-            let k = v + STRIP * STRIDE;
-            if d < HEAD_DIM_V {
-                write_grad_value(value_start + j * problem.grad_value.row, d, HEAD_DIM_V, Eight(tiles[v], tiles[v + 1u]));
-            }
-            if d < HEAD_DIM {
-                write_grad_key(key_start + j * problem.grad_key.row, d, HEAD_DIM, Eight(tiles[k], tiles[k + 1u]));
-            }
+        let d = 8u * (t % V8);
+        let x = read_value(start + min(key0 + t / V8, last) * problem.value.row, d, HEAD_DIM_V);
+        if t < KEYS * V8 {
+            store_eight(t / V8 * V_STRIDE + d / 4u, first_elements(x, max(d, HEAD_DIM_V) - d));
         }
     }
 }
 
-// A tile on its way from device memory to workgroup memory.
+// A tile of rows on its way from device memory to workgroup memory.
 struct Tile {
-    q: array<Eight, TILE_MOVES>,
-    grad: array<Eight, TILE_MOVES>,
-    numbers: array<vec2f, NUMBER_MOVES>,
+    q: array<Eight, Q_LOADS>,
+    grad: array<Eight, DO_LOADS>,
+    numbers: array<vec2f, NUMBER_LOADS>,
 }
 
 fn load_tile(batch: u32, head: u32, i0: u32, thread: u32) -> Tile {
     var x: Tile;
     let last = problem.seqlen_q - 1u;
     let query_start = head_start(problem.query, batch, head);
-    let grad_start = head_start(problem.grad_out, batch, head);
-    for (var n = 0u; n < TILE_MOVES; n++) {
+    for (var n = 0u; n < Q_LOADS; n++) {
         let t = thread + n * THREADS;
-        let d = 8u * (t % W8);
-        let i = min(i0 + t / W8, last);
-        x.q[n] = read_query(query_start + i * problem.query.row, d, HEAD_DIM);
-        x.grad[n] = read_grad_out(grad_start + i * problem.grad_out.row, d, HEAD_DIM_V);
+        x.q[n] = read_query(query_start + min(i0 + t / D8, last) * problem.query.row, 8u * (t % D8), HEAD_DIM);
     }
-    for (var n = 0u; n < NUMBER_MOVES; n++) {
-        let i = min(i0 + thread + n * THREADS, last);
-        x.numbers[n] = rows[(batch * problem.heads + head) * problem.seqlen_q + i];
+    let grad_start = head_start(problem.grad_out, batch, head);
+    for (var n = 0u; n < DO_LOADS; n++) {
+        let t = thread + n * THREADS;
+        x.grad[n] = read_grad_out(grad_start + min(i0 + t / V8, last) * problem.grad_out.row, 8u * (t % V8), HEAD_DIM_V);
+    }
+    let first_row = (batch * problem.heads + head) * problem.seqlen_q;
+    for (var n = 0u; n < NUMBER_LOADS; n++) {
+        x.numbers[n] = rows[first_row + min(i0 + thread + n * THREADS, last)];
     }
     return x;
 }
 
-fn store_tile(x: Tile, buffer: u32, i0: u32, thread: u32) {
-    for (var n = 0u; n < TILE_MOVES; n++) {
+fn store_tile(x: Tile, i0: u32, thread: u32) {
+    for (var n = 0u; n < Q_LOADS; n++) {
         let t = thread + n * THREADS;
-        if t < ROWS * W8 {
-            let place = (2u * buffer * ROWS + t / W8) * STRIDE + 2u * (t % W8);
-            store_eight(place, x.q[n]);
-            store_eight(place + ROWS * STRIDE, x.grad[n]);
+        if t < ROWS * D8 {
+            store_eight(Q_PLACE + t / D8 * D_STRIDE + 2u * (t % D8), x.q[n]);
         }
     }
-    for (var n = 0u; n < NUMBER_MOVES; n++) {
+    for (var n = 0u; n < DO_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < ROWS * V8 {
+            store_eight(DO_PLACE + t / V8 * V_STRIDE + 2u * (t % V8), x.grad[n]);
+        }
+    }
+    for (var n = 0u; n < NUMBER_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < ROWS {
             // A row past the end is as one without keys.
-            numbers[buffer * ROWS + t] = select(x.numbers[n], vec2f(NO_KEYS, 0.0), i0 + t >= problem.seqlen_q);
+            numbers[t] = select(x.numbers[n], vec2f(NO_KEYS, 0.0), i0 + t >= problem.seqlen_q);
         }
     }
-}
-
-// Where the loop over heads and rows is.
-struct Step {
-    head: u32,
-    i0: i32,
-}
-
-fn next_step(step: Step, first: i32, end: i32) -> Step {
-    let i0 = step.i0 + i32(ROWS);
-    if i0 < end {
-        return Step(step.head, i0);
-    }
-    return Step(step.head + 1u, first);
 }
 
 @compute @workgroup_size(THREADS)
@@ -179,150 +155,204 @@ fn backward_dkdv(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let at = sequence(group.z, group.y * problem.group);
-    let key0 = group.x * KEYS;
-    let pair = subgroup % PAIRS;
-    let has_keys = subgroup / PAIRS;
-    let mine = pair * KEY_MATRICES * M;
+    let key0 = group.x / BLOCKS * KEYS;
+    let mine = subgroup * KEY_MATRICES * M;
+    // The first matrix of columns of dK and of dV.
+    let dk0 = group.x % BLOCKS * DK_COLUMNS;
+    let dv0 = group.x % BLOCKS * DV_COLUMNS;
+    let key_start = head_start(problem.key, at.batch, at.head_kv);
+    let value_start = head_start(problem.value, at.batch, at.head_kv);
+    let last = u32(max(at.keys, 1) - 1);
     // Shapes of scores times this are exponents of 2; a shape is odd in its score.
     let factor = score_sign() * score_factor();
 
-    // K for the subgroup of dV, V for that of dK
-    var kept: array<array<Left, WM>, KEY_MATRICES>;
-    var sum: array<array<Accumulator, WM>, KEY_MATRICES>;
+    var k: array<array<Left, DM>, KEY_MATRICES>;
+    store_keys(key_start, key0, last, thread);
+    workgroupBarrier();
     for (var r = 0u; r < KEY_MATRICES; r++) {
-        store_strips(at, key0, r, thread);
-        workgroupBarrier();
-        for (var d = 0u; d < WM; d++) {
-            let place = (has_keys * STRIP + pair * M) * STRIDE + d * M / 4u;
-            kept[r][d] = coopLoadT<Left>(&tiles[place], STRIDE);
-            sum[r][d] = Accumulator();
+        for (var d = 0u; d < DM; d++) {
+            let place = (mine + r * M) * D_STRIDE + d * M / 4u;
+            k[r][d] = coopLoadT<Left>(&tiles[place], D_STRIDE);
         }
-        workgroupBarrier();
+    }
+    workgroupBarrier();
+    store_values(value_start, key0, last, thread);
+#if HOLD_VALUE
+    var v: array<array<Left, VM>, KEY_MATRICES>;
+    workgroupBarrier();
+    for (var r = 0u; r < KEY_MATRICES; r++) {
+        for (var d = 0u; d < VM; d++) {
+            let place = (mine + r * M) * V_STRIDE + d * M / 4u;
+            v[r][d] = coopLoadT<Left>(&tiles[place], V_STRIDE);
+        }
+    }
+#endif
+
+    var dk: array<array<Accumulator, DK_COLUMNS>, KEY_MATRICES>;
+    var dv: array<array<Accumulator, DV_COLUMNS>, KEY_MATRICES>;
+    for (var r = 0u; r < KEY_MATRICES; r++) {
+        for (var d = 0u; d < DK_COLUMNS; d++) {
+            dk[r][d] = Accumulator();
+        }
+        for (var d = 0u; d < DV_COLUMNS; d++) {
+            dv[r][d] = Accumulator();
+        }
     }
 
     let range = row_range(at, i32(key0), i32(key0 + KEYS));
     let first = range.x / i32(ROWS) * i32(ROWS);
-    let last_head = at.head_q + problem.group - 1u;
-    var step = Step(at.head_q, first);
-    var ahead = step;
-    var next: Tile;
-    if range.x < range.y {
-        store_tile(load_tile(at.batch, step.head, u32(first), thread), 0u, u32(first), thread);
-        ahead = next_step(step, first, range.y);
-        next = load_tile(at.batch, min(ahead.head, last_head), u32(ahead.i0), thread);
-    } else {
-        step.head = last_head + 1u;
+    let tiles_of_head = select((range.y - first + i32(ROWS) - 1) / i32(ROWS), 0, range.x >= range.y);
+    let count = tiles_of_head * i32(problem.group);
+    var head = at.head_q;
+    var i0 = first;
+    var tile: Tile;
+#if AHEAD
+    if count > 0 {
+        tile = load_tile(at.batch, head, u32(i0), thread);
     }
-    var buffer = 0u;
-    for (; step.head <= last_head; step = next_step(step, first, range.y)) {
+#endif
+    for (var n = 0; n < count; n++) {
         workgroupBarrier();
-
-        // S^T = K Q^T, or dP^T = V dO^T
-        var s: array<array<Accumulator, RM>, KEY_MATRICES>;
-        for (var r = 0u; r < KEY_MATRICES; r++) {
-            for (var c = 0u; c < RM; c++) {
-                s[r][c] = Accumulator();
-            }
-        }
-        for (var d = 0u; d < WM; d++) {
-            for (var c = 0u; c < RM; c++) {
-                let place = ((2u * buffer + has_keys) * ROWS + c * M) * STRIDE + d * M / 4u;
-                let right = coopLoad<Right>(&tiles[place], STRIDE);
-                for (var r = 0u; r < KEY_MATRICES; r++) {
-                    s[r][c] = coopMultiplyAdd(kept[r][d], right, s[r][c]);
-                }
-            }
-        }
-        var x: array<array<Lane, RM>, KEY_MATRICES>;
-        var of_column: array<array<vec2f, LANE_COLUMNS>, RM>;
-        for (var c = 0u; c < RM; c++) {
-            for (var e = 0u; e < ELEMENTS; e++) {
-                of_column[c][held_column(e)] = numbers[buffer * ROWS + c * M + column_of(lane, 0u) + column_of(0u, e)];
-            }
-            for (var r = 0u; r < KEY_MATRICES; r++) {
-                x[r][c] = elements_of(s[r][c]);
-            }
-        }
-
-        // P^T = 2^(score(S^T) - lse)
-        if has_keys == 0u {
-            let full = tile_is_full(at, step.i0, step.i0 + i32(ROWS), i32(key0), i32(key0 + KEYS));
-            for (var r = 0u; r < KEY_MATRICES; r++) {
-                for (var c = 0u; c < RM; c++) {
-                    var slope: Lane;
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        let shape = score_shape(x[r][c][e]);
-                        slope[e] = score_slope(shape);
-                        x[r][c][e] = fma(shape, factor, -of_column[c][held_column(e)].x);
-                    }
-                    if !full {
-                        for (var e = 0u; e < ELEMENTS; e++) {
-                            let i = step.i0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                            let j = i32(key0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
-                            x[r][c][e] = select(MASKED, x[r][c][e], keep(at, i, j));
-                        }
-                    }
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        x[r][c][e] = exp2(x[r][c][e]);
-                        slope[e] *= x[r][c][e];
-                    }
-                    let place = pair * PASSED + (r * RM + c) * LANES + lane;
-                    passed[place][0] = vec4f(slope[0], slope[1], slope[2], slope[3]);
-                    passed[place][1] = vec4f(slope[4], slope[5], slope[6], slope[7]);
-                }
-            }
-        }
+#if !AHEAD
+        tile = load_tile(at.batch, head, u32(i0), thread);
+#endif
+        store_tile(tile, u32(i0), thread);
         workgroupBarrier();
-        buffer = 1u - buffer;
-        store_tile(next, buffer, u32(ahead.i0), thread);
-        ahead = next_step(ahead, first, range.y);
+        let row0 = i0;
+        i0 += i32(ROWS);
+        if i0 >= range.y {
+            i0 = first;
+            head++;
+        }
+#if AHEAD
         // The last one is loaded for nothing.
-        next = load_tile(at.batch, min(ahead.head, last_head), u32(ahead.i0), thread);
+        tile = load_tile(at.batch, min(head, at.head_q + problem.group - 1u), u32(i0), thread);
+#endif
 
-        // dS^T = P^T (dP^T - delta) score'
-        if has_keys == 1u {
+        // A matrix of rows after the other; not unrolled, which would take more registers.
+        for (var c = 0; c < i32(RM); c++) {
+            // S^T = K Q^T,  dP^T = V dO^T
+            let q_place = Q_PLACE + u32(c) * M * D_STRIDE;
+            let grad_place = DO_PLACE + u32(c) * M * V_STRIDE;
+            var s: array<Accumulator, KEY_MATRICES>;
+            var dp: array<Accumulator, KEY_MATRICES>;
             for (var r = 0u; r < KEY_MATRICES; r++) {
-                for (var c = 0u; c < RM; c++) {
-                    let place = pair * PASSED + (r * RM + c) * LANES + lane;
-                    let low = passed[place][0];
-                    let high = passed[place][1];
-                    let p = Lane(low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w);
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        x[r][c][e] = p[e] * (x[r][c][e] - of_column[c][held_column(e)].y);
-                    }
+                s[r] = Accumulator();
+                dp[r] = Accumulator();
+            }
+            for (var d = 0u; d < DM; d++) {
+                let place = q_place + d * M / 4u;
+                let q = coopLoad<Right>(&tiles[place], D_STRIDE);
+                for (var r = 0u; r < KEY_MATRICES; r++) {
+                    s[r] = coopMultiplyAdd(k[r][d], q, s[r]);
                 }
             }
-        }
-
-        // dV = dV + P^T dO, or dK = dK + dS^T Q
-        for (var c = 0u; c < RM; c++) {
-            var p: array<Left, KEY_MATRICES>;
-            for (var r = 0u; r < KEY_MATRICES; r++) {
-                p[r] = left(x[r][c]);
-            }
-            for (var d = 0u; d < WM; d++) {
-                let place = ((2u * (1u - buffer) + 1u - has_keys) * ROWS + c * M) * STRIDE + d * M / 4u;
-                let right = coopLoadT<Right>(&tiles[place], STRIDE);
+            for (var d = 0u; d < VM; d++) {
+                let place = grad_place + d * M / 4u;
+                let grad = coopLoad<Right>(&tiles[place], V_STRIDE);
                 for (var r = 0u; r < KEY_MATRICES; r++) {
-                    sum[r][d] = coopMultiplyAdd(p[r], right, sum[r][d]);
+#if HOLD_VALUE
+                    dp[r] = coopMultiplyAdd(v[r][d], grad, dp[r]);
+#else
+                    let v_place = (mine + r * M) * V_STRIDE + d * M / 4u;
+                    dp[r] = coopMultiplyAdd(coopLoadT<Left>(&tiles[v_place], V_STRIDE), grad, dp[r]);
+#endif
+                }
+            }
+
+            // P^T = 2^(score(S^T) - lse),  dS^T = P^T (dP^T - delta) score'
+            var of_column: array<vec2f, LANE_COLUMNS>;
+            for (var e = 0u; e < ELEMENTS; e++) {
+                of_column[held_column(e)] = numbers[u32(c) * M + column_of(lane, 0u) + column_of(0u, e)];
+            }
+            let i = row0 + c * i32(M);
+            let full = tile_is_full(at, i, i + i32(M), i32(key0), i32(key0 + KEYS));
+            var p: array<Left, KEY_MATRICES>;
+            var ds: array<Left, KEY_MATRICES>;
+            for (var r = 0u; r < KEY_MATRICES; r++) {
+                var x = elements_of(s[r]);
+                var y = elements_of(dp[r]);
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    let shape = score_shape(x[e]);
+                    x[e] = fma(shape, factor, -of_column[held_column(e)].x);
+                    y[e] = (y[e] - of_column[held_column(e)].y) * score_slope(shape);
+                }
+                if !full {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let column = i + i32(column_of(lane, 0u) + column_of(0u, e));
+                        let j = i32(key0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
+                        x[e] = select(MASKED, x[e], keep(at, column, j));
+                    }
+                }
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    x[e] = exp2(x[e]);
+                    y[e] *= x[e];
+                }
+                p[r] = left(x);
+                ds[r] = left(y);
+            }
+
+            // dV = dV + P^T dO,  dK = dK + dS^T Q
+            for (var d = 0u; d < DV_COLUMNS; d++) {
+                let place = grad_place + min(dv0 + d, VM - 1u) * M / 4u;
+                let grad = coopLoadT<Right>(&tiles[place], V_STRIDE);
+                for (var r = 0u; r < KEY_MATRICES; r++) {
+                    dv[r][d] = coopMultiplyAdd(p[r], grad, dv[r][d]);
+                }
+            }
+            for (var d = 0u; d < DK_COLUMNS; d++) {
+                let place = q_place + min(dk0 + d, DM - 1u) * M / 4u;
+                let q = coopLoadT<Right>(&tiles[place], D_STRIDE);
+                for (var r = 0u; r < KEY_MATRICES; r++) {
+                    dk[r][d] = coopMultiplyAdd(ds[r], q, dk[r][d]);
                 }
             }
         }
     }
 
-    // dV and scale dK to workgroup memory, then out in whole rows
-    let unit = select(1.0, problem.scale, has_keys == 1u);
+    // To workgroup memory, then out in whole rows
+    workgroupBarrier();
     for (var r = 0u; r < KEY_MATRICES; r++) {
-        workgroupBarrier();
-        for (var d = 0u; d < WM; d++) {
-            let y = elements_of(sum[r][d]);
+        for (var d = 0u; d < DK_COLUMNS; d++) {
+            let y = elements_of(dk[r][d]);
             for (var e = 0u; e < ELEMENTS; e++) {
-                let row = has_keys * STRIP + pair * M + row_of(lane, 0u) + row_of(0u, e);
+                let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
-                tiles[row * STRIDE + column / 4u][column % 4u] = f16(y[e] * unit);
+                tiles[row * D_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
             }
         }
-        workgroupBarrier();
-        write_strips(at, key0, r, thread);
+    }
+    workgroupBarrier();
+    for (var t = thread; t < KEYS * DK_COLUMNS * M / 8u; t += THREADS) {
+        let row = t / (DK_COLUMNS * M / 8u);
+        let d8 = t % (DK_COLUMNS * M / 8u);
+        let d = dk0 * M + 8u * d8;
+        if key0 + row < problem.seqlen_k && d < HEAD_DIM {
+            let start = head_start(problem.grad_key, at.batch, at.head_kv) + (key0 + row) * problem.grad_key.row;
+            let place = row * D_STRIDE + 2u * d8;
+            write_grad_key(start, d, HEAD_DIM, Eight(tiles[place], tiles[place + 1u]));
+        }
+    }
+    workgroupBarrier();
+    for (var r = 0u; r < KEY_MATRICES; r++) {
+        for (var d = 0u; d < DV_COLUMNS; d++) {
+            let y = elements_of(dv[r][d]);
+            for (var e = 0u; e < ELEMENTS; e++) {
+                let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
+                let column = d * M + column_of(lane, 0u) + column_of(0u, e);
+                tiles[row * V_STRIDE + column / 4u][column % 4u] = f16(y[e]);
+            }
+        }
+    }
+    workgroupBarrier();
+    for (var t = thread; t < KEYS * DV_COLUMNS * M / 8u; t += THREADS) {
+        let row = t / (DV_COLUMNS * M / 8u);
+        let d8 = t % (DV_COLUMNS * M / 8u);
+        let d = dv0 * M + 8u * d8;
+        if key0 + row < problem.seqlen_k && d < HEAD_DIM_V {
+            let start = head_start(problem.grad_value, at.batch, at.head_kv) + (key0 + row) * problem.grad_value.row;
+            let place = row * V_STRIDE + 2u * d8;
+            write_grad_value(start, d, HEAD_DIM_V, Eight(tiles[place], tiles[place + 1u]));
+        }
     }
 }

@@ -53,14 +53,8 @@ const DO_LOADS = (ROWS * V8 + THREADS - 1u) / THREADS;
 const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
 const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
 
-// dO where registers do not hold it, then a tile of K and one of V; Q and dO on their way to registers before that, and dQ
-// on its way out after it.
-#if HOLD_GRAD
-const K_PLACE = 0u;
-#else
-const K_PLACE = ROWS * V_STRIDE;
-#endif
-const V_PLACE = K_PLACE + KEYS * D_STRIDE;
+// A tile of K and one of V; before them Q, then dO, on their way to registers, and after them dQ on its way out.
+const V_PLACE = KEYS * D_STRIDE;
 const TILES = max(V_PLACE + KEYS * V_STRIDE, ROWS * max(D_STRIDE, V_STRIDE));
 var<workgroup> tiles: array<vec4<f16>, TILES>;
 
@@ -117,7 +111,7 @@ fn store_tile(x: Tile, thread: u32) {
     for (var n = 0u; n < K_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < KEYS * D8 {
-            store_eight(K_PLACE + t / D8 * D_STRIDE + 2u * (t % D8), x.k[n]);
+            store_eight(t / D8 * D_STRIDE + 2u * (t % D8), x.k[n]);
         }
     }
     for (var n = 0u; n < V_LOADS; n++) {
@@ -159,7 +153,6 @@ fn backward_dq(
     }
     workgroupBarrier();
     store_grads(head_start(problem.grad_out, at.batch, at.head_q), row0, thread);
-#if HOLD_GRAD
     var grad: array<array<Left, VM>, ROW_MATRICES>;
     workgroupBarrier();
     for (var r = 0u; r < ROW_MATRICES; r++) {
@@ -168,8 +161,6 @@ fn backward_dq(
             grad[r][d] = coopLoadT<Left>(&tiles[place], V_STRIDE);
         }
     }
-    workgroupBarrier();
-#endif
 
     var dq: array<array<Accumulator, DQ_COLUMNS>, ROW_MATRICES>;
     // lse and delta of the rows that the lane holds.
@@ -187,15 +178,22 @@ fn backward_dq(
     let range = key_range(at, i32(row0), i32(row1));
     let first = range.x / i32(KEYS) * i32(KEYS);
     let last = u32(max(at.keys, 1) - 1);
-    var next: Tile;
+    var tile: Tile;
+#if AHEAD
     if range.x < range.y {
-        next = load_tile(key_start, value_start, u32(first), last, thread);
+        tile = load_tile(key_start, value_start, u32(first), last, thread);
     }
+#endif
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         workgroupBarrier();
-        store_tile(next, thread);
+#if !AHEAD
+        tile = load_tile(key_start, value_start, u32(j0), last, thread);
+#endif
+        store_tile(tile, thread);
         workgroupBarrier();
-        next = load_tile(key_start, value_start, u32(j0) + KEYS, last, thread);
+#if AHEAD
+        tile = load_tile(key_start, value_start, u32(j0) + KEYS, last, thread);
+#endif
 
         // S = Q K^T,  dP = dO V^T
         var s: array<array<Accumulator, KM>, ROW_MATRICES>;
@@ -208,7 +206,7 @@ fn backward_dq(
         }
         for (var d = 0u; d < DM; d++) {
             for (var c = 0u; c < KM; c++) {
-                let place = K_PLACE + c * M * D_STRIDE + d * M / 4u;
+                let place = c * M * D_STRIDE + d * M / 4u;
                 let k = coopLoad<Right>(&tiles[place], D_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     s[r][c] = coopMultiplyAdd(q[r][d], k, s[r][c]);
@@ -216,22 +214,11 @@ fn backward_dq(
             }
         }
         for (var d = 0u; d < VM; d++) {
-#if !HOLD_GRAD
-            var grad: array<Left, ROW_MATRICES>;
-            for (var r = 0u; r < ROW_MATRICES; r++) {
-                let place = (mine + r * M) * V_STRIDE + d * M / 4u;
-                grad[r] = coopLoadT<Left>(&tiles[place], V_STRIDE);
-            }
-#endif
             for (var c = 0u; c < KM; c++) {
                 let place = V_PLACE + c * M * V_STRIDE + d * M / 4u;
                 let v = coopLoad<Right>(&tiles[place], V_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
-#if HOLD_GRAD
                     dp[r][c] = coopMultiplyAdd(grad[r][d], v, dp[r][c]);
-#else
-                    dp[r][c] = coopMultiplyAdd(grad[r], v, dp[r][c]);
-#endif
                 }
             }
         }
@@ -277,7 +264,7 @@ fn backward_dq(
                 ds_left[r] = left(ds[r][c]);
             }
             for (var d = 0u; d < DQ_COLUMNS; d++) {
-                let place = K_PLACE + c * M * D_STRIDE + min(dq0 + d, DM - 1u) * M / 4u;
+                let place = c * M * D_STRIDE + min(dq0 + d, DM - 1u) * M / 4u;
                 let k = coopLoadT<Right>(&tiles[place], D_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     dq[r][d] = coopMultiplyAdd(ds_left[r], k, dq[r][d]);
