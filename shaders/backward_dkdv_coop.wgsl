@@ -42,32 +42,39 @@ const KEYS = SUBGROUPS * KEY_MATRICES * M;
 const RM = ROWS / M;
 const DM = (HEAD_DIM + M - 1u) / M;
 const VM = (HEAD_DIM_V + M - 1u) / M;
-const DK_COLUMNS = min(DM, COLUMNS / M);
-const DV_COLUMNS = min(VM, COLUMNS / M);
-const BLOCKS = max((DM + DK_COLUMNS - 1u) / DK_COLUMNS, (VM + DV_COLUMNS - 1u) / DV_COLUMNS);
-// Rows in workgroup memory: how many times eight elements are there, and how far apart rows are, in vectors of four.
+const DKM = min(DM, COLUMNS / M);
+const DVM = min(VM, COLUMNS / M);
+const K_BLOCKS = (DM + DKM - 1u) / DKM;
+const V_BLOCKS = (VM + DVM - 1u) / DVM;
+const BLOCKS = max(K_BLOCKS, V_BLOCKS);
+// Rows in workgroup memory, whole ones and those of a block: how many times eight elements are there, and how far apart rows
+// are, in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
 const D8 = DM * M / 8u;
 const V8 = VM * M / 8u;
+const DK8 = DKM * M / 8u;
+const DV8 = DVM * M / 8u;
 const D_STRIDE = 2u * D8 + 2u;
 const V_STRIDE = 2u * V8 + 2u;
-// What each thread moves of K, of V, and of a tile of Q, of dO and of the rows' numbers.
-const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
-const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
-const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
-const DO_LOADS = (ROWS * V8 + THREADS - 1u) / THREADS;
-const NUMBER_LOADS = (ROWS + THREADS - 1u) / THREADS;
+const DK_STRIDE = 2u * DK8 + 2u;
+const DV_STRIDE = 2u * DV8 + 2u;
+// What each thread moves of a block of K or dK and of V or dV, and of a tile of Q, of dO and of the rows' numbers.
+const DK_MOVES = (KEYS * DK8 + THREADS - 1u) / THREADS;
+const DV_MOVES = (KEYS * DV8 + THREADS - 1u) / THREADS;
+const Q_MOVES = (ROWS * D8 + THREADS - 1u) / THREADS;
+const DO_MOVES = (ROWS * V8 + THREADS - 1u) / THREADS;
+const NUMBER_MOVES = (ROWS + THREADS - 1u) / THREADS;
 
-// V where registers do not hold it, then a tile of Q and one of dO; K and V on their way to registers before that, and dK
-// and dV on their way out after it.
+// V where registers do not hold it, then a tile of Q and one of dO. Before that blocks of K and V on their way to registers,
+// after it dK and dV on their way out.
 #if HOLD_VALUE
 const Q_PLACE = 0u;
 #else
 const Q_PLACE = KEYS * V_STRIDE;
 #endif
 const DO_PLACE = Q_PLACE + ROWS * D_STRIDE;
-const TILES = max(DO_PLACE + ROWS * V_STRIDE, KEYS * max(D_STRIDE, V_STRIDE));
+const TILES = max(DO_PLACE + ROWS * V_STRIDE, KEYS * max(DK_STRIDE, DV_STRIDE));
 var<workgroup> tiles: array<vec4<f16>, TILES>;
-// lse and delta of the tile's rows.
+// lse, in base 2, and delta of the tile's rows.
 var<workgroup> numbers: array<vec2f, ROWS>;
 
 fn store_eight(place: u32, x: Eight) {
@@ -75,80 +82,82 @@ fn store_eight(place: u32, x: Eight) {
     tiles[place + 1u] = x.high;
 }
 
-// K and V have 0 in the columns past the head dimension, so that these add nothing, whatever Q and dO have there.
-fn store_keys(start: u32, key0: u32, last: u32, thread: u32) {
-    for (var n = 0u; n < K_LOADS; n++) {
+// A block of columns of K, from column d0 on, and one of V. Past the head dimension they have 0, so that these columns add
+// nothing, whatever Q and dO have there.
+fn store_keys(start: u32, key0: u32, d0: u32, last: u32, thread: u32) {
+    for (var n = 0u; n < DK_MOVES; n++) {
         let t = thread + n * THREADS;
-        let d = 8u * (t % D8);
-        let x = read_key(start + min(key0 + t / D8, last) * problem.key.row, d, HEAD_DIM);
-        if t < KEYS * D8 {
-            store_eight(t / D8 * D_STRIDE + d / 4u, first_elements(x, max(d, HEAD_DIM) - d));
+        let d = d0 + 8u * (t % DK8);
+        let x = read_key(start + min(key0 + t / DK8, last) * problem.key.row, d, HEAD_DIM);
+        if t < KEYS * DK8 {
+            store_eight(t / DK8 * DK_STRIDE + 2u * (t % DK8), first_elements(x, max(d, HEAD_DIM) - d));
         }
     }
 }
 
-fn store_values(start: u32, key0: u32, last: u32, thread: u32) {
-    for (var n = 0u; n < V_LOADS; n++) {
+fn store_values(start: u32, key0: u32, d0: u32, last: u32, thread: u32) {
+    for (var n = 0u; n < DV_MOVES; n++) {
         let t = thread + n * THREADS;
-        let d = 8u * (t % V8);
-        let x = read_value(start + min(key0 + t / V8, last) * problem.value.row, d, HEAD_DIM_V);
-        if t < KEYS * V8 {
-            store_eight(t / V8 * V_STRIDE + d / 4u, first_elements(x, max(d, HEAD_DIM_V) - d));
+        let d = d0 + 8u * (t % DV8);
+        let x = read_value(start + min(key0 + t / DV8, last) * problem.value.row, d, HEAD_DIM_V);
+        if t < KEYS * DV8 {
+            store_eight(t / DV8 * DV_STRIDE + 2u * (t % DV8), first_elements(x, max(d, HEAD_DIM_V) - d));
         }
     }
 }
 
 // A tile of rows on its way from device memory to workgroup memory.
 struct Tile {
-    q: array<Eight, Q_LOADS>,
-    grad: array<Eight, DO_LOADS>,
-    numbers: array<vec2f, NUMBER_LOADS>,
+    q: array<Eight, Q_MOVES>,
+    grad: array<Eight, DO_MOVES>,
+    numbers: array<vec2f, NUMBER_MOVES>,
 }
 
 fn load_tile(batch: u32, head: u32, i0: u32, thread: u32) -> Tile {
     var x: Tile;
     let last = problem.seqlen_q - 1u;
     let query_start = head_start(problem.query, batch, head);
-    for (var n = 0u; n < Q_LOADS; n++) {
+    for (var n = 0u; n < Q_MOVES; n++) {
         let t = thread + n * THREADS;
         x.q[n] = read_query(query_start + min(i0 + t / D8, last) * problem.query.row, 8u * (t % D8), HEAD_DIM);
     }
     let grad_start = head_start(problem.grad_out, batch, head);
-    for (var n = 0u; n < DO_LOADS; n++) {
+    for (var n = 0u; n < DO_MOVES; n++) {
         let t = thread + n * THREADS;
         x.grad[n] = read_grad_out(grad_start + min(i0 + t / V8, last) * problem.grad_out.row, 8u * (t % V8), HEAD_DIM_V);
     }
     let first_row = (batch * problem.heads + head) * problem.seqlen_q;
-    for (var n = 0u; n < NUMBER_LOADS; n++) {
+    for (var n = 0u; n < NUMBER_MOVES; n++) {
         x.numbers[n] = rows[first_row + min(i0 + thread + n * THREADS, last)];
     }
     return x;
 }
 
 fn store_tile(x: Tile, i0: u32, thread: u32) {
-    for (var n = 0u; n < Q_LOADS; n++) {
+    for (var n = 0u; n < Q_MOVES; n++) {
         let t = thread + n * THREADS;
         if t < ROWS * D8 {
             store_eight(Q_PLACE + t / D8 * D_STRIDE + 2u * (t % D8), x.q[n]);
         }
     }
-    for (var n = 0u; n < DO_LOADS; n++) {
+    for (var n = 0u; n < DO_MOVES; n++) {
         let t = thread + n * THREADS;
         if t < ROWS * V8 {
             store_eight(DO_PLACE + t / V8 * V_STRIDE + 2u * (t % V8), x.grad[n]);
         }
     }
-    for (var n = 0u; n < NUMBER_LOADS; n++) {
+    for (var n = 0u; n < NUMBER_MOVES; n++) {
         let t = thread + n * THREADS;
         if t < ROWS {
             // A row past the end is as one without keys.
-            numbers[t] = select(x.numbers[n], vec2f(NO_KEYS, 0.0), i0 + t >= problem.seqlen_q);
+            let number = select(x.numbers[n], vec2f(NO_KEYS, 0.0), i0 + t >= problem.seqlen_q);
+            numbers[t] = vec2f(number.x * LOG2_E, number.y);
         }
     }
 }
 
 @compute @workgroup_size(THREADS)
-fn backward_dkdv(
+fn dkdv(
     @builtin(workgroup_id) group: vec3u,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_id) subgroup: u32,
@@ -158,43 +167,51 @@ fn backward_dkdv(
     let key0 = group.x / BLOCKS * KEYS;
     let mine = subgroup * KEY_MATRICES * M;
     // The first matrix of columns of dK and of dV.
-    let dk0 = group.x % BLOCKS * DK_COLUMNS;
-    let dv0 = group.x % BLOCKS * DV_COLUMNS;
+    let dk0 = group.x % BLOCKS * DKM;
+    let dv0 = group.x % BLOCKS * DVM;
     let key_start = head_start(problem.key, at.batch, at.head_kv);
     let value_start = head_start(problem.value, at.batch, at.head_kv);
     let last = u32(max(at.keys, 1) - 1);
     // Shapes of scores times this are exponents of 2; a shape is odd in its score.
     let factor = score_sign() * score_factor();
 
-    var k: array<array<Left, DM>, KEY_MATRICES>;
-    store_keys(key_start, key0, last, thread);
-    workgroupBarrier();
-    for (var r = 0u; r < KEY_MATRICES; r++) {
-        for (var d = 0u; d < DM; d++) {
-            let place = (mine + r * M) * D_STRIDE + d * M / 4u;
-            k[r][d] = coopLoadT<Left>(&tiles[place], D_STRIDE);
+    var k: array<array<Left, K_BLOCKS * DKM>, KEY_MATRICES>;
+    for (var b = 0u; b < K_BLOCKS; b++) {
+        store_keys(key_start, key0, b * DKM * M, last, thread);
+        workgroupBarrier();
+        for (var r = 0u; r < KEY_MATRICES; r++) {
+            for (var d = 0u; d < DKM; d++) {
+                let place = (mine + r * M) * DK_STRIDE + d * M / 4u;
+                k[r][b * DKM + d] = coopLoadT<Left>(&tiles[place], DK_STRIDE);
+            }
         }
+        workgroupBarrier();
     }
-    workgroupBarrier();
-    store_values(value_start, key0, last, thread);
 #if HOLD_VALUE
-    var v: array<array<Left, VM>, KEY_MATRICES>;
-    workgroupBarrier();
-    for (var r = 0u; r < KEY_MATRICES; r++) {
-        for (var d = 0u; d < VM; d++) {
-            let place = (mine + r * M) * V_STRIDE + d * M / 4u;
-            v[r][d] = coopLoadT<Left>(&tiles[place], V_STRIDE);
+    var v: array<array<Left, V_BLOCKS * DVM>, KEY_MATRICES>;
+    for (var b = 0u; b < V_BLOCKS; b++) {
+        store_values(value_start, key0, b * DVM * M, last, thread);
+        workgroupBarrier();
+        for (var r = 0u; r < KEY_MATRICES; r++) {
+            for (var d = 0u; d < DVM; d++) {
+                let place = (mine + r * M) * DV_STRIDE + d * M / 4u;
+                v[r][b * DVM + d] = coopLoadT<Left>(&tiles[place], DV_STRIDE);
+            }
         }
+        workgroupBarrier();
     }
+#else
+    // All of it: there is one block.
+    store_values(value_start, key0, 0u, last, thread);
 #endif
 
-    var dk: array<array<Accumulator, DK_COLUMNS>, KEY_MATRICES>;
-    var dv: array<array<Accumulator, DV_COLUMNS>, KEY_MATRICES>;
+    var dk: array<array<Accumulator, DKM>, KEY_MATRICES>;
+    var dv: array<array<Accumulator, DVM>, KEY_MATRICES>;
     for (var r = 0u; r < KEY_MATRICES; r++) {
-        for (var d = 0u; d < DK_COLUMNS; d++) {
+        for (var d = 0u; d < DKM; d++) {
             dk[r][d] = Accumulator();
         }
-        for (var d = 0u; d < DV_COLUMNS; d++) {
+        for (var d = 0u; d < DVM; d++) {
             dv[r][d] = Accumulator();
         }
     }
@@ -293,14 +310,14 @@ fn backward_dkdv(
             }
 
             // dV = dV + P^T dO,  dK = dK + dS^T Q
-            for (var d = 0u; d < DV_COLUMNS; d++) {
+            for (var d = 0u; d < DVM; d++) {
                 let place = grad_place + min(dv0 + d, VM - 1u) * M / 4u;
                 let grad = coopLoadT<Right>(&tiles[place], V_STRIDE);
                 for (var r = 0u; r < KEY_MATRICES; r++) {
                     dv[r][d] = coopMultiplyAdd(p[r], grad, dv[r][d]);
                 }
             }
-            for (var d = 0u; d < DK_COLUMNS; d++) {
+            for (var d = 0u; d < DKM; d++) {
                 let place = q_place + min(dk0 + d, DM - 1u) * M / 4u;
                 let q = coopLoadT<Right>(&tiles[place], D_STRIDE);
                 for (var r = 0u; r < KEY_MATRICES; r++) {
@@ -313,45 +330,45 @@ fn backward_dkdv(
     // To workgroup memory, then out in whole rows
     workgroupBarrier();
     for (var r = 0u; r < KEY_MATRICES; r++) {
-        for (var d = 0u; d < DK_COLUMNS; d++) {
+        for (var d = 0u; d < DKM; d++) {
             let y = elements_of(dk[r][d]);
             for (var e = 0u; e < ELEMENTS; e++) {
                 let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
-                tiles[row * D_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
+                tiles[row * DK_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
             }
         }
     }
     workgroupBarrier();
-    for (var t = thread; t < KEYS * DK_COLUMNS * M / 8u; t += THREADS) {
-        let row = t / (DK_COLUMNS * M / 8u);
-        let d8 = t % (DK_COLUMNS * M / 8u);
-        let d = dk0 * M + 8u * d8;
-        if key0 + row < problem.seqlen_k && d < HEAD_DIM {
-            let start = head_start(problem.grad_key, at.batch, at.head_kv) + (key0 + row) * problem.grad_key.row;
-            let place = row * D_STRIDE + 2u * d8;
+    for (var n = 0u; n < DK_MOVES; n++) {
+        let t = thread + n * THREADS;
+        let j = key0 + t / DK8;
+        let d = dk0 * M + 8u * (t % DK8);
+        if t < KEYS * DK8 && j < problem.seqlen_k && d < HEAD_DIM {
+            let start = head_start(problem.grad_key, at.batch, at.head_kv) + j * problem.grad_key.row;
+            let place = t / DK8 * DK_STRIDE + 2u * (t % DK8);
             write_grad_key(start, d, HEAD_DIM, Eight(tiles[place], tiles[place + 1u]));
         }
     }
     workgroupBarrier();
     for (var r = 0u; r < KEY_MATRICES; r++) {
-        for (var d = 0u; d < DV_COLUMNS; d++) {
+        for (var d = 0u; d < DVM; d++) {
             let y = elements_of(dv[r][d]);
             for (var e = 0u; e < ELEMENTS; e++) {
                 let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
-                tiles[row * V_STRIDE + column / 4u][column % 4u] = f16(y[e]);
+                tiles[row * DV_STRIDE + column / 4u][column % 4u] = f16(y[e]);
             }
         }
     }
     workgroupBarrier();
-    for (var t = thread; t < KEYS * DV_COLUMNS * M / 8u; t += THREADS) {
-        let row = t / (DV_COLUMNS * M / 8u);
-        let d8 = t % (DV_COLUMNS * M / 8u);
-        let d = dv0 * M + 8u * d8;
-        if key0 + row < problem.seqlen_k && d < HEAD_DIM_V {
-            let start = head_start(problem.grad_value, at.batch, at.head_kv) + (key0 + row) * problem.grad_value.row;
-            let place = row * V_STRIDE + 2u * d8;
+    for (var n = 0u; n < DV_MOVES; n++) {
+        let t = thread + n * THREADS;
+        let j = key0 + t / DV8;
+        let d = dv0 * M + 8u * (t % DV8);
+        if t < KEYS * DV8 && j < problem.seqlen_k && d < HEAD_DIM_V {
+            let start = head_start(problem.grad_value, at.batch, at.head_kv) + j * problem.grad_value.row;
+            let place = t / DV8 * DV_STRIDE + 2u * (t % DV8);
             write_grad_value(start, d, HEAD_DIM_V, Eight(tiles[place], tiles[place + 1u]));
         }
     }

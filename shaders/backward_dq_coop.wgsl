@@ -40,22 +40,29 @@ const ROWS = SUBGROUPS * ROW_MATRICES * M;
 const KM = KEYS / M;
 const DM = (HEAD_DIM + M - 1u) / M;
 const VM = (HEAD_DIM_V + M - 1u) / M;
-const DQ_COLUMNS = min(DM, COLUMNS / M);
-const BLOCKS = (DM + DQ_COLUMNS - 1u) / DQ_COLUMNS;
-// Rows in workgroup memory: how many times eight elements are there, and how far apart rows are, in vectors of four.
+const DQM = min(DM, COLUMNS / M);
+const DOM = min(VM, COLUMNS / M);
+const BLOCKS = (DM + DQM - 1u) / DQM;
+const DO_BLOCKS = (VM + DOM - 1u) / DOM;
+// Rows in workgroup memory, whole ones and those of a block: how many times eight elements are there, and how far apart rows
+// are, in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
 const D8 = DM * M / 8u;
 const V8 = VM * M / 8u;
+const DQ8 = DQM * M / 8u;
+const DO8 = DOM * M / 8u;
 const D_STRIDE = 2u * D8 + 2u;
 const V_STRIDE = 2u * V8 + 2u;
-// What each thread moves of Q, of dO, and of a tile of K and of V.
-const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
-const DO_LOADS = (ROWS * V8 + THREADS - 1u) / THREADS;
-const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
-const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
+const DQ_STRIDE = 2u * DQ8 + 2u;
+const DO_STRIDE = 2u * DO8 + 2u;
+// What each thread moves of a block of Q or dQ and of dO, and of a tile of K and of V.
+const DQ_MOVES = (ROWS * DQ8 + THREADS - 1u) / THREADS;
+const DO_MOVES = (ROWS * DO8 + THREADS - 1u) / THREADS;
+const K_MOVES = (KEYS * D8 + THREADS - 1u) / THREADS;
+const V_MOVES = (KEYS * V8 + THREADS - 1u) / THREADS;
 
-// A tile of K and one of V; before them Q, then dO, on their way to registers, and after them dQ on its way out.
+// A tile of K and one of V. Before that blocks of Q and dO on their way to registers, after it dQ on its way out.
 const V_PLACE = KEYS * D_STRIDE;
-const TILES = max(V_PLACE + KEYS * V_STRIDE, ROWS * max(D_STRIDE, V_STRIDE));
+const TILES = max(V_PLACE + KEYS * V_STRIDE, ROWS * max(DQ_STRIDE, DO_STRIDE));
 var<workgroup> tiles: array<vec4<f16>, TILES>;
 
 fn store_eight(place: u32, x: Eight) {
@@ -63,44 +70,45 @@ fn store_eight(place: u32, x: Eight) {
     tiles[place + 1u] = x.high;
 }
 
-// Q and dO have 0 in the columns past the head dimension, so that these add nothing, whatever K and V have there.
-fn store_queries(start: u32, row0: u32, thread: u32) {
-    for (var n = 0u; n < Q_LOADS; n++) {
+// A block of columns of Q, from column d0 on, and one of dO. Past the head dimension they have 0, so that these columns add
+// nothing, whatever K and V have there.
+fn store_queries(start: u32, row0: u32, d0: u32, thread: u32) {
+    for (var n = 0u; n < DQ_MOVES; n++) {
         let t = thread + n * THREADS;
-        let d = 8u * (t % D8);
-        let i = min(row0 + t / D8, problem.seqlen_q - 1u);
+        let d = d0 + 8u * (t % DQ8);
+        let i = min(row0 + t / DQ8, problem.seqlen_q - 1u);
         let x = read_query(start + i * problem.query.row, d, HEAD_DIM);
-        if t < ROWS * D8 {
-            store_eight(t / D8 * D_STRIDE + d / 4u, first_elements(x, max(d, HEAD_DIM) - d));
+        if t < ROWS * DQ8 {
+            store_eight(t / DQ8 * DQ_STRIDE + 2u * (t % DQ8), first_elements(x, max(d, HEAD_DIM) - d));
         }
     }
 }
 
-fn store_grads(start: u32, row0: u32, thread: u32) {
-    for (var n = 0u; n < DO_LOADS; n++) {
+fn store_grads(start: u32, row0: u32, d0: u32, thread: u32) {
+    for (var n = 0u; n < DO_MOVES; n++) {
         let t = thread + n * THREADS;
-        let d = 8u * (t % V8);
-        let i = min(row0 + t / V8, problem.seqlen_q - 1u);
+        let d = d0 + 8u * (t % DO8);
+        let i = min(row0 + t / DO8, problem.seqlen_q - 1u);
         let x = read_grad_out(start + i * problem.grad_out.row, d, HEAD_DIM_V);
-        if t < ROWS * V8 {
-            store_eight(t / V8 * V_STRIDE + d / 4u, first_elements(x, max(d, HEAD_DIM_V) - d));
+        if t < ROWS * DO8 {
+            store_eight(t / DO8 * DO_STRIDE + 2u * (t % DO8), first_elements(x, max(d, HEAD_DIM_V) - d));
         }
     }
 }
 
 // A tile of keys on its way from device memory to workgroup memory.
 struct Tile {
-    k: array<Eight, K_LOADS>,
-    v: array<Eight, V_LOADS>,
+    k: array<Eight, K_MOVES>,
+    v: array<Eight, V_MOVES>,
 }
 
 fn load_tile(key_start: u32, value_start: u32, j0: u32, last: u32, thread: u32) -> Tile {
     var x: Tile;
-    for (var n = 0u; n < K_LOADS; n++) {
+    for (var n = 0u; n < K_MOVES; n++) {
         let t = thread + n * THREADS;
         x.k[n] = read_key(key_start + min(j0 + t / D8, last) * problem.key.row, 8u * (t % D8), HEAD_DIM);
     }
-    for (var n = 0u; n < V_LOADS; n++) {
+    for (var n = 0u; n < V_MOVES; n++) {
         let t = thread + n * THREADS;
         x.v[n] = read_value(value_start + min(j0 + t / V8, last) * problem.value.row, 8u * (t % V8), HEAD_DIM_V);
     }
@@ -108,13 +116,13 @@ fn load_tile(key_start: u32, value_start: u32, j0: u32, last: u32, thread: u32) 
 }
 
 fn store_tile(x: Tile, thread: u32) {
-    for (var n = 0u; n < K_LOADS; n++) {
+    for (var n = 0u; n < K_MOVES; n++) {
         let t = thread + n * THREADS;
         if t < KEYS * D8 {
             store_eight(t / D8 * D_STRIDE + 2u * (t % D8), x.k[n]);
         }
     }
-    for (var n = 0u; n < V_LOADS; n++) {
+    for (var n = 0u; n < V_MOVES; n++) {
         let t = thread + n * THREADS;
         if t < KEYS * V8 {
             store_eight(V_PLACE + t / V8 * V_STRIDE + 2u * (t % V8), x.v[n]);
@@ -123,7 +131,7 @@ fn store_tile(x: Tile, thread: u32) {
 }
 
 @compute @workgroup_size(THREADS)
-fn backward_dq(
+fn dq(
     @builtin(workgroup_id) group: vec3u,
     @builtin(num_workgroups) groups: vec3u,
     @builtin(local_invocation_index) thread: u32,
@@ -136,42 +144,50 @@ fn backward_dq(
     let row1 = min(row0 + ROWS, problem.seqlen_q);
     let mine = subgroup * ROW_MATRICES * M;
     // The first matrix of columns of dQ.
-    let dq0 = group.x % BLOCKS * DQ_COLUMNS;
+    let dq0 = group.x % BLOCKS * DQM;
     let key_start = head_start(problem.key, at.batch, at.head_kv);
     let value_start = head_start(problem.value, at.batch, at.head_kv);
     // Shapes of scores times this are exponents of 2; a shape is odd in its score.
     let factor = score_sign() * score_factor();
 
-    var q: array<array<Left, DM>, ROW_MATRICES>;
-    store_queries(head_start(problem.query, at.batch, at.head_q), row0, thread);
-    workgroupBarrier();
-    for (var r = 0u; r < ROW_MATRICES; r++) {
-        for (var d = 0u; d < DM; d++) {
-            let place = (mine + r * M) * D_STRIDE + d * M / 4u;
-            q[r][d] = coopLoadT<Left>(&tiles[place], D_STRIDE);
+    let query_start = head_start(problem.query, at.batch, at.head_q);
+    var q: array<array<Left, BLOCKS * DQM>, ROW_MATRICES>;
+    for (var b = 0u; b < BLOCKS; b++) {
+        store_queries(query_start, row0, b * DQM * M, thread);
+        workgroupBarrier();
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var d = 0u; d < DQM; d++) {
+                let place = (mine + r * M) * DQ_STRIDE + d * M / 4u;
+                q[r][b * DQM + d] = coopLoadT<Left>(&tiles[place], DQ_STRIDE);
+            }
         }
+        workgroupBarrier();
     }
-    workgroupBarrier();
-    store_grads(head_start(problem.grad_out, at.batch, at.head_q), row0, thread);
-    var grad: array<array<Left, VM>, ROW_MATRICES>;
-    workgroupBarrier();
-    for (var r = 0u; r < ROW_MATRICES; r++) {
-        for (var d = 0u; d < VM; d++) {
-            let place = (mine + r * M) * V_STRIDE + d * M / 4u;
-            grad[r][d] = coopLoadT<Left>(&tiles[place], V_STRIDE);
+    let grad_start = head_start(problem.grad_out, at.batch, at.head_q);
+    var grad: array<array<Left, DO_BLOCKS * DOM>, ROW_MATRICES>;
+    for (var b = 0u; b < DO_BLOCKS; b++) {
+        store_grads(grad_start, row0, b * DOM * M, thread);
+        workgroupBarrier();
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var d = 0u; d < DOM; d++) {
+                let place = (mine + r * M) * DO_STRIDE + d * M / 4u;
+                grad[r][b * DOM + d] = coopLoadT<Left>(&tiles[place], DO_STRIDE);
+            }
         }
+        workgroupBarrier();
     }
 
-    var dq: array<array<Accumulator, DQ_COLUMNS>, ROW_MATRICES>;
-    // lse and delta of the rows that the lane holds.
+    var dq: array<array<Accumulator, DQM>, ROW_MATRICES>;
+    // lse, in base 2, and delta of the rows that the lane holds.
     var of_row: array<array<vec2f, LANE_ROWS>, ROW_MATRICES>;
     for (var r = 0u; r < ROW_MATRICES; r++) {
-        for (var d = 0u; d < DQ_COLUMNS; d++) {
+        for (var d = 0u; d < DQM; d++) {
             dq[r][d] = Accumulator();
         }
         for (var e = 0u; e < ELEMENTS; e++) {
             let i = min(row0 + mine + r * M + row_of(lane, e), problem.seqlen_q - 1u);
-            of_row[r][held_row(e)] = rows[(at.batch * problem.heads + at.head_q) * problem.seqlen_q + i];
+            let number = rows[(at.batch * problem.heads + at.head_q) * problem.seqlen_q + i];
+            of_row[r][held_row(e)] = vec2f(number.x * LOG2_E, number.y);
         }
     }
 
@@ -263,7 +279,7 @@ fn backward_dq(
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 ds_left[r] = left(ds[r][c]);
             }
-            for (var d = 0u; d < DQ_COLUMNS; d++) {
+            for (var d = 0u; d < DQM; d++) {
                 let place = c * M * D_STRIDE + min(dq0 + d, DM - 1u) * M / 4u;
                 let k = coopLoadT<Right>(&tiles[place], D_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
@@ -276,23 +292,23 @@ fn backward_dq(
     // scale dQ to workgroup memory, then out in whole rows
     workgroupBarrier();
     for (var r = 0u; r < ROW_MATRICES; r++) {
-        for (var d = 0u; d < DQ_COLUMNS; d++) {
+        for (var d = 0u; d < DQM; d++) {
             let y = elements_of(dq[r][d]);
             for (var e = 0u; e < ELEMENTS; e++) {
                 let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
-                tiles[row * D_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
+                tiles[row * DQ_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
             }
         }
     }
     workgroupBarrier();
-    for (var t = thread; t < ROWS * DQ_COLUMNS * M / 8u; t += THREADS) {
-        let i = row0 + t / (DQ_COLUMNS * M / 8u);
-        let d8 = t % (DQ_COLUMNS * M / 8u);
-        let d = dq0 * M + 8u * d8;
-        if i < row1 && d < HEAD_DIM {
+    for (var n = 0u; n < DQ_MOVES; n++) {
+        let t = thread + n * THREADS;
+        let i = row0 + t / DQ8;
+        let d = dq0 * M + 8u * (t % DQ8);
+        if t < ROWS * DQ8 && i < row1 && d < HEAD_DIM {
             let start = head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row;
-            let place = (i - row0) * D_STRIDE + 2u * d8;
+            let place = t / DQ8 * DQ_STRIDE + 2u * (t % DQ8);
             write_grad_query(start, d, HEAD_DIM, Eight(tiles[place], tiles[place + 1u]));
         }
     }

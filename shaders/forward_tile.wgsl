@@ -131,10 +131,6 @@ fn dot4(q: vec4f, k0: vec4f, k1: vec4f, k2: vec4f, k3: vec4f, acc: vec4f) -> vec
     return fma(vec4f(q.w), vec4f(k0.w, k1.w, k2.w, k3.w), z);
 }
 
-fn sum4(x: vec4f) -> f32 {
-    return (x.x + x.y) + (x.z + x.w);
-}
-
 fn max4(x: vec4f) -> f32 {
     return max(max(x.x, x.y), max(x.z, x.w));
 }

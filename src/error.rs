@@ -40,6 +40,12 @@ pub enum Error {
     /// The softcap is NaN, infinite, zero or negative.
     #[error("softcap is {0}; it must be finite and above 0")]
     Softcap(f32),
+    /// Gradients need lse, from which the backward pass recomputes the probabilities.
+    #[error("lse is not set and gradients are; set both, as Problem::with_gradients does")]
+    GradientsWithoutLse,
+    /// A backward pass of a plan that was made without one.
+    #[error("gradients is None in the plan's problem; plan one made by Problem::with_gradients")]
+    NoGradients,
     /// Two elements of the output would lie in the same place.
     #[error(
         "the layout of {argument} puts two elements in one place; each stride must be at least as large as \

@@ -33,13 +33,22 @@ pub struct ForwardBuffers<'a> {
     pub workspace: Option<BufferBinding<'a>>,
 }
 
-/// A forward pass with its buffers bound, ready to be recorded any number of times.
+/// A forward or backward pass with its buffers bound, ready to be recorded any number of times.
 #[derive(Debug)]
-pub struct BoundForward<'p> {
-    steps: Vec<(&'p Pipeline, wgpu::BindGroup, [u32; 3])>,
+pub struct BoundPass<'p> {
+    pub(crate) steps: Vec<(&'p Pipeline, wgpu::BindGroup, [u32; 3])>,
 }
 
-impl BoundForward<'_> {
+impl BoundPass<'_> {
+    /// Records a compute pass of its own, if there is anything to record.
+    pub(crate) fn encode(&self, encoder: &mut wgpu::CommandEncoder, label: &str) {
+        if !self.steps.is_empty() {
+            let label = Some(label);
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label, timestamp_writes: None });
+            self.record(&mut pass);
+        }
+    }
+
     /// Records the dispatches into the caller's pass. Passes of the same call are ordered by wgpu.
     pub fn record(&self, pass: &mut wgpu::ComputePass<'_>) {
         for (pipeline, group, [x, y, z]) in &self.steps {
@@ -55,27 +64,14 @@ impl Plan {
     ///
     /// On an error nothing has been recorded.
     pub fn forward(&self, encoder: &mut wgpu::CommandEncoder, buffers: &ForwardBuffers<'_>) -> Result<(), Error> {
-        let bound = self.bind_forward(buffers)?;
-        if !bound.steps.is_empty() {
-            let label = Some("wgpu-flash-attention forward");
-            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label, timestamp_writes: None });
-            bound.record(&mut pass);
-        }
+        self.bind_forward(buffers)?.encode(encoder, "wgpu-flash-attention forward");
         Ok(())
     }
 
     /// Checks and binds the buffers, to record into a compute pass of the caller's.
-    pub fn bind_forward(&self, buffers: &ForwardBuffers<'_>) -> Result<BoundForward<'_>, Error> {
+    pub fn bind_forward(&self, buffers: &ForwardBuffers<'_>) -> Result<BoundPass<'_>, Error> {
         let slots = self.check(buffers)?;
-        let Some(uniforms) = &self.uniforms else {
-            return Ok(BoundForward { steps: vec![] });
-        };
-        let mut steps = vec![];
-        for launch in &self.launches {
-            let group = bind_launch(&self.device, launch, uniforms, &slots);
-            steps.push((&*launch.pipeline, group, launch.workgroups));
-        }
-        Ok(BoundForward { steps })
+        Ok(BoundPass { steps: self.forward.bind(&self.device, &slots) })
     }
 
     /// Checks every buffer; returns those that can be bound.
@@ -158,7 +154,10 @@ pub(crate) fn bind_launch(
     let mut entries = vec![BindGroupEntry { binding: 0, resource: BindingResource::Buffer(uniform.clone()) }];
     for &(slot, start, size) in &launch.ranges {
         // The caller gives one workspace.
-        let argument = if slot == Slot::WorkspaceLse { Slot::Workspace } else { slot };
+        let argument = match slot {
+            Slot::WorkspaceLse | Slot::WorkspaceScores => Slot::Workspace,
+            slot => slot,
+        };
         let given = slots.iter().find(|(s, _)| *s == argument).map(|(_, binding)| binding);
         // A tensor without elements is never read; wgpu wants something bound all the same.
         let resource = match (given, wgpu::BufferSize::new(size)) {

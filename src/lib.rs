@@ -44,6 +44,7 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+mod backward;
 mod context;
 #[doc(hidden)]
 pub mod elements;
@@ -59,15 +60,16 @@ pub mod reference;
 pub mod specialize;
 pub mod tune;
 
+pub use backward::BackwardBuffers;
 pub use context::Context;
 pub use elements::{FEATURES as COOPERATIVE_MATRIX_FEATURES, NoElementAccess};
 pub use error::Error;
-pub use forward::{BoundForward, ForwardBuffers};
+pub use forward::{BoundPass, ForwardBuffers};
 pub use host::{Element, HeadlessOptions, HostTensor, SdpaOptions};
 pub use kernel::Kernel;
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};
 pub use plan::{Plan, PlanOptions};
-pub use problem::{Causal, ElementType, Layout, MAX_HEAD_DIM, MAX_SEQLEN, Problem, Shape};
+pub use problem::{Causal, ElementType, Gradients, Layout, MAX_HEAD_DIM, MAX_SEQLEN, Problem, Shape};
 pub use wgpu;
 
 // The README's code compiles, too.

@@ -4,10 +4,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::context::{Context, Pipeline};
+use crate::forward::bind_launch;
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{self, Kernel, Pass, Slot};
 use crate::problem::{Layout, Tensor};
-use crate::tune::{self, CoopTile, DecodeTile, Tile};
+use crate::tune::{self, BackwardTile, CoopTile, DecodeTile, Tile};
 use crate::{ElementType, Error, Problem};
 
 /// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes.
@@ -23,6 +24,10 @@ pub struct PlanOptions {
     pub decode_tile: Option<DecodeTile>,
     /// Into how many splits the decode kernel cuts the keys; `None` takes [`tune::decode_splits`].
     pub splits: Option<u32>,
+    /// The kernel of the backward pass; `None` lets the plan choose.
+    pub backward: Option<Kernel>,
+    /// The tile of the backward pass' tile kernels; `None` takes [`tune::backward_tile`].
+    pub backward_tile: Option<BackwardTile>,
 }
 
 /// How a problem is computed on a device. Made by [`Context::plan`]; used any number of times.
@@ -31,20 +36,47 @@ pub struct PlanOptions {
 pub struct Plan {
     pub(crate) device: wgpu::Device,
     pub(crate) problem: Problem,
-    pub(crate) launches: Vec<Launch>,
-    /// The launches' uniforms; bound in place of keys and values when there are none.
-    pub(crate) uniforms: Option<wgpu::Buffer>,
     pub(crate) offset_alignment: u64,
-    kernel: Kernel,
-    reason: &'static str,
+    pub(crate) forward: Schedule,
+    pub(crate) backward: Option<Schedule>,
     tile: Option<Tile>,
     /// Splits of the keys, for the decode kernel.
     splits: Option<u32>,
     /// Queries and keys of a tile, for kernels that have tiles.
     rows_and_keys: Option<(u32, u32)>,
-    workgroup_bytes: u32,
-    workspace_bytes: u64,
-    parts: usize,
+}
+
+/// What the forward or the backward pass dispatches, and why.
+pub(crate) struct Schedule {
+    pub launches: Vec<Launch>,
+    /// The launches' uniforms; bound in place of keys and values when there are none.
+    pub uniforms: Option<wgpu::Buffer>,
+    pub kernel: Kernel,
+    pub reason: &'static str,
+    pub workgroup_bytes: u32,
+    pub workspace_bytes: u64,
+    pub parts: usize,
+}
+
+/// What a kernel runs for each part of a problem.
+pub(crate) struct Recipe<'a> {
+    pub kernel: Kernel,
+    pub reason: &'static str,
+    pub passes: Vec<Pass>,
+    /// What a part keeps in the workspace, and how many bytes of it.
+    pub workspaces: Box<dyn Fn(&Part) -> Vec<(Slot, u64)> + 'a>,
+    /// How a problem that is too large for one launch may be cut.
+    pub cut: Cut,
+    pub splits: u32,
+}
+
+/// Where a problem may be cut into parts, besides between batch entries.
+#[derive(Clone, Copy)]
+pub(crate) enum Cut {
+    /// Between heads, whole groups while there are several, then between multiples of so many rows.
+    HeadsAndRows(u32),
+    /// Between groups of heads that share a key-value head: their gradients of k and v are one sum.
+    Groups,
 }
 
 /// A box of the problem: what one launch computes.
@@ -69,7 +101,7 @@ impl Part {
     }
 
     /// Two halves: of the batch, else of the heads (whole groups while there are several), else of the rows.
-    fn halves(&self, group: u32, row_unit: u32) -> Option<(Part, Part)> {
+    fn halves(&self, group: u32, cut: Cut) -> Option<(Part, Part)> {
         let middle = |range: &Range<u32>, unit: u32| {
             let units = (range.end - range.start).div_ceil(unit);
             (units > 1).then(|| range.start + units / 2 * unit)
@@ -77,7 +109,14 @@ impl Part {
         let (mut a, mut b) = (self.clone(), self.clone());
         if let Some(m) = middle(&self.batch, 1) {
             (a.batch.end, b.batch.start) = (m, m);
-        } else if let Some(m) = middle(&self.heads, group).or_else(|| middle(&self.heads, 1)) {
+            return Some((a, b));
+        }
+        if let Some(m) = middle(&self.heads, group) {
+            (a.heads.end, b.heads.start) = (m, m);
+            return Some((a, b));
+        }
+        let Cut::HeadsAndRows(row_unit) = cut else { return None };
+        if let Some(m) = middle(&self.heads, 1) {
             (a.heads.end, b.heads.start) = (m, m);
         } else {
             let m = middle(&self.rows, row_unit)?;
@@ -157,28 +196,39 @@ fn end_of(ranges: &[(Slot, u64, u64)]) -> u64 {
 }
 
 /// What a part binds, and what it is told.
-fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds) -> (Ranges, ProblemUniform) {
+fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backward: bool) -> (Ranges, ProblemUniform) {
     let shape = &problem.shape;
     let group = shape.group();
     let heads_kv = part.heads.start / group..(part.heads.end - 1) / group + 1;
     let keys = 0..shape.seqlen_k;
     let bytes = problem.element_type.bytes();
-    let rows = || [part.batch.clone(), part.heads.clone(), part.rows.clone()];
-    let keys_of = || [part.batch.clone(), heads_kv.clone(), keys.clone()];
     let mut uniform = ProblemUniform::of(problem);
     let mut ranges = vec![];
-    let mut add = |slot, layout: &Layout, of, dim, bytes| {
+    let mut add = |slot, layout: &Layout, of_keys: bool, dim, bytes| {
+        let of = match of_keys {
+            true => [part.batch.clone(), heads_kv.clone(), keys.clone()],
+            false => [part.batch.clone(), part.heads.clone(), part.rows.clone()],
+        };
         let (start, size, tensor) = tensor_range(layout, of, dim, bytes, bounds);
         ranges.push((slot, start, size));
         tensor
     };
-    uniform.query = add(Slot::Query, problem.layout(Tensor::Query), rows(), shape.head_dim, bytes);
-    uniform.key = add(Slot::Key, problem.layout(Tensor::Key), keys_of(), shape.head_dim, bytes);
-    uniform.value = add(Slot::Value, problem.layout(Tensor::Value), keys_of(), shape.head_dim_v, bytes);
-    uniform.out = add(Slot::Out, problem.layout(Tensor::Out), rows(), shape.head_dim_v, bytes);
+    uniform.query = add(Slot::Query, &problem.query, false, shape.head_dim, bytes);
+    uniform.key = add(Slot::Key, &problem.key, true, shape.head_dim, bytes);
+    uniform.value = add(Slot::Value, &problem.value, true, shape.head_dim_v, bytes);
+    uniform.out = add(Slot::Out, &problem.out, false, shape.head_dim_v, bytes);
+    let of_lse = Layout::bhnd(shape.heads_q, shape.seqlen_q, 1);
     if problem.lse {
-        let layout = Layout::bhnd(shape.heads_q, shape.seqlen_q, 1);
-        uniform.lse = add(Slot::Lse, &layout, rows(), 1, 4);
+        uniform.lse = add(Slot::Lse, &of_lse, false, 1, 4);
+    }
+    if let Some(gradients) = problem.gradients.filter(|_| backward) {
+        uniform.grad_out = add(Slot::GradOut, &gradients.out, false, shape.head_dim_v, bytes);
+        uniform.grad_query = add(Slot::GradQuery, &gradients.query, false, shape.head_dim, bytes);
+        uniform.grad_key = add(Slot::GradKey, &gradients.key, true, shape.head_dim, bytes);
+        uniform.grad_value = add(Slot::GradValue, &gradients.value, true, shape.head_dim_v, bytes);
+        if gradients.lse {
+            add(Slot::GradLse, &of_lse, false, 1, 4);
+        }
     }
     if problem.seqlens_k {
         ranges.push((Slot::SeqlensK, 0, shape.batch as u64 * 4));
@@ -191,30 +241,114 @@ fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds) -> (Ranges, Proble
     (ranges, uniform)
 }
 
-/// Cuts the problem until each part fits into the device's bindings and dispatches.
+impl Schedule {
+    /// Nothing to dispatch yet, or at all.
+    fn empty(recipe: &Recipe<'_>) -> Self {
+        Schedule {
+            launches: vec![],
+            uniforms: None,
+            kernel: recipe.kernel,
+            reason: recipe.reason,
+            workgroup_bytes: recipe.passes.iter().map(|pass| pass.workgroup_bytes).max().unwrap_or(0),
+            workspace_bytes: 0,
+            parts: 0,
+        }
+    }
+
+    /// Cuts the problem into parts that fit the device, builds the pipelines, and says what each launch binds.
+    fn new(context: &Context, problem: &Problem, recipe: &Recipe<'_>, backward: bool) -> Result<Self, Error> {
+        let limits = context.limits();
+        let mut schedule = Schedule::empty(recipe);
+        check_limits(recipe.kernel, &recipe.passes, limits)?;
+        if if backward { problem.has_no_gradients() } else { problem.is_empty() } {
+            return Ok(schedule);
+        }
+        let bounds = Bounds::of(limits);
+        // What lies in the workspace, one after the other at aligned places.
+        let workspace = |part: &Part| -> Ranges {
+            let mut end = 0u64;
+            let place = |(slot, bytes): (Slot, u64)| {
+                let start = end.saturating_add(bounds.alignment - 1) / bounds.alignment * bounds.alignment;
+                end = start.saturating_add(bytes);
+                (slot, start, bytes)
+            };
+            (recipe.workspaces)(part).into_iter().map(place).collect()
+        };
+        let bind = |part: &Part| {
+            let (mut ranges, uniform) = bind_part(problem, part, &bounds, backward);
+            ranges.extend(workspace(part));
+            (ranges, uniform)
+        };
+        let parts = split(problem, recipe, &|part| bind(part).0, &|part| end_of(&workspace(part)), &bounds)?;
+        schedule.workspace_bytes = parts.iter().map(|part| end_of(&workspace(part))).max().unwrap_or(0);
+        schedule.parts = parts.len();
+        let pipelines = recipe.passes.iter().map(|pass| context.pipeline(pass)).collect::<Result<Vec<_>, _>>()?;
+
+        let uniform_bytes = size_of::<ProblemUniform>() as u64;
+        let uniform_step = uniform_bytes.next_multiple_of(limits.min_uniform_buffer_offset_alignment as u64);
+        let mut uniforms = vec![0u8; uniform_step as usize * parts.len()];
+        for (n, part) in parts.iter().enumerate() {
+            let (ranges, mut uniform) = bind(part);
+            uniform.splits = recipe.splits;
+            uniform.split_rows = kernel::decode::rows(part) as u32;
+            let uniform_offset = n as u64 * uniform_step;
+            uniforms[uniform_offset as usize..][..uniform_bytes as usize].copy_from_slice(bytemuck::bytes_of(&uniform));
+            for (pass, pipeline) in recipe.passes.iter().zip(&pipelines) {
+                // split() has shown that each is at most a u32 limit.
+                let workgroups = (pass.workgroups)(part).map(|n| n as u32);
+                // Without keys, say, there are no gradients of keys.
+                if workgroups.contains(&0) {
+                    continue;
+                }
+                let bound = |slot| ranges.iter().copied().find(|&(s, _, _)| s == slot);
+                schedule.launches.push(Launch {
+                    pipeline: pipeline.clone(),
+                    ranges: pass.bindings.iter().filter_map(|&(slot, _)| bound(slot)).collect(),
+                    uniform_offset,
+                    workgroups,
+                });
+            }
+        }
+        schedule.uniforms = Some(uniform_buffer(context.device(), &uniforms));
+        Ok(schedule)
+    }
+
+    /// Binds the buffers of every launch.
+    pub(crate) fn bind<'p>(
+        &'p self,
+        device: &wgpu::Device,
+        slots: &[(Slot, &wgpu::BufferBinding<'_>)],
+    ) -> Vec<(&'p Pipeline, wgpu::BindGroup, [u32; 3])> {
+        let bind = |launch: &'p Launch| {
+            let uniforms = self.uniforms.as_ref()?;
+            Some((&*launch.pipeline, bind_launch(device, launch, uniforms, slots), launch.workgroups))
+        };
+        self.launches.iter().filter_map(bind).collect()
+    }
+}
+
+/// Cuts the problem until each part fits into the device's bindings and dispatches. `ranges` are those that a part binds, and
+/// `workspace` is the size of its workspace.
 fn split(
     problem: &Problem,
-    kernel: Kernel,
-    passes: &[Pass],
-    workspace: &dyn Fn(&Part) -> Ranges,
-    row_unit: u32,
+    recipe: &Recipe<'_>,
+    ranges: &dyn Fn(&Part) -> Ranges,
+    workspace: &dyn Fn(&Part) -> u64,
     bounds: &Bounds,
 ) -> Result<Vec<Part>, Error> {
     let shape = &problem.shape;
+    let kernel = recipe.kernel;
     let fits = |part: &Part| {
-        let (mut ranges, _) = bind_part(problem, part, bounds);
-        let workspace = workspace(part);
-        let total = end_of(&workspace);
-        ranges.extend(workspace);
-        for (slot, _, size) in ranges {
+        for (slot, _, size) in ranges(part) {
             if size > bounds.binding {
                 return Err(Error::BindingTooLarge { argument: slot.name(), bytes: size, limit: bounds.binding });
             }
         }
+        let total = workspace(part);
         if total > bounds.buffer {
             return Err(Error::BindingTooLarge { argument: "workspace", bytes: total, limit: bounds.buffer });
         }
-        let most = passes.iter().flat_map(|pass| (pass.workgroups)(part)).max().unwrap_or(0);
+        let most = recipe.passes.iter().flat_map(|pass| (pass.workgroups)(part)).max().unwrap_or(0);
         if most > bounds.workgroups {
             let limit = "max_compute_workgroups_per_dimension";
             return Err(Error::DeviceLimit { kernel, limit, needed: most, found: bounds.workgroups });
@@ -227,7 +361,7 @@ fn split(
         match fits(&part) {
             Ok(()) => done.push(part),
             Err(error) => {
-                let (a, b) = part.halves(shape.group(), row_unit).ok_or(error)?;
+                let (a, b) = part.halves(shape.group(), recipe.cut).ok_or(error)?;
                 open.extend([b, a]);
             }
         }
@@ -318,78 +452,42 @@ impl Plan {
                 vec![kernel::forward_tile::pass(problem, chosen)]
             }
         };
-        check_limits(kernel, &passes, limits)?;
-
-        let bounds = Bounds::of(limits);
-        // What lies in the workspace, one after the other at aligned places.
-        let workspaces = |part: &Part| match kernel {
-            Kernel::Naive => vec![(Slot::Workspace, kernel::naive::workspace_bytes(problem, part))],
-            Kernel::Decode => {
-                let (out, lse) = kernel::decode::workspace_bytes(problem, part, splits.unwrap_or(1));
-                vec![(Slot::Workspace, out), (Slot::WorkspaceLse, lse)]
-            }
-            Kernel::Coop | Kernel::Tile => vec![],
-        };
-        let workspace = |part: &Part| -> Ranges {
-            let mut end = 0u64;
-            let place = |(slot, bytes): (Slot, u64)| {
-                let start = end.saturating_add(bounds.alignment - 1) / bounds.alignment * bounds.alignment;
-                end = start.saturating_add(bytes);
-                (slot, start, bytes)
-            };
-            workspaces(part).into_iter().map(place).collect()
-        };
-        let mut plan = Plan {
-            device: context.device().clone(),
-            problem: problem.clone(),
-            launches: vec![],
-            uniforms: None,
-            offset_alignment: limits.min_storage_buffer_offset_alignment as u64,
-            kernel,
-            reason,
-            tile,
-            splits,
-            rows_and_keys,
-            workgroup_bytes: passes.iter().map(|pass| pass.workgroup_bytes).max().unwrap_or(0),
-            workspace_bytes: 0,
-            parts: 0,
-        };
-        if problem.is_empty() {
-            return Ok(plan);
-        }
         // The naive kernel keeps all scores of a head at once, as people write it.
         let row_unit = match kernel {
             Kernel::Decode => 1,
             _ => rows_and_keys.map_or(shape.seqlen_q, |(rows, _)| rows),
         };
-        let parts = split(problem, kernel, &passes, &workspace, row_unit, &bounds)?;
-        plan.workspace_bytes = parts.iter().map(|part| end_of(&workspace(part))).max().unwrap_or(0);
-        plan.parts = parts.len();
-        let pipelines = passes.iter().map(|pass| context.pipeline(pass)).collect::<Result<Vec<_>, _>>()?;
-
-        let uniform_bytes = size_of::<ProblemUniform>() as u64;
-        let uniform_step = uniform_bytes.next_multiple_of(limits.min_uniform_buffer_offset_alignment as u64);
-        let mut uniforms = vec![0u8; uniform_step as usize * parts.len()];
-        for (n, part) in parts.iter().enumerate() {
-            let (mut ranges, mut uniform) = bind_part(problem, part, &bounds);
-            ranges.extend(workspace(part));
-            uniform.splits = splits.unwrap_or(0);
-            uniform.split_rows = kernel::decode::rows(part) as u32;
-            let uniform_offset = n as u64 * uniform_step;
-            uniforms[uniform_offset as usize..][..uniform_bytes as usize].copy_from_slice(bytemuck::bytes_of(&uniform));
-            for (pass, pipeline) in passes.iter().zip(&pipelines) {
-                let bound = |slot| ranges.iter().copied().find(|&(s, _, _)| s == slot);
-                plan.launches.push(Launch {
-                    pipeline: pipeline.clone(),
-                    ranges: pass.bindings.iter().filter_map(|&(slot, _)| bound(slot)).collect(),
-                    uniform_offset,
-                    // split() has shown that each is at most a u32 limit.
-                    workgroups: (pass.workgroups)(part).map(|n| n as u32),
-                });
+        let forward = Recipe {
+            kernel,
+            reason,
+            passes,
+            workspaces: Box::new(|part: &Part| match kernel {
+                Kernel::Naive => vec![(Slot::Workspace, kernel::naive::workspace_bytes(problem, part))],
+                Kernel::Decode => {
+                    let (out, lse) = kernel::decode::workspace_bytes(problem, part, splits.unwrap_or(1));
+                    vec![(Slot::Workspace, out), (Slot::WorkspaceLse, lse)]
+                }
+                Kernel::Coop | Kernel::Tile => vec![],
+            }),
+            cut: Cut::HeadsAndRows(row_unit),
+            splits: splits.unwrap_or(0),
+        };
+        let backward = match problem.gradients {
+            Some(_) => {
+                Some(Schedule::new(context, problem, &crate::backward::recipe(context, problem, options)?, true)?)
             }
-        }
-        plan.uniforms = Some(uniform_buffer(&plan.device, &uniforms));
-        Ok(plan)
+            None => None,
+        };
+        Ok(Plan {
+            device: context.device().clone(),
+            problem: problem.clone(),
+            offset_alignment: limits.min_storage_buffer_offset_alignment as u64,
+            forward: Schedule::new(context, problem, &forward, false)?,
+            backward,
+            tile,
+            splits,
+            rows_and_keys,
+        })
     }
 
     /// The problem that this plan computes.
@@ -397,9 +495,14 @@ impl Plan {
         &self.problem
     }
 
-    /// The kernel in use.
+    /// The kernel of the forward pass.
     pub fn kernel(&self) -> Kernel {
-        self.kernel
+        self.forward.kernel
+    }
+
+    /// The kernel of the backward pass; `None` for a problem without gradients.
+    pub fn backward_kernel(&self) -> Option<Kernel> {
+        self.backward.as_ref().map(|schedule| schedule.kernel)
     }
 
     /// The tile kernel's tile; `None` for another kernel.
@@ -409,16 +512,31 @@ impl Plan {
 
     /// Bytes of the buffer that [`ForwardBuffers::workspace`](crate::ForwardBuffers::workspace) needs; 0 if none.
     pub fn workspace_bytes(&self) -> u64 {
-        self.workspace_bytes
+        self.forward.workspace_bytes
+    }
+
+    /// Bytes of the buffer that [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace) needs: 8 for each row, more
+    /// for the naive kernel. 0 for a problem without gradients.
+    pub fn backward_workspace_bytes(&self) -> u64 {
+        self.backward.as_ref().map_or(0, |schedule| schedule.workspace_bytes)
     }
 
     /// A buffer for [`ForwardBuffers::workspace`](crate::ForwardBuffers::workspace), or `None` if the plan needs none.
     /// Its contents need not be kept between calls; calls that may run at the same time need one each.
     pub fn create_workspace(&self) -> Option<wgpu::Buffer> {
-        (self.workspace_bytes > 0).then(|| {
+        self.workspace_of(self.workspace_bytes())
+    }
+
+    /// The same for [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace).
+    pub fn create_backward_workspace(&self) -> Option<wgpu::Buffer> {
+        self.workspace_of(self.backward_workspace_bytes())
+    }
+
+    fn workspace_of(&self, size: u64) -> Option<wgpu::Buffer> {
+        (size > 0).then(|| {
             self.device.create_buffer(&wgpu::BufferDescriptor {
                 label: Some("wgpu-flash-attention workspace"),
-                size: self.workspace_bytes,
+                size,
                 usage: wgpu::BufferUsages::STORAGE,
                 mapped_at_creation: false,
             })
@@ -429,7 +547,7 @@ impl Plan {
     /// loaded, outputs, and scores where they are stored.
     pub fn bytes_moved(&self) -> u64 {
         match self.rows_and_keys {
-            Some((rows, _)) if self.kernel == Kernel::Decode => self.decode_bytes_moved(rows),
+            Some((rows, _)) if self.kernel() == Kernel::Decode => self.decode_bytes_moved(rows),
             Some((rows, keys)) => self.tile_bytes_moved(rows, keys),
             None => self.materialized_bytes(),
         }
@@ -503,7 +621,7 @@ impl std::fmt::Display for Plan {
             "{} forward: batch {}, {} query heads on {} key-value heads, {} queries, {} keys, head dim {} and {}",
             p.element_type, s.batch, s.heads_q, s.heads_kv, s.seqlen_q, s.seqlen_k, s.head_dim, s.head_dim_v
         )?;
-        writeln!(f, "kernel: {} ({})", self.kernel, self.reason)?;
+        writeln!(f, "kernel: {} ({})", self.forward.kernel, self.forward.reason)?;
         if let Some(t) = self.tile {
             writeln!(
                 f,
@@ -521,8 +639,25 @@ impl std::fmt::Display for Plan {
         if let Some(splits) = self.splits {
             writeln!(f, "splits of the keys: {splits}")?;
         }
-        let vector = if self.kernel == Kernel::Coop { 8 } else { 4 };
-        writeln!(f, "access: {}", if p.is_aligned(vector) { "whole vectors" } else { "element by element" })?;
+        let vector = if self.kernel() == Kernel::Coop { 8 } else { 4 };
+        let aligned = p.is_aligned(&Tensor::FORWARD, vector);
+        writeln!(f, "access: {}", if aligned { "whole vectors" } else { "element by element" })?;
+        writeln!(f, "{}", self.forward)?;
+        write!(
+            f,
+            "memory traffic: {}; with the scores in memory it would be {}",
+            Bytes(self.bytes_moved()),
+            Bytes(self.materialized_bytes())
+        )?;
+        if let Some(backward) = &self.backward {
+            write!(f, "\nbackward kernel: {} ({})\n{backward}", backward.kernel, backward.reason)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::fmt::Display for Schedule {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         writeln!(f, "workgroup memory: {}", Bytes(self.workgroup_bytes as u64))?;
         let workgroups: u64 =
             self.launches.iter().map(|l| l.workgroups.iter().map(|&n| n as u64).product::<u64>()).sum();
@@ -532,13 +667,7 @@ impl std::fmt::Display for Plan {
             self.launches.len(),
             self.parts
         )?;
-        writeln!(f, "workspace: {}", Bytes(self.workspace_bytes))?;
-        write!(
-            f,
-            "memory traffic: {}; with the scores in memory it would be {}",
-            Bytes(self.bytes_moved()),
-            Bytes(self.materialized_bytes())
-        )
+        write!(f, "workspace: {}", Bytes(self.workspace_bytes))
     }
 }
 
@@ -546,9 +675,10 @@ impl std::fmt::Debug for Plan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Plan")
             .field("problem", &self.problem)
-            .field("kernel", &self.kernel)
+            .field("kernel", &self.kernel())
             .field("tile", &self.tile)
-            .field("workspace_bytes", &self.workspace_bytes)
+            .field("workspace_bytes", &self.workspace_bytes())
+            .field("backward_kernel", &self.backward_kernel())
             .finish_non_exhaustive()
     }
 }

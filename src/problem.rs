@@ -84,26 +84,42 @@ impl Shape {
 
     fn dims(&self, tensor: Tensor) -> [u32; 4] {
         let (heads, rows, dim) = match tensor {
-            Tensor::Query => (self.heads_q, self.seqlen_q, self.head_dim),
-            Tensor::Key => (self.heads_kv, self.seqlen_k, self.head_dim),
-            Tensor::Value => (self.heads_kv, self.seqlen_k, self.head_dim_v),
-            Tensor::Out => (self.heads_q, self.seqlen_q, self.head_dim_v),
+            Tensor::Query | Tensor::GradQuery => (self.heads_q, self.seqlen_q, self.head_dim),
+            Tensor::Key | Tensor::GradKey => (self.heads_kv, self.seqlen_k, self.head_dim),
+            Tensor::Value | Tensor::GradValue => (self.heads_kv, self.seqlen_k, self.head_dim_v),
+            Tensor::Out | Tensor::GradOut => (self.heads_q, self.seqlen_q, self.head_dim_v),
         };
         [self.batch, heads, rows, dim]
     }
 }
 
-/// The four tensors that have a [`Layout`].
+/// The tensors that have a [`Layout`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Tensor {
     Query,
     Key,
     Value,
     Out,
+    GradOut,
+    GradQuery,
+    GradKey,
+    GradValue,
 }
 
 impl Tensor {
-    pub(crate) const ALL: [Tensor; 4] = [Tensor::Query, Tensor::Key, Tensor::Value, Tensor::Out];
+    /// Those of a forward pass.
+    pub(crate) const FORWARD: [Tensor; 4] = [Tensor::Query, Tensor::Key, Tensor::Value, Tensor::Out];
+    /// Those of a backward pass.
+    pub(crate) const BACKWARD: [Tensor; 8] = [
+        Tensor::Query,
+        Tensor::Key,
+        Tensor::Value,
+        Tensor::Out,
+        Tensor::GradOut,
+        Tensor::GradQuery,
+        Tensor::GradKey,
+        Tensor::GradValue,
+    ];
 
     pub(crate) const fn name(self) -> &'static str {
         match self {
@@ -111,6 +127,10 @@ impl Tensor {
             Tensor::Key => "key",
             Tensor::Value => "value",
             Tensor::Out => "out",
+            Tensor::GradOut => "grad_out",
+            Tensor::GradQuery => "grad_query",
+            Tensor::GradKey => "grad_key",
+            Tensor::GradValue => "grad_value",
         }
     }
 }
@@ -192,6 +212,24 @@ pub enum Causal {
     TopLeft,
 }
 
+/// What the backward pass is given and gives beyond the forward pass' tensors. Gradients have the shapes of what they are
+/// the gradients of, and the problem's element type; sums are f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gradients {
+    /// Layout of the gradient of o, which is given.
+    pub out: Layout,
+    /// Layout of the gradient of q; no two elements may share a place, here and in the next two.
+    pub query: Layout,
+    /// Layout of the gradient of k, summed over the query heads that share a key-value head.
+    pub key: Layout,
+    /// Layout of the gradient of v, summed likewise.
+    pub value: Layout,
+    /// Whether a gradient of lse is given too, f32 `[batch, heads_q, seqlen_q]`, contiguous: for losses that use lse.
+    pub lse: bool,
+    /// Whether the gradients of q, k and v are added to what their buffers hold instead of written over it.
+    pub accumulate: bool,
+}
+
 /// One attention problem. Build it with [`Problem::new`] and the methods that follow; the fields are public
 /// to be read and set alike.
 #[derive(Clone, Debug, PartialEq)]
@@ -224,6 +262,8 @@ pub struct Problem {
     pub value: Layout,
     /// Layout of o; no two elements may share a place.
     pub out: Layout,
+    /// What is needed for [`Plan::backward`](crate::Plan::backward); `None` plans the forward pass alone.
+    pub gradients: Option<Gradients>,
 }
 
 impl Problem {
@@ -244,6 +284,7 @@ impl Problem {
             key: Layout::bhnd(s.heads_kv, s.seqlen_k, s.head_dim),
             value: Layout::bhnd(s.heads_kv, s.seqlen_k, s.head_dim_v),
             out: Layout::bhnd(s.heads_q, s.seqlen_q, s.head_dim_v),
+            gradients: None,
         }
     }
 
@@ -254,6 +295,9 @@ impl Problem {
         self.key = Layout::bnhd(s.heads_kv, s.seqlen_k, s.head_dim);
         self.value = Layout::bnhd(s.heads_kv, s.seqlen_k, s.head_dim_v);
         self.out = Layout::bnhd(s.heads_q, s.seqlen_q, s.head_dim_v);
+        if self.gradients.is_some() {
+            self = self.with_gradients();
+        }
         self
     }
 
@@ -294,6 +338,21 @@ impl Problem {
         self
     }
 
+    /// Plans the backward pass too: lse is written, and each gradient has the layout of what it is the gradient of. Where
+    /// that puts elements in one place (a key that all heads share, say), set the field to another layout.
+    pub const fn with_gradients(mut self) -> Self {
+        self.lse = true;
+        self.gradients = Some(Gradients {
+            out: self.out,
+            query: self.query,
+            key: self.key,
+            value: self.value,
+            lse: false,
+            accumulate: false,
+        });
+        self
+    }
+
     /// The factor in use.
     pub fn effective_scale(&self) -> f32 {
         self.scale.unwrap_or_else(|| (1.0 / (self.shape.head_dim as f64).sqrt()) as f32)
@@ -305,6 +364,12 @@ impl Problem {
         let s = &self.shape;
         let full = 2.0 * s.rows() as f64 * s.seqlen_k as f64 * (s.head_dim + s.head_dim_v) as f64;
         if self.causal.is_some() { full / 2.0 } else { full }
+    }
+
+    /// Floating-point operations of the backward pass as they are usually counted: 2.5 times those of the forward pass, five
+    /// products for two.
+    pub fn backward_flops(&self) -> f64 {
+        2.5 * self.forward_flops()
     }
 
     /// Checks everything that does not depend on a device or a buffer.
@@ -329,30 +394,46 @@ impl Problem {
         if let Some(softcap) = self.softcap.filter(|x| !(x.is_finite() && *x > 0.0)) {
             return Err(Error::Softcap(softcap));
         }
-        for tensor in Tensor::ALL {
-            let end = self.layout(tensor).end(s.dims(tensor));
+        if self.gradients.is_some() && !self.lse {
+            return Err(Error::GradientsWithoutLse);
+        }
+        for tensor in Tensor::BACKWARD {
+            let Some(layout) = self.layout(tensor) else { continue };
+            let end = layout.end(s.dims(tensor));
             if end.and_then(|n| n.checked_mul(8)).is_none() {
                 return Err(Error::LayoutOverflow { argument: tensor.name() });
             }
-        }
-        if self.out.overlaps_itself(s.dims(Tensor::Out)) {
-            return Err(Error::OutputOverlap { argument: "out" });
+            let is_output = !matches!(tensor, Tensor::Query | Tensor::Key | Tensor::Value | Tensor::GradOut);
+            if is_output && layout.overlaps_itself(s.dims(tensor)) {
+                return Err(Error::OutputOverlap { argument: tensor.name() });
+            }
         }
         Ok(())
     }
 
-    pub(crate) fn layout(&self, tensor: Tensor) -> &Layout {
+    /// A tensor's layout; `None` for a gradient that the problem does without.
+    pub(crate) fn layout(&self, tensor: Tensor) -> Option<&Layout> {
+        let gradients = self.gradients.as_ref();
         match tensor {
-            Tensor::Query => &self.query,
-            Tensor::Key => &self.key,
-            Tensor::Value => &self.value,
-            Tensor::Out => &self.out,
+            Tensor::Query => Some(&self.query),
+            Tensor::Key => Some(&self.key),
+            Tensor::Value => Some(&self.value),
+            Tensor::Out => Some(&self.out),
+            Tensor::GradOut => gradients.map(|g| &g.out),
+            Tensor::GradQuery => gradients.map(|g| &g.query),
+            Tensor::GradKey => gradients.map(|g| &g.key),
+            Tensor::GradValue => gradients.map(|g| &g.value),
         }
     }
 
-    /// Whether nothing is to be written.
+    /// Whether the forward pass has nothing to write.
     pub(crate) fn is_empty(&self) -> bool {
         self.shape.rows() == 0
+    }
+
+    /// Whether the backward pass has nothing to write.
+    pub(crate) fn has_no_gradients(&self) -> bool {
+        self.shape.batch == 0 || (self.shape.seqlen_q == 0 && self.shape.seqlen_k == 0)
     }
 
     /// Bytes from the start of the binding to the end of the tensor, 0 for a tensor without elements.
@@ -362,15 +443,14 @@ impl Problem {
             return 0;
         }
         // validate() has shown that this does not overflow.
-        self.layout(tensor).end(dims).unwrap_or(u64::MAX / 8) * self.element_type.bytes()
+        self.layout(tensor).map_or(0, |layout| layout.end(dims).unwrap_or(u64::MAX / 8) * self.element_type.bytes())
     }
 
-    /// Whether all four tensors can be read and written in groups of so many elements.
-    pub(crate) fn is_aligned(&self, elements: u32) -> bool {
+    /// Whether all of these tensors can be read and written in groups of so many elements.
+    pub(crate) fn is_aligned(&self, tensors: &[Tensor], elements: u32) -> bool {
         let s = &self.shape;
-        s.head_dim.is_multiple_of(elements)
-            && s.head_dim_v.is_multiple_of(elements)
-            && Tensor::ALL.iter().all(|&t| self.layout(t).is_aligned(s.dims(t), elements.into()))
+        let aligned = |&t: &Tensor| self.layout(t).is_none_or(|layout| layout.is_aligned(s.dims(t), elements.into()));
+        s.head_dim.is_multiple_of(elements) && s.head_dim_v.is_multiple_of(elements) && tensors.iter().all(aligned)
     }
 
     /// Keys that some query may see when all are valid.

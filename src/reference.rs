@@ -26,16 +26,11 @@ pub fn forward<T: Copy + Into<f64>>(
     value: &[T],
     seqlens_k: Option<&[i32]>,
 ) -> Forward {
-    let s = &problem.shape;
     let mut result = Forward { out: vec![], lse: vec![] };
-    for b in 0..s.batch {
-        for h in 0..s.heads_q {
-            for i in 0..s.seqlen_q {
-                let (out, lse) = forward_row(problem, query, key, value, seqlens_k, [b, h, i]);
-                result.out.extend(out);
-                result.lse.push(lse);
-            }
-        }
+    for (b, h, i) in rows(problem) {
+        let (out, lse) = forward_row(problem, query, key, value, seqlens_k, [b, h, i]);
+        result.out.extend(out);
+        result.lse.push(lse);
     }
     result
 }
@@ -54,7 +49,7 @@ pub fn forward_row<T: Copy + Into<f64>>(
 ) -> (Vec<f64>, f64) {
     let s = &problem.shape;
     let (d, dv) = (s.head_dim as usize, s.head_dim_v as usize);
-    let keys = seqlens_k.map_or(s.seqlen_k, |lengths| lengths[b as usize].clamp(0, s.seqlen_k as i32) as u32);
+    let keys = valid_keys(problem, seqlens_k, b);
     let row = |n: u32, heads: u32, head: u32, position: u32| {
         (b as usize * heads as usize + head as usize) * n as usize + position as usize
     };
@@ -66,8 +61,7 @@ pub fn forward_row<T: Copy + Into<f64>>(
     for j in 0..s.seqlen_k {
         if keep(problem, keys, i, j) {
             let k = &key[row(s.seqlen_k, s.heads_kv, head_kv, j) * d..][..d];
-            let dot: f64 = q.iter().zip(k).map(|(&x, &y)| x.into() * y.into()).sum();
-            scores.push((j, score(problem, dot)));
+            scores.push((j, score(problem, dot(q, k))));
         }
     }
     if scores.is_empty() {
@@ -86,10 +80,140 @@ pub fn forward_row<T: Copy + Into<f64>>(
     (out, max + sum.ln())
 }
 
+/// What the backward pass computes: the gradients of a loss in q, k and v.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Backward {
+    /// dq `[batch, heads_q, seqlen_q, head_dim]`.
+    pub query: Vec<f64>,
+    /// dk `[batch, heads_kv, seqlen_k, head_dim]`, summed over the query heads that share a key-value head.
+    pub key: Vec<f64>,
+    /// dv `[batch, heads_kv, seqlen_k, head_dim_v]`, summed likewise.
+    pub value: Vec<f64>,
+}
+
+/// Gradients from that of o and, if the loss uses lse, that of lse. With `s = score(q·k)` and `p = exp(s − lse)`
+/// (FlashAttention, Dao et al. 2022, section B.2):
+///
+/// ```text
+/// dp_ij = do_i · v_j,   delta_i = Σ_j p_ij dp_ij − dlse_i,   ds_ij = p_ij (dp_ij − delta_i)
+/// dv_j = Σ_i p_ij do_i,   dq_i = Σ_j score'_ij ds_ij k_j,   dk_j = Σ_i score'_ij ds_ij q_i
+/// ```
+///
+/// `grad_out` is `[batch, heads_q, seqlen_q, head_dim_v]`, `grad_lse` `[batch, heads_q, seqlen_q]`. Whether the problem says
+/// that gradients accumulate makes no difference here.
+///
+/// # Panics
+/// If a slice is shorter than the problem's shape says.
+pub fn backward<T: Copy + Into<f64>>(
+    problem: &Problem,
+    [query, key, value, grad_out]: [&[T]; 4],
+    grad_lse: Option<&[f32]>,
+    seqlens_k: Option<&[i32]>,
+) -> Backward {
+    let s = &problem.shape;
+    let (d, dv) = (s.head_dim as usize, s.head_dim_v as usize);
+    let keys = s.batch as usize * s.heads_kv as usize * s.seqlen_k as usize;
+    let mut result =
+        Backward { query: vec![0.0; s.rows() as usize * d], key: vec![0.0; keys * d], value: vec![0.0; keys * dv] };
+    for (n, (b, h, i)) in rows(problem).enumerate() {
+        let q = &query[n * d..][..d];
+        let grad = &grad_out[n * dv..][..dv];
+        for pair in row_gradients(problem, [query, key, value, grad_out], grad_lse, seqlens_k, [b, h, i]) {
+            let m =
+                (b as usize * s.heads_kv as usize + (h / s.group()) as usize) * s.seqlen_k as usize + pair.j as usize;
+            add(&mut result.query[n * d..][..d], pair.ddot, &key[m * d..][..d]);
+            add(&mut result.key[m * d..][..d], pair.ddot, q);
+            add(&mut result.value[m * dv..][..dv], pair.p, grad);
+        }
+    }
+    result
+}
+
+/// One row of dq, at batch entry, query head and position `[b, h, i]`; otherwise as [`backward`].
+///
+/// # Panics
+/// If a slice is shorter than the problem's shape says.
+pub fn backward_query_row<T: Copy + Into<f64>>(
+    problem: &Problem,
+    [query, key, value, grad_out]: [&[T]; 4],
+    grad_lse: Option<&[f32]>,
+    seqlens_k: Option<&[i32]>,
+    [b, h, i]: [u32; 3],
+) -> Vec<f64> {
+    let s = &problem.shape;
+    let d = s.head_dim as usize;
+    let mut dq = vec![0.0; d];
+    for pair in row_gradients(problem, [query, key, value, grad_out], grad_lse, seqlens_k, [b, h, i]) {
+        let m = (b as usize * s.heads_kv as usize + (h / s.group()) as usize) * s.seqlen_k as usize + pair.j as usize;
+        add(&mut dq, pair.ddot, &key[m * d..][..d]);
+    }
+    dq
+}
+
+/// What a query and a key that it sees have in common.
+struct Pair {
+    j: u32,
+    p: f64,
+    /// The loss' gradient in q·k.
+    ddot: f64,
+}
+
+/// The pairs of one row.
+fn row_gradients<T: Copy + Into<f64>>(
+    problem: &Problem,
+    [query, key, value, grad_out]: [&[T]; 4],
+    grad_lse: Option<&[f32]>,
+    seqlens_k: Option<&[i32]>,
+    [b, h, i]: [u32; 3],
+) -> Vec<Pair> {
+    let s = &problem.shape;
+    let (d, dv) = (s.head_dim as usize, s.head_dim_v as usize);
+    let (_, lse) = forward_row(problem, query, key, value, seqlens_k, [b, h, i]);
+    let keys = valid_keys(problem, seqlens_k, b);
+    let n = (b as usize * s.heads_q as usize + h as usize) * s.seqlen_q as usize + i as usize;
+    let m = |j: u32| (b as usize * s.heads_kv as usize + (h / s.group()) as usize) * s.seqlen_k as usize + j as usize;
+    let seen = (0..s.seqlen_k).filter(|&j| keep(problem, keys, i, j));
+    // p and dp; then ds, which needs their sum.
+    let all: Vec<(u32, f64, f64, f64)> = seen
+        .map(|j| {
+            let product = dot(&query[n * d..][..d], &key[m(j) * d..][..d]);
+            let p = (score(problem, product) - lse).exp();
+            (j, p, dot(&grad_out[n * dv..][..dv], &value[m(j) * dv..][..dv]), score_slope(problem, product))
+        })
+        .collect();
+    let delta = all.iter().map(|(_, p, dp, _)| p * dp).sum::<f64>() - grad_lse.map_or(0.0, |grad| grad[n] as f64);
+    all.into_iter().map(|(j, p, dp, slope)| Pair { j, p, ddot: p * (dp - delta) * slope }).collect()
+}
+
+fn rows(problem: &Problem) -> impl Iterator<Item = (u32, u32, u32)> + use<> {
+    let s = problem.shape;
+    (0..s.batch).flat_map(move |b| (0..s.heads_q).flat_map(move |h| (0..s.seqlen_q).map(move |i| (b, h, i))))
+}
+
+fn dot<T: Copy + Into<f64>>(x: &[T], y: &[T]) -> f64 {
+    x.iter().zip(y).map(|(&x, &y)| x.into() * y.into()).sum()
+}
+
+/// sum += factor · x
+fn add<T: Copy + Into<f64>>(sum: &mut [f64], factor: f64, x: &[T]) {
+    sum.iter_mut().zip(x).for_each(|(sum, &x)| *sum += factor * x.into());
+}
+
+fn valid_keys(problem: &Problem, seqlens_k: Option<&[i32]>, b: u32) -> u32 {
+    let all = problem.shape.seqlen_k;
+    seqlens_k.map_or(all, |lengths| lengths[b as usize].clamp(0, all as i32) as u32)
+}
+
 /// What a score is: `scale · dot`, then `softcap · tanh(s / softcap)`.
 fn score(problem: &Problem, dot: f64) -> f64 {
     let s = problem.effective_scale() as f64 * dot;
     problem.softcap.map_or(s, |cap| cap as f64 * (s / cap as f64).tanh())
+}
+
+/// The derivative of [`score`] in `dot`.
+fn score_slope(problem: &Problem, dot: f64) -> f64 {
+    let scale = problem.effective_scale() as f64;
+    problem.softcap.map_or(scale, |cap| scale * (1.0 - (scale * dot / cap as f64).tanh().powi(2)))
 }
 
 /// Whether key `j` counts for query `i` when `keys` of them are valid: each mask by its own definition.
@@ -169,5 +293,64 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// Numbers between -1 and 1 without a pattern.
+    fn numbers(n: usize, seed: f64) -> Vec<f64> {
+        (0..n).map(|n| ((n as f64 + 1.0) * seed).sin()).collect()
+    }
+
+    /// Every gradient of every option, against differences of the forward pass.
+    #[test]
+    fn gradients_are_the_slopes_of_the_forward_pass() {
+        let shape = Shape { heads_q: 4, heads_kv: 2, seqlen_k: 5, head_dim_v: 2, ..Shape::square(2, 4, 4, 3) };
+        let plain = Problem::new(shape, ElementType::F32);
+        let cases: [(Problem, Option<&[i32]>); 8] = [
+            (plain.clone(), None),
+            (plain.clone().scale(-0.7), None),
+            (plain.clone().softcap(0.8), None),
+            (plain.clone().causal(Causal::BottomRight), None),
+            (plain.clone().causal(Causal::TopLeft), None),
+            (plain.clone().window(Some(1), Some(0)), None),
+            (plain.clone(), Some(&[0, 3])),
+            (plain.causal(Causal::BottomRight).window(Some(2), None).softcap(1.5).scale(1.1), Some(&[4, 1])),
+        ];
+        let [nq, nk, nv, no] = [2 * 4 * 4 * 3, 2 * 2 * 5 * 3, 2 * 2 * 5 * 2, 2 * 4 * 4 * 2];
+        let grad_out = numbers(no, 1.3);
+        let grad_lse: Vec<f32> = numbers(no / 2, 2.9).into_iter().map(|x| x as f32).collect();
+        for (problem, lengths) in cases {
+            let mut inputs = [numbers(nq, 0.7), numbers(nk, 1.9), numbers(nv, 2.3)];
+            let loss = |[q, k, v]: &[Vec<f64>; 3]| {
+                let result = forward(&problem, q, k, v, lengths);
+                let of_lse = result.lse.iter().zip(&grad_lse).filter(|(x, _)| x.is_finite());
+                dot(&result.out, &grad_out) + of_lse.map(|(x, &g)| x * g as f64).sum::<f64>()
+            };
+            let [q, k, v] = &inputs;
+            let found = backward(&problem, [q, k, v, &grad_out], Some(&grad_lse), lengths);
+            let found = [found.query, found.key, found.value];
+            for n in 0..3 {
+                for place in 0..found[n].len() {
+                    let kept = inputs[n][place];
+                    let step = 1e-5;
+                    inputs[n][place] = kept + step;
+                    let above = loss(&inputs);
+                    inputs[n][place] = kept - step;
+                    let slope = (above - loss(&inputs)) / (2.0 * step);
+                    inputs[n][place] = kept;
+                    let error = (found[n][place] - slope).abs();
+                    assert!(error < 1e-8, "{problem:?}: gradient {n} at {place} is {}, not {slope}", found[n][place]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_row_of_the_gradient_of_queries() {
+        let shape = Shape { heads_kv: 1, ..Shape::square(1, 2, 3, 2) };
+        let problem = Problem::new(shape, ElementType::F32).causal(Causal::BottomRight);
+        let [q, k, v, g] = [(12, 0.4), (6, 1.1), (6, 0.9), (12, 2.1)].map(|(n, seed)| numbers(n, seed));
+        let all = backward(&problem, [&q, &k, &v, &g], None, None);
+        let row = backward_query_row(&problem, [&q, &k, &v, &g], None, None, [0, 1, 2]);
+        assert_eq!(row, all.query[5 * 2..]);
     }
 }

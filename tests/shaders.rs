@@ -7,8 +7,10 @@ use naga::back::{hlsl, msl, spv};
 use naga::proc::Layouter;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, Module};
-use wgpu_flash_attention::specialize::{Source, Specialization, decode_modules, merge_module, modules};
-use wgpu_flash_attention::tune::{Tile, decode_tile, tile};
+use wgpu_flash_attention::specialize::{
+    Source, Specialization, backward_modules, decode_modules, merge_module, modules,
+};
+use wgpu_flash_attention::tune::{Tile, backward_tiles, decode_tile, tile};
 use wgpu_flash_attention::{ElementType, MergeProblem, Problem, Shape, wgpu};
 
 const DIMS: &[[u32; 2]] = &[
@@ -41,6 +43,21 @@ fn problems() -> Vec<Problem> {
                 problem.lse = set(3);
                 all.push(problem);
             }
+        }
+    }
+    all
+}
+
+/// The same with gradients, and what only they have.
+fn problems_with_gradients() -> Vec<Problem> {
+    let mut all = vec![];
+    for problem in problems().into_iter().filter(|problem| problem.lse) {
+        for (lse, accumulate) in [(false, false), (true, true)] {
+            let mut problem = problem.clone().with_gradients();
+            if let Some(gradients) = &mut problem.gradients {
+                (gradients.lse, gradients.accumulate) = (lse, accumulate);
+            }
+            all.push(problem);
         }
     }
     all
@@ -153,6 +170,44 @@ fn tile_with_32_kib() {
 #[test]
 fn tile_with_48_kib() {
     check_tile(&wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() });
+}
+
+/// The backward pass on devices with these limits, or the naive one.
+fn check_backward(limits: &wgpu::Limits, naive: bool) {
+    let mut seen = HashSet::new();
+    for problem in problems_with_gradients() {
+        let (d, dv) = (problem.shape.head_dim, problem.shape.head_dim_v);
+        let tiles = backward_tiles(d, dv, limits);
+        for specialization in backward_modules(&problem, (!naive).then_some(tiles)) {
+            if seen.insert(specialization.source().unwrap().text) {
+                let (module, info) = validate(&specialization);
+                write(&specialization, &module, &info);
+                fits(&module, limits);
+                let tile = tiles[(specialization.entry == "dq") as usize];
+                if ["dq", "dkdv"].contains(&specialization.entry) {
+                    let said = tile.workgroup_bytes(d, dv);
+                    assert_eq!(workgroup_bytes(&module).iter().sum::<u32>(), said, "{tile:?} {d} {dv}");
+                    assert_eq!(module.entry_points[0].workgroup_size, [tile.threads(), 1, 1]);
+                }
+            }
+        }
+    }
+    assert!(seen.len() >= 300, "only {} modules", seen.len());
+}
+
+#[test]
+fn backward_naive() {
+    check_backward(&wgpu::Limits::default(), true);
+}
+
+#[test]
+fn backward_within_the_default_limits() {
+    check_backward(&wgpu::Limits::default(), false);
+}
+
+#[test]
+fn backward_with_48_kib() {
+    check_backward(&wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() }, false);
 }
 
 #[test]

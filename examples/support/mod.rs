@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use wgpu_flash_attention::{BoundForward, Context, Element, Error, ForwardBuffers, Plan, Problem, wgpu};
+use wgpu_flash_attention::{BoundPass, Context, Element, Error, ForwardBuffers, Plan, Problem, wgpu};
 
 /// An element type that one can compute with on the host.
 pub trait Number: Element + Into<f64> {
@@ -124,7 +124,7 @@ fn output_bytes(problem: &Problem) -> (u64, u64) {
 }
 
 /// Binds the buffers of a plan with lse.
-pub fn bind<'p>(plan: &'p Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundForward<'p>, Error> {
+pub fn bind<'p>(plan: &'p Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundPass<'p>, Error> {
     plan.bind_forward(&ForwardBuffers {
         query: inputs.query.as_entire_buffer_binding(),
         key: inputs.key.as_entire_buffer_binding(),
@@ -147,7 +147,7 @@ fn has_timestamps(context: &Context) -> bool {
 
 /// Seconds that each of `passes` compute passes takes, every one of `runs` forward passes in a row. With timestamps
 /// all of them are queued before the host waits for anything, so that the device does not idle in between.
-pub fn pass_times(context: &Context, bound: &BoundForward<'_>, runs: u32, passes: u32) -> Result<Vec<f64>, Error> {
+pub fn pass_times(context: &Context, bound: &BoundPass<'_>, runs: u32, passes: u32) -> Result<Vec<f64>, Error> {
     let (device, queue) = (context.device(), context.queue());
     let wait =
         || device.poll(wgpu::PollType::wait_indefinitely()).map(drop).map_err(|error| Error::Device(error.to_string()));
@@ -206,7 +206,7 @@ pub struct Time {
 
 /// Times a forward pass on a busy device: an idle GPU lowers its clock within moments, so the timed passes follow
 /// without a gap on at least 250 ms of the same work, and each takes at least 2 ms.
-pub fn measure(context: &Context, bound: &BoundForward<'_>) -> Result<Time, Error> {
+pub fn measure(context: &Context, bound: &BoundPass<'_>) -> Result<Time, Error> {
     // A processor needs no warming up, and takes its time as it is.
     let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
     // Somewhat more of both, since the estimate may come from a device that was still getting faster.

@@ -67,6 +67,10 @@ fn unpack4(x: Elements4) -> vec4f {
 }
 #endif
 
+fn sum4(x: vec4f) -> f32 {
+    return (x.x + x.y) + (x.z + x.w);
+}
+
 // x with 0 for the elements from `count` on.
 fn first_elements(x: vec4f, count: u32) -> vec4f {
     return select(vec4f(), x, vec4u(0u, 1u, 2u, 3u) < vec4u(count));

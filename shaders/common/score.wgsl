@@ -10,8 +10,8 @@ fn score(dot: f32, at: Sequence, i: i32, j: i32) -> f32 {
 #endif
 }
 
-// The same in parts, for a kernel that takes its exponents in one fma: the sign that Q takes on, the shape, and the factor,
-// never negative, that makes shaped scores exponents of 2. score(dot) · log2(e) = score_factor() · score_shape(score_sign() · dot).
+// The same in parts: the sign that Q takes on, the shape, and the size, never negative.
+// score(dot) = score_size() · score_shape(score_sign() · dot).
 fn score_sign() -> f32 {
     return select(1.0, -1.0, problem.scale < 0.0);
 }
@@ -24,11 +24,25 @@ fn score_shape(dot: f32) -> f32 {
 #endif
 }
 
-fn score_factor() -> f32 {
+fn score_size() -> f32 {
 #if SOFTCAP
-    return problem.softcap * LOG2_E;
+    return problem.softcap;
 #else
-    return abs(problem.scale) * LOG2_E;
+    return abs(problem.scale);
+#endif
+}
+
+// What makes shaped scores exponents of 2, for a kernel that takes its exponents in one fma.
+fn score_factor() -> f32 {
+    return score_size() * LOG2_E;
+}
+
+// The derivative of score in dot is problem.scale times this, of a score's shape.
+fn score_slope(shape: f32) -> f32 {
+#if SOFTCAP
+    return 1.0 - shape * shape;
+#else
+    return 1.0;
 #endif
 }
 
@@ -63,24 +77,16 @@ fn key_range(at: Sequence, i0: i32, i1: i32) -> vec2i {
     return vec2i(key_interval(at, i0).x, key_interval(at, i1 - 1).y);
 }
 
+// The rows that may see any of keys j0 .. j1; the others are never loaded.
+fn row_range(at: Sequence, j0: i32, j1: i32) -> vec2i {
+    // The row of which key 0 is the diagonal.
+    let zero = i32(problem.seqlen_q) - at.keys;
+    let first = max(0, max(zero + j0 - problem.window_right, j0 - problem.top_left));
+    let end = min(i32(problem.seqlen_q), zero + min(j1, at.keys) + problem.window_left);
+    return select(vec2i(first, end), vec2i(), j0 >= at.keys);
+}
+
 // Do all scores of rows i0 .. i1 with keys j0 .. j1 count? Then none of them needs to be asked about.
 fn tile_is_full(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
     return j0 >= key_interval(at, i1 - 1).x && j1 <= key_interval(at, i0).y;
-}
-
-// d score / d dot, but for the factor scale, where the shape is `shape`.
-fn score_slope(shape: f32) -> f32 {
-#if SOFTCAP
-    return 1.0 - shape * shape;
-#else
-    return 1.0;
-#endif
-}
-
-// The rows that may see any of keys j0 .. j1; the others are never loaded.
-fn row_range(at: Sequence, j0: i32, j1: i32) -> vec2i {
-    let offset = i32(problem.seqlen_q) - at.keys;
-    let first = max(max(0, j0 + offset - problem.window_right), j0 - problem.top_left);
-    let end = min(i32(problem.seqlen_q), j1 + offset + problem.window_left);
-    return vec2i(first, select(end, 0, j0 >= at.keys));
 }

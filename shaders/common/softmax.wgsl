@@ -4,6 +4,8 @@ const LOG2_E = 1.4426950408889634;
 // so far above MASKED that exp2(MASKED - LOWEST) vanishes, and below every score.
 const MASKED = -2.0e38;
 const LOWEST = -1.0e38;
+// What the backward pass takes for lse where a row sees no key: exp of any score less this vanishes.
+const NO_KEYS = 1.0e38;
 
 fn exp_difference(x: f32, reference: f32) -> f32 {
     return exp2((x - reference) * LOG2_E);
@@ -23,6 +25,3 @@ fn inverse_sum(sum: f32) -> f32 {
 fn lse_bits(m: f32, sum: f32) -> u32 {
     return select(bitcast<u32>(m + log(max(sum, 0.5))), 0xff800000u, row_is_empty(sum));
 }
-
-// In place of the lse of a row without keys, in base 2: 2^(x - NO_KEYS) is 0 for every x.
-const NO_KEYS = 3.0e38;

@@ -1,12 +1,17 @@
 // Stores x as elements d .. d + 4 of the row of $tensor that starts at element `start` and has `dim` elements, as far
-// as they are in the row.
+// as they are in the row; with ACCUMULATE, adds it to what is there.
 #if ALIGNED
 fn write_$tensor(start: u32, d: u32, dim: u32, x: vec4f) {
     if d < dim {
+        let e = (start + d) / 4u;
+        var y = x;
+#if ACCUMULATE
+        y += unpack4($tensor[e]);
+#endif
 #if ELEMENT_F32
-        $tensor[(start + d) / 4u] = x;
+        $tensor[e] = y;
 #else
-        $tensor[(start + d) / 4u] = pack4(x);
+        $tensor[e] = pack4(y);
 #endif
     }
 }
@@ -18,13 +23,20 @@ fn write_$tensor(start: u32, d: u32, dim: u32, x: vec4f) {
 }
 
 fn write_one_$tensor(e: u32, x: f32) {
+    var y = x;
 #if ELEMENT_F32
-    $tensor[e] = x;
+#if ACCUMULATE
+    y += $tensor[e];
+#endif
+    $tensor[e] = y;
 #else
+#if ACCUMULATE
+    y += unpack1(atomicLoad(&$tensor[e / 2u]), e);
+#endif
     // Half a word: the other half may belong to another row, or to the caller, and is left as it is.
     let shift = (e & 1u) * 16u;
     atomicAnd(&$tensor[e / 2u], ~(0xffffu << shift));
-    atomicOr(&$tensor[e / 2u], pack1(x) << shift);
+    atomicOr(&$tensor[e / 2u], pack1(y) << shift);
 #endif
 }
 #endif

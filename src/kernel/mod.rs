@@ -1,6 +1,10 @@
 //! The kernels: one file each, beside its WGSL. A kernel says which modules it runs, what they bind, and how many
 //! workgroups a part of the problem takes.
 
+pub(crate) mod backward_coop;
+pub(crate) mod backward_delta;
+pub(crate) mod backward_naive;
+pub(crate) mod backward_tile;
 pub(crate) mod decode;
 pub(crate) mod forward_coop;
 pub(crate) mod forward_tile;
@@ -8,6 +12,7 @@ pub(crate) mod naive;
 pub(crate) mod uniform;
 
 use crate::plan::Part;
+use crate::problem::Tensor;
 use crate::specialize::Specialization;
 use crate::{ElementType, Problem};
 
@@ -51,6 +56,13 @@ pub(crate) enum Slot {
     WorkspaceLse = 8,
     PartOut = 9,
     PartLse = 10,
+    GradOut = 11,
+    GradLse = 12,
+    GradQuery = 13,
+    GradKey = 14,
+    GradValue = 15,
+    /// Probabilities and score gradients of the naive backward pass, at the workspace's end.
+    WorkspaceScores = 16,
 }
 
 impl Slot {
@@ -62,9 +74,14 @@ impl Slot {
             Slot::Out => "out",
             Slot::Lse => "lse",
             Slot::SeqlensK => "seqlens_k",
-            Slot::Workspace | Slot::WorkspaceLse => "workspace",
+            Slot::Workspace | Slot::WorkspaceLse | Slot::WorkspaceScores => "workspace",
             Slot::PartOut => "part_out",
             Slot::PartLse => "part_lse",
+            Slot::GradOut => "grad_out",
+            Slot::GradLse => "grad_lse",
+            Slot::GradQuery => "grad_query",
+            Slot::GradKey => "grad_key",
+            Slot::GradValue => "grad_value",
         }
     }
 }
@@ -96,6 +113,13 @@ pub(crate) struct Pass {
     pub workgroups: Workgroups,
 }
 
+impl Pass {
+    /// The numbers of all its bindings.
+    pub(crate) fn binding_numbers(&self) -> Vec<u32> {
+        std::iter::once(0).chain(self.bindings.iter().map(|&(slot, _)| slot as u32)).collect()
+    }
+}
+
 /// The workgroups that a part of the problem takes.
 pub(crate) type Workgroups = Box<dyn Fn(&Part) -> [u64; 3]>;
 
@@ -110,9 +134,23 @@ impl ElementType {
     }
 }
 
-/// The switches that follow from the problem, for a kernel that moves `vector` elements at a time where they lie so.
+/// The switches that follow from the problem, for a forward kernel that moves `vector` elements at a time where they lie so.
 pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
-    let aligned = problem.is_aligned(vector);
+    switches_of(problem, &Tensor::FORWARD, vector)
+}
+
+/// The same for a backward kernel.
+pub(crate) fn backward_switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
+    let mut on = switches_of(problem, &Tensor::BACKWARD, vector);
+    on.retain(|&name| name != "LSE");
+    if problem.gradients.is_some_and(|gradients| gradients.accumulate) {
+        on.push("ACCUMULATE");
+    }
+    on
+}
+
+fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'static str> {
+    let aligned = problem.is_aligned(tensors, vector);
     let mut on = vec![problem.element_type.switch()];
     let flags = [
         (aligned, "ALIGNED"),
@@ -130,6 +168,7 @@ pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(S
     let used = |slot| match slot {
         Slot::Lse => problem.lse,
         Slot::SeqlensK => problem.seqlens_k,
+        Slot::GradLse => problem.gradients.is_some_and(|gradients| gradients.lse),
         _ => true,
     };
     bindings.iter().copied().filter(|&(slot, _)| used(slot)).collect()

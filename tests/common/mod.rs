@@ -4,6 +4,7 @@
 //! NaN; outputs and workspace hold NaN before each run, and what is not the output's must hold it afterwards.
 #![allow(dead_code)] // Each test binary uses a part.
 
+pub mod backward;
 pub mod cases;
 
 use std::fmt::Write;
@@ -308,6 +309,8 @@ pub struct Prepared {
     inputs: Vec<Vec<u8>>,
     seqlens_k: Option<Vec<i32>>,
     pub expected: reference::Forward,
+    /// q, k and v as the kernels see them, contiguous.
+    seen: [Vec<f32>; 3],
     /// The largest error of the plain computation in the problem's type.
     plain_error: f64,
 }
@@ -344,7 +347,12 @@ impl Prepared {
         let plain = plain(problem, [&q, &k, &v], seqlens_k.as_deref());
         let plain_error = plain.iter().zip(&expected.out).map(|(&x, e)| (x as f64 - e).abs()).fold(0.0, f64::max);
         let inputs = buffers.iter().map(|elements| guarded(ty, elements, nan)).collect();
-        Prepared { problem: problem.clone(), inputs, seqlens_k, expected, plain_error }
+        Prepared { problem: problem.clone(), inputs, seqlens_k, expected, seen: [q, k, v], plain_error }
+    }
+
+    /// q, k and v as the kernels see them, contiguous.
+    pub fn seen(&self) -> [Vec<f32>; 3] {
+        self.seen.clone()
     }
 
     /// Computes the case twice and compares with the oracle.

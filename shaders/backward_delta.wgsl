@@ -1,0 +1,51 @@
+// The first step of the backward pass (FlashAttention-2, Dao 2023, algorithm 2): for each row the number that all of its
+// score gradients have subtracted, and its lse, side by side.
+//
+//     delta_i = sum over d of dO[i, d] O[i, d], less dlse_i where lse has a gradient of its own
+//     rows_i = (lse_i, delta_i), lse_i being NO_KEYS for a row that sees no key
+//
+// ROW_THREADS threads share a row.
+#include "common/problem.wgsl"
+#include "common/softmax.wgsl"
+#include "common/elements.wgsl"
+
+@group(0) @binding(4) var<storage, read> out: InElements;
+@group(0) @binding(5) var<storage, read> lse: array<u32>;
+@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+@group(0) @binding(11) var<storage, read> grad_out: InElements;
+#if GRAD_LSE
+@group(0) @binding(12) var<storage, read> grad_lse: array<f32>;
+#endif
+#include "common/read.wgsl" tensor=out
+#include "common/read.wgsl" tensor=grad_out
+
+var<workgroup> partial: array<f32, THREADS>;
+
+@compute @workgroup_size(THREADS)
+fn delta(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
+    let row = group.x * (THREADS / ROW_THREADS) + thread / ROW_THREADS;
+    let i = min(row, problem.seqlen_q - 1u);
+    let out_start = head_start(problem.out, group.z, group.y) + i * problem.out.row;
+    let grad_start = head_start(problem.grad_out, group.z, group.y) + i * problem.grad_out.row;
+    var sum = vec4f();
+    for (var d = 4u * (thread % ROW_THREADS); d < HEAD_DIM_V; d += 4u * ROW_THREADS) {
+        let x = unpack4(read_out(out_start, d, HEAD_DIM_V)) * unpack4(read_grad_out(grad_start, d, HEAD_DIM_V));
+        sum += first_elements(x, HEAD_DIM_V - d);
+    }
+    partial[thread] = sum4(sum);
+    workgroupBarrier();
+    if thread % ROW_THREADS == 0u && row < problem.seqlen_q {
+        var delta = 0.0;
+        for (var n = 0u; n < ROW_THREADS; n++) {
+            delta += partial[thread + n];
+        }
+        let place = head_start(problem.lse, group.z, group.y) + i;
+#if GRAD_LSE
+        delta -= grad_lse[place];
+#endif
+        // WGSL may assume that infinity does not occur, so an empty row is told by its bits.
+        let is_empty = lse[place] == 0xff800000u;
+        let row_lse = select(bitcast<f32>(lse[place]), NO_KEYS, is_empty);
+        rows[(group.z * problem.heads + group.y) * problem.seqlen_q + i] = vec2f(row_lse, delta);
+    }
+}

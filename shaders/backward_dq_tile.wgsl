@@ -1,0 +1,110 @@
+// Gradient of queries, in tiles (FlashAttention-2, Dao 2023, algorithm 2, with rows in the outer loop, so that each row of dQ is
+// one workgroup's). One workgroup owns OWN rows of one head and walks over the keys that they may see, STEP at a time.
+//
+//     dQ = 0
+//     for each tile of keys that some row may see:
+//         S = score(Q K^T)                          OWN x STEP
+//         P = exp(S - lse)
+//         dP = dO V^T
+//         dS = P (dP - delta) score'
+//         dQ = dQ + dS K                            OWN x HEAD_DIM
+#include "common/problem.wgsl"
+#include "common/softmax.wgsl"
+#include "common/score.wgsl"
+#include "common/elements.wgsl"
+
+@group(0) @binding(1) var<storage, read> query: InElements;
+@group(0) @binding(2) var<storage, read> key: InElements;
+@group(0) @binding(3) var<storage, read> value: InElements;
+@group(0) @binding(7) var<storage, read> rows: array<vec2f>;
+@group(0) @binding(11) var<storage, read> grad_out: InElements;
+@group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
+#include "common/read.wgsl" tensor=query
+#include "common/read.wgsl" tensor=key
+#include "common/read.wgsl" tensor=value
+#include "common/read.wgsl" tensor=grad_out
+#include "common/write.wgsl" tensor=grad_query
+#include "common/tile_products.wgsl"
+#include "common/tile_load.wgsl" tensor=query
+#include "common/tile_load.wgsl" tensor=key
+#include "common/tile_load.wgsl" tensor=value
+#include "common/tile_load.wgsl" tensor=grad_out
+#include "common/tile_result.wgsl" columns=TK
+
+@compute @workgroup_size(THREADS)
+fn dq(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(num_workgroups) groups: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let tx = thread % THREADS_X;
+    let ty = thread / THREADS_X;
+    let at = sequence(group.z, group.y);
+    // The last rows first: with a causal mask they take longest.
+    let i0 = (groups.x - 1u - group.x) * OWN;
+    let i1 = min(i0 + OWN, problem.seqlen_q);
+    let range = key_range(at, i32(i0), i32(i1));
+    let last_key = u32(max(at.keys, 1) - 1);
+    let query_start = head_start(problem.query, at.batch, at.head_q);
+    let grad_start = head_start(problem.grad_out, at.batch, at.head_q);
+    let key_start = head_start(problem.key, at.batch, at.head_kv);
+    let value_start = head_start(problem.value, at.batch, at.head_kv);
+    var row: array<vec2f, TR>;
+    for (var r = 0u; r < TR; r++) {
+        let i = min(i0 + r * THREADS_Y + ty, i1 - 1u);
+        row[r] = rows[(at.batch * problem.heads + at.head_q) * problem.seqlen_q + i];
+    }
+
+    var dq: array<array<vec4f, TK>, TR>;
+    for (var step = range.x / i32(STEP) * i32(STEP); step < range.y; step += i32(STEP)) {
+        let j0 = u32(step);
+        // S = Q K^T, dP = dO V^T
+        var s: Scores;
+        for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
+            workgroupBarrier();
+            load_chunk_query(0u, OWN, 1u, query_start, i0, i1 - 1u, d0, HEAD_DIM, thread);
+            load_chunk_key(STEP_AT, STEP, TC, key_start, j0, last_key, d0, HEAD_DIM, thread);
+            workgroupBarrier();
+            add_scores(&s, ty, tx);
+        }
+        var ds: Scores;
+        for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
+            workgroupBarrier();
+            load_chunk_grad_out(0u, OWN, 1u, grad_start, i0, i1 - 1u, d0, HEAD_DIM_V, thread);
+            load_chunk_value(STEP_AT, STEP, TC, value_start, j0, last_key, d0, HEAD_DIM_V, thread);
+            workgroupBarrier();
+            add_scores(&ds, ty, tx);
+        }
+
+        // dS, 0 where a row does not see a key
+        let full = tile_is_full(at, i32(i0), i32(i1), step, step + i32(STEP));
+        for (var r = 0u; r < TR; r++) {
+            for (var c = 0u; c < TC; c++) {
+                let shape = score_shape(score_sign() * s[r][c / 4u][c % 4u]);
+                let seen = full || keep(at, i32(i0 + r * THREADS_Y + ty), i32(j0 + tx * TC + c));
+                let p = select(0.0, exp_difference(score_size() * shape, row[r].x), seen);
+                ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - row[r].y) * score_slope(shape);
+            }
+        }
+
+        // dQ = dQ + dS K
+        workgroupBarrier();
+        store_scores(ds, ty, tx);
+        for (var n = 0u; n < STEP; n += BLOCK) {
+            workgroupBarrier();
+            load_block_key(key_start, j0 + n, last_key, HEAD_DIM, TK * THREADS_X, thread);
+            workgroupBarrier();
+            add_result_TK(&dq, n, ty, tx);
+        }
+    }
+
+    for (var r = 0u; r < TR; r++) {
+        let i = i0 + r * THREADS_Y + ty;
+        if i < i1 {
+            let start = head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row;
+            for (var u = 0u; u < TK; u++) {
+                write_grad_query(start, 4u * (u * THREADS_X + tx), HEAD_DIM, dq[r][u] * problem.scale);
+            }
+        }
+    }
+}

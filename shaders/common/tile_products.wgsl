@@ -1,0 +1,55 @@
+// The two products of the tiled backward kernels, on operands in workgroup memory, as f32. A workgroup owns OWN rows of one
+// tensor and walks over the rows of another, STEP at a time. Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx)
+// has, for owned rows ty, ty + THREADS_Y, ... : the scores with rows tx·TC .. tx·TC + TC of the step, and the result's
+// columns 4(tx + THREADS_X u) .. + 4.
+const THREADS = THREADS_X * THREADS_Y;
+const TR = OWN / THREADS_Y;
+const TC4 = STEP / THREADS_X / 4u;
+const TC = 4u * TC4;
+// Vectors of four columns that a thread has of a result with the head dim of K, and of V.
+const TK = (HEAD_DIM + 4u * THREADS_X - 1u) / (4u * THREADS_X);
+const TV = (HEAD_DIM_V + 4u * THREADS_X - 1u) / (4u * THREADS_X);
+// Row lengths in workgroup memory, in vectors. An odd length spreads a column over all banks.
+const CHUNK4 = CHUNK / 4u;
+const CHUNK_STRIDE = CHUNK4 | 1u;
+const P_STRIDE = (STEP / 4u) | 1u;
+// For the scores: CHUNK columns of the owned rows, and of the step's. For the results: OWN x STEP probabilities or score
+// gradients, and BLOCK rows of the step.
+const STEP_AT = OWN * CHUNK_STRIDE;
+const BLOCK_AT = OWN * P_STRIDE;
+var<workgroup> tiles: array<vec4f, max(STEP_AT + STEP * CHUNK_STRIDE, BLOCK_AT + BLOCK * max(TK, TV) * THREADS_X)>;
+
+alias Scores = array<array<vec4f, TC4>, TR>;
+
+// scores += the owned rows times the step's, transposed, over the columns that are there.
+fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
+    for (var d = 0u; d < CHUNK4; d++) {
+        var b: array<vec4f, TC>;
+        for (var c = 0u; c < TC; c++) {
+            b[c] = tiles[STEP_AT + (c * THREADS_X + tx) * CHUNK_STRIDE + d];
+        }
+        for (var r = 0u; r < TR; r++) {
+            let a = tiles[(r * THREADS_Y + ty) * CHUNK_STRIDE + d];
+            for (var c = 0u; c < TC4; c++) {
+                (*scores)[r][c] = dot4(a, b[4u * c], b[4u * c + 1u], b[4u * c + 2u], b[4u * c + 3u], (*scores)[r][c]);
+            }
+        }
+    }
+}
+
+// acc + (a·b0, a·b1, a·b2, a·b3)
+fn dot4(a: vec4f, b0: vec4f, b1: vec4f, b2: vec4f, b3: vec4f, acc: vec4f) -> vec4f {
+    let x = fma(vec4f(a.x), vec4f(b0.x, b1.x, b2.x, b3.x), acc);
+    let y = fma(vec4f(a.y), vec4f(b0.y, b1.y, b2.y, b3.y), x);
+    let z = fma(vec4f(a.z), vec4f(b0.z, b1.z, b2.z, b3.z), y);
+    return fma(vec4f(a.w), vec4f(b0.w, b1.w, b2.w, b3.w), z);
+}
+
+// What the owned rows have of each row of the step, to workgroup memory.
+fn store_scores(scores: Scores, ty: u32, tx: u32) {
+    for (var r = 0u; r < TR; r++) {
+        for (var c = 0u; c < TC4; c++) {
+            tiles[(r * THREADS_Y + ty) * P_STRIDE + tx * TC4 + c] = scores[r][c];
+        }
+    }
+}

@@ -1,0 +1,39 @@
+// Materialised backward pass, step 2 of 3: dv_j = sum of P[i, j] dO_i and dk_j = sum of dS[i, j] q_i, over all rows i of all
+// query heads that share the key. One invocation four columns of each.
+#include "common/problem.wgsl"
+#include "common/elements.wgsl"
+
+@group(0) @binding(1) var<storage, read> query: InElements;
+@group(0) @binding(11) var<storage, read> grad_out: InElements;
+@group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
+@group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
+@group(0) @binding(16) var<storage, read> scores: array<vec2f>;
+#include "common/read.wgsl" tensor=query
+#include "common/read.wgsl" tensor=grad_out
+#include "common/write.wgsl" tensor=grad_key
+#include "common/write.wgsl" tensor=grad_value
+
+@compute @workgroup_size(16, 16)
+fn gradients_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) local: vec3u) {
+    let heads_kv = problem.heads / problem.group;
+    let batch = group.z / heads_kv;
+    let head_kv = group.z % heads_kv;
+    let j = group.y * 16u + local.y;
+    let d = (group.x * 16u + local.x) * 4u;
+    if j >= problem.seqlen_k || d >= max(HEAD_DIM, HEAD_DIM_V) {
+        return;
+    }
+    var dk = vec4f();
+    var dv = vec4f();
+    for (var head = head_kv * problem.group; head < (head_kv + 1u) * problem.group; head++) {
+        let q = head_start(problem.query, batch, head);
+        let g = head_start(problem.grad_out, batch, head);
+        for (var i = 0u; i < problem.seqlen_q; i++) {
+            let p_and_ds = scores[((batch * problem.heads + head) * problem.seqlen_q + i) * problem.seqlen_k + j];
+            dv += p_and_ds.x * unpack4(read_grad_out(g + i * problem.grad_out.row, d, HEAD_DIM_V));
+            dk += p_and_ds.y * unpack4(read_query(q + i * problem.query.row, d, HEAD_DIM));
+        }
+    }
+    write_grad_key(head_start(problem.grad_key, batch, head_kv) + j * problem.grad_key.row, d, HEAD_DIM, dk);
+    write_grad_value(head_start(problem.grad_value, batch, head_kv) + j * problem.grad_value.row, d, HEAD_DIM_V, dv);
+}

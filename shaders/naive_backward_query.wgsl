@@ -1,0 +1,26 @@
+// Materialised backward pass, step 3 of 3: dq_i = sum over j of dS[i, j] k_j. One invocation four columns.
+#include "common/problem.wgsl"
+#include "common/elements.wgsl"
+
+@group(0) @binding(2) var<storage, read> key: InElements;
+@group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
+@group(0) @binding(16) var<storage, read> scores: array<vec2f>;
+#include "common/read.wgsl" tensor=key
+#include "common/write.wgsl" tensor=grad_query
+
+@compute @workgroup_size(16, 16)
+fn gradient_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) local: vec3u) {
+    let at = sequence(group.z / problem.heads, group.z % problem.heads);
+    let i = group.y * 16u + local.y;
+    let d = (group.x * 16u + local.x) * 4u;
+    if i >= problem.seqlen_q || d >= HEAD_DIM {
+        return;
+    }
+    let k = head_start(problem.key, at.batch, at.head_kv);
+    let row = (group.z * problem.seqlen_q + i) * problem.seqlen_k;
+    var dq = vec4f();
+    for (var j = 0u; j < u32(at.keys); j++) {
+        dq += scores[row + j].y * unpack4(read_key(k + j * problem.key.row, d, HEAD_DIM));
+    }
+    write_grad_query(head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row, d, HEAD_DIM, dq);
+}

@@ -1,0 +1,118 @@
+//! Planning and recording a backward pass: gradients of q, k and v from those of o.
+
+use wgpu::BufferBinding;
+
+use crate::forward::{BoundPass, check_buffers};
+use crate::kernel::{self, Access, Slot, backward_delta};
+use crate::plan::{Cut, Part, Recipe};
+use crate::problem::Tensor;
+use crate::{Context, Error, Kernel, Plan, PlanOptions, Problem, tune};
+
+/// The buffers of a backward pass. What [`ForwardBuffers`](crate::ForwardBuffers) says of usages, offsets and sizes holds here
+/// too; gradients of q, k and v may not be in a buffer with an input, and o and lse are inputs here.
+#[derive(Clone, Debug)]
+pub struct BackwardBuffers<'a> {
+    /// q, with the problem's `query` layout.
+    pub query: BufferBinding<'a>,
+    /// k, with the problem's `key` layout.
+    pub key: BufferBinding<'a>,
+    /// v, with the problem's `value` layout.
+    pub value: BufferBinding<'a>,
+    /// o as the forward pass left it, with the problem's `out` layout.
+    pub out: BufferBinding<'a>,
+    /// lse as the forward pass left it, f32 `[batch, heads_q, seqlen_q]`.
+    pub lse: BufferBinding<'a>,
+    /// The gradient of o, with the layout [`Gradients::out`](crate::Gradients::out).
+    pub grad_out: BufferBinding<'a>,
+    /// The gradient of lse, f32 `[batch, heads_q, seqlen_q]`; given exactly when [`Gradients::lse`](crate::Gradients::lse) is set.
+    pub grad_lse: Option<BufferBinding<'a>>,
+    /// The gradient of q. Every element of it is written, what lies between is left as it is; the next two likewise.
+    pub grad_query: BufferBinding<'a>,
+    /// The gradient of k.
+    pub grad_key: BufferBinding<'a>,
+    /// The gradient of v.
+    pub grad_value: BufferBinding<'a>,
+    /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
+    pub seqlens_k: Option<BufferBinding<'a>>,
+    /// At least [`Plan::backward_workspace_bytes`], in a buffer of its own; not needed where that is 0.
+    pub workspace: Option<BufferBinding<'a>>,
+}
+
+impl Plan {
+    /// Records the backward pass into the caller's encoder. Submits nothing and allocates no buffer.
+    ///
+    /// Probabilities are recomputed from q, k and lse, tile by tile, so o and lse must be those of a forward pass over the same
+    /// q, k and v. No gradient is summed by atomics: the same input gives the same bits.
+    ///
+    /// On an error nothing has been recorded. It is [`Error::NoGradients`] for a plan of a problem without
+    /// [`gradients`](Problem::gradients).
+    pub fn backward(&self, encoder: &mut wgpu::CommandEncoder, buffers: &BackwardBuffers<'_>) -> Result<(), Error> {
+        self.bind_backward(buffers)?.encode(encoder, "wgpu-flash-attention backward");
+        Ok(())
+    }
+
+    /// Checks and binds the buffers, to record into a compute pass of the caller's.
+    pub fn bind_backward(&self, buffers: &BackwardBuffers<'_>) -> Result<BoundPass<'_>, Error> {
+        let problem = &self.problem;
+        let (Some(schedule), Some(gradients)) = (&self.backward, &problem.gradients) else {
+            return Err(Error::NoGradients);
+        };
+        let rows = 4 * problem.shape.rows();
+        let grad_lse = if gradients.lse { rows } else { 0 };
+        let seqlens = if problem.seqlens_k { 4 * problem.shape.batch as u64 } else { 0 };
+        let bytes = |tensor| problem.tensor_bytes(tensor).next_multiple_of(4);
+        let input = |slot, binding, tensor| (slot, Access::Read, Some(binding), bytes(tensor), true);
+        let output = |slot, binding, tensor| (slot, Access::ReadWrite, Some(binding), bytes(tensor), true);
+        let all = [
+            input(Slot::Query, &buffers.query, Tensor::Query),
+            input(Slot::Key, &buffers.key, Tensor::Key),
+            input(Slot::Value, &buffers.value, Tensor::Value),
+            input(Slot::Out, &buffers.out, Tensor::Out),
+            input(Slot::GradOut, &buffers.grad_out, Tensor::GradOut),
+            (Slot::Lse, Access::Read, Some(&buffers.lse), rows, true),
+            (Slot::GradLse, Access::Read, buffers.grad_lse.as_ref(), grad_lse, gradients.lse),
+            (Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens, problem.seqlens_k),
+            output(Slot::GradQuery, &buffers.grad_query, Tensor::GradQuery),
+            output(Slot::GradKey, &buffers.grad_key, Tensor::GradKey),
+            output(Slot::GradValue, &buffers.grad_value, Tensor::GradValue),
+            // A workspace that this plan does without may be given all the same.
+            (Slot::Workspace, Access::ReadWrite, buffers.workspace.as_ref(), schedule.workspace_bytes, true),
+        ];
+        let slots = check_buffers(&all, self.offset_alignment)?;
+        Ok(BoundPass { steps: schedule.bind(&self.device, &slots) })
+    }
+}
+
+/// How the backward pass of a problem is computed.
+pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &PlanOptions) -> Result<Recipe<'a>, Error> {
+    let shape = &problem.shape;
+    let (kernel, reason) = match options.backward {
+        Some(kernel) => (kernel, "asked for"),
+        None => (Kernel::Tile, "it runs on every device and computes every problem"),
+    };
+    let mut passes = vec![backward_delta::pass(problem)];
+    match kernel {
+        Kernel::Naive => passes.extend(kernel::backward_naive::passes(problem)),
+        Kernel::Tile => {
+            let [dkdv, dq] = match options.backward_tile {
+                Some(tile) => [tile; 2],
+                None => tune::backward_tiles(shape.head_dim, shape.head_dim_v, context.limits()),
+            };
+            dkdv.validate()?;
+            dq.validate()?;
+            passes.extend(kernel::backward_tile::passes(problem, dkdv, dq));
+        }
+        Kernel::Coop | Kernel::Decode => {
+            let why = "it has no backward pass";
+            return Err(Error::Unsupported { kernel, element_type: problem.element_type, why });
+        }
+    }
+    let workspaces = move |part: &Part| {
+        let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(part))];
+        if kernel == Kernel::Naive {
+            all.push((Slot::WorkspaceScores, kernel::backward_naive::workspace_bytes(problem, part)));
+        }
+        all
+    };
+    Ok(Recipe { kernel, reason, passes, workspaces: Box::new(workspaces), cut: Cut::Groups, splits: 0 })
+}

@@ -1,0 +1,46 @@
+//! Host side of `shaders/backward_delta.wgsl`.
+
+use super::{Access, Pass, Slot, backward_switches, bindings};
+use crate::specialize::Specialization;
+use crate::{Problem, plan::Part};
+
+/// Bytes of the pairs of lse and delta.
+pub(crate) fn workspace_bytes(part: &Part) -> u64 {
+    part.batch_count().saturating_mul(part.head_count()).saturating_mul(part.row_count()).saturating_mul(8)
+}
+
+pub(crate) fn pass(problem: &Problem) -> Pass {
+    const THREADS: u32 = 256;
+    const ROW_THREADS: u32 = 16;
+    const ROWS: u64 = (THREADS / ROW_THREADS) as u64;
+    let mut on = backward_switches(problem, 4);
+    if problem.gradients.is_some_and(|gradients| gradients.lse) {
+        on.push("GRAD_LSE");
+    }
+    Pass {
+        specialization: Specialization {
+            file: "backward_delta.wgsl",
+            entry: "delta",
+            switches: on,
+            constants: vec![
+                ("HEAD_DIM_V", problem.shape.head_dim_v),
+                ("THREADS", THREADS),
+                ("ROW_THREADS", ROW_THREADS),
+            ],
+        },
+        bindings: bindings(
+            problem,
+            &[
+                (Slot::Out, Access::Read),
+                (Slot::GradOut, Access::Read),
+                (Slot::Lse, Access::Read),
+                (Slot::GradLse, Access::Read),
+                (Slot::Workspace, Access::ReadWrite),
+            ],
+        ),
+        element_access: false,
+        threads: THREADS,
+        workgroup_bytes: 4 * THREADS,
+        workgroups: Box::new(|part: &Part| [part.row_count().div_ceil(ROWS), part.head_count(), part.batch_count()]),
+    }
+}

@@ -1,0 +1,69 @@
+//! Host side of `shaders/naive_backward_*.wgsl`.
+
+use super::{Access, Pass, Slot, backward_switches, bindings};
+use crate::specialize::Specialization;
+use crate::{Problem, plan::Part};
+
+/// Bytes of the probabilities and the score gradients of a part.
+pub(crate) fn workspace_bytes(problem: &Problem, part: &Part) -> u64 {
+    super::naive::workspace_bytes(problem, part).saturating_mul(2)
+}
+
+pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
+    let shape = problem.shape;
+    let (group, seqlen_k) = (shape.group() as u64, shape.seqlen_k as u64);
+    let [head_dim, head_dim_v] = [shape.head_dim, shape.head_dim_v].map(u64::from);
+    let pass = |file, entry, used: &[(Slot, Access)], workgroups| Pass {
+        specialization: Specialization {
+            file,
+            entry,
+            switches: backward_switches(problem, 4),
+            constants: vec![("HEAD_DIM", shape.head_dim), ("HEAD_DIM_V", shape.head_dim_v)],
+        },
+        bindings: bindings(problem, used),
+        element_access: false,
+        threads: 256,
+        workgroup_bytes: 0,
+        workgroups,
+    };
+    let heads = |part: &Part| part.batch_count() * part.head_count();
+    vec![
+        pass(
+            "naive_backward_scores.wgsl",
+            "scores_of",
+            &[
+                (Slot::Query, Access::Read),
+                (Slot::Key, Access::Read),
+                (Slot::Value, Access::Read),
+                (Slot::GradOut, Access::Read),
+                (Slot::SeqlensK, Access::Read),
+                (Slot::Workspace, Access::ReadWrite),
+                (Slot::WorkspaceScores, Access::ReadWrite),
+            ],
+            Box::new(move |part| [seqlen_k.div_ceil(16), part.row_count().div_ceil(16), heads(part)]),
+        ),
+        pass(
+            "naive_backward_key_value.wgsl",
+            "gradients_of",
+            &[
+                (Slot::Query, Access::Read),
+                (Slot::GradOut, Access::Read),
+                (Slot::WorkspaceScores, Access::Read),
+                (Slot::GradKey, Access::ReadWrite),
+                (Slot::GradValue, Access::ReadWrite),
+            ],
+            Box::new(move |part| [head_dim.max(head_dim_v).div_ceil(64), seqlen_k.div_ceil(16), heads(part) / group]),
+        ),
+        pass(
+            "naive_backward_query.wgsl",
+            "gradient_of",
+            &[
+                (Slot::Key, Access::Read),
+                (Slot::SeqlensK, Access::Read),
+                (Slot::WorkspaceScores, Access::Read),
+                (Slot::GradQuery, Access::ReadWrite),
+            ],
+            Box::new(move |part| [head_dim.div_ceil(64), part.row_count().div_ceil(16), heads(part)]),
+        ),
+    ]
+}

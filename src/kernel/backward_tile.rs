@@ -1,0 +1,69 @@
+//! Host side of `shaders/backward_dkdv_tile.wgsl` and `shaders/backward_dq_tile.wgsl`.
+
+use super::{Access, Pass, Slot, Workgroups, backward_switches, bindings};
+use crate::specialize::Specialization;
+use crate::tune::BackwardTile;
+use crate::{Problem, plan::Part};
+
+/// What the gradients of keys and values bind, on any kernel.
+pub(crate) const DKDV_BINDINGS: &[(Slot, Access)] = &[
+    (Slot::Query, Access::Read),
+    (Slot::Key, Access::Read),
+    (Slot::Value, Access::Read),
+    (Slot::SeqlensK, Access::Read),
+    (Slot::Workspace, Access::Read),
+    (Slot::GradOut, Access::Read),
+    (Slot::GradKey, Access::ReadWrite),
+    (Slot::GradValue, Access::ReadWrite),
+];
+
+/// What the gradient of queries binds, on any kernel.
+pub(crate) const DQ_BINDINGS: &[(Slot, Access)] = &[
+    (Slot::Query, Access::Read),
+    (Slot::Key, Access::Read),
+    (Slot::Value, Access::Read),
+    (Slot::SeqlensK, Access::Read),
+    (Slot::Workspace, Access::Read),
+    (Slot::GradOut, Access::Read),
+    (Slot::GradQuery, Access::ReadWrite),
+];
+
+/// Workgroups of a kernel that owns so many keys, and of one that owns so many rows.
+pub(crate) fn workgroups_by_keys(problem: &Problem, own: u32) -> Workgroups {
+    let (seqlen_k, group) = (problem.shape.seqlen_k, problem.shape.group() as u64);
+    Box::new(move |part: &Part| [seqlen_k.div_ceil(own).into(), part.head_count() / group, part.batch_count()])
+}
+
+pub(crate) fn workgroups_by_rows(own: u32) -> Workgroups {
+    Box::new(move |part: &Part| [part.row_count().div_ceil(own as u64), part.head_count(), part.batch_count()])
+}
+
+pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) -> Vec<Pass> {
+    let shape = problem.shape;
+    let pass = |file, entry, tile: BackwardTile, used, workgroups| Pass {
+        specialization: Specialization {
+            file,
+            entry,
+            switches: backward_switches(problem, 4),
+            constants: vec![
+                ("HEAD_DIM", shape.head_dim),
+                ("HEAD_DIM_V", shape.head_dim_v),
+                ("OWN", tile.own),
+                ("STEP", tile.step),
+                ("THREADS_Y", tile.threads_y),
+                ("THREADS_X", tile.threads_x),
+                ("CHUNK", tile.chunk),
+                ("BLOCK", tile.block),
+            ],
+        },
+        bindings: bindings(problem, used),
+        element_access: false,
+        threads: tile.threads(),
+        workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+        workgroups,
+    };
+    vec![
+        pass("backward_dkdv_tile.wgsl", "dkdv", dkdv, DKDV_BINDINGS, workgroups_by_keys(problem, dkdv.own)),
+        pass("backward_dq_tile.wgsl", "dq", dq, DQ_BINDINGS, workgroups_by_rows(dq.own)),
+    ]
+}

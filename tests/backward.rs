@@ -1,0 +1,100 @@
+//! The backward pass by cases: each line is computed by every kernel, in every element type, and compared with the oracle.
+
+mod common;
+
+use common::backward::{Ask, backward, check_all, prepare};
+use common::cases::{cases, dims};
+use common::{TYPES, case, full, webgpu};
+use wgpu_flash_attention::Causal::BottomRight;
+use wgpu_flash_attention::tune::BackwardTile;
+use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions};
+
+/// Every kernel as a plan chooses it.
+fn ways() -> Vec<(&'static str, &'static Context, PlanOptions)> {
+    vec![
+        ("naive", full(), backward(Kernel::Naive)),
+        ("tile", full(), backward(Kernel::Tile)),
+        ("tile within WebGPU's limits", webgpu(), backward(Kernel::Tile)),
+    ]
+}
+
+/// Smaller than the cases, so that there are several; no size but the grid's is a power of two.
+fn small_tile() -> PlanOptions {
+    let tile = BackwardTile { own: 12, step: 24, threads_y: 12, threads_x: 6, chunk: 12, block: 12 };
+    PlanOptions { backward_tile: Some(tile), ..backward(Kernel::Tile) }
+}
+
+fn run_cases(element_type: ElementType) {
+    let mut ways = ways();
+    ways.push(("tile of 12 by 24", full(), small_tile()));
+    check_all(&prepare(cases(), element_type, Ask::default()), &ways);
+}
+
+fn run_dims(element_type: ElementType) {
+    check_all(&prepare(dims(), element_type, Ask::default()), &ways());
+}
+
+#[test]
+fn cases_f32() {
+    run_cases(ElementType::F32);
+}
+
+#[test]
+fn cases_f16() {
+    run_cases(ElementType::F16);
+}
+
+#[test]
+fn cases_bf16() {
+    run_cases(ElementType::BF16);
+}
+
+#[test]
+fn dims_f32() {
+    run_dims(ElementType::F32);
+}
+
+#[test]
+fn dims_f16() {
+    run_dims(ElementType::F16);
+}
+
+#[test]
+fn dims_bf16() {
+    run_dims(ElementType::BF16);
+}
+
+/// A few cases, aligned and not, with grouped heads, masks and lengths.
+fn few() -> Vec<(String, common::Case)> {
+    let all = [
+        ("aligned", case(2, [4, 2], [37, 45], [16, 12]).causal(BottomRight)),
+        ("odd", case(2, [2, 1], [19, 23], [7, 5]).odd().seqlens(&[23, 4]).softcap(2.0)),
+        ("packed", case(2, [4, 2], [35, 35], [8, 4]).packed().window(5, 3)),
+        ("no keys", case(1, [1, 1], [3, 0], [16, 12])),
+        ("no queries", case(1, [2, 1], [0, 3], [16, 12])),
+    ];
+    all.into_iter().map(|(name, case)| (name.to_string(), case)).collect()
+}
+
+#[test]
+fn gradients_of_lse_and_sums_with_what_is_there() {
+    for element_type in TYPES {
+        for (grad_lse, accumulate) in [(true, false), (false, true), (true, true)] {
+            check_all(&prepare(few(), element_type, Ask { grad_lse, accumulate }), &ways());
+        }
+    }
+}
+
+/// Each kernel in each type with wgpu's bounds checks, which would turn an access past a binding into a wrong result.
+#[test]
+fn within_bounds() {
+    let context = full().clone().checked();
+    for element_type in TYPES {
+        let ways = [
+            ("naive", &context, backward(Kernel::Naive)),
+            ("tile", &context, backward(Kernel::Tile)),
+            ("small tile", &context, small_tile()),
+        ];
+        check_all(&prepare(few(), element_type, Ask { grad_lse: true, accumulate: true }), &ways);
+    }
+}
