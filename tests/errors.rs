@@ -6,7 +6,8 @@ use common::*;
 use wgpu_flash_attention::tune::Tile;
 use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferSize, BufferUsages, ErrorFilter};
 use wgpu_flash_attention::{
-    Context, ElementType, Error, ForwardBuffers, HeadlessOptions, Kernel, Layout, PlanOptions, Problem, Shape,
+    BackwardBuffers, Context, ElementType, Error, ForwardBuffers, Gradients, HeadlessOptions, Kernel, Layout,
+    PlanOptions, Problem, Shape,
 };
 
 const POISON: u32 = 0x7fc5_a5a5;
@@ -314,6 +315,169 @@ fn sharing_that_is_allowed() {
 fn workspace_beside_out() {
     let error = refuse(webgpu(), &problem(), |w, b| b.workspace = Some(at(&w.out, 1024)));
     assert_eq!(error, Error::BufferAliased { output: "workspace", other: "out" });
+}
+
+/// The buffers of the backward pass of [`problem`], with a gradient of lse; outputs poisoned, and one that cannot be bound.
+struct GradientBuffers {
+    /// q, k, v, o, lse, do, dlse.
+    inputs: Vec<wgpu::Buffer>,
+    seqlens_k: wgpu::Buffer,
+    /// dq, dk, dv, workspace.
+    outputs: Vec<wgpu::Buffer>,
+    no_storage: wgpu::Buffer,
+}
+
+impl GradientBuffers {
+    fn new(context: &Context, workspace_bytes: u64) -> Self {
+        let numbers = |n: usize| context.upload(bytemuck::cast_slice(&vec![0.5f32; n]));
+        let poisoned = |n: usize| context.upload(bytemuck::cast_slice(&vec![POISON; n]));
+        let (rows, keys) = (2 * 4 * 6, 2 * 2 * 10);
+        let usage = BufferUsages::COPY_DST | BufferUsages::UNIFORM;
+        let no_storage = wgpu::BufferDescriptor { label: None, size: 4096, usage, mapped_at_creation: false };
+        GradientBuffers {
+            inputs: [rows * 8, keys * 8, keys * 4, rows * 4, rows, rows * 4, rows].map(numbers).into(),
+            seqlens_k: context.upload(bytemuck::cast_slice(&[10i32, 7])),
+            outputs: [1024, keys * 8, keys * 4, workspace_bytes as usize / 4].map(poisoned).into(),
+            no_storage: context.device().create_buffer(&no_storage),
+        }
+    }
+
+    fn bound(&self) -> BackwardBuffers<'_> {
+        let [query, key, value, out, lse, grad_out, grad_lse] =
+            [0, 1, 2, 3, 4, 5, 6].map(|n| self.inputs[n].as_entire_buffer_binding());
+        let [grad_query, grad_key, grad_value, workspace] =
+            [0, 1, 2, 3].map(|n| self.outputs[n].as_entire_buffer_binding());
+        let (grad_lse, workspace) = (Some(grad_lse), Some(workspace));
+        let seqlens_k = Some(self.seqlens_k.as_entire_buffer_binding());
+        BackwardBuffers {
+            query,
+            key,
+            value,
+            out,
+            lse,
+            grad_out,
+            grad_lse,
+            grad_query,
+            grad_key,
+            grad_value,
+            seqlens_k,
+            workspace,
+        }
+    }
+
+    fn poisoned(&self, context: &Context) -> bool {
+        self.outputs.iter().all(|buffer| {
+            let bytes = context.download(buffer, 0, buffer.size()).unwrap();
+            bytemuck::pod_collect_to_vec::<u8, u32>(&bytes).iter().all(|&word| word == POISON)
+        })
+    }
+}
+
+fn problem_with_gradients() -> Problem {
+    let mut problem = problem().with_gradients();
+    problem.gradients.as_mut().unwrap().lse = true;
+    problem
+}
+
+#[test]
+fn backward_buffers() {
+    type Change = for<'a> fn(&'a GradientBuffers, &mut BackwardBuffers<'a>);
+    let missing = |argument, bytes| Error::BufferMissing { argument, bytes };
+    let short = |argument, needed, found| Error::BufferTooSmall { argument, needed, found };
+    let aliased = |output, other| Error::BufferAliased { output, other };
+    let usage = |argument| Error::BufferUsage { argument, found: BufferUsages::COPY_DST | BufferUsages::UNIFORM };
+    let refused: Vec<(Change, Error)> = vec![
+        (|_, b| b.grad_lse = None, missing("grad_lse", 192)),
+        (|_, b| b.seqlens_k = None, missing("seqlens_k", 8)),
+        (|_, b| b.workspace = None, missing("workspace", 384)),
+        (|w, b| b.query = first(&w.inputs[0], 1532), short("query", 1536, 1532)),
+        (|w, b| b.key = first(&w.inputs[1], 1276), short("key", 1280, 1276)),
+        (|w, b| b.value = first(&w.inputs[2], 636), short("value", 640, 636)),
+        (|w, b| b.out = first(&w.inputs[3], 764), short("out", 768, 764)),
+        (|w, b| b.lse = first(&w.inputs[4], 188), short("lse", 192, 188)),
+        (|w, b| b.grad_out = first(&w.inputs[5], 764), short("grad_out", 768, 764)),
+        (|w, b| b.grad_lse = Some(first(&w.inputs[6], 188)), short("grad_lse", 192, 188)),
+        (|w, b| b.grad_query = first(&w.outputs[0], 1532), short("grad_query", 1536, 1532)),
+        (|w, b| b.grad_key = first(&w.outputs[1], 1276), short("grad_key", 1280, 1276)),
+        (|w, b| b.grad_value = first(&w.outputs[2], 636), short("grad_value", 640, 636)),
+        (|w, b| b.workspace = Some(first(&w.outputs[3], 380)), short("workspace", 384, 380)),
+        (|w, b| b.out = at(&w.no_storage, 0), usage("out")),
+        (|w, b| b.lse = at(&w.no_storage, 0), usage("lse")),
+        (|w, b| b.grad_out = at(&w.no_storage, 0), usage("grad_out")),
+        (|w, b| b.grad_lse = Some(at(&w.no_storage, 0)), usage("grad_lse")),
+        (|w, b| b.grad_query = at(&w.no_storage, 0), usage("grad_query")),
+        (|w, b| b.grad_key = at(&w.no_storage, 0), usage("grad_key")),
+        (|w, b| b.grad_value = at(&w.no_storage, 0), usage("grad_value")),
+        // An input and an output, two outputs that overlap, the workspace and anything.
+        (|w, b| b.grad_query = at(&w.inputs[0], 0), aliased("grad_query", "query")),
+        (|w, b| b.grad_value = at(&w.outputs[0], 1280), aliased("grad_value", "grad_query")),
+        (|w, b| b.workspace = Some(at(&w.outputs[0], 2048)), aliased("workspace", "grad_query")),
+    ];
+    let context = full();
+    let plan = context.plan(&problem_with_gradients()).unwrap();
+    assert_eq!(plan.backward_workspace_bytes(), 2 * 4 * 6 * 8);
+    for (change, expected) in refused {
+        let buffers = GradientBuffers::new(context, plan.backward_workspace_bytes());
+        let good = buffers.bound();
+        let mut bad = good.clone();
+        change(&buffers, &mut bad);
+        let run = |bound: &BackwardBuffers<'_>| {
+            without_device_error(context, || {
+                let mut encoder = context.device().create_command_encoder(&Default::default());
+                let result = plan.backward(&mut encoder, bound);
+                context.queue().submit([encoder.finish()]);
+                result
+            })
+        };
+        assert_eq!(run(&bad), Err(expected));
+        assert!(buffers.poisoned(context), "something was written all the same");
+        run(&good).unwrap();
+        assert!(!buffers.poisoned(context));
+    }
+}
+
+#[test]
+fn backward_of_other_plans() {
+    let context = full();
+    // A gradient of lse that the problem does not have, and a plan without gradients.
+    let plain = problem().with_gradients();
+    for (problem, expected) in
+        [(plain, Error::BufferUnexpected { argument: "grad_lse" }), (problem(), Error::NoGradients)]
+    {
+        let plan = context.plan(&problem).unwrap();
+        let buffers = GradientBuffers::new(context, 2 * 4 * 6 * 8);
+        let mut encoder = context.device().create_command_encoder(&Default::default());
+        let error = plan.backward(&mut encoder, &buffers.bound()).unwrap_err();
+        assert_eq!(error, expected);
+        assert!(buffers.poisoned(context), "{error}");
+    }
+}
+
+#[test]
+fn problems_with_bad_gradients() {
+    let good = problem_with_gradients;
+    let gradients = |change: fn(&mut Gradients)| {
+        let mut problem = good();
+        change(problem.gradients.as_mut().unwrap());
+        problem
+    };
+    let far = |argument| Error::LayoutOverflow { argument };
+    let overlap = |argument| Error::OutputOverlap { argument };
+    for (problem, expected, named) in [
+        (Problem { lse: false, ..good() }, Error::GradientsWithoutLse, "lse"),
+        (gradients(|g| g.out.batch = u64::MAX), far("grad_out"), "grad_out"),
+        (gradients(|g| g.key.batch = u64::MAX), far("grad_key"), "grad_key"),
+        (gradients(|g| g.query.row = 7), overlap("grad_query"), "grad_query"),
+        (gradients(|g| g.key.head = 0), overlap("grad_key"), "grad_key"),
+        (gradients(|g| g.value.row = 0), overlap("grad_value"), "grad_value"),
+    ] {
+        let error = without_device_error(full(), || full().plan(&problem)).unwrap_err();
+        assert_eq!(error, expected);
+        assert!(error.to_string().contains(named), "{error}");
+    }
+    let options = PlanOptions { backward: Some(Kernel::Decode), ..Default::default() };
+    let error = full().plan_with(&good(), &options).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { kernel: Kernel::Decode, .. }), "{error}");
 }
 
 #[test]

@@ -4,11 +4,12 @@ mod common;
 
 use std::sync::OnceLock;
 
+use common::backward::{Ask, backward};
 use common::*;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
-use wgpu_flash_attention::{Context, PlanOptions};
+use wgpu_flash_attention::{Context, Kernel, PlanOptions};
 
 /// WebGPU's limits, but so few workgroups that nearly everything is split.
 fn cramped() -> &'static Context {
@@ -84,10 +85,10 @@ fn ways() -> impl Strategy<Value = PlanOptions> {
     prop::sample::select(vec![naive(), tile(), tiled(8, 16, (8, 4), 4, 8)])
 }
 
-fn run(
+fn run<Ways: std::fmt::Debug>(
     cases: u32,
-    strategy: impl Strategy<Value = (Case, PlanOptions)>,
-    check: impl Fn(&Case, &PlanOptions) -> Result<(), String>,
+    strategy: impl Strategy<Value = (Case, Ways)>,
+    check: impl Fn(&Case, &Ways) -> Result<(), String>,
 ) {
     let config = Config { cases, rng_seed: RngSeed::Fixed(1), failure_persistence: None, ..Config::default() };
     let mut runner = TestRunner::new(config);
@@ -106,4 +107,11 @@ fn any_problem() {
 fn any_problem_in_parts() {
     let tiles = prop::sample::select(vec![tile(), tiled(8, 16, (8, 4), 4, 8)]);
     run(50, (cases(), tiles), |case, options| case.prepare().check(cramped(), options));
+}
+
+#[test]
+fn any_gradients() {
+    let ways = prop::sample::select(vec![backward(Kernel::Naive), backward(Kernel::Tile)]);
+    let asks = (any::<bool>(), any::<bool>()).prop_map(|(grad_lse, accumulate)| Ask { grad_lse, accumulate });
+    run(100, (cases(), (ways, asks)), |case, (options, ask)| case.prepare_backward(*ask).check(webgpu(), options));
 }

@@ -2,8 +2,10 @@
 
 mod common;
 
+use common::backward::{Ask, backward};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
+use wgpu_flash_attention::tune::BackwardTile;
 use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Layout, Plan, PlanOptions, Problem, Shape};
 
 fn narrow(binding: u64, workgroups: u32) -> Context {
@@ -15,7 +17,10 @@ fn narrow(binding: u64, workgroups: u32) -> Context {
 
 /// How many parts the plan says that it has.
 fn parts(plan: &Plan) -> usize {
-    let text = plan.to_string();
+    parts_in(&plan.to_string())
+}
+
+fn parts_in(text: &str) -> usize {
     let (_, after) = text.split_once("parts that the problem was split into: ").expect("the plan counts its parts");
     after.lines().next().unwrap().parse().unwrap()
 }
@@ -106,6 +111,55 @@ fn rows_of_one_head() {
 fn both_limits_at_once() {
     let cases = [("all", case(3, [4, 2], [37, 40], [16, 12]).seqlens(&[9, 40, 33]).causal(BottomRight).softcap(2.0))];
     check_split(&narrow(3 << 10, 3), &small(), 9, &cases);
+}
+
+/// Backward passes: as [`check_split`].
+fn check_backward_split(context: &Context, kernel: Kernel, least: usize, cases: &[(&str, Case)]) {
+    let tile = BackwardTile { own: 8, step: 8, threads_y: 4, threads_x: 2, chunk: 8, block: 8 };
+    let options = PlanOptions { backward_tile: Some(tile), ..backward(kernel) };
+    for (name, case) in cases {
+        for element_type in TYPES {
+            let ask = Ask { grad_lse: true, accumulate: false };
+            let prepared = case.clone().element_type(element_type).prepare_backward(ask);
+            let plan = context.plan_with(&prepared.problem, &options).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let text = plan.to_string();
+            let (_, of_backward) = text.split_once("backward kernel").expect("the plan explains its backward pass");
+            assert!(parts_in(of_backward) >= least, "{name}, {element_type}: {plan}");
+            if let Err(error) = prepared.check(context, &options) {
+                panic!("{name}, {element_type}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn backward_by_workgroups() {
+    // 70 rows are 9 tiles of 8, which no part may exceed; groups of heads and batch entries are parts of their own.
+    let all: Vec<_> = cases().into_iter().filter(|(name, _)| *name != "one head for all").collect();
+    check_backward_split(&narrow(128 << 20, 9), Kernel::Tile, 1, &all);
+    let many = [
+        ("plain", case(7, [4, 2], [37, 40], [16, 12])),
+        ("lengths", case(6, [14, 7], [9, 40], [16, 12]).seqlens(&[40, 0, 17, 1, 39, 40]).causal(BottomRight)),
+    ];
+    check_backward_split(&narrow(128 << 20, 5), Kernel::Tile, 2, &many);
+}
+
+#[test]
+fn backward_by_binding() {
+    // Enough for one batch entry of the packed q, k and v, 37 · 56 · 4 bytes.
+    let all: Vec<_> = cases().into_iter().filter(|(name, _)| !name.contains("odd strides")).collect();
+    check_backward_split(&narrow(12 << 10, 65535), Kernel::Tile, 1, &all);
+    check_backward_split(&narrow(12 << 10, 65535), Kernel::Tile, 2, &[("plain", case(7, [4, 2], [37, 40], [16, 12]))]);
+    // P and dS of a head, 37 · 40 · 8 bytes.
+    check_backward_split(&narrow(12 << 10, 65535), Kernel::Naive, 3, &[("plain", case(3, [3, 3], [37, 40], [16, 12]))]);
+}
+
+/// Heads that share a key-value head are one sum.
+#[test]
+fn a_group_of_heads_is_not_split() {
+    let problem = case(1, [4, 1], [100, 10], [16, 12]).problem.with_gradients();
+    let error = refused(&narrow(16 << 10, 65535), &problem, &tile());
+    assert_eq!(error, Error::BindingTooLarge { argument: "query", bytes: 25600, limit: 16 << 10 });
 }
 
 fn refused(context: &Context, problem: &Problem, options: &PlanOptions) -> Error {

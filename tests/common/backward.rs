@@ -13,7 +13,7 @@ pub fn backward(kernel: Kernel) -> PlanOptions {
 }
 
 /// What is asked of the gradients besides the case.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Ask {
     /// lse has a gradient too.
     pub grad_lse: bool,
@@ -55,7 +55,7 @@ impl Case {
             gradients.lse = ask.grad_lse;
             gradients.accumulate = ask.accumulate;
             // Keys that share a place have gradients of their own.
-            if problem.key.head == 0 && shape.heads_kv > 1 {
+            if problem.key.batch == 0 {
                 gradients.key = Layout::bhnd(shape.heads_kv, shape.seqlen_k, shape.head_dim);
                 gradients.value = Layout::bhnd(shape.heads_kv, shape.seqlen_k, shape.head_dim_v);
             }
