@@ -7,7 +7,9 @@
 use std::fmt::Write;
 
 use crate::elements::{MatrixFormat, MatrixLayout};
-use crate::kernel::{backward_coop, backward_delta, backward_naive, backward_tile, decode, forward_coop, forward_tile, naive};
+use crate::kernel::{
+    backward_coop, backward_delta, backward_naive, backward_tile, decode, forward_coop, forward_tile, naive,
+};
 use crate::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, Tile};
 use crate::{MergeProblem, Problem};
 

@@ -17,8 +17,12 @@ pub(crate) fn passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matri
         if size == 16 {
             switches.push("MATRIX16");
         }
-        // Whole rows of gradients leave no registers for V; in blocks they leave none for the next tile.
-        switches.push(if tile.blocks(shape.head_dim.max(shape.head_dim_v)) > 1 { "HOLD_VALUE" } else { "AHEAD" });
+        if tile.ahead {
+            switches.push("AHEAD");
+        }
+        if file == "backward_dkdv_coop.wgsl" && tile.holds_value(shape.head_dim, shape.head_dim_v) {
+            switches.push("HOLD_VALUE");
+        }
         let mut constants = vec![
             ("HEAD_DIM", shape.head_dim),
             ("HEAD_DIM_V", shape.head_dim_v),
@@ -45,7 +49,7 @@ pub(crate) fn passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matri
             bindings: bindings(problem, DKDV_BINDINGS),
             element_access: true,
             threads: dkdv.subgroups * matrices.format.lanes,
-            workgroup_bytes: dkdv.key_bytes(size, shape.head_dim, shape.head_dim_v),
+            workgroup_bytes: dkdv.dkdv_bytes(size, shape.head_dim, shape.head_dim_v),
             workgroups: Box::new(of_keys),
         },
         Pass {
@@ -53,7 +57,7 @@ pub(crate) fn passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matri
             bindings: bindings(problem, DQ_BINDINGS),
             element_access: true,
             threads: dq.subgroups * matrices.format.lanes,
-            workgroup_bytes: dq.query_bytes(size, shape.head_dim, shape.head_dim_v),
+            workgroup_bytes: dq.dq_bytes(size, shape.head_dim, shape.head_dim_v),
             workgroups: Box::new(of_rows),
         },
     ]
