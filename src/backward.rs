@@ -3,10 +3,11 @@
 use wgpu::BufferBinding;
 
 use crate::forward::{BoundPass, check_buffers};
+use crate::kernel::forward_coop::Matrices;
 use crate::kernel::{self, Access, Slot, backward_delta};
-use crate::plan::{Cut, Part, Recipe};
+use crate::plan::{Cut, Part, Recipe, check_limits};
 use crate::problem::Tensor;
-use crate::{Context, Error, Kernel, Plan, PlanOptions, Problem, tune};
+use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tune};
 
 /// The buffers of a backward pass. What [`ForwardBuffers`](crate::ForwardBuffers) says of usages, offsets and sizes holds here
 /// too; gradients of q, k and v may not be in a buffer with an input, and o and lse are inputs here.
@@ -86,26 +87,50 @@ impl Plan {
 /// How the backward pass of a problem is computed.
 pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &PlanOptions) -> Result<Recipe<'a>, Error> {
     let shape = &problem.shape;
-    let (kernel, reason) = match options.backward {
-        Some(kernel) => (kernel, "asked for"),
-        None => (Kernel::Tile, "it runs on every device and computes every problem"),
+    let limits = context.limits();
+    let coop_tiles =
+        |matrices: &Matrices| tune::coop_backward_tiles(matrices.format.size, shape.head_dim, shape.head_dim_v);
+    let coop_fits = context.matrices.as_ref().is_some_and(|matrices| {
+        let passes = kernel::backward_coop::passes(problem, coop_tiles(matrices), matrices);
+        check_limits(Kernel::Coop, &passes, limits).is_ok()
+    });
+    let (kernel, reason) = match (options.backward, &context.matrices, problem.element_type) {
+        (Some(kernel), _, _) => (kernel, "asked for"),
+        (None, Some(_), ElementType::F16) if coop_fits => (Kernel::Coop, "the device has cooperative matrices for f16"),
+        (None, Some(_), ElementType::F16) => {
+            (Kernel::Tile, "the device's limits are too small for the tile of the coop kernel")
+        }
+        (None, Some(_), _) => (Kernel::Tile, "cooperative matrices take f16 only"),
+        (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
     };
+    let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
     let mut passes = vec![backward_delta::pass(problem)];
     match kernel {
         Kernel::Naive => passes.extend(kernel::backward_naive::passes(problem)),
         Kernel::Tile => {
             let [dkdv, dq] = match options.backward_tile {
                 Some(tile) => [tile; 2],
-                None => tune::backward_tiles(shape.head_dim, shape.head_dim_v, context.limits()),
+                None => tune::backward_tiles(shape.head_dim, shape.head_dim_v, limits),
             };
             dkdv.validate()?;
             dq.validate()?;
             passes.extend(kernel::backward_tile::passes(problem, dkdv, dq));
         }
-        Kernel::Coop | Kernel::Decode => {
-            let why = "it has no backward pass";
-            return Err(Error::Unsupported { kernel, element_type: problem.element_type, why });
+        Kernel::Coop => {
+            let matrices = context
+                .matrices
+                .as_ref()
+                .ok_or(unsupported("the context was made without with_cooperative_matrices"))?;
+            if problem.element_type != ElementType::F16 {
+                return Err(unsupported("cooperative matrices take f16"));
+            }
+            let tiles = options.coop_backward_tiles.unwrap_or_else(|| coop_tiles(matrices));
+            for tile in tiles {
+                tile.validate(matrices.format.size)?;
+            }
+            passes.extend(kernel::backward_coop::passes(problem, tiles, matrices));
         }
+        Kernel::Decode => return Err(unsupported("it has no backward pass")),
     }
     let workspaces = move |part: &Part| {
         let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(part))];

@@ -116,9 +116,7 @@ impl Context {
         let source = specialization.source().expect("the library's own shaders follow their directives");
         let module = match &self.matrices {
             Some(matrices) if pass.element_access => {
-                let mut bindings = vec![0];
-                bindings.extend(pass.bindings.iter().map(|&(slot, _)| slot as u32));
-                ElementModule::new(&source.text, matrices.format, &bindings, self.checked)
+                ElementModule::new(&source.text, matrices.format, &pass.binding_numbers(), self.checked)
                     .map_err(NoElementAccess::from)
                     .and_then(|module| passthrough::shader_module(&self.device, specialization.file, &module))
                     .map_err(|error| Error::Device(error.to_string()))?

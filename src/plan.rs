@@ -8,7 +8,7 @@ use crate::forward::bind_launch;
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{self, Kernel, Pass, Slot};
 use crate::problem::{Layout, Tensor};
-use crate::tune::{self, BackwardTile, CoopTile, DecodeTile, Tile};
+use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, Tile};
 use crate::{ElementType, Error, Problem};
 
 /// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes.
@@ -28,6 +28,9 @@ pub struct PlanOptions {
     pub backward: Option<Kernel>,
     /// The tile of the backward pass' tile kernels; `None` takes [`tune::backward_tile`].
     pub backward_tile: Option<BackwardTile>,
+    /// The tiles of the backward pass' coop kernels, of the gradients of keys and values and of queries; `None` takes
+    /// [`tune::coop_backward_tiles`].
+    pub coop_backward_tiles: Option<[CoopBackwardTile; 2]>,
 }
 
 /// How a problem is computed on a device. Made by [`Context::plan`]; used any number of times.

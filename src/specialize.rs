@@ -7,26 +7,34 @@
 use std::fmt::Write;
 
 use crate::elements::{MatrixFormat, MatrixLayout};
-use crate::kernel::{backward_delta, backward_naive, backward_tile, decode, forward_coop, forward_tile, naive};
-use crate::tune::{BackwardTile, CoopTile, DecodeTile, Tile};
+use crate::kernel::{
+    backward_coop, backward_delta, backward_naive, backward_tile, decode, forward_coop, forward_tile, naive,
+};
+use crate::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, Tile};
 use crate::{MergeProblem, Problem};
 
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = &[
     ("backward_delta.wgsl", include_str!("../shaders/backward_delta.wgsl")),
+    ("backward_dkdv_coop.wgsl", include_str!("../shaders/backward_dkdv_coop.wgsl")),
     ("backward_dkdv_tile.wgsl", include_str!("../shaders/backward_dkdv_tile.wgsl")),
+    ("backward_dq_coop.wgsl", include_str!("../shaders/backward_dq_coop.wgsl")),
     ("backward_dq_tile.wgsl", include_str!("../shaders/backward_dq_tile.wgsl")),
     ("common/elements.wgsl", include_str!("../shaders/common/elements.wgsl")),
     ("common/elements_f16.wgsl", include_str!("../shaders/common/elements_f16.wgsl")),
+    ("common/matrices.wgsl", include_str!("../shaders/common/matrices.wgsl")),
+    ("common/matrix_elements.wgsl", include_str!("../shaders/common/matrix_elements.wgsl")),
     ("common/matrix_layout.wgsl", include_str!("../shaders/common/matrix_layout.wgsl")),
     ("common/problem.wgsl", include_str!("../shaders/common/problem.wgsl")),
     ("common/read.wgsl", include_str!("../shaders/common/read.wgsl")),
+    ("common/read_f16.wgsl", include_str!("../shaders/common/read_f16.wgsl")),
     ("common/score.wgsl", include_str!("../shaders/common/score.wgsl")),
     ("common/softmax.wgsl", include_str!("../shaders/common/softmax.wgsl")),
     ("common/tile_load.wgsl", include_str!("../shaders/common/tile_load.wgsl")),
     ("common/tile_products.wgsl", include_str!("../shaders/common/tile_products.wgsl")),
     ("common/tile_result.wgsl", include_str!("../shaders/common/tile_result.wgsl")),
     ("common/write.wgsl", include_str!("../shaders/common/write.wgsl")),
+    ("common/write_f16.wgsl", include_str!("../shaders/common/write_f16.wgsl")),
     ("decode_combine.wgsl", include_str!("../shaders/decode_combine.wgsl")),
     ("decode_split.wgsl", include_str!("../shaders/decode_split.wgsl")),
     ("forward_coop.wgsl", include_str!("../shaders/forward_coop.wgsl")),
@@ -199,6 +207,19 @@ pub fn modules(problem: &Problem, tile: Option<Tile>) -> Vec<Specialization> {
     passes.into_iter().map(|pass| pass.specialization).collect()
 }
 
+/// The modules of the backward pass on cooperative matrices, and the bindings that they are made for.
+#[doc(hidden)]
+pub fn coop_backward_modules(
+    problem: &Problem,
+    tiles: [CoopBackwardTile; 2],
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+) -> Vec<(Specialization, Vec<u32>)> {
+    let matrices = forward_coop::Matrices { format, layout: layout.clone() };
+    let passes = backward_coop::passes(problem, tiles, &matrices);
+    passes.into_iter().map(|pass| (pass.specialization.clone(), pass.binding_numbers())).collect()
+}
+
 /// The module of the cooperative-matrix kernel, and the bindings that it is made for.
 #[doc(hidden)]
 pub fn coop_module(
@@ -209,8 +230,7 @@ pub fn coop_module(
 ) -> (Specialization, Vec<u32>) {
     let matrices = forward_coop::Matrices { format, layout: layout.clone() };
     let pass = forward_coop::pass(problem, tile, &matrices);
-    let bindings = std::iter::once(0).chain(pass.bindings.iter().map(|&(slot, _)| slot as u32)).collect();
-    (pass.specialization, bindings)
+    (pass.specialization.clone(), pass.binding_numbers())
 }
 
 /// The modules of the decode kernel with this tile and so many splits of the keys.

@@ -275,6 +275,95 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
     [both; 2]
 }
 
+/// The tile of a backward kernel on cooperative matrices, `shaders/backward_dkdv_coop.wgsl` or
+/// `shaders/backward_dq_coop.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CoopBackwardTile {
+    /// Subgroups in a workgroup.
+    pub subgroups: u32,
+    /// Matrices of keys (for the gradients of keys and values) or of queries (for that of queries) that a subgroup owns.
+    pub matrices: u32,
+    /// Queries, or keys, that a step of the loop takes; a multiple of the matrices' size.
+    pub step: u32,
+    /// Columns of a gradient that a workgroup computes; a multiple of the matrices' size. With fewer than the head dim,
+    /// scores are computed once for each block of them.
+    pub columns: u32,
+    /// Whether the next step's tile is loaded while one is in use, which takes registers.
+    pub ahead: bool,
+}
+
+impl CoopBackwardTile {
+    /// Keys, or queries, that a workgroup owns, with matrices of `size` rows.
+    pub const fn own(&self, size: u32) -> u32 {
+        self.subgroups * self.matrices * size
+    }
+
+    /// Blocks of columns of gradients with rows of `dim`.
+    pub const fn blocks(&self, dim: u32) -> u32 {
+        dim.div_ceil(self.columns)
+    }
+
+    /// Whether V is in registers, where the gradients of keys and values leave room: when they are computed in blocks.
+    pub const fn holds_value(&self, head_dim: u32, head_dim_v: u32) -> bool {
+        self.blocks(head_dim) > 1 || self.blocks(head_dim_v) > 1
+    }
+
+    /// Vectors of four from one row to the next in workgroup memory, of whole rows and of a block's.
+    const fn strides(&self, size: u32, dim: u32) -> (u32, u32) {
+        let whole = dim.next_multiple_of(size);
+        let block = if whole < self.columns { whole } else { self.columns };
+        (whole / 4 + 2, block / 4 + 2)
+    }
+
+    /// Workgroup memory in bytes of the kernel for keys and values. The same sums as the constants of the shader.
+    pub const fn dkdv_bytes(&self, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+        let value = if self.holds_value(head_dim, head_dim_v) { 0 } else { self.own(size) };
+        self.bytes(size, head_dim, head_dim_v, value) + 8 * self.step
+    }
+
+    /// The same of the kernel for queries.
+    pub const fn dq_bytes(&self, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+        self.bytes(size, head_dim, head_dim_v, 0)
+    }
+
+    const fn bytes(&self, size: u32, head_dim: u32, head_dim_v: u32, value_rows: u32) -> u32 {
+        let (d_stride, d_block) = self.strides(size, head_dim);
+        let (v_stride, v_block) = self.strides(size, head_dim_v);
+        let tiles = value_rows * v_stride + self.step * (d_stride + v_stride);
+        let moved = self.own(size) * if d_block > v_block { d_block } else { v_block };
+        8 * if tiles > moved { tiles } else { moved }
+    }
+
+    /// Checks that the tile divides as the shader needs it to.
+    pub fn validate(&self, size: u32) -> Result<(), Error> {
+        // Bounds the arithmetic of the sums above.
+        if [self.subgroups, self.matrices, self.step, self.columns].iter().any(|&n| n == 0 || n > 1024) {
+            return Err(Error::Tile("every size must be from 1 to 1024"));
+        }
+        if self.subgroups * self.matrices > 1024 {
+            return Err(Error::Tile("subgroups times matrices must be at most 1024"));
+        }
+        if !self.step.is_multiple_of(size) || !self.columns.is_multiple_of(size) {
+            return Err(Error::Tile("the size of a matrix must divide step and columns"));
+        }
+        Ok(())
+    }
+}
+
+/// The tiles of the backward kernels on cooperative matrices, by the size of the device's matrices: of the gradients of keys
+/// and values, and of queries.
+pub fn coop_backward_tiles(size: u32, head_dim: u32, head_dim_v: u32) -> [CoopBackwardTile; 2] {
+    let tile =
+        |subgroups, matrices, step, columns, ahead| CoopBackwardTile { subgroups, matrices, step, columns, ahead };
+    match (size, head_dim.max(head_dim_v)) {
+        (16, 0..=64) => [tile(8, 2, 32, 64, true), tile(4, 2, 32, 64, true)],
+        (16, 65..=128) => [tile(8, 1, 16, 128, true), tile(8, 1, 48, 128, true)],
+        (16, _) => [tile(4, 1, 32, 64, false), tile(4, 1, 32, 128, false)],
+        (_, 0..=128) => [tile(4, 2, 16, 128, true), tile(4, 2, 16, 128, true)],
+        (_, _) => [tile(2, 1, 8, 64, false), tile(2, 1, 8, 128, false)],
+    }
+}
+
 /// A row of the table: the first one whose bounds hold is taken.
 struct Row {
     /// The larger of the two head dimensions is at most this.
@@ -371,6 +460,19 @@ mod tests {
                     let used = tile.workgroup_bytes(head_dim, head_dim_v);
                     assert!(used <= bytes, "{head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn every_head_dim_gets_coop_tiles_that_fit() {
+        for (size, bytes) in [(8, 32 << 10), (16, 48 << 10)] {
+            for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [1, 40, 64, 128, 200, 256, d].map(|v| (d, v))) {
+                let [dkdv, dq] = coop_backward_tiles(size, head_dim, head_dim_v);
+                dkdv.validate(size).unwrap();
+                dq.validate(size).unwrap();
+                let used = dkdv.dkdv_bytes(size, head_dim, head_dim_v).max(dq.dq_bytes(size, head_dim, head_dim_v));
+                assert!(used <= bytes, "{head_dim} {head_dim_v} {dkdv:?} {dq:?} {used} > {bytes}");
             }
         }
     }

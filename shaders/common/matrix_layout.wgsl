@@ -36,6 +36,19 @@ fn held_row(e: u32) -> u32 {
     return held;
 }
 
+// The same for columns, of which a lane holds LANE_COLUMNS.
+fn held_column(e: u32) -> u32 {
+    var held = 0u;
+    var weight = 1u;
+    for (var k = 0u; k < 3u; k++) {
+        if ((ELEMENT_ROW_BITS >> k) & 1u) == 0u {
+            held += weight * ((e >> k) & 1u);
+            weight *= 2u;
+        }
+    }
+    return held;
+}
+
 // Over the lanes that share a row: those that differ in a bit that is a column bit.
 fn row_max(x: f32) -> f32 {
     var most = x;

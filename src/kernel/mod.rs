@@ -1,6 +1,7 @@
 //! The kernels: one file each, beside its WGSL. A kernel says which modules it runs, what they bind, and how many
 //! workgroups a part of the problem takes.
 
+pub(crate) mod backward_coop;
 pub(crate) mod backward_delta;
 pub(crate) mod backward_naive;
 pub(crate) mod backward_tile;
@@ -110,6 +111,13 @@ pub(crate) struct Pass {
     pub threads: u32,
     pub workgroup_bytes: u32,
     pub workgroups: Workgroups,
+}
+
+impl Pass {
+    /// The numbers of all its bindings.
+    pub(crate) fn binding_numbers(&self) -> Vec<u32> {
+        std::iter::once(0).chain(self.bindings.iter().map(|&(slot, _)| slot as u32)).collect()
+    }
 }
 
 /// The workgroups that a part of the problem takes.

@@ -1,0 +1,375 @@
+// Gradients of K and V on cooperative matrices, f16 products with f32 sums. One workgroup computes KEYS keys of one
+// key-value head; each of its subgroups has KEY_MATRICES · M of them to itself, M being the size of a matrix.
+//
+//     dK = 0, dV = 0
+//     for each query head that reads these keys, for each tile of ROWS rows that may see some of them:
+//         S^T = K Q^T,  dP^T = V dO^T               keys are rows here, so that
+//         P^T = 2^(score(S^T) - lse)                P^T and dS^T become left operands where they lie;
+//         dS^T = P^T (dP^T - delta) score'          lse, in base 2, and delta belong to columns
+//         dV = dV + P^T dO,  dK = dK + dS^T Q
+//     dK = scale dK
+//
+// Where registers do not hold all columns of dK and dV, a workgroup computes COLUMNS of each, and S^T and dP^T are
+// computed once for each such block.
+enable f16;
+enable wgpu_cooperative_matrix;
+#include "common/problem.wgsl"
+#include "common/softmax.wgsl"
+#include "common/score.wgsl"
+#include "common/matrices.wgsl"
+#include "common/elements_f16.wgsl"
+
+// Read only, but as in forward_coop.wgsl loads stay where they are written.
+@group(0) @binding(1) var<storage, read_write> query: InElements;
+@group(0) @binding(2) var<storage, read_write> key: InElements;
+@group(0) @binding(3) var<storage, read_write> value: InElements;
+@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+@group(0) @binding(11) var<storage, read_write> grad_out: InElements;
+@group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
+@group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
+#include "common/matrix_elements.wgsl"
+#include "common/read_f16.wgsl" tensor=query
+#include "common/read_f16.wgsl" tensor=key
+#include "common/read_f16.wgsl" tensor=value
+#include "common/read_f16.wgsl" tensor=grad_out
+#include "common/write_f16.wgsl" tensor=grad_key
+#include "common/write_f16.wgsl" tensor=grad_value
+
+const LANES = M * M / ELEMENTS;
+const THREADS = SUBGROUPS * LANES;
+const KEYS = SUBGROUPS * KEY_MATRICES * M;
+// Matrices across the rows of a tile, the head dimension, the values' dimension, and the columns of a block.
+const RM = ROWS / M;
+const DM = (HEAD_DIM + M - 1u) / M;
+const VM = (HEAD_DIM_V + M - 1u) / M;
+const DKM = min(DM, COLUMNS / M);
+const DVM = min(VM, COLUMNS / M);
+const K_BLOCKS = (DM + DKM - 1u) / DKM;
+const V_BLOCKS = (VM + DVM - 1u) / DVM;
+const BLOCKS = max(K_BLOCKS, V_BLOCKS);
+// Rows in workgroup memory, whole ones and those of a block: how many times eight elements are there, and how far apart rows
+// are, in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
+const D8 = DM * M / 8u;
+const V8 = VM * M / 8u;
+const DK8 = DKM * M / 8u;
+const DV8 = DVM * M / 8u;
+const D_STRIDE = 2u * D8 + 2u;
+const V_STRIDE = 2u * V8 + 2u;
+const DK_STRIDE = 2u * DK8 + 2u;
+const DV_STRIDE = 2u * DV8 + 2u;
+// What each thread moves of a block of K or dK and of V or dV, and of a tile of Q, of dO and of the rows' numbers.
+const DK_MOVES = (KEYS * DK8 + THREADS - 1u) / THREADS;
+const DV_MOVES = (KEYS * DV8 + THREADS - 1u) / THREADS;
+const Q_MOVES = (ROWS * D8 + THREADS - 1u) / THREADS;
+const DO_MOVES = (ROWS * V8 + THREADS - 1u) / THREADS;
+const NUMBER_MOVES = (ROWS + THREADS - 1u) / THREADS;
+
+// V where registers do not hold it, then a tile of Q and one of dO. Before that blocks of K and V on their way to registers,
+// after it dK and dV on their way out.
+#if HOLD_VALUE
+const Q_PLACE = 0u;
+#else
+const Q_PLACE = KEYS * V_STRIDE;
+#endif
+const DO_PLACE = Q_PLACE + ROWS * D_STRIDE;
+const TILES = max(DO_PLACE + ROWS * V_STRIDE, KEYS * max(DK_STRIDE, DV_STRIDE));
+var<workgroup> tiles: array<vec4<f16>, TILES>;
+// lse, in base 2, and delta of the tile's rows.
+var<workgroup> numbers: array<vec2f, ROWS>;
+
+fn store_eight(place: u32, x: Eight) {
+    tiles[place] = x.low;
+    tiles[place + 1u] = x.high;
+}
+
+// A block of columns of K, from column d0 on, and one of V. Past the head dimension they have 0, so that these columns add
+// nothing, whatever Q and dO have there.
+fn store_keys(start: u32, key0: u32, d0: u32, last: u32, thread: u32) {
+    for (var n = 0u; n < DK_MOVES; n++) {
+        let t = thread + n * THREADS;
+        let d = d0 + 8u * (t % DK8);
+        let x = read_key(start + min(key0 + t / DK8, last) * problem.key.row, d, HEAD_DIM);
+        if t < KEYS * DK8 {
+            store_eight(t / DK8 * DK_STRIDE + 2u * (t % DK8), first_elements(x, max(d, HEAD_DIM) - d));
+        }
+    }
+}
+
+fn store_values(start: u32, key0: u32, d0: u32, last: u32, thread: u32) {
+    for (var n = 0u; n < DV_MOVES; n++) {
+        let t = thread + n * THREADS;
+        let d = d0 + 8u * (t % DV8);
+        let x = read_value(start + min(key0 + t / DV8, last) * problem.value.row, d, HEAD_DIM_V);
+        if t < KEYS * DV8 {
+            store_eight(t / DV8 * DV_STRIDE + 2u * (t % DV8), first_elements(x, max(d, HEAD_DIM_V) - d));
+        }
+    }
+}
+
+// A tile of rows on its way from device memory to workgroup memory.
+struct Tile {
+    q: array<Eight, Q_MOVES>,
+    grad: array<Eight, DO_MOVES>,
+    numbers: array<vec2f, NUMBER_MOVES>,
+}
+
+fn load_tile(batch: u32, head: u32, i0: u32, thread: u32) -> Tile {
+    var x: Tile;
+    let last = problem.seqlen_q - 1u;
+    let query_start = head_start(problem.query, batch, head);
+    for (var n = 0u; n < Q_MOVES; n++) {
+        let t = thread + n * THREADS;
+        x.q[n] = read_query(query_start + min(i0 + t / D8, last) * problem.query.row, 8u * (t % D8), HEAD_DIM);
+    }
+    let grad_start = head_start(problem.grad_out, batch, head);
+    for (var n = 0u; n < DO_MOVES; n++) {
+        let t = thread + n * THREADS;
+        x.grad[n] = read_grad_out(grad_start + min(i0 + t / V8, last) * problem.grad_out.row, 8u * (t % V8), HEAD_DIM_V);
+    }
+    let first_row = (batch * problem.heads + head) * problem.seqlen_q;
+    for (var n = 0u; n < NUMBER_MOVES; n++) {
+        x.numbers[n] = rows[first_row + min(i0 + thread + n * THREADS, last)];
+    }
+    return x;
+}
+
+fn store_tile(x: Tile, i0: u32, thread: u32) {
+    for (var n = 0u; n < Q_MOVES; n++) {
+        let t = thread + n * THREADS;
+        if t < ROWS * D8 {
+            store_eight(Q_PLACE + t / D8 * D_STRIDE + 2u * (t % D8), x.q[n]);
+        }
+    }
+    for (var n = 0u; n < DO_MOVES; n++) {
+        let t = thread + n * THREADS;
+        if t < ROWS * V8 {
+            store_eight(DO_PLACE + t / V8 * V_STRIDE + 2u * (t % V8), x.grad[n]);
+        }
+    }
+    for (var n = 0u; n < NUMBER_MOVES; n++) {
+        let t = thread + n * THREADS;
+        if t < ROWS {
+            // A row past the end is as one without keys.
+            let number = select(x.numbers[n], vec2f(NO_KEYS, 0.0), i0 + t >= problem.seqlen_q);
+            numbers[t] = vec2f(number.x * LOG2_E, number.y);
+        }
+    }
+}
+
+@compute @workgroup_size(THREADS)
+fn dkdv(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    let at = sequence(group.z, group.y * problem.group);
+    let key0 = group.x / BLOCKS * KEYS;
+    let mine = subgroup * KEY_MATRICES * M;
+    // The first matrix of columns of dK and of dV.
+    let dk0 = group.x % BLOCKS * DKM;
+    let dv0 = group.x % BLOCKS * DVM;
+    let key_start = head_start(problem.key, at.batch, at.head_kv);
+    let value_start = head_start(problem.value, at.batch, at.head_kv);
+    let last = u32(max(at.keys, 1) - 1);
+    // Shapes of scores times this are exponents of 2; a shape is odd in its score.
+    let factor = score_sign() * score_factor();
+
+    var k: array<array<Left, K_BLOCKS * DKM>, KEY_MATRICES>;
+    for (var b = 0u; b < K_BLOCKS; b++) {
+        store_keys(key_start, key0, b * DKM * M, last, thread);
+        workgroupBarrier();
+        for (var r = 0u; r < KEY_MATRICES; r++) {
+            for (var d = 0u; d < DKM; d++) {
+                let place = (mine + r * M) * DK_STRIDE + d * M / 4u;
+                k[r][b * DKM + d] = coopLoadT<Left>(&tiles[place], DK_STRIDE);
+            }
+        }
+        workgroupBarrier();
+    }
+#if HOLD_VALUE
+    var v: array<array<Left, V_BLOCKS * DVM>, KEY_MATRICES>;
+    for (var b = 0u; b < V_BLOCKS; b++) {
+        store_values(value_start, key0, b * DVM * M, last, thread);
+        workgroupBarrier();
+        for (var r = 0u; r < KEY_MATRICES; r++) {
+            for (var d = 0u; d < DVM; d++) {
+                let place = (mine + r * M) * DV_STRIDE + d * M / 4u;
+                v[r][b * DVM + d] = coopLoadT<Left>(&tiles[place], DV_STRIDE);
+            }
+        }
+        workgroupBarrier();
+    }
+#else
+    // All of it: there is one block.
+    store_values(value_start, key0, 0u, last, thread);
+#endif
+
+    var dk: array<array<Accumulator, DKM>, KEY_MATRICES>;
+    var dv: array<array<Accumulator, DVM>, KEY_MATRICES>;
+    for (var r = 0u; r < KEY_MATRICES; r++) {
+        for (var d = 0u; d < DKM; d++) {
+            dk[r][d] = Accumulator();
+        }
+        for (var d = 0u; d < DVM; d++) {
+            dv[r][d] = Accumulator();
+        }
+    }
+
+    let range = row_range(at, i32(key0), i32(key0 + KEYS));
+    let first = range.x / i32(ROWS) * i32(ROWS);
+    let tiles_of_head = select((range.y - first + i32(ROWS) - 1) / i32(ROWS), 0, range.x >= range.y);
+    let count = tiles_of_head * i32(problem.group);
+    var head = at.head_q;
+    var i0 = first;
+    var tile: Tile;
+#if AHEAD
+    if count > 0 {
+        tile = load_tile(at.batch, head, u32(i0), thread);
+    }
+#endif
+    for (var n = 0; n < count; n++) {
+        workgroupBarrier();
+#if !AHEAD
+        tile = load_tile(at.batch, head, u32(i0), thread);
+#endif
+        store_tile(tile, u32(i0), thread);
+        workgroupBarrier();
+        let row0 = i0;
+        i0 += i32(ROWS);
+        if i0 >= range.y {
+            i0 = first;
+            head++;
+        }
+#if AHEAD
+        // The last one is loaded for nothing.
+        tile = load_tile(at.batch, min(head, at.head_q + problem.group - 1u), u32(i0), thread);
+#endif
+
+        // A matrix of rows after the other; not unrolled, which would take more registers.
+        for (var c = 0; c < i32(RM); c++) {
+            // S^T = K Q^T,  dP^T = V dO^T
+            let q_place = Q_PLACE + u32(c) * M * D_STRIDE;
+            let grad_place = DO_PLACE + u32(c) * M * V_STRIDE;
+            var s: array<Accumulator, KEY_MATRICES>;
+            var dp: array<Accumulator, KEY_MATRICES>;
+            for (var r = 0u; r < KEY_MATRICES; r++) {
+                s[r] = Accumulator();
+                dp[r] = Accumulator();
+            }
+            for (var d = 0u; d < DM; d++) {
+                let place = q_place + d * M / 4u;
+                let q = coopLoad<Right>(&tiles[place], D_STRIDE);
+                for (var r = 0u; r < KEY_MATRICES; r++) {
+                    s[r] = coopMultiplyAdd(k[r][d], q, s[r]);
+                }
+            }
+            for (var d = 0u; d < VM; d++) {
+                let place = grad_place + d * M / 4u;
+                let grad = coopLoad<Right>(&tiles[place], V_STRIDE);
+                for (var r = 0u; r < KEY_MATRICES; r++) {
+#if HOLD_VALUE
+                    dp[r] = coopMultiplyAdd(v[r][d], grad, dp[r]);
+#else
+                    let v_place = (mine + r * M) * V_STRIDE + d * M / 4u;
+                    dp[r] = coopMultiplyAdd(coopLoadT<Left>(&tiles[v_place], V_STRIDE), grad, dp[r]);
+#endif
+                }
+            }
+
+            // P^T = 2^(score(S^T) - lse),  dS^T = P^T (dP^T - delta) score'
+            var of_column: array<vec2f, LANE_COLUMNS>;
+            for (var e = 0u; e < ELEMENTS; e++) {
+                of_column[held_column(e)] = numbers[u32(c) * M + column_of(lane, 0u) + column_of(0u, e)];
+            }
+            let i = row0 + c * i32(M);
+            let full = tile_is_full(at, i, i + i32(M), i32(key0), i32(key0 + KEYS));
+            var p: array<Left, KEY_MATRICES>;
+            var ds: array<Left, KEY_MATRICES>;
+            for (var r = 0u; r < KEY_MATRICES; r++) {
+                var x = elements_of(s[r]);
+                var y = elements_of(dp[r]);
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    let shape = score_shape(x[e]);
+                    x[e] = fma(shape, factor, -of_column[held_column(e)].x);
+                    y[e] = (y[e] - of_column[held_column(e)].y) * score_slope(shape);
+                }
+                if !full {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let column = i + i32(column_of(lane, 0u) + column_of(0u, e));
+                        let j = i32(key0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
+                        x[e] = select(MASKED, x[e], keep(at, column, j));
+                    }
+                }
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    x[e] = exp2(x[e]);
+                    y[e] *= x[e];
+                }
+                p[r] = left(x);
+                ds[r] = left(y);
+            }
+
+            // dV = dV + P^T dO,  dK = dK + dS^T Q
+            for (var d = 0u; d < DVM; d++) {
+                let place = grad_place + min(dv0 + d, VM - 1u) * M / 4u;
+                let grad = coopLoadT<Right>(&tiles[place], V_STRIDE);
+                for (var r = 0u; r < KEY_MATRICES; r++) {
+                    dv[r][d] = coopMultiplyAdd(p[r], grad, dv[r][d]);
+                }
+            }
+            for (var d = 0u; d < DKM; d++) {
+                let place = q_place + min(dk0 + d, DM - 1u) * M / 4u;
+                let q = coopLoadT<Right>(&tiles[place], D_STRIDE);
+                for (var r = 0u; r < KEY_MATRICES; r++) {
+                    dk[r][d] = coopMultiplyAdd(ds[r], q, dk[r][d]);
+                }
+            }
+        }
+    }
+
+    // To workgroup memory, then out in whole rows
+    workgroupBarrier();
+    for (var r = 0u; r < KEY_MATRICES; r++) {
+        for (var d = 0u; d < DKM; d++) {
+            let y = elements_of(dk[r][d]);
+            for (var e = 0u; e < ELEMENTS; e++) {
+                let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
+                let column = d * M + column_of(lane, 0u) + column_of(0u, e);
+                tiles[row * DK_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
+            }
+        }
+    }
+    workgroupBarrier();
+    for (var n = 0u; n < DK_MOVES; n++) {
+        let t = thread + n * THREADS;
+        let j = key0 + t / DK8;
+        let d = dk0 * M + 8u * (t % DK8);
+        if t < KEYS * DK8 && j < problem.seqlen_k && d < HEAD_DIM {
+            let start = head_start(problem.grad_key, at.batch, at.head_kv) + j * problem.grad_key.row;
+            let place = t / DK8 * DK_STRIDE + 2u * (t % DK8);
+            write_grad_key(start, d, HEAD_DIM, Eight(tiles[place], tiles[place + 1u]));
+        }
+    }
+    workgroupBarrier();
+    for (var r = 0u; r < KEY_MATRICES; r++) {
+        for (var d = 0u; d < DVM; d++) {
+            let y = elements_of(dv[r][d]);
+            for (var e = 0u; e < ELEMENTS; e++) {
+                let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
+                let column = d * M + column_of(lane, 0u) + column_of(0u, e);
+                tiles[row * DV_STRIDE + column / 4u][column % 4u] = f16(y[e]);
+            }
+        }
+    }
+    workgroupBarrier();
+    for (var n = 0u; n < DV_MOVES; n++) {
+        let t = thread + n * THREADS;
+        let j = key0 + t / DV8;
+        let d = dv0 * M + 8u * (t % DV8);
+        if t < KEYS * DV8 && j < problem.seqlen_k && d < HEAD_DIM_V {
+            let start = head_start(problem.grad_value, at.batch, at.head_kv) + j * problem.grad_value.row;
+            let place = t / DV8 * DV_STRIDE + 2u * (t % DV8);
+            write_grad_value(start, d, HEAD_DIM_V, Eight(tiles[place], tiles[place + 1u]));
+        }
+    }
+}

@@ -1,0 +1,315 @@
+// Gradient of Q on cooperative matrices, f16 products with f32 sums. One workgroup computes ROWS rows of one head; each of
+// its subgroups has ROW_MATRICES · M of them to itself, M being the size of a matrix.
+//
+//     dQ = 0
+//     for each tile of KEYS keys that some row may see:
+//         S = Q K^T,  dP = dO V^T
+//         P = 2^(score(S) - lse)                    lse in base 2
+//         dS = P (dP - delta) score'                an f16 left operand, made from dP where it lies
+//         dQ = dQ + dS K
+//     dQ = scale dQ
+//
+// Where registers do not hold all columns of dQ, a workgroup computes COLUMNS of it, and S and dP are computed once for each
+// such block.
+enable f16;
+enable wgpu_cooperative_matrix;
+#include "common/problem.wgsl"
+#include "common/softmax.wgsl"
+#include "common/score.wgsl"
+#include "common/matrices.wgsl"
+#include "common/elements_f16.wgsl"
+
+// Read only, but as in forward_coop.wgsl loads stay where they are written.
+@group(0) @binding(1) var<storage, read_write> query: InElements;
+@group(0) @binding(2) var<storage, read_write> key: InElements;
+@group(0) @binding(3) var<storage, read_write> value: InElements;
+@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+@group(0) @binding(11) var<storage, read_write> grad_out: InElements;
+@group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
+#include "common/matrix_elements.wgsl"
+#include "common/read_f16.wgsl" tensor=query
+#include "common/read_f16.wgsl" tensor=key
+#include "common/read_f16.wgsl" tensor=value
+#include "common/read_f16.wgsl" tensor=grad_out
+#include "common/write_f16.wgsl" tensor=grad_query
+
+const LANES = M * M / ELEMENTS;
+const THREADS = SUBGROUPS * LANES;
+const ROWS = SUBGROUPS * ROW_MATRICES * M;
+// Matrices across the keys of a tile, the head dimension, the values' dimension, and the columns of a block.
+const KM = KEYS / M;
+const DM = (HEAD_DIM + M - 1u) / M;
+const VM = (HEAD_DIM_V + M - 1u) / M;
+const DQM = min(DM, COLUMNS / M);
+const DOM = min(VM, COLUMNS / M);
+const BLOCKS = (DM + DQM - 1u) / DQM;
+const DO_BLOCKS = (VM + DOM - 1u) / DOM;
+// Rows in workgroup memory, whole ones and those of a block: how many times eight elements are there, and how far apart rows
+// are, in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
+const D8 = DM * M / 8u;
+const V8 = VM * M / 8u;
+const DQ8 = DQM * M / 8u;
+const DO8 = DOM * M / 8u;
+const D_STRIDE = 2u * D8 + 2u;
+const V_STRIDE = 2u * V8 + 2u;
+const DQ_STRIDE = 2u * DQ8 + 2u;
+const DO_STRIDE = 2u * DO8 + 2u;
+// What each thread moves of a block of Q or dQ and of dO, and of a tile of K and of V.
+const DQ_MOVES = (ROWS * DQ8 + THREADS - 1u) / THREADS;
+const DO_MOVES = (ROWS * DO8 + THREADS - 1u) / THREADS;
+const K_MOVES = (KEYS * D8 + THREADS - 1u) / THREADS;
+const V_MOVES = (KEYS * V8 + THREADS - 1u) / THREADS;
+
+// A tile of K and one of V. Before that blocks of Q and dO on their way to registers, after it dQ on its way out.
+const V_PLACE = KEYS * D_STRIDE;
+const TILES = max(V_PLACE + KEYS * V_STRIDE, ROWS * max(DQ_STRIDE, DO_STRIDE));
+var<workgroup> tiles: array<vec4<f16>, TILES>;
+
+fn store_eight(place: u32, x: Eight) {
+    tiles[place] = x.low;
+    tiles[place + 1u] = x.high;
+}
+
+// A block of columns of Q, from column d0 on, and one of dO. Past the head dimension they have 0, so that these columns add
+// nothing, whatever K and V have there.
+fn store_queries(start: u32, row0: u32, d0: u32, thread: u32) {
+    for (var n = 0u; n < DQ_MOVES; n++) {
+        let t = thread + n * THREADS;
+        let d = d0 + 8u * (t % DQ8);
+        let i = min(row0 + t / DQ8, problem.seqlen_q - 1u);
+        let x = read_query(start + i * problem.query.row, d, HEAD_DIM);
+        if t < ROWS * DQ8 {
+            store_eight(t / DQ8 * DQ_STRIDE + 2u * (t % DQ8), first_elements(x, max(d, HEAD_DIM) - d));
+        }
+    }
+}
+
+fn store_grads(start: u32, row0: u32, d0: u32, thread: u32) {
+    for (var n = 0u; n < DO_MOVES; n++) {
+        let t = thread + n * THREADS;
+        let d = d0 + 8u * (t % DO8);
+        let i = min(row0 + t / DO8, problem.seqlen_q - 1u);
+        let x = read_grad_out(start + i * problem.grad_out.row, d, HEAD_DIM_V);
+        if t < ROWS * DO8 {
+            store_eight(t / DO8 * DO_STRIDE + 2u * (t % DO8), first_elements(x, max(d, HEAD_DIM_V) - d));
+        }
+    }
+}
+
+// A tile of keys on its way from device memory to workgroup memory.
+struct Tile {
+    k: array<Eight, K_MOVES>,
+    v: array<Eight, V_MOVES>,
+}
+
+fn load_tile(key_start: u32, value_start: u32, j0: u32, last: u32, thread: u32) -> Tile {
+    var x: Tile;
+    for (var n = 0u; n < K_MOVES; n++) {
+        let t = thread + n * THREADS;
+        x.k[n] = read_key(key_start + min(j0 + t / D8, last) * problem.key.row, 8u * (t % D8), HEAD_DIM);
+    }
+    for (var n = 0u; n < V_MOVES; n++) {
+        let t = thread + n * THREADS;
+        x.v[n] = read_value(value_start + min(j0 + t / V8, last) * problem.value.row, 8u * (t % V8), HEAD_DIM_V);
+    }
+    return x;
+}
+
+fn store_tile(x: Tile, thread: u32) {
+    for (var n = 0u; n < K_MOVES; n++) {
+        let t = thread + n * THREADS;
+        if t < KEYS * D8 {
+            store_eight(t / D8 * D_STRIDE + 2u * (t % D8), x.k[n]);
+        }
+    }
+    for (var n = 0u; n < V_MOVES; n++) {
+        let t = thread + n * THREADS;
+        if t < KEYS * V8 {
+            store_eight(V_PLACE + t / V8 * V_STRIDE + 2u * (t % V8), x.v[n]);
+        }
+    }
+}
+
+@compute @workgroup_size(THREADS)
+fn dq(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(num_workgroups) groups: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    let at = sequence(group.z, group.y);
+    // The last rows first: with a causal mask they take longest.
+    let row0 = (groups.x - 1u - group.x) / BLOCKS * ROWS;
+    let row1 = min(row0 + ROWS, problem.seqlen_q);
+    let mine = subgroup * ROW_MATRICES * M;
+    // The first matrix of columns of dQ.
+    let dq0 = group.x % BLOCKS * DQM;
+    let key_start = head_start(problem.key, at.batch, at.head_kv);
+    let value_start = head_start(problem.value, at.batch, at.head_kv);
+    // Shapes of scores times this are exponents of 2; a shape is odd in its score.
+    let factor = score_sign() * score_factor();
+
+    let query_start = head_start(problem.query, at.batch, at.head_q);
+    var q: array<array<Left, BLOCKS * DQM>, ROW_MATRICES>;
+    for (var b = 0u; b < BLOCKS; b++) {
+        store_queries(query_start, row0, b * DQM * M, thread);
+        workgroupBarrier();
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var d = 0u; d < DQM; d++) {
+                let place = (mine + r * M) * DQ_STRIDE + d * M / 4u;
+                q[r][b * DQM + d] = coopLoadT<Left>(&tiles[place], DQ_STRIDE);
+            }
+        }
+        workgroupBarrier();
+    }
+    let grad_start = head_start(problem.grad_out, at.batch, at.head_q);
+    var grad: array<array<Left, DO_BLOCKS * DOM>, ROW_MATRICES>;
+    for (var b = 0u; b < DO_BLOCKS; b++) {
+        store_grads(grad_start, row0, b * DOM * M, thread);
+        workgroupBarrier();
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var d = 0u; d < DOM; d++) {
+                let place = (mine + r * M) * DO_STRIDE + d * M / 4u;
+                grad[r][b * DOM + d] = coopLoadT<Left>(&tiles[place], DO_STRIDE);
+            }
+        }
+        workgroupBarrier();
+    }
+
+    var dq: array<array<Accumulator, DQM>, ROW_MATRICES>;
+    // lse, in base 2, and delta of the rows that the lane holds.
+    var of_row: array<array<vec2f, LANE_ROWS>, ROW_MATRICES>;
+    for (var r = 0u; r < ROW_MATRICES; r++) {
+        for (var d = 0u; d < DQM; d++) {
+            dq[r][d] = Accumulator();
+        }
+        for (var e = 0u; e < ELEMENTS; e++) {
+            let i = min(row0 + mine + r * M + row_of(lane, e), problem.seqlen_q - 1u);
+            let number = rows[(at.batch * problem.heads + at.head_q) * problem.seqlen_q + i];
+            of_row[r][held_row(e)] = vec2f(number.x * LOG2_E, number.y);
+        }
+    }
+
+    let range = key_range(at, i32(row0), i32(row1));
+    let first = range.x / i32(KEYS) * i32(KEYS);
+    let last = u32(max(at.keys, 1) - 1);
+    var tile: Tile;
+#if AHEAD
+    if range.x < range.y {
+        tile = load_tile(key_start, value_start, u32(first), last, thread);
+    }
+#endif
+    for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
+        workgroupBarrier();
+#if !AHEAD
+        tile = load_tile(key_start, value_start, u32(j0), last, thread);
+#endif
+        store_tile(tile, thread);
+        workgroupBarrier();
+#if AHEAD
+        tile = load_tile(key_start, value_start, u32(j0) + KEYS, last, thread);
+#endif
+
+        // S = Q K^T,  dP = dO V^T
+        var s: array<array<Accumulator, KM>, ROW_MATRICES>;
+        var dp: array<array<Accumulator, KM>, ROW_MATRICES>;
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < KM; c++) {
+                s[r][c] = Accumulator();
+                dp[r][c] = Accumulator();
+            }
+        }
+        for (var d = 0u; d < DM; d++) {
+            for (var c = 0u; c < KM; c++) {
+                let place = c * M * D_STRIDE + d * M / 4u;
+                let k = coopLoad<Right>(&tiles[place], D_STRIDE);
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    s[r][c] = coopMultiplyAdd(q[r][d], k, s[r][c]);
+                }
+            }
+        }
+        for (var d = 0u; d < VM; d++) {
+            for (var c = 0u; c < KM; c++) {
+                let place = V_PLACE + c * M * V_STRIDE + d * M / 4u;
+                let v = coopLoad<Right>(&tiles[place], V_STRIDE);
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    dp[r][c] = coopMultiplyAdd(grad[r][d], v, dp[r][c]);
+                }
+            }
+        }
+
+        // P = 2^(score(S) - lse),  dS = P (dP - delta) score'
+        var p: array<array<Lane, KM>, ROW_MATRICES>;
+        var ds: array<array<Lane, KM>, ROW_MATRICES>;
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < KM; c++) {
+                p[r][c] = elements_of(s[r][c]);
+                ds[r][c] = elements_of(dp[r][c]);
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    let number = of_row[r][held_row(e)];
+                    let shape = score_shape(p[r][c][e]);
+                    p[r][c][e] = fma(shape, factor, -number.x);
+                    ds[r][c][e] = (ds[r][c][e] - number.y) * score_slope(shape);
+                }
+            }
+        }
+        if !tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS)) {
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                for (var c = 0u; c < KM; c++) {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let i = i32(row0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
+                        let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
+                        p[r][c][e] = select(MASKED, p[r][c][e], keep(at, i, j));
+                    }
+                }
+            }
+        }
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < KM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    ds[r][c][e] *= exp2(p[r][c][e]);
+                }
+            }
+        }
+
+        // dQ = dQ + dS K
+        for (var c = 0u; c < KM; c++) {
+            var ds_left: array<Left, ROW_MATRICES>;
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                ds_left[r] = left(ds[r][c]);
+            }
+            for (var d = 0u; d < DQM; d++) {
+                let place = c * M * D_STRIDE + min(dq0 + d, DM - 1u) * M / 4u;
+                let k = coopLoadT<Right>(&tiles[place], D_STRIDE);
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    dq[r][d] = coopMultiplyAdd(ds_left[r], k, dq[r][d]);
+                }
+            }
+        }
+    }
+
+    // scale dQ to workgroup memory, then out in whole rows
+    workgroupBarrier();
+    for (var r = 0u; r < ROW_MATRICES; r++) {
+        for (var d = 0u; d < DQM; d++) {
+            let y = elements_of(dq[r][d]);
+            for (var e = 0u; e < ELEMENTS; e++) {
+                let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
+                let column = d * M + column_of(lane, 0u) + column_of(0u, e);
+                tiles[row * DQ_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
+            }
+        }
+    }
+    workgroupBarrier();
+    for (var n = 0u; n < DQ_MOVES; n++) {
+        let t = thread + n * THREADS;
+        let i = row0 + t / DQ8;
+        let d = dq0 * M + 8u * (t % DQ8);
+        if t < ROWS * DQ8 && i < row1 && d < HEAD_DIM {
+            let start = head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row;
+            let place = t / DQ8 * DQ_STRIDE + 2u * (t % DQ8);
+            write_grad_query(start, d, HEAD_DIM, Eight(tiles[place], tiles[place + 1u]));
+        }
+    }
+}
