@@ -7,7 +7,7 @@
 use std::fmt::Write;
 
 use crate::elements::{MatrixFormat, MatrixLayout};
-use crate::kernel::{decode, forward_coop, forward_tile, naive};
+use crate::kernel::{self, decode, forward_coop, forward_tile, naive};
 use crate::tune::{CoopTile, DecodeTile, Tile};
 use crate::{MergeProblem, Problem};
 
@@ -27,6 +27,7 @@ const FILES: &[(&str, &str)] = &[
     ("decode_combine.wgsl", include_str!("../shaders/decode_combine.wgsl")),
     ("decode_split.wgsl", include_str!("../shaders/decode_split.wgsl")),
     ("forward_coop.wgsl", include_str!("../shaders/forward_coop.wgsl")),
+    ("forward_coop_scaled.wgsl", include_str!("../shaders/forward_coop_scaled.wgsl")),
     ("forward_tile.wgsl", include_str!("../shaders/forward_tile.wgsl")),
     ("naive_output.wgsl", include_str!("../shaders/naive_output.wgsl")),
     ("naive_scores.wgsl", include_str!("../shaders/naive_scores.wgsl")),
@@ -192,7 +193,7 @@ pub fn coop_module(
     layout: &MatrixLayout,
 ) -> (Specialization, Vec<u32>) {
     let matrices = forward_coop::Matrices { format, layout: layout.clone() };
-    let pass = forward_coop::pass(problem, tile, &matrices);
+    let pass = kernel::coop_pass(problem, tile, &matrices);
     let bindings = std::iter::once(0).chain(pass.bindings.iter().map(|&(slot, _)| slot as u32)).collect();
     (pass.specialization, bindings)
 }

@@ -3,12 +3,14 @@
 
 pub(crate) mod decode;
 pub(crate) mod forward_coop;
+pub(crate) mod forward_coop_scaled;
 pub(crate) mod forward_tile;
 pub(crate) mod naive;
 pub(crate) mod uniform;
 
 use crate::plan::Part;
 use crate::specialize::Specialization;
+use crate::tune::{self, CoopTile};
 use crate::{ElementType, Problem};
 
 /// Which algorithm computes a problem.
@@ -94,6 +96,23 @@ pub(crate) struct Pass {
     pub threads: u32,
     pub workgroup_bytes: u32,
     pub workgroups: Workgroups,
+}
+
+/// The tile of the coop kernel for a problem, by the size of the device's matrices.
+pub(crate) fn coop_tile(problem: &Problem, size: u32) -> CoopTile {
+    let shape = &problem.shape;
+    match problem.element_type {
+        ElementType::F16 => tune::coop_tile(size, shape.head_dim, shape.head_dim_v),
+        other => tune::coop_scaled_tile(size, other, shape.head_dim, shape.head_dim_v),
+    }
+}
+
+/// The coop kernel: the one for f16, or the one that makes f16 of what the problem has.
+pub(crate) fn coop_pass(problem: &Problem, tile: CoopTile, matrices: &forward_coop::Matrices) -> Pass {
+    match problem.element_type {
+        ElementType::F16 => forward_coop::pass(problem, tile, matrices),
+        ElementType::F32 | ElementType::BF16 => forward_coop_scaled::pass(problem, tile, matrices),
+    }
 }
 
 /// The workgroups that a part of the problem takes.
