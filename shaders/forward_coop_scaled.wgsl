@@ -65,38 +65,49 @@ const SMALLEST_FACTOR = 1.0e-22;
 
 // The parts of a tile of K, then those of V; before them Q, a part at a time.
 var<workgroup> tiles: array<vec4<f16>, max(PARTS * (K_SIZE + V_SIZE), ROWS * K_STRIDE)>;
-// What each subgroup found to be the largest of a tile of K (or Q) and of V.
+// The sizes of each subgroup's part of a tile of K (or Q) and of V, as bits, which grow with the numbers.
 var<workgroup> largest: array<vec2u, SUBGROUPS>;
 // A matrix of O of each subgroup, on its way to whole rows.
 var<workgroup> turned: array<f32, SUBGROUPS * M * M>;
 
-// Sizes of numbers are compared as bits: those of absolute values grow with them.
-fn size_bits(x: vec4f) -> u32 {
-    let bits = bitcast<vec4u>(abs(x));
-    return max(max(bits.x, bits.y), max(bits.z, bits.w));
+// The size of elements is the largest absolute value.
+fn size_of(x: vec4f) -> f32 {
+    return max(max(abs(x.x), abs(x.y)), max(abs(x.z), abs(x.w)));
 }
 
-// The scale for numbers of at most this size, and its inverse. Below 2^-97 they get no larger.
+fn publish(key_size: f32, value_size: f32, subgroup: u32, lane: u32) {
+    let sizes = vec2u(subgroupMax(bitcast<u32>(key_size)), subgroupMax(bitcast<u32>(value_size)));
+    if lane == 0u {
+        largest[subgroup] = sizes;
+    }
+}
+
+// The scale of a tile, each lane knowing the size of a part: the power of two that brings it to between 2^14 and 2^15, or
+// 2^126 if that is not enough.
 fn scale_for(bits: u32) -> f32 {
-    return bitcast<f32>((268u - max(bits >> 23u, 30u)) << 23u);
+    return bitcast<f32>((268u - max(subgroupMax(bits) >> 23u, 15u)) << 23u);
 }
 
-fn inverse_scale_for(bits: u32) -> f32 {
-    return bitcast<f32>((max(bits >> 23u, 30u) - 14u) << 23u);
+// Of a power of two.
+fn inverse(scale: f32) -> f32 {
+    return bitcast<f32>((254u << 23u) - bitcast<u32>(scale));
 }
 
 // What of `rest` is in this part: the 11 bits that f16 holds; all, and rounded by the conversion, in the last one. Bits,
 // since a compiler may take f32(f16(x)) for x.
-fn part_of(rest: vec4f, part: u32) -> vec4f {
-    let leading = bitcast<vec4f>(bitcast<vec4u>(rest) & vec4u(0xffffe000u));
-    return select(rest, leading, part + 1u < PARTS);
+fn part_of(rest: f32, part: u32) -> f32 {
+    return select(rest, bitcast<f32>(bitcast<u32>(rest) & 0xffffe000u), part + 1u < PARTS);
+}
+
+fn part4_of(rest: vec4f, part: u32) -> vec4f {
+    return vec4f(part_of(rest.x, part), part_of(rest.y, part), part_of(rest.z, part), part_of(rest.w, part));
 }
 
 // x in PARTS parts, each `size` after the one before.
 fn store_parts(place: u32, size: u32, x: vec4f) {
     var rest = x;
     for (var part = 0u; part < PARTS; part++) {
-        let now = part_of(rest, part);
+        let now = part4_of(rest, part);
         tiles[place + part * size] = vec4<f16>(now);
         rest -= now;
     }
@@ -108,21 +119,12 @@ fn left_parts(x: Lane) -> array<Left, PARTS> {
     for (var part = 0u; part < PARTS; part++) {
         var now: Lane;
         for (var e = 0u; e < ELEMENTS; e++) {
-            now[e] = part_of(vec4f(rest[e]), part).x;
+            now[e] = part_of(rest[e], part);
             rest[e] -= now[e];
         }
         parts[part] = left(now);
     }
     return parts;
-}
-
-// The sum of products by their order a + b, smallest first.
-fn total(sums: array<Accumulator, PARTS>) -> Lane {
-    var sum = sums[PARTS - 1u];
-    for (var n = 1u; n < PARTS; n++) {
-        sum = sum + sums[PARTS - 1u - n];
-    }
-    return elements_of(sum);
 }
 
 fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, K_LOADS> {
@@ -162,29 +164,26 @@ fn forward(
 
     // Q, with 0 in the columns past the head dimension, so that they add nothing, whatever K has there
     var query_rest: array<vec4f, Q_LOADS>;
-    var query_size = 0u;
+    var query_size = 0.0;
     for (var n = 0u; n < Q_LOADS; n++) {
         let t = thread + n * THREADS;
         let i = min(row0 + t / D4, problem.row_end - 1u) - problem.row_begin;
         let d = 4u * (t % D4);
         let x = unpack4(read_query(query_start + i * problem.query.row, d, HEAD_DIM));
         query_rest[n] = first_elements(x, max(d, HEAD_DIM) - d) * score_sign();
-        query_size = max(query_size, size_bits(query_rest[n]));
+        query_size = max(query_size, size_of(query_rest[n]));
     }
-    query_size = subgroupMax(query_size);
-    if lane == 0u {
-        largest[subgroup].x = query_size;
-    }
+    publish(query_size, 0.0, subgroup, lane);
     workgroupBarrier();
-    query_size = subgroupMax(largest[lane % SUBGROUPS].x);
+    let query_scale = scale_for(largest[lane % SUBGROUPS].x);
     for (var n = 0u; n < Q_LOADS; n++) {
-        query_rest[n] *= scale_for(query_size);
+        query_rest[n] *= query_scale;
     }
     var q: array<array<array<Left, PARTS>, DM>, ROW_MATRICES>;
     for (var part = 0u; part < PARTS; part++) {
         for (var n = 0u; n < Q_LOADS; n++) {
             let t = thread + n * THREADS;
-            let now = part_of(query_rest[n], part);
+            let now = part4_of(query_rest[n], part);
             query_rest[n] -= now;
             if t < ROWS * D4 {
                 tiles[t / D4 * K_STRIDE + t % D4] = vec4<f16>(now);
@@ -223,66 +222,61 @@ fn forward(
         value_next = load_value(value_start, u32(first), last, thread);
     }
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
-        var key_size = 0u;
-        var value_size = 0u;
+        // K and V to workgroup memory
+        var key_size = 0.0;
+        var value_size = 0.0;
         for (var n = 0u; n < K_LOADS; n++) {
-            key_size = max(key_size, size_bits(unpack4(key_next[n])));
+            key_size = max(key_size, size_of(unpack4(key_next[n])));
         }
         for (var n = 0u; n < V_LOADS; n++) {
-            value_size = max(value_size, size_bits(unpack4(value_next[n])));
+            value_size = max(value_size, size_of(unpack4(value_next[n])));
         }
-        key_size = subgroupMax(key_size);
-        value_size = subgroupMax(value_size);
-        if lane == 0u {
-            largest[subgroup] = vec2u(key_size, value_size);
-        }
+        publish(key_size, value_size, subgroup, lane);
         workgroupBarrier();
-        key_size = subgroupMax(largest[lane % SUBGROUPS].x);
-        value_size = subgroupMax(largest[lane % SUBGROUPS].y);
+        let key_scale = scale_for(largest[lane % SUBGROUPS].x);
+        let value_scale = scale_for(largest[lane % SUBGROUPS].y);
         for (var n = 0u; n < K_LOADS; n++) {
             let t = thread + n * THREADS;
             if t < KEYS * D4 {
-                store_parts(t / D4 * K_STRIDE + t % D4, K_SIZE, unpack4(key_next[n]) * scale_for(key_size));
+                store_parts(t / D4 * K_STRIDE + t % D4, K_SIZE, unpack4(key_next[n]) * key_scale);
             }
         }
         for (var n = 0u; n < V_LOADS; n++) {
             let t = thread + n * THREADS;
             if t < KEYS * V4 {
                 let place = PARTS * K_SIZE + t / V4 * V_STRIDE + t % V4;
-                store_parts(place, V_SIZE, unpack4(value_next[n]) * scale_for(value_size));
+                store_parts(place, V_SIZE, unpack4(value_next[n]) * value_scale);
             }
         }
         workgroupBarrier();
         key_next = load_key(key_start, u32(j0) + KEYS, last, thread);
         value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
 
-        // S = Q K^T
+        // S = Q K^T, the small products of parts first: what tensor cores add up is truncated to the size of the sum
         var x: array<array<Lane, KM>, ROW_MATRICES>;
         for (var c = 0u; c < KM; c++) {
-            var sums: array<array<Accumulator, PARTS>, ROW_MATRICES>;
+            var sum: array<Accumulator, ROW_MATRICES>;
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                for (var n = 0u; n < PARTS; n++) {
-                    sums[r][n] = Accumulator();
-                }
+                sum[r] = Accumulator();
             }
-            for (var d = 0u; d < DM; d++) {
-                for (var b = 0u; b < PARTS; b++) {
-                    let place = b * K_SIZE + c * M * K_STRIDE + d * M / 4u;
-                    let k = coopLoad<Right>(&tiles[place], K_STRIDE);
-                    for (var a = 0u; a + b < PARTS; a++) {
+            for (var n = 0u; n < PARTS; n++) {
+                for (var d = 0u; d < DM; d++) {
+                    for (var b = 0u; b + n < PARTS; b++) {
+                        let place = b * K_SIZE + c * M * K_STRIDE + d * M / 4u;
+                        let k = coopLoad<Right>(&tiles[place], K_STRIDE);
                         for (var r = 0u; r < ROW_MATRICES; r++) {
-                            sums[r][a + b] = coopMultiplyAdd(q[r][d][a], k, sums[r][a + b]);
+                            sum[r] = coopMultiplyAdd(q[r][d][PARTS - 1u - n - b], k, sum[r]);
                         }
                     }
                 }
             }
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                x[r][c] = total(sums[r]);
+                x[r][c] = elements_of(sum[r]);
             }
         }
 
         // What each score is, and whether it counts. Times the factor, scores are exponents of 2.
-        let dot = inverse_scale_for(query_size) * inverse_scale_for(key_size);
+        let dot = inverse(query_scale) * inverse(key_scale);
 #if SOFTCAP
         let factor = max(score_factor(), SMALLEST_FACTOR);
         for (var r = 0u; r < ROW_MATRICES; r++) {
@@ -344,33 +338,31 @@ fn forward(
 
         // O = 2^(m - m') O + P V
         for (var d = 0u; d < VM; d++) {
-            var sums: array<array<Accumulator, PARTS>, ROW_MATRICES>;
+            var sum: array<Accumulator, ROW_MATRICES>;
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                for (var n = 0u; n < PARTS; n++) {
-                    sums[r][n] = Accumulator();
-                }
+                sum[r] = Accumulator();
             }
-            for (var c = 0u; c < KM; c++) {
-                for (var b = 0u; b < PARTS; b++) {
-                    let place = PARTS * K_SIZE + b * V_SIZE + c * M * V_STRIDE + d * M / 4u;
-                    let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
-                    for (var a = 0u; a + b < PARTS; a++) {
+            for (var n = 0u; n < PARTS; n++) {
+                for (var c = 0u; c < KM; c++) {
+                    for (var b = 0u; b + n < PARTS; b++) {
+                        let place = PARTS * K_SIZE + b * V_SIZE + c * M * V_STRIDE + d * M / 4u;
+                        let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
                         for (var r = 0u; r < ROW_MATRICES; r++) {
-                            sums[r][a + b] = coopMultiplyAdd(p[r][c][a], v, sums[r][a + b]);
+                            sum[r] = coopMultiplyAdd(p[r][c][PARTS - 1u - n - b], v, sum[r]);
                         }
                     }
                 }
             }
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                let y = total(sums[r]);
+                let y = elements_of(sum[r]);
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    o[r][d][e] = fma(o[r][d][e], shrink[r][held_row(e)], y[e] * inverse_scale_for(value_size));
+                    o[r][d][e] = fma(o[r][d][e], shrink[r][held_row(e)], y[e] * inverse(value_scale));
                 }
             }
         }
     }
 
-    // O / l, a matrix of each subgroup at a time, out in whole rows
+    // O / l, out in whole rows, a matrix of each subgroup at a time
     for (var r = 0u; r < ROW_MATRICES; r++) {
         for (var h = 0u; h < LANE_ROWS; h++) {
             // The largest p of a row is about 2^HEADROOM, so a row with keys is told from an empty one by m.
@@ -378,20 +370,8 @@ fn forward(
         }
         for (var d = 0u; d < VM; d++) {
             for (var e = 0u; e < ELEMENTS; e++) {
-                let place = subgroup * M * M + row_of(lane, e) * M + column_of(lane, e);
-                turned[place] = o[r][d][e] * inverse_sum(l[r][held_row(e)]);
+                o[r][d][e] *= inverse_sum(l[r][held_row(e)]);
             }
-            workgroupBarrier();
-            let i = row0 + mine + r * M + lane * ELEMENTS / M;
-            if i < row1 {
-                let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
-                for (var e = 0u; e < ELEMENTS; e += 4u) {
-                    let t = subgroup * M * M + lane * ELEMENTS + e;
-                    let column = d * M + (lane * ELEMENTS + e) % M;
-                    write_out(start, column, HEAD_DIM_V, vec4f(turned[t], turned[t + 1u], turned[t + 2u], turned[t + 3u]));
-                }
-            }
-            workgroupBarrier();
         }
 #if LSE
         for (var e = 0u; e < ELEMENTS; e++) {
@@ -402,5 +382,28 @@ fn forward(
             }
         }
 #endif
+    }
+    for (var n = 0u; n < ROW_MATRICES * VM; n++) {
+        // A driver that does not unroll this loop, with its barriers, would have o in memory for o[n / VM][n % VM].
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var d = 0u; d < VM; d++) {
+                if r * VM + d == n {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        turned[subgroup * M * M + row_of(lane, e) * M + column_of(lane, e)] = o[r][d][e];
+                    }
+                }
+            }
+        }
+        workgroupBarrier();
+        let i = row0 + mine + n / VM * M + lane * ELEMENTS / M;
+        if i < row1 {
+            let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
+            for (var e = 0u; e < ELEMENTS; e += 4u) {
+                let t = subgroup * M * M + lane * ELEMENTS + e;
+                let column = n % VM * M + (lane * ELEMENTS + e) % M;
+                write_out(start, column, HEAD_DIM_V, vec4f(turned[t], turned[t + 1u], turned[t + 2u], turned[t + 3u]));
+            }
+        }
+        workgroupBarrier();
     }
 }

@@ -293,7 +293,10 @@ impl Plan {
                     .ok_or(unsupported("the context was made without with_cooperative_matrices"))?;
                 let size = matrices.format.size;
                 let chosen = options.coop_tile.unwrap_or_else(|| kernel::coop_tile(problem, size));
-                chosen.validate(size)?;
+                match problem.element_type {
+                    ElementType::F16 => chosen.validate(size)?,
+                    ElementType::F32 | ElementType::BF16 => chosen.validate_scaled(size, matrices.format.lanes)?,
+                }
                 rows_and_keys = Some((chosen.rows(size), chosen.keys));
                 vec![kernel::coop_pass(problem, chosen, matrices)]
             }

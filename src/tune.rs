@@ -116,6 +116,18 @@ impl CoopTile {
         }
         Ok(())
     }
+
+    /// The same for `shaders/forward_coop_scaled.wgsl`, whose subgroups have `lanes` lanes.
+    pub fn validate_scaled(&self, size: u32, lanes: u32) -> Result<(), Error> {
+        self.validate(size)?;
+        if self.buffers != 1 {
+            return Err(Error::Tile("buffers must be 1 for f32 and bf16"));
+        }
+        if self.subgroups > lanes {
+            return Err(Error::Tile("a workgroup must have at most as many subgroups as a subgroup has lanes"));
+        }
+        Ok(())
+    }
 }
 
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
@@ -132,11 +144,11 @@ pub fn coop_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
 /// The same for elements that are made f16, `shaders/forward_coop_scaled.wgsl`.
 pub fn coop_scaled_tile(size: u32, element_type: ElementType, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let (subgroups, row_matrices, keys) = match (size, element_type, head_dim.max(head_dim_v)) {
-        (16, ElementType::F32, 0..=64) => (8, 1, 32),
+        (16, ElementType::F32, 0..=64) => (4, 2, 32),
         (16, ElementType::F32, 65..=128) => (8, 1, 32),
         (16, ElementType::F32, _) => (2, 1, 16),
         (16, _, 0..=64) => (4, 2, 32),
-        (16, _, 65..=128) => (8, 1, 48),
+        (16, _, 65..=128) => (8, 1, 64),
         (16, _, _) => (4, 1, 16),
         (_, _, 0..=128) => (4, 1, 16),
         (_, _, _) => (2, 1, 8),

@@ -91,6 +91,26 @@ fn many_keys() {
     }
 }
 
+/// What f16 does not hold: f32 and bf16 are scaled to it.
+#[test]
+fn magnitudes() {
+    let Some(context) = context() else { return };
+    let square = case(1, [2, 1], [37, 70], [16, 12]);
+    let cases = [
+        [1e30, 1e-30, 1.0],
+        [1e-30, 1e30, 1e30],
+        [1e4, 1e-4, 1e-30],
+        [1e-20, 1e-20, 1e-3],
+        [0.0, 1.0, 1.0],
+        [1.0, 0.0, 1e5],
+        [1.0, 1.0, 0.0],
+    ];
+    let cases = cases.map(|factors| (format!("q, k, v times {factors:?}"), square.clone().times(factors)));
+    for element_type in [ElementType::F32, ElementType::BF16] {
+        check_all(&prepare(cases.clone(), element_type), &[("coop", context, coop()), ("small tile", context, small())]);
+    }
+}
+
 /// With bounds checks, which would turn an access past a binding into a wrong result.
 #[test]
 fn within_bounds() {
@@ -136,6 +156,11 @@ fn tiles_that_do_not_divide_are_refused() {
     let Some(context) = context() else { return };
     let problem = case(1, [2, 1], [37, 45], [16, 12]).element_type(ElementType::F16).problem;
     for options in [tiled(1, 1, 12, 1), tiled(0, 1, 16, 2), tiled(1, 1025, 16, 1)] {
+        let error = context.plan_with(&problem, &options).unwrap_err();
+        assert!(matches!(error, Error::Tile(_)), "{error}");
+    }
+    let problem = Problem { element_type: ElementType::F32, ..problem };
+    for options in [tiled(1, 1, 12, 1), tiled(1, 1, 16, 2), tiled(64, 1, 16, 1)] {
         let error = context.plan_with(&problem, &options).unwrap_err();
         assert!(matches!(error, Error::Tile(_)), "{error}");
     }
@@ -222,13 +247,23 @@ fn modules_are_valid() {
                 problem.softcap = on(1).then_some(2.0);
                 problem.seqlens_k = on(2);
                 problem.lse = on(3);
-                let mut tiles = vec![tune::coop_tile(format.size, head_dim, head_dim_v)];
+                let is_f16 = element_type == ElementType::F16;
+                let mut tiles = vec![match is_f16 {
+                    true => tune::coop_tile(format.size, head_dim, head_dim_v),
+                    false => tune::coop_scaled_tile(format.size, element_type, head_dim, head_dim_v),
+                }];
                 tiles.extend([1, 2].map(|buffers| CoopTile { subgroups: 1, row_matrices: 1, keys: 16, buffers }));
+                tiles.retain(|tile| is_f16 || tile.buffers == 1);
                 for tile in tiles {
                     let (specialization, bindings) = coop_module(&problem, tile, format, &layout);
                     let text = specialization.source().unwrap().text;
-                    let said = tile.workgroup_bytes(format.size, head_dim, head_dim_v);
+                    let parts = if element_type == ElementType::F32 { 2 } else { 1 };
+                    let said = match is_f16 {
+                        true => tile.workgroup_bytes(format.size, head_dim, head_dim_v),
+                        false => tile.scaled_workgroup_bytes(format.size, parts, head_dim, head_dim_v),
+                    };
                     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
+                    assert!(said <= 48 << 10, "{specialization:?}");
                     let module = ElementModule::new(&text, format, &bindings, on(3))
                         .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
                     assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
