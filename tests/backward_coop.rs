@@ -13,9 +13,7 @@ use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::elements::{Bit, ElementModule, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::coop_backward_modules;
 use wgpu_flash_attention::tune::{self, CoopBackwardTile};
-use wgpu_flash_attention::{
-    Context, ElementType, Error, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, wgpu,
-};
+use wgpu_flash_attention::{Context, ElementType, Error, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, wgpu};
 
 /// A context with cooperative matrices.
 fn context() -> Option<&'static Context> {
@@ -142,7 +140,9 @@ fn tiles_that_do_not_divide_are_refused() {
     let Some(context) = context() else { return };
     let problem = Problem::new(Shape::square(1, 2, 64, 16), ElementType::F16).with_gradients();
     let good = tile(1, 1, 16, 16, true);
-    for bad in [tile(0, 1, 16, 16, true), tile(1, 1025, 16, 16, true), tile(1, 1, 12, 16, true), tile(1, 1, 16, 0, true)] {
+    for bad in
+        [tile(0, 1, 16, 16, true), tile(1, 1025, 16, 16, true), tile(1, 1, 12, 16, true), tile(1, 1, 16, 0, true)]
+    {
         for tiles in [[good, bad], [bad, good]] {
             let error = context.plan_with(&problem, &tiled(tiles)).unwrap_err();
             assert!(matches!(error, Error::Tile(_)), "{error}");
