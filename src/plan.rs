@@ -395,23 +395,29 @@ impl Plan {
         let limits = context.limits();
         let shape = &problem.shape;
         let coop_fits = context.matrices.as_ref().is_some_and(|matrices| {
-            let tile = tune::coop_tile(matrices.format.size, shape.head_dim, shape.head_dim_v);
-            let bytes = tile.workgroup_bytes(matrices.format.size, shape.head_dim, shape.head_dim_v);
-            bytes <= limits.max_compute_workgroup_storage_size
-                && tile.subgroups * matrices.format.lanes <= limits.max_compute_invocations_per_workgroup
+            let tile = kernel::coop_tile(problem, matrices.format.size);
+            let pass = kernel::coop_pass(problem, tile, matrices);
+            pass.workgroup_bytes <= limits.max_compute_workgroup_storage_size
+                && pass.threads <= limits.max_compute_invocations_per_workgroup
         });
         let (kernel, reason) = match (options.kernel, &context.matrices, problem.element_type) {
             (Some(kernel), _, _) => (kernel, "asked for"),
             (None, _, _) if kernel::decode::suits(problem) => {
                 (Kernel::Decode, "few queries and many keys: splits of the keys fill the device")
             }
-            (None, Some(_), ElementType::F16) if coop_fits => {
-                (Kernel::Coop, "the device has cooperative matrices for f16")
-            }
-            (None, Some(_), ElementType::F16) => {
+            (None, Some(_), _) if !coop_fits => {
                 (Kernel::Tile, "the device's limits are too small for the tile of the coop kernel")
             }
-            (None, Some(_), _) => (Kernel::Tile, "cooperative matrices take f16 only"),
+            (None, Some(_), ElementType::F32) if shape.head_dim.max(shape.head_dim_v) > 128 => {
+                (Kernel::Tile, "registers do not hold the rows of the coop kernel in f32 at this head dim")
+            }
+            (None, Some(_), ElementType::F32) => {
+                (Kernel::Coop, "the device has cooperative matrices; f32 is multiplied in two parts of f16")
+            }
+            (None, Some(_), ElementType::F16) => (Kernel::Coop, "the device has cooperative matrices for f16"),
+            (None, Some(_), ElementType::BF16) => {
+                (Kernel::Coop, "the device has cooperative matrices; bf16 is scaled to f16")
+            }
             (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
         };
         let mut tile = None;
@@ -424,15 +430,14 @@ impl Plan {
                     .matrices
                     .as_ref()
                     .ok_or(unsupported("the context was made without with_cooperative_matrices"))?;
-                if problem.element_type != ElementType::F16 {
-                    return Err(unsupported("cooperative matrices take f16"));
-                }
                 let size = matrices.format.size;
-                let chosen =
-                    options.coop_tile.unwrap_or_else(|| tune::coop_tile(size, shape.head_dim, shape.head_dim_v));
-                chosen.validate(size)?;
+                let chosen = options.coop_tile.unwrap_or_else(|| kernel::coop_tile(problem, size));
+                match problem.element_type {
+                    ElementType::F16 => chosen.validate(size)?,
+                    ElementType::F32 | ElementType::BF16 => chosen.validate_scaled(size, matrices.format.lanes)?,
+                }
                 rows_and_keys = Some((chosen.rows(size), chosen.keys));
-                vec![kernel::forward_coop::pass(problem, chosen, matrices)]
+                vec![kernel::coop_pass(problem, chosen, matrices)]
             }
             Kernel::Decode => {
                 let rows = shape.group() as u64 * shape.seqlen_q as u64;
@@ -644,7 +649,7 @@ impl std::fmt::Display for Plan {
         if let Some(splits) = self.splits {
             writeln!(f, "splits of the keys: {splits}")?;
         }
-        let vector = if self.kernel() == Kernel::Coop { 8 } else { 4 };
+        let vector = if self.kernel() == Kernel::Coop && p.element_type == ElementType::F16 { 8 } else { 4 };
         let aligned = p.is_aligned(&Tensor::FORWARD, vector);
         writeln!(f, "access: {}", if aligned { "whole vectors" } else { "element by element" })?;
         writeln!(f, "{}", self.forward)?;

@@ -8,7 +8,7 @@ use std::fmt::Write;
 
 use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::kernel::{
-    backward_coop, backward_delta, backward_naive, backward_tile, decode, forward_coop, forward_tile, naive,
+    self, backward_coop, backward_delta, backward_naive, backward_tile, decode, forward_coop, forward_tile, naive,
 };
 use crate::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, Tile};
 use crate::{MergeProblem, Problem};
@@ -38,6 +38,7 @@ const FILES: &[(&str, &str)] = &[
     ("decode_combine.wgsl", include_str!("../shaders/decode_combine.wgsl")),
     ("decode_split.wgsl", include_str!("../shaders/decode_split.wgsl")),
     ("forward_coop.wgsl", include_str!("../shaders/forward_coop.wgsl")),
+    ("forward_coop_scaled.wgsl", include_str!("../shaders/forward_coop_scaled.wgsl")),
     ("forward_tile.wgsl", include_str!("../shaders/forward_tile.wgsl")),
     ("naive_backward_key_value.wgsl", include_str!("../shaders/naive_backward_key_value.wgsl")),
     ("naive_backward_query.wgsl", include_str!("../shaders/naive_backward_query.wgsl")),
@@ -229,7 +230,7 @@ pub fn coop_module(
     layout: &MatrixLayout,
 ) -> (Specialization, Vec<u32>) {
     let matrices = forward_coop::Matrices { format, layout: layout.clone() };
-    let pass = forward_coop::pass(problem, tile, &matrices);
+    let pass = kernel::coop_pass(problem, tile, &matrices);
     (pass.specialization.clone(), pass.binding_numbers())
 }
 

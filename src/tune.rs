@@ -1,6 +1,6 @@
 //! Which tile a kernel uses, by head dimension and device. Pure: numbers in, numbers out.
 
-use crate::Error;
+use crate::{ElementType, Error};
 
 /// The tile of the forward kernel, `shaders/forward_tile.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -90,6 +90,15 @@ impl CoopTile {
         8 * if tiles > rows { tiles } else { rows }
     }
 
+    /// The same for `shaders/forward_coop_scaled.wgsl`, with elements of so many parts.
+    pub const fn scaled_workgroup_bytes(&self, size: u32, parts: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+        let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
+        let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
+        let tiles = parts * self.keys * (k_stride + v_stride);
+        let rows = self.rows(size) * k_stride;
+        8 * if tiles > rows { tiles } else { rows } + self.subgroups * (8 + 4 * size * size)
+    }
+
     /// Checks that the tile divides as the shader needs it to.
     pub fn validate(&self, size: u32) -> Result<(), Error> {
         // Bounds the arithmetic of workgroup_bytes.
@@ -107,6 +116,18 @@ impl CoopTile {
         }
         Ok(())
     }
+
+    /// The same for `shaders/forward_coop_scaled.wgsl`, whose subgroups have `lanes` lanes.
+    pub fn validate_scaled(&self, size: u32, lanes: u32) -> Result<(), Error> {
+        self.validate(size)?;
+        if self.buffers != 1 {
+            return Err(Error::Tile("buffers must be 1 for f32 and bf16"));
+        }
+        if self.subgroups > lanes {
+            return Err(Error::Tile("a workgroup must have at most as many subgroups as a subgroup has lanes"));
+        }
+        Ok(())
+    }
 }
 
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
@@ -118,6 +139,21 @@ pub fn coop_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
         (_, 0..=128) => CoopTile { subgroups: 4, row_matrices: 2, keys: 16, buffers: 2 },
         (_, _) => CoopTile { subgroups: 2, row_matrices: 1, keys: 8, buffers: 2 },
     }
+}
+
+/// The same for elements that are made f16, `shaders/forward_coop_scaled.wgsl`.
+pub fn coop_scaled_tile(size: u32, element_type: ElementType, head_dim: u32, head_dim_v: u32) -> CoopTile {
+    let (subgroups, row_matrices, keys) = match (size, element_type, head_dim.max(head_dim_v)) {
+        (16, ElementType::F32, 0..=64) => (4, 2, 32),
+        (16, ElementType::F32, 65..=128) => (8, 1, 32),
+        (16, ElementType::F32, _) => (2, 1, 16),
+        (16, _, 0..=64) => (4, 2, 32),
+        (16, _, 65..=128) => (8, 1, 64),
+        (16, _, _) => (4, 1, 16),
+        (_, _, 0..=128) => (4, 1, 16),
+        (_, _, _) => (2, 1, 8),
+    };
+    CoopTile { subgroups, row_matrices, keys, buffers: 1 }
 }
 
 /// The tile of the decode kernel, `shaders/decode_split.wgsl`.

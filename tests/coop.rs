@@ -52,7 +52,9 @@ fn small() -> PlanOptions {
 fn all_cases() {
     let Some(context) = context() else { return };
     let ways = [("coop", context, coop()), ("small tile", context, small())];
-    check_all(&prepare(cases(), ElementType::F16), &ways);
+    for element_type in TYPES {
+        check_all(&prepare(cases(), element_type), &ways);
+    }
 }
 
 /// On a processor, only head dims up to 64 and the smallest tile: software Vulkan takes minutes to compile larger ones.
@@ -66,7 +68,9 @@ fn all_dims() {
         let shape = &case.problem.shape;
         !software || shape.head_dim.max(shape.head_dim_v) <= 64
     });
-    check_all(&prepare(dims, ElementType::F16), &[("coop", context, options)]);
+    for element_type in TYPES {
+        check_all(&prepare(dims.clone(), element_type), &[("coop", context, options)]);
+    }
 }
 
 /// Many steps of the loop, in which maxima grow and do not, and several matrices of rows and of keys.
@@ -81,8 +85,33 @@ fn many_keys() {
         ("huge scores", long.scale(1.0).integers(40)),
     ];
     let cases = cases.map(|(name, case)| (format!("many keys, {name}"), case));
-    let ways = [("coop", context, coop()), ("large tile", context, tiled(2, 3, 32, 2))];
-    check_all(&prepare(cases, ElementType::F16), &ways);
+    for (element_type, buffers) in [(ElementType::F32, 1), (ElementType::F16, 2), (ElementType::BF16, 1)] {
+        let ways = [("coop", context, coop()), ("large tile", context, tiled(2, 3, 32, buffers))];
+        check_all(&prepare(cases.clone(), element_type), &ways);
+    }
+}
+
+/// What f16 does not hold: f32 and bf16 are scaled to it.
+#[test]
+fn magnitudes() {
+    let Some(context) = context() else { return };
+    let square = case(1, [2, 1], [37, 70], [16, 12]);
+    let cases = [
+        [1e30, 1e-30, 1.0],
+        [1e-30, 1e30, 1e30],
+        [1e4, 1e-4, 1e-30],
+        [1e-20, 1e-20, 1e-3],
+        [0.0, 1.0, 1.0],
+        [1.0, 0.0, 1e5],
+        [1.0, 1.0, 0.0],
+    ];
+    let cases = cases.map(|factors| (format!("q, k, v times {factors:?}"), square.clone().times(factors)));
+    for element_type in [ElementType::F32, ElementType::BF16] {
+        check_all(
+            &prepare(cases.clone(), element_type),
+            &[("coop", context, coop()), ("small tile", context, small())],
+        );
+    }
 }
 
 /// With bounds checks, which would turn an access past a binding into a wrong result.
@@ -97,7 +126,10 @@ fn within_bounds() {
         ("no keys", case(1, [1, 1], [3, 0], [16, 12])),
     ];
     let cases = cases.map(|(name, case)| (name.to_string(), case));
-    check_all(&prepare(cases, ElementType::F16), &[("coop", &context, coop()), ("small tile", &context, small())]);
+    for element_type in TYPES {
+        let ways = [("coop", &context, coop()), ("small tile", &context, small())];
+        check_all(&prepare(cases.clone(), element_type), &ways);
+    }
 }
 
 fn kernel_line(plan: &Plan) -> String {
@@ -105,25 +137,28 @@ fn kernel_line(plan: &Plan) -> String {
 }
 
 #[test]
-fn plans_choose_it_for_f16() {
+fn plans_choose_it() {
     let Some(context) = context() else { return };
-    let problem = case(1, [2, 1], [37, 45], [16, 12]).problem;
-    for (element_type, kernel, line) in [
-        (ElementType::F16, Kernel::Coop, "kernel: coop (the device has cooperative matrices for f16)"),
-        (ElementType::F32, Kernel::Tile, "kernel: tile (cooperative matrices take f16 only)"),
-        (ElementType::BF16, Kernel::Tile, "kernel: tile (cooperative matrices take f16 only)"),
+    for (element_type, dim, line) in [
+        (ElementType::F16, 16, "kernel: coop (the device has cooperative matrices for f16)"),
+        (ElementType::BF16, 16, "kernel: coop (the device has cooperative matrices; bf16 is scaled to f16)"),
+        (
+            ElementType::F32,
+            128,
+            "kernel: coop (the device has cooperative matrices; f32 is multiplied in two parts of f16)",
+        ),
+        (
+            ElementType::F32,
+            136,
+            "kernel: tile (registers do not hold the rows of the coop kernel in f32 at this head dim)",
+        ),
     ] {
-        let problem = Problem { element_type, ..problem.clone() };
+        let problem = case(1, [2, 1], [37, 45], [dim, 12]).element_type(element_type).problem;
         let plan = context.plan(&problem).unwrap();
-        assert_eq!((plan.kernel(), kernel_line(&plan).as_str()), (kernel, line));
-        let asked = context.plan_with(&problem, &coop());
-        match element_type {
-            ElementType::F16 => assert_eq!(kernel_line(&asked.unwrap()), "kernel: coop (asked for)"),
-            _ => {
-                let error = asked.unwrap_err();
-                assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
-            }
-        }
+        assert_eq!(kernel_line(&plan), line);
+        assert!(line.contains(&plan.kernel().to_string()));
+        let asked = context.plan_with(&problem, &coop()).unwrap();
+        assert_eq!(kernel_line(&asked), "kernel: coop (asked for)");
     }
 }
 
@@ -132,6 +167,11 @@ fn tiles_that_do_not_divide_are_refused() {
     let Some(context) = context() else { return };
     let problem = case(1, [2, 1], [37, 45], [16, 12]).element_type(ElementType::F16).problem;
     for options in [tiled(1, 1, 12, 1), tiled(0, 1, 16, 2), tiled(1, 1025, 16, 1)] {
+        let error = context.plan_with(&problem, &options).unwrap_err();
+        assert!(matches!(error, Error::Tile(_)), "{error}");
+    }
+    let problem = Problem { element_type: ElementType::F32, ..problem };
+    for options in [tiled(1, 1, 12, 1), tiled(1, 1, 16, 2), tiled(64, 1, 16, 1)] {
         let error = context.plan_with(&problem, &options).unwrap_err();
         assert!(matches!(error, Error::Tile(_)), "{error}");
     }
@@ -210,21 +250,31 @@ fn modules_are_valid() {
     }
     for (format, layout) in known_matrices() {
         for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
-            for switches in 0..16u32 {
+            for (element_type, switches) in TYPES.into_iter().flat_map(|t| (0..16u32).map(move |n| (t, n))) {
                 let on = |n: u32| switches >> n & 1 == 1;
                 let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
-                let mut problem = Problem::new(shape, ElementType::F16);
+                let mut problem = Problem::new(shape, element_type);
                 problem.query = problem.query.at(on(0).into());
                 problem.softcap = on(1).then_some(2.0);
                 problem.seqlens_k = on(2);
                 problem.lse = on(3);
-                let mut tiles = vec![tune::coop_tile(format.size, head_dim, head_dim_v)];
+                let is_f16 = element_type == ElementType::F16;
+                let mut tiles = vec![match is_f16 {
+                    true => tune::coop_tile(format.size, head_dim, head_dim_v),
+                    false => tune::coop_scaled_tile(format.size, element_type, head_dim, head_dim_v),
+                }];
                 tiles.extend([1, 2].map(|buffers| CoopTile { subgroups: 1, row_matrices: 1, keys: 16, buffers }));
+                tiles.retain(|tile| is_f16 || tile.buffers == 1);
                 for tile in tiles {
                     let (specialization, bindings) = coop_module(&problem, tile, format, &layout);
                     let text = specialization.source().unwrap().text;
-                    let said = tile.workgroup_bytes(format.size, head_dim, head_dim_v);
+                    let parts = if element_type == ElementType::F32 { 2 } else { 1 };
+                    let said = match is_f16 {
+                        true => tile.workgroup_bytes(format.size, head_dim, head_dim_v),
+                        false => tile.scaled_workgroup_bytes(format.size, parts, head_dim, head_dim_v),
+                    };
                     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
+                    assert!(said <= 48 << 10, "{specialization:?}");
                     let module = ElementModule::new(&text, format, &bindings, on(3))
                         .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
                     assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);

@@ -20,7 +20,7 @@ pub(crate) const ELEMENTS: u32 = 8;
 const ROW_BITS: [&str; 4] = ["ROW_BIT_0", "ROW_BIT_1", "ROW_BIT_2", "ROW_BIT_3"];
 const COLUMN_BITS: [&str; 4] = ["COLUMN_BIT_0", "COLUMN_BIT_1", "COLUMN_BIT_2", "COLUMN_BIT_3"];
 
-pub(super) fn layout_constants(layout: &MatrixLayout) -> Vec<(&'static str, u32)> {
+pub(crate) fn layout_constants(layout: &MatrixLayout) -> Vec<(&'static str, u32)> {
     let source = |bit: &Bit| match *bit {
         Bit::Lane(n) => n,
         Bit::Element(n) => 8 + n,

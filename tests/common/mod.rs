@@ -65,6 +65,8 @@ pub enum Inputs {
     Random,
     /// Integers up to this size, so that the scores are exact in f32 however large they are.
     Integers(i32),
+    /// Random numbers times these, for q, k and v.
+    Times([f32; 3]),
 }
 
 #[derive(Clone, Debug)]
@@ -132,6 +134,12 @@ impl Case {
 
     pub fn integers(mut self, largest: i32) -> Self {
         self.inputs = Inputs::Integers(largest);
+        self
+    }
+
+    /// Random q, k and v times these.
+    pub fn times(mut self, factors: [f32; 3]) -> Self {
+        self.inputs = Inputs::Times(factors);
         self
     }
 
@@ -212,11 +220,16 @@ impl Case {
             };
             (0..len).map(|_| one(&mut rng)).collect()
         };
-        let integers = match self.inputs {
-            Inputs::Random => None,
-            Inputs::Integers(most) => Some(most),
+        let (integers, [q, k, v]) = match self.inputs {
+            Inputs::Random => (None, [1.0; 3]),
+            Inputs::Integers(most) => (Some(most), [1.0; 3]),
+            Inputs::Times(factors) => (None, factors),
         };
-        let inputs = [tensor(0, integers, -1.5, 2.0), tensor(1, integers, -2.0, 1.5), tensor(2, None, -1.0, 2.0)];
+        let inputs = [
+            tensor(0, integers, -1.5 * q, 2.0 * q),
+            tensor(1, integers, -2.0 * k, 1.5 * k),
+            tensor(2, None, -v, 2.0 * v),
+        ];
         Prepared::new(&self.problem, inputs, self.seqlens_k.clone(), self.one_buffer)
     }
 }

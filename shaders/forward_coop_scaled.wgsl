@@ -1,0 +1,409 @@
+// Forward pass on cooperative matrices (tensor cores) for f32 and bf16, whose operands have to be f16: a tile X is
+// multiplied by a power of two, its scale s(X), that brings its largest element to between 2^14 and 2^15, and is split
+// into PARTS matrices of f16, each holding the leading bits of what those before it left of s(X) X. Two parts hold 22 bits
+// of an f32, one holds a bf16. A product is the sum over parts, less what lies below the last bit:
+//
+//     X Y = sum over a + b < PARTS of X_a Y_b / (s(X) s(Y))
+//
+// With products of this kind, one workgroup computes ROWS rows of one head, as in forward_coop.wgsl:
+//
+//     m = -inf, l = 0, O = 0
+//     for each tile of KEYS keys that some row may see:
+//         S = score(Q K^T)                          plain numbers in the lanes that hold them
+//         m' = max(m, rowmax S - HEADROOM)
+//         P = 2^(S - m')                            left operands of PARTS parts, made from S where it lies
+//         l = 2^(m - m') l + rowsum P
+//         O = 2^(m - m') O + P V                    tensor cores truncate what they add: they only sum P V of one tile
+//     O = O / l,  lse = ln 2 (m + log2 l),          maxima being in base 2
+enable f16;
+enable wgpu_cooperative_matrix;
+#include "common/problem.wgsl"
+#include "common/softmax.wgsl"
+#include "common/score.wgsl"
+#include "common/matrices.wgsl"
+#include "common/elements.wgsl"
+
+// read_write, though the inputs are never written: see forward_coop.wgsl.
+@group(0) @binding(1) var<storage, read_write> query: InElements;
+@group(0) @binding(2) var<storage, read_write> key: InElements;
+@group(0) @binding(3) var<storage, read_write> value: InElements;
+@group(0) @binding(4) var<storage, read_write> out: OutElements;
+#if LSE
+@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
+#endif
+#include "common/matrix_elements.wgsl"
+#include "common/read.wgsl" tensor=query
+#include "common/read.wgsl" tensor=key
+#include "common/read.wgsl" tensor=value
+#include "common/write.wgsl" tensor=out
+
+const LANES = M * M / ELEMENTS;
+const THREADS = SUBGROUPS * LANES;
+const ROWS = SUBGROUPS * ROW_MATRICES * M;
+// Matrices across the keys of a tile, the head dimension, and the values' dimension.
+const KM = KEYS / M;
+const DM = (HEAD_DIM + M - 1u) / M;
+const VM = (HEAD_DIM_V + M - 1u) / M;
+// Rows in workgroup memory: how many vectors of four are there, and how far apart rows are. The two vectors between rows
+// keep the rows of a matrix on different banks.
+const D4 = DM * M / 4u;
+const V4 = VM * M / 4u;
+const K_STRIDE = D4 + 2u;
+const V_STRIDE = V4 + 2u;
+const K_SIZE = KEYS * K_STRIDE;
+const V_SIZE = KEYS * V_STRIDE;
+// What each thread moves of Q and of a tile of K and of V.
+const Q_LOADS = (ROWS * D4 + THREADS - 1u) / THREADS;
+const K_LOADS = (KEYS * D4 + THREADS - 1u) / THREADS;
+const V_LOADS = (KEYS * V4 + THREADS - 1u) / THREADS;
+// The largest P is 2^HEADROOM, so that the second part of small ones is not lost below the smallest f16.
+const HEADROOM = 8.0;
+// Where maxima start: below every score and above every masked one, as in forward_coop.wgsl.
+const EMPTY = -1.0e14;
+// Sums of products of scaled elements stay below 2^38: with this factor, all of them are 0.
+const SMALLEST_FACTOR = 1.0e-22;
+
+// The parts of a tile of K, then those of V; before them Q, a part at a time.
+var<workgroup> tiles: array<vec4<f16>, max(PARTS * (K_SIZE + V_SIZE), ROWS * K_STRIDE)>;
+// The sizes of each subgroup's part of a tile of K (or Q) and of V, as bits, which grow with the numbers.
+var<workgroup> largest: array<vec2u, SUBGROUPS>;
+// A matrix of O of each subgroup, on its way to whole rows.
+var<workgroup> turned: array<f32, SUBGROUPS * M * M>;
+
+// The size of elements is the largest absolute value.
+fn size_of(x: vec4f) -> f32 {
+    return max(max(abs(x.x), abs(x.y)), max(abs(x.z), abs(x.w)));
+}
+
+fn publish(key_size: f32, value_size: f32, subgroup: u32, lane: u32) {
+    let sizes = vec2u(subgroupMax(bitcast<u32>(key_size)), subgroupMax(bitcast<u32>(value_size)));
+    if lane == 0u {
+        largest[subgroup] = sizes;
+    }
+}
+
+// The scale of a tile, each lane knowing the size of a part: the power of two that brings it to between 2^14 and 2^15, or
+// 2^126 if that is not enough.
+fn scale_for(bits: u32) -> f32 {
+    return bitcast<f32>((268u - max(subgroupMax(bits) >> 23u, 15u)) << 23u);
+}
+
+// Of a power of two.
+fn inverse(scale: f32) -> f32 {
+    return bitcast<f32>((254u << 23u) - bitcast<u32>(scale));
+}
+
+// What of `rest` is in this part: the 11 bits that f16 holds; all, and rounded by the conversion, in the last one. Bits,
+// since a compiler may take f32(f16(x)) for x.
+fn part_of(rest: f32, part: u32) -> f32 {
+    return select(rest, bitcast<f32>(bitcast<u32>(rest) & 0xffffe000u), part + 1u < PARTS);
+}
+
+fn part4_of(rest: vec4f, part: u32) -> vec4f {
+    return vec4f(part_of(rest.x, part), part_of(rest.y, part), part_of(rest.z, part), part_of(rest.w, part));
+}
+
+// x in PARTS parts, each `size` after the one before.
+fn store_parts(place: u32, size: u32, x: vec4f) {
+    var rest = x;
+    for (var part = 0u; part < PARTS; part++) {
+        let now = part4_of(rest, part);
+        tiles[place + part * size] = vec4<f16>(now);
+        rest -= now;
+    }
+}
+
+fn left_parts(x: Lane) -> array<Left, PARTS> {
+    var parts: array<Left, PARTS>;
+    var rest = x;
+    for (var part = 0u; part < PARTS; part++) {
+        var now: Lane;
+        for (var e = 0u; e < ELEMENTS; e++) {
+            now[e] = part_of(rest[e], part);
+            rest[e] -= now[e];
+        }
+        parts[part] = left(now);
+    }
+    return parts;
+}
+
+fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, K_LOADS> {
+    var x: array<Elements4, K_LOADS>;
+    for (var n = 0u; n < K_LOADS; n++) {
+        let t = thread + n * THREADS;
+        x[n] = read_key(start + min(j0 + t / D4, last) * problem.key.row, 4u * (t % D4), HEAD_DIM);
+    }
+    return x;
+}
+
+fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, V_LOADS> {
+    var x: array<Elements4, V_LOADS>;
+    for (var n = 0u; n < V_LOADS; n++) {
+        let t = thread + n * THREADS;
+        x[n] = read_value(start + min(j0 + t / V4, last) * problem.value.row, 4u * (t % V4), HEAD_DIM_V);
+    }
+    return x;
+}
+
+@compute @workgroup_size(THREADS)
+fn forward(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(num_workgroups) groups: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    let at = sequence(group.z, group.y);
+    // The last rows first: with a causal mask they take longest.
+    let row0 = problem.row_begin + (groups.x - 1u - group.x) * ROWS;
+    let row1 = min(row0 + ROWS, problem.row_end);
+    let mine = subgroup * ROW_MATRICES * M;
+    let query_start = head_start(problem.query, at.batch, at.head_q);
+    let key_start = head_start(problem.key, at.batch, at.head_kv);
+    let value_start = head_start(problem.value, at.batch, at.head_kv);
+
+    // Q, with 0 in the columns past the head dimension, so that they add nothing, whatever K has there
+    var query_rest: array<vec4f, Q_LOADS>;
+    var query_size = 0.0;
+    for (var n = 0u; n < Q_LOADS; n++) {
+        let t = thread + n * THREADS;
+        let i = min(row0 + t / D4, problem.row_end - 1u) - problem.row_begin;
+        let d = 4u * (t % D4);
+        let x = unpack4(read_query(query_start + i * problem.query.row, d, HEAD_DIM));
+        query_rest[n] = first_elements(x, max(d, HEAD_DIM) - d) * score_sign();
+        query_size = max(query_size, size_of(query_rest[n]));
+    }
+    publish(query_size, 0.0, subgroup, lane);
+    workgroupBarrier();
+    let query_scale = scale_for(largest[lane % SUBGROUPS].x);
+    for (var n = 0u; n < Q_LOADS; n++) {
+        query_rest[n] *= query_scale;
+    }
+    var q: array<array<array<Left, PARTS>, DM>, ROW_MATRICES>;
+    for (var part = 0u; part < PARTS; part++) {
+        for (var n = 0u; n < Q_LOADS; n++) {
+            let t = thread + n * THREADS;
+            let now = part4_of(query_rest[n], part);
+            query_rest[n] -= now;
+            if t < ROWS * D4 {
+                tiles[t / D4 * K_STRIDE + t % D4] = vec4<f16>(now);
+            }
+        }
+        workgroupBarrier();
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var d = 0u; d < DM; d++) {
+                let place = (mine + r * M) * K_STRIDE + d * M / 4u;
+                q[r][d][part] = coopLoadT<Left>(&tiles[place], K_STRIDE);
+            }
+        }
+        workgroupBarrier();
+    }
+
+    var o: array<array<Lane, VM>, ROW_MATRICES>;
+    var m: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
+    var l: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
+    for (var r = 0u; r < ROW_MATRICES; r++) {
+        for (var d = 0u; d < VM; d++) {
+            o[r][d] = Lane();
+        }
+        for (var h = 0u; h < LANE_ROWS; h++) {
+            m[r][h] = EMPTY;
+            l[r][h] = 0.0;
+        }
+    }
+
+    let range = key_range(at, i32(row0), i32(row1));
+    let first = range.x / i32(KEYS) * i32(KEYS);
+    let last = u32(max(at.keys, 1) - 1);
+    var key_next: array<Elements4, K_LOADS>;
+    var value_next: array<Elements4, V_LOADS>;
+    if range.x < range.y {
+        key_next = load_key(key_start, u32(first), last, thread);
+        value_next = load_value(value_start, u32(first), last, thread);
+    }
+    for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
+        // K and V to workgroup memory
+        var key_size = 0.0;
+        var value_size = 0.0;
+        for (var n = 0u; n < K_LOADS; n++) {
+            key_size = max(key_size, size_of(unpack4(key_next[n])));
+        }
+        for (var n = 0u; n < V_LOADS; n++) {
+            value_size = max(value_size, size_of(unpack4(value_next[n])));
+        }
+        publish(key_size, value_size, subgroup, lane);
+        workgroupBarrier();
+        let key_scale = scale_for(largest[lane % SUBGROUPS].x);
+        let value_scale = scale_for(largest[lane % SUBGROUPS].y);
+        for (var n = 0u; n < K_LOADS; n++) {
+            let t = thread + n * THREADS;
+            if t < KEYS * D4 {
+                store_parts(t / D4 * K_STRIDE + t % D4, K_SIZE, unpack4(key_next[n]) * key_scale);
+            }
+        }
+        for (var n = 0u; n < V_LOADS; n++) {
+            let t = thread + n * THREADS;
+            if t < KEYS * V4 {
+                let place = PARTS * K_SIZE + t / V4 * V_STRIDE + t % V4;
+                store_parts(place, V_SIZE, unpack4(value_next[n]) * value_scale);
+            }
+        }
+        workgroupBarrier();
+        key_next = load_key(key_start, u32(j0) + KEYS, last, thread);
+        value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
+
+        // S = Q K^T, the small products of parts first: what tensor cores add up is truncated to the size of the sum
+        var x: array<array<Lane, KM>, ROW_MATRICES>;
+        for (var c = 0u; c < KM; c++) {
+            var sum: array<Accumulator, ROW_MATRICES>;
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                sum[r] = Accumulator();
+            }
+            for (var n = 0u; n < PARTS; n++) {
+                for (var d = 0u; d < DM; d++) {
+                    for (var b = 0u; b + n < PARTS; b++) {
+                        let place = b * K_SIZE + c * M * K_STRIDE + d * M / 4u;
+                        let k = coopLoad<Right>(&tiles[place], K_STRIDE);
+                        for (var r = 0u; r < ROW_MATRICES; r++) {
+                            sum[r] = coopMultiplyAdd(q[r][d][PARTS - 1u - n - b], k, sum[r]);
+                        }
+                    }
+                }
+            }
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                x[r][c] = elements_of(sum[r]);
+            }
+        }
+
+        // What each score is, and whether it counts. Times the factor, scores are exponents of 2.
+        let dot = inverse(query_scale) * inverse(key_scale);
+#if SOFTCAP
+        let factor = max(score_factor(), SMALLEST_FACTOR);
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < KM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    x[r][c][e] = score_shape(x[r][c][e] * dot);
+                }
+            }
+        }
+#else
+        let factor = max(score_factor() * dot, SMALLEST_FACTOR);
+#endif
+        // Times the factor it is far below EMPTY, whatever the factor.
+        let masked = -1.0e15 / factor;
+        let full = tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS));
+        if !full {
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                for (var c = 0u; c < KM; c++) {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let i = i32(row0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
+                        let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
+                        x[r][c][e] = select(masked, x[r][c][e], keep(at, i, j));
+                    }
+                }
+            }
+        }
+
+        // P = 2^(S - m'),  l = 2^(m - m') l + rowsum P
+        var p: array<array<array<Left, PARTS>, KM>, ROW_MATRICES>;
+        var shrink: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            var most: array<f32, LANE_ROWS>;
+            var sum: array<f32, LANE_ROWS>;
+            for (var h = 0u; h < LANE_ROWS; h++) {
+                most[h] = masked;
+                sum[h] = 0.0;
+            }
+            for (var c = 0u; c < KM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    most[held_row(e)] = max(most[held_row(e)], x[r][c][e]);
+                }
+            }
+            for (var h = 0u; h < LANE_ROWS; h++) {
+                let larger = max(m[r][h], row_max(most[h]) * factor - HEADROOM);
+                shrink[r][h] = exp2(m[r][h] - larger);
+                m[r][h] = larger;
+            }
+            for (var c = 0u; c < KM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    x[r][c][e] = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
+                    sum[held_row(e)] += x[r][c][e];
+                }
+                p[r][c] = left_parts(x[r][c]);
+            }
+            for (var h = 0u; h < LANE_ROWS; h++) {
+                l[r][h] = fma(l[r][h], shrink[r][h], sum[h]);
+            }
+        }
+
+        // O = 2^(m - m') O + P V
+        for (var d = 0u; d < VM; d++) {
+            var sum: array<Accumulator, ROW_MATRICES>;
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                sum[r] = Accumulator();
+            }
+            for (var n = 0u; n < PARTS; n++) {
+                for (var c = 0u; c < KM; c++) {
+                    for (var b = 0u; b + n < PARTS; b++) {
+                        let place = PARTS * K_SIZE + b * V_SIZE + c * M * V_STRIDE + d * M / 4u;
+                        let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
+                        for (var r = 0u; r < ROW_MATRICES; r++) {
+                            sum[r] = coopMultiplyAdd(p[r][c][PARTS - 1u - n - b], v, sum[r]);
+                        }
+                    }
+                }
+            }
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                let y = elements_of(sum[r]);
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    o[r][d][e] = fma(o[r][d][e], shrink[r][held_row(e)], y[e] * inverse(value_scale));
+                }
+            }
+        }
+    }
+
+    // O / l, out in whole rows, a matrix of each subgroup at a time
+    for (var r = 0u; r < ROW_MATRICES; r++) {
+        for (var h = 0u; h < LANE_ROWS; h++) {
+            // The largest p of a row is about 2^HEADROOM, so a row with keys is told from an empty one by m.
+            l[r][h] = select(max(row_sum(l[r][h]), 0.5), 0.0, m[r][h] == EMPTY);
+        }
+        for (var d = 0u; d < VM; d++) {
+            for (var e = 0u; e < ELEMENTS; e++) {
+                o[r][d][e] *= inverse_sum(l[r][held_row(e)]);
+            }
+        }
+#if LSE
+        for (var e = 0u; e < ELEMENTS; e++) {
+            let i = row0 + mine + r * M + row_of(lane, e);
+            if column_of(lane, e) == 0u && i < row1 {
+                let h = held_row(e);
+                lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits(m[r][h] / LOG2_E, l[r][h]);
+            }
+        }
+#endif
+    }
+    for (var n = 0u; n < ROW_MATRICES * VM; n++) {
+        // A driver that does not unroll this loop, with its barriers, would have o in memory for o[n / VM][n % VM].
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var d = 0u; d < VM; d++) {
+                if r * VM + d == n {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        turned[subgroup * M * M + row_of(lane, e) * M + column_of(lane, e)] = o[r][d][e];
+                    }
+                }
+            }
+        }
+        workgroupBarrier();
+        let i = row0 + mine + n / VM * M + lane * ELEMENTS / M;
+        if i < row1 {
+            let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
+            for (var e = 0u; e < ELEMENTS; e += 4u) {
+                let t = subgroup * M * M + lane * ELEMENTS + e;
+                let column = n % VM * M + (lane * ELEMENTS + e) % M;
+                write_out(start, column, HEAD_DIM_V, vec4f(turned[t], turned[t + 1u], turned[t + 2u], turned[t + 3u]));
+            }
+        }
+        workgroupBarrier();
+    }
+}
