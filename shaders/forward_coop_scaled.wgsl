@@ -27,7 +27,6 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
-@group(0) @binding(4) var<storage, read_write> out: OutElements;
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
@@ -35,7 +34,20 @@ enable wgpu_cooperative_matrix;
 #include "common/read.wgsl" tensor=query
 #include "common/read.wgsl" tensor=key
 #include "common/read.wgsl" tensor=value
+#if SINGLE_BF16
+// Each bf16 is stored as the f16 of the same bits: write.wgsl has atomics here, and naga does not declare what they need
+// in a module with matrices (the capability VulkanMemoryModelDeviceScope).
+@group(0) @binding(4) var<storage, read_write> out: array<f16>;
+
+fn write_out(start: u32, d: u32, dim: u32, x: vec4f) {
+    for (var c = 0u; c < min(4u, max(d, dim) - d); c++) {
+        out[start + d + c] = coop_bits(vec2u(pack1(x[c]), 0u)).x;
+    }
+}
+#else
+@group(0) @binding(4) var<storage, read_write> out: OutElements;
 #include "common/write.wgsl" tensor=out
+#endif
 
 const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;

@@ -107,7 +107,10 @@ fn magnitudes() {
     ];
     let cases = cases.map(|factors| (format!("q, k, v times {factors:?}"), square.clone().times(factors)));
     for element_type in [ElementType::F32, ElementType::BF16] {
-        check_all(&prepare(cases.clone(), element_type), &[("coop", context, coop()), ("small tile", context, small())]);
+        check_all(
+            &prepare(cases.clone(), element_type),
+            &[("coop", context, coop()), ("small tile", context, small())],
+        );
     }
 }
 
@@ -139,8 +142,16 @@ fn plans_choose_it() {
     for (element_type, dim, line) in [
         (ElementType::F16, 16, "kernel: coop (the device has cooperative matrices for f16)"),
         (ElementType::BF16, 16, "kernel: coop (the device has cooperative matrices; bf16 is scaled to f16)"),
-        (ElementType::F32, 128, "kernel: coop (the device has cooperative matrices; f32 is multiplied in two parts of f16)"),
-        (ElementType::F32, 136, "kernel: tile (registers do not hold the rows of the coop kernel in f32 at this head dim)"),
+        (
+            ElementType::F32,
+            128,
+            "kernel: coop (the device has cooperative matrices; f32 is multiplied in two parts of f16)",
+        ),
+        (
+            ElementType::F32,
+            136,
+            "kernel: tile (registers do not hold the rows of the coop kernel in f32 at this head dim)",
+        ),
     ] {
         let problem = case(1, [2, 1], [37, 45], [dim, 12]).element_type(element_type).problem;
         let plan = context.plan(&problem).unwrap();
