@@ -1,7 +1,7 @@
 // Forward pass on cooperative matrices (tensor cores) for f32 and bf16, whose operands have to be f16: a tile X is
 // multiplied by a power of two, its scale s(X), that brings its largest element to between 2^14 and 2^15, and is split
-// into PARTS matrices of f16, each holding the leading bits of what those before it left of s(X) X. Two parts hold 22 bits
-// of an f32, one holds a bf16. A product is the sum over parts, less what lies below the last bit:
+// into PARTS matrices of f16, each holding the leading bits of what those before it left of s(X) X. Two parts hold 22
+// bits of an f32, one holds a bf16. A product is the sum over parts, less what lies below the last bit:
 //
 //     X Y = sum over a + b < PARTS of X_a Y_b / (s(X) s(Y))
 //
@@ -27,7 +27,6 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
-@group(0) @binding(4) var<storage, read_write> out: OutElements;
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
@@ -35,7 +34,20 @@ enable wgpu_cooperative_matrix;
 #include "common/read.wgsl" tensor=query
 #include "common/read.wgsl" tensor=key
 #include "common/read.wgsl" tensor=value
+#if SINGLE_BF16
+// Each bf16 is stored as the f16 of the same bits: write.wgsl has atomics here, and naga does not declare what they
+// need in a module with matrices (the capability VulkanMemoryModelDeviceScope).
+@group(0) @binding(4) var<storage, read_write> out: array<f16>;
+
+fn write_out(start: u32, d: u32, dim: u32, x: vec4f) {
+    for (var c = 0u; c < min(4u, max(d, dim) - d); c++) {
+        out[start + d + c] = coop_bits(vec2u(pack1(x[c]), 0u)).x;
+    }
+}
+#else
+@group(0) @binding(4) var<storage, read_write> out: OutElements;
 #include "common/write.wgsl" tensor=out
+#endif
 
 const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;
@@ -44,8 +56,8 @@ const ROWS = SUBGROUPS * ROW_MATRICES * M;
 const KM = KEYS / M;
 const DM = (HEAD_DIM + M - 1u) / M;
 const VM = (HEAD_DIM_V + M - 1u) / M;
-// Rows in workgroup memory: how many vectors of four are there, and how far apart rows are. The two vectors between rows
-// keep the rows of a matrix on different banks.
+// Rows in workgroup memory: how many vectors of four are there, and how far apart rows are. The two vectors between
+// rows keep the rows of a matrix on different banks.
 const D4 = DM * M / 4u;
 const V4 = VM * M / 4u;
 const K_STRIDE = D4 + 2u;
@@ -82,8 +94,8 @@ fn publish(key_size: f32, value_size: f32, subgroup: u32, lane: u32) {
     }
 }
 
-// The scale of a tile, each lane knowing the size of a part: the power of two that brings it to between 2^14 and 2^15, or
-// 2^126 if that is not enough.
+// The scale of a tile, each lane knowing the size of a part: the power of two that brings it to between 2^14 and 2^15,
+// or 2^126 if that is not enough.
 fn scale_for(bits: u32) -> f32 {
     return bitcast<f32>((268u - max(subgroupMax(bits) >> 23u, 15u)) << 23u);
 }
@@ -93,8 +105,8 @@ fn inverse(scale: f32) -> f32 {
     return bitcast<f32>((254u << 23u) - bitcast<u32>(scale));
 }
 
-// What of `rest` is in this part: the 11 bits that f16 holds; all, and rounded by the conversion, in the last one. Bits,
-// since a compiler may take f32(f16(x)) for x.
+// What of `rest` is in this part: the 11 bits that f16 holds; all, and rounded by the conversion, in the last one.
+// Bits, since a compiler may take f32(f16(x)) for x.
 fn part_of(rest: f32, part: u32) -> f32 {
     return select(rest, bitcast<f32>(bitcast<u32>(rest) & 0xffffe000u), part + 1u < PARTS);
 }
@@ -378,7 +390,8 @@ fn forward(
             let i = row0 + mine + r * M + row_of(lane, e);
             if column_of(lane, e) == 0u && i < row1 {
                 let h = held_row(e);
-                lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits(m[r][h] / LOG2_E, l[r][h]);
+                let place = head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin;
+                lse[place] = lse_bits(m[r][h] / LOG2_E, l[r][h]);
             }
         }
 #endif

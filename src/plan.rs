@@ -18,7 +18,7 @@ pub struct PlanOptions {
     pub kernel: Option<Kernel>,
     /// The tile of the tile kernel; `None` takes [`tune::tile`].
     pub tile: Option<Tile>,
-    /// The tile of the coop kernel; `None` takes [`tune::coop_tile`].
+    /// The tile of the coop kernel; `None` takes [`tune::coop_tile`], or [`tune::coop_scaled_tile`] for f32 and bf16.
     pub coop_tile: Option<CoopTile>,
     /// The tile of the decode kernel; `None` takes [`tune::decode_tile`].
     pub decode_tile: Option<DecodeTile>,

@@ -23,6 +23,9 @@ pub(crate) fn pass(problem: &Problem, tile: CoopTile, matrices: &Matrices) -> Pa
     if size == 16 {
         on.push("MATRIX16");
     }
+    if problem.element_type == ElementType::BF16 && !problem.is_aligned(4) {
+        on.push("SINGLE_BF16");
+    }
     let mut constants = vec![
         ("PARTS", parts),
         ("HEAD_DIM", shape.head_dim),

@@ -24,8 +24,9 @@ use crate::{ElementType, Problem};
 pub enum Kernel {
     /// Scores to memory, softmax, product: what people write first. The yardstick; no plan falls back to it.
     Naive,
-    /// Tiles on cooperative matrices (tensor cores), f16 in memory, for contexts that
-    /// [`Context::with_cooperative_matrices`](crate::Context::with_cooperative_matrices) made.
+    /// Tiles on cooperative matrices (tensor cores), for contexts that
+    /// [`Context::with_cooperative_matrices`](crate::Context::with_cooperative_matrices) made. The matrices are of f16:
+    /// bf16 is scaled to it, f32 is also split into two parts, which keep 22 bits of it.
     Coop,
     /// Few queries, many keys: the keys are split over workgroups, and the splits' results merged by lse.
     Decode,
