@@ -2,6 +2,7 @@
 
 use super::forward_coop::{Matrices, layout_constants};
 use super::{FORWARD_BINDINGS, Pass, bindings, switches};
+use crate::problem::Tensor;
 use crate::specialize::Specialization;
 use crate::tune::CoopTile;
 use crate::{ElementType, Problem, plan::Part};
@@ -23,7 +24,7 @@ pub(crate) fn pass(problem: &Problem, tile: CoopTile, matrices: &Matrices) -> Pa
     if size == 16 {
         on.push("MATRIX16");
     }
-    if problem.element_type == ElementType::BF16 && !problem.is_aligned(4) {
+    if problem.element_type == ElementType::BF16 && !problem.is_aligned(&Tensor::FORWARD, 4) {
         on.push("SINGLE_BF16");
     }
     let mut constants = vec![
