@@ -291,7 +291,6 @@ impl BackwardTile {
 pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> [BackwardTile; 2] {
     let memory = limits.max_compute_workgroup_storage_size;
     let widest = head_dim.max(head_dim_v);
-    let large = memory >= 32 << 10;
     let fitted = |own, step, (threads_y, threads_x), chunk: u32, block| {
         // Equal chunks, as those of `tile`.
         let chunks = widest.div_ceil(chunk);
@@ -302,11 +301,13 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
         }
         tile
     };
-    let both = match (large, widest) {
-        (true, _) => fitted(64, 64, (16, 16), 32, 32),
-        (false, 0..=64) => fitted(32, 32, (8, 8), 32, 32),
+    // docs/rejected.md has the figures.
+    let both = match (memory >> 10, widest) {
+        (48.., 0..=64) => fitted(128, 64, (16, 16), 32, 32),
+        (32.., _) => fitted(64, 64, (16, 16), 32, 32),
+        (_, 0..=64) => fitted(32, 32, (8, 8), 32, 32),
         // More threads, so that each has fewer columns.
-        (false, _) => fitted(32, 64, (16, 16), 32, 16),
+        (_, _) => fitted(32, 64, (16, 16), 32, 16),
     };
     [both; 2]
 }
