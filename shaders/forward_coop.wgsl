@@ -17,32 +17,9 @@ enable wgpu_cooperative_matrix;
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"
+#include "common/matrices.wgsl"
+#include "common/elements_f16.wgsl"
 
-#if MATRIX16
-alias Accumulator = coop_mat16x16<f32, C>;
-alias Left = coop_mat16x16<f16, A>;
-alias Right = coop_mat16x16<f16, B>;
-const M = 16u;
-#else
-alias Accumulator = coop_mat8x8<f32, C>;
-alias Left = coop_mat8x8<f16, A>;
-alias Right = coop_mat8x8<f16, B>;
-const M = 8u;
-#endif
-
-// Eight elements, 16 bytes: what a thread moves at once.
-struct Eight {
-    low: vec4<f16>,
-    high: vec4<f16>,
-}
-
-#if ALIGNED
-alias InElements = array<vec4u>;
-alias OutElements = array<vec4<f16>>;
-#else
-alias InElements = array<f16>;
-alias OutElements = array<f16>;
-#endif
 // The inputs are never written. A compiler may move loads of read-only memory down to where their values are used;
 // these stay where they are, ahead of the arithmetic that hides their latency.
 @group(0) @binding(1) var<storage, read_write> query: InElements;
@@ -52,17 +29,10 @@ alias OutElements = array<f16>;
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
-#include "common/matrix_layout.wgsl"
-#include "common/elements_f16.wgsl" tensor=query
-#include "common/elements_f16.wgsl" tensor=key
-#include "common/elements_f16.wgsl" tensor=value
-
-// x with 0 for the elements from `count` on.
-fn first_elements(x: Eight, count: u32) -> Eight {
-    let e = vec4u(0u, 1u, 2u, 3u);
-    let zero = vec4<f16>();
-    return Eight(select(zero, x.low, e < vec4u(count)), select(zero, x.high, e + 4u < vec4u(count)));
-}
+#include "common/matrix_elements.wgsl"
+#include "common/read_f16.wgsl" tensor=query
+#include "common/read_f16.wgsl" tensor=key
+#include "common/read_f16.wgsl" tensor=value
 
 fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 #if ALIGNED
@@ -74,35 +44,6 @@ fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
         out[start + d + c] = select(x.high[c % 4u], x.low[c % 4u], c < 4u);
     }
 #endif
-}
-
-// The bodies of these are put in by src/elements.rs: element e of a matrix, a matrix of given elements, and the four f16
-// in 64 bits.
-fn coop_get_0(m: Accumulator) -> f32 { return 0.0; }
-fn coop_get_1(m: Accumulator) -> f32 { return 0.0; }
-fn coop_get_2(m: Accumulator) -> f32 { return 0.0; }
-fn coop_get_3(m: Accumulator) -> f32 { return 0.0; }
-fn coop_get_4(m: Accumulator) -> f32 { return 0.0; }
-fn coop_get_5(m: Accumulator) -> f32 { return 0.0; }
-fn coop_get_6(m: Accumulator) -> f32 { return 0.0; }
-fn coop_get_7(m: Accumulator) -> f32 { return 0.0; }
-fn coop_set_accumulator(z: Accumulator, a: f32, b: f32, c: f32, d: f32, e: f32, f: f32, g: f32, h: f32) -> Accumulator { return z; }
-fn coop_bits(x: vec2u) -> vec4<f16> { return vec4<f16>(); }
-fn coop_set_left(z: Left, a: f16, b: f16, c: f16, d: f16, e: f16, f: f16, g: f16, h: f16) -> Left { return z; }
-
-const ELEMENTS = 8u;
-alias Lane = array<f32, ELEMENTS>;
-
-fn elements_of(m: Accumulator) -> Lane {
-    return Lane(coop_get_0(m), coop_get_1(m), coop_get_2(m), coop_get_3(m), coop_get_4(m), coop_get_5(m), coop_get_6(m), coop_get_7(m));
-}
-
-fn accumulator(x: Lane) -> Accumulator {
-    return coop_set_accumulator(Accumulator(), x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]);
-}
-
-fn left(x: Lane) -> Left {
-    return coop_set_left(Left(), f16(x[0]), f16(x[1]), f16(x[2]), f16(x[3]), f16(x[4]), f16(x[5]), f16(x[6]), f16(x[7]));
 }
 
 const LANES = M * M / ELEMENTS;

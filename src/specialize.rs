@@ -15,9 +15,12 @@ use crate::{MergeProblem, Problem};
 const FILES: &[(&str, &str)] = &[
     ("common/elements.wgsl", include_str!("../shaders/common/elements.wgsl")),
     ("common/elements_f16.wgsl", include_str!("../shaders/common/elements_f16.wgsl")),
+    ("common/matrices.wgsl", include_str!("../shaders/common/matrices.wgsl")),
+    ("common/matrix_elements.wgsl", include_str!("../shaders/common/matrix_elements.wgsl")),
     ("common/matrix_layout.wgsl", include_str!("../shaders/common/matrix_layout.wgsl")),
     ("common/problem.wgsl", include_str!("../shaders/common/problem.wgsl")),
     ("common/read.wgsl", include_str!("../shaders/common/read.wgsl")),
+    ("common/read_f16.wgsl", include_str!("../shaders/common/read_f16.wgsl")),
     ("common/score.wgsl", include_str!("../shaders/common/score.wgsl")),
     ("common/softmax.wgsl", include_str!("../shaders/common/softmax.wgsl")),
     ("common/write.wgsl", include_str!("../shaders/common/write.wgsl")),

@@ -1,0 +1,31 @@
+// What a lane holds of a matrix, as numbers. Left operands and accumulators of f32 lie alike.
+#include "common/matrix_layout.wgsl"
+
+// The bodies of these are put in by src/elements.rs: element e of a matrix, a matrix of given elements, and the four f16
+// in 64 bits.
+fn coop_get_0(m: Accumulator) -> f32 { return 0.0; }
+fn coop_get_1(m: Accumulator) -> f32 { return 0.0; }
+fn coop_get_2(m: Accumulator) -> f32 { return 0.0; }
+fn coop_get_3(m: Accumulator) -> f32 { return 0.0; }
+fn coop_get_4(m: Accumulator) -> f32 { return 0.0; }
+fn coop_get_5(m: Accumulator) -> f32 { return 0.0; }
+fn coop_get_6(m: Accumulator) -> f32 { return 0.0; }
+fn coop_get_7(m: Accumulator) -> f32 { return 0.0; }
+fn coop_set_accumulator(z: Accumulator, a: f32, b: f32, c: f32, d: f32, e: f32, f: f32, g: f32, h: f32) -> Accumulator { return z; }
+fn coop_bits(x: vec2u) -> vec4<f16> { return vec4<f16>(); }
+fn coop_set_left(z: Left, a: f16, b: f16, c: f16, d: f16, e: f16, f: f16, g: f16, h: f16) -> Left { return z; }
+
+const ELEMENTS = 8u;
+alias Lane = array<f32, ELEMENTS>;
+
+fn elements_of(m: Accumulator) -> Lane {
+    return Lane(coop_get_0(m), coop_get_1(m), coop_get_2(m), coop_get_3(m), coop_get_4(m), coop_get_5(m), coop_get_6(m), coop_get_7(m));
+}
+
+fn accumulator(x: Lane) -> Accumulator {
+    return coop_set_accumulator(Accumulator(), x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]);
+}
+
+fn left(x: Lane) -> Left {
+    return coop_set_left(Left(), f16(x[0]), f16(x[1]), f16(x[2]), f16(x[3]), f16(x[4]), f16(x[5]), f16(x[6]), f16(x[7]));
+}

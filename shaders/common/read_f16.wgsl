@@ -1,0 +1,15 @@
+// Elements d .. d + 8 of the row of $tensor that starts at element `start` and has `dim` elements. As in read.wgsl, what
+// would be past the row's end is some other element of it.
+fn read_$tensor(start: u32, d: u32, dim: u32) -> Eight {
+#if ALIGNED
+    let x = $tensor[(start + min(d, dim - 8u)) / 8u];
+    return Eight(coop_bits(x.xy), coop_bits(x.zw));
+#else
+    let e = start + min(vec4u(d) + vec4u(0u, 1u, 2u, 3u), vec4u(dim - 1u));
+    let f = start + min(vec4u(d) + vec4u(4u, 5u, 6u, 7u), vec4u(dim - 1u));
+    return Eight(
+        vec4<f16>($tensor[e.x], $tensor[e.y], $tensor[e.z], $tensor[e.w]),
+        vec4<f16>($tensor[f.x], $tensor[f.y], $tensor[f.z], $tensor[f.w]),
+    );
+#endif
+}
