@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::context::{Context, Pipeline};
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
-use crate::kernel::{self, Kernel, Pass, Slot};
+use crate::kernel::{self, CoopForm, Kernel, Pass, Slot, forward_coop};
 use crate::problem::{Layout, Tensor};
 use crate::tune::{self, CoopTile, DecodeTile, Tile};
 use crate::{ElementType, Error, Problem};
@@ -19,6 +19,8 @@ pub struct PlanOptions {
     pub tile: Option<Tile>,
     /// The tile of the coop kernel; `None` takes [`tune::coop_tile`].
     pub coop_tile: Option<CoopTile>,
+    /// The form of the coop kernel; `None` takes the faster of those that the device allows.
+    pub coop_form: Option<CoopForm>,
     /// The tile of the decode kernel; `None` takes [`tune::decode_tile`].
     pub decode_tile: Option<DecodeTile>,
     /// Into how many splits the decode kernel cuts the keys; `None` takes [`tune::decode_splits`].
@@ -42,6 +44,8 @@ pub struct Plan {
     splits: Option<u32>,
     /// Queries and keys of a tile, for kernels that have tiles.
     rows_and_keys: Option<(u32, u32)>,
+    /// The coop kernel's form, and why.
+    coop_form: Option<(CoopForm, String)>,
     workgroup_bytes: u32,
     workspace_bytes: u64,
     parts: usize,
@@ -255,18 +259,17 @@ impl Plan {
         problem.validate()?;
         let limits = context.limits();
         let shape = &problem.shape;
-        let coop_fits = context.matrices.as_ref().is_some_and(|matrices| {
-            let tile = tune::coop_tile(matrices.format.size, shape.head_dim, shape.head_dim_v);
-            let bytes = tile.workgroup_bytes(matrices.format.size, shape.head_dim, shape.head_dim_v);
-            bytes <= limits.max_compute_workgroup_storage_size
-                && tile.subgroups * matrices.format.lanes <= limits.max_compute_invocations_per_workgroup
-        });
+        let coop_fits = || {
+            let matrices = context.matrices.as_ref()?;
+            let chosen = forward_coop::choose(problem, matrices, options).ok()?;
+            check_limits(Kernel::Coop, std::slice::from_ref(&chosen.pass), limits).ok()
+        };
         let (kernel, reason) = match (options.kernel, &context.matrices, problem.element_type) {
             (Some(kernel), _, _) => (kernel, "asked for"),
             (None, _, _) if kernel::decode::suits(problem) => {
                 (Kernel::Decode, "few queries and many keys: splits of the keys fill the device")
             }
-            (None, Some(_), ElementType::F16) if coop_fits => {
+            (None, Some(_), ElementType::F16) if coop_fits().is_some() => {
                 (Kernel::Coop, "the device has cooperative matrices for f16")
             }
             (None, Some(_), ElementType::F16) => {
@@ -278,6 +281,7 @@ impl Plan {
         let mut tile = None;
         let mut rows_and_keys = None;
         let mut splits = None;
+        let mut coop_form = None;
         let passes = match kernel {
             Kernel::Coop => {
                 let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
@@ -285,15 +289,10 @@ impl Plan {
                     .matrices
                     .as_ref()
                     .ok_or(unsupported("the context was made without with_cooperative_matrices"))?;
-                if problem.element_type != ElementType::F16 {
-                    return Err(unsupported("cooperative matrices take f16"));
-                }
-                let size = matrices.format.size;
-                let chosen =
-                    options.coop_tile.unwrap_or_else(|| tune::coop_tile(size, shape.head_dim, shape.head_dim_v));
-                chosen.validate(size)?;
-                rows_and_keys = Some((chosen.rows(size), chosen.keys));
-                vec![kernel::forward_coop::pass(problem, chosen, matrices)]
+                let chosen = forward_coop::choose(problem, matrices, options)?;
+                rows_and_keys = Some((chosen.tile.rows(matrices.format.size), chosen.tile.keys));
+                coop_form = Some((chosen.form, chosen.why));
+                vec![chosen.pass]
             }
             Kernel::Decode => {
                 let rows = shape.group() as u64 * shape.seqlen_q as u64;
@@ -350,6 +349,7 @@ impl Plan {
             tile,
             splits,
             rows_and_keys,
+            coop_form,
             workgroup_bytes: passes.iter().map(|pass| pass.workgroup_bytes).max().unwrap_or(0),
             workspace_bytes: 0,
             parts: 0,
@@ -405,6 +405,11 @@ impl Plan {
     /// The tile kernel's tile; `None` for another kernel.
     pub fn tile(&self) -> Option<Tile> {
         self.tile
+    }
+
+    /// The coop kernel's form; `None` for another kernel.
+    pub fn coop_form(&self) -> Option<CoopForm> {
+        self.coop_form.as_ref().map(|&(form, _)| form)
     }
 
     /// Bytes of the buffer that [`ForwardBuffers::workspace`](crate::ForwardBuffers::workspace) needs; 0 if none.
@@ -504,6 +509,9 @@ impl std::fmt::Display for Plan {
             p.element_type, s.batch, s.heads_q, s.heads_kv, s.seqlen_q, s.seqlen_k, s.head_dim, s.head_dim_v
         )?;
         writeln!(f, "kernel: {} ({})", self.kernel, self.reason)?;
+        if let Some((form, why)) = &self.coop_form {
+            writeln!(f, "form: {form} ({why})")?;
+        }
         if let Some(t) = self.tile {
             writeln!(
                 f,

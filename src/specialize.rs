@@ -2,14 +2,15 @@
 //!
 //! Directives stand alone on a line: `#include "file" name=text …` (which puts `text` for `$name` in that
 //! file), `#if NAME`, `#if !NAME`, `#else`, `#endif`. Switches are named by `#if`; constants become
-//! `const NAME = …u;` at the top, after the file's own `enable` lines. Every line of the result remembers where it came from.
-
-use std::fmt::Write;
+//! `const NAME = …u;` at the top, after the file's own `enable` lines. `#unroll` before a loop
+//! `for (var n = 0u; n < NAME; n++) {` writes it out, NAME being a constant, if the switch `UNROLL` is on: WGSL has no such hint,
+//! and an array of matrices is in registers only where its indices are constants. Every line of the result remembers where
+//! it came from.
 
 use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::kernel::{decode, forward_coop, forward_tile, naive};
 use crate::tune::{CoopTile, DecodeTile, Tile};
-use crate::{MergeProblem, Problem};
+use crate::{CoopForm, MergeProblem, Problem};
 
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = &[
@@ -17,6 +18,7 @@ const FILES: &[(&str, &str)] = &[
     ("common/elements_f16.wgsl", include_str!("../shaders/common/elements_f16.wgsl")),
     ("common/matrices.wgsl", include_str!("../shaders/common/matrices.wgsl")),
     ("common/matrix_elements.wgsl", include_str!("../shaders/common/matrix_elements.wgsl")),
+    ("common/matrix_exchange.wgsl", include_str!("../shaders/common/matrix_exchange.wgsl")),
     ("common/matrix_layout.wgsl", include_str!("../shaders/common/matrix_layout.wgsl")),
     ("common/problem.wgsl", include_str!("../shaders/common/problem.wgsl")),
     ("common/read.wgsl", include_str!("../shaders/common/read.wgsl")),
@@ -55,11 +57,20 @@ pub struct Source {
 }
 
 impl Source {
+    fn push(&mut self, line: &str, from: (&'static str, usize)) {
+        self.text.push_str(line);
+        self.text.push('\n');
+        self.lines.push(from);
+    }
+
     /// The shader file and line (from 1) behind line `line` (from 1) of the text.
     pub fn origin(&self, line: usize) -> Option<(&'static str, usize)> {
         self.lines.get(line.checked_sub(1)?).copied()
     }
 }
+
+/// A line and where it comes from.
+type Line<'a> = (&'a str, (&'static str, usize));
 
 /// A directive that could not be followed. The library's own shaders have none: a test specialises each of them.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -83,16 +94,57 @@ impl Specialization {
         let mut out = Source { text: String::new(), lines: vec![] };
         let text = files.iter().find(|(path, _)| *path == self.file).map_or("", |(_, text)| text);
         for (number, line) in text.lines().enumerate().filter(|(_, line)| line.starts_with("enable ")) {
-            let _ = writeln!(out.text, "{line}");
-            out.lines.push((self.file, number + 1));
+            out.push(line, (self.file, number + 1));
         }
         for (name, value) in &self.constants {
-            // Writing to a String cannot fail.
-            let _ = writeln!(out.text, "const {name} = {value}u;");
-            out.lines.push((self.file, 0));
+            out.push(&format!("const {name} = {value}u;"), (self.file, 0));
         }
         self.expand(files, self.file, &[], &mut vec![], &mut out)?;
+        self.unroll(&out)
+    }
+
+    /// Follows the lines `#unroll`, which [`Self::expand`] leaves.
+    fn unroll(&self, source: &Source) -> Result<Source, SpecializeError> {
+        let lines: Vec<_> = source.text.lines().zip(source.lines.iter().copied()).collect();
+        let mut out = Source { text: String::new(), lines: vec![] };
+        self.unroll_lines(&lines, &mut out)?;
         Ok(out)
+    }
+
+    fn unroll_lines(&self, mut lines: &[Line<'_>], out: &mut Source) -> Result<(), SpecializeError> {
+        while let Some((&(line, from), rest)) = lines.split_first() {
+            lines = rest;
+            if line.trim_start() != "#unroll" {
+                out.push(line, from);
+                continue;
+            }
+            if !self.switches.contains(&"UNROLL") {
+                continue;
+            }
+            let Some((name, count, end)) = self.counted_loop(lines) else {
+                let what = "#unroll needs a loop `for (var n = 0u; n < NAME; n++) {` up to a constant of the module";
+                return Err(SpecializeError { file: from.0.into(), line: from.1, what: what.into() });
+            };
+            for n in 0..count {
+                out.push(&format!("{{ const {name} = {n}u;"), lines[0].1);
+                self.unroll_lines(&lines[1..end], out)?;
+                out.push("}", lines[end].1);
+            }
+            lines = &lines[end + 1..];
+        }
+        Ok(())
+    }
+
+    /// The variable of the loop that begins here, its number of trips, and its last line: the brace that is as far to the
+    /// right as the loop.
+    fn counted_loop<'a>(&self, lines: &[Line<'a>]) -> Option<(&'a str, u32, usize)> {
+        let head = lines.first()?.0;
+        let indent = &head[..head.len() - head.trim_start().len()];
+        let (name, rest) = head.trim_start().strip_prefix("for (var ")?.split_once(" = 0u; ")?;
+        let bound = rest.strip_prefix(name)?.strip_prefix(" < ")?.strip_suffix(&format!("; {name}++) {{"))?;
+        let &(_, count) = self.constants.iter().find(|(constant, _)| *constant == bound)?;
+        let end = lines.iter().position(|(line, _)| line.strip_prefix(indent) == Some("}"))?;
+        Some((name, count, end))
     }
 
     fn expand(
@@ -121,9 +173,7 @@ impl Specialization {
                     for (name, value) in names {
                         line = line.replace(&format!("${name}"), value);
                     }
-                    out.text.push_str(&line);
-                    out.text.push('\n');
-                    out.lines.push((path, number));
+                    out.push(&line, (path, number));
                 }
                 continue;
             };
@@ -162,6 +212,8 @@ impl Specialization {
                     self.expand(files, target, &names, including, out)?;
                 }
                 "include" => {}
+                "unroll" if active => out.push(line, (path, number)),
+                "unroll" => {}
                 _ => return Err(error(path, number, format!("unknown directive #{word}"))),
             }
         }
@@ -183,16 +235,16 @@ pub fn modules(problem: &Problem, tile: Option<Tile>) -> Vec<Specialization> {
     passes.into_iter().map(|pass| pass.specialization).collect()
 }
 
-/// The module of the cooperative-matrix kernel, and the bindings that it is made for.
+/// The module of the cooperative-matrix kernel in a form and its layout, and the bindings that it is made for.
 #[doc(hidden)]
 pub fn coop_module(
     problem: &Problem,
+    form: CoopForm,
     tile: CoopTile,
     format: MatrixFormat,
     layout: &MatrixLayout,
 ) -> (Specialization, Vec<u32>) {
-    let matrices = forward_coop::Matrices { format, layout: layout.clone() };
-    let pass = forward_coop::pass(problem, tile, &matrices);
+    let pass = forward_coop::pass(problem, form, tile, format, layout);
     let bindings = std::iter::once(0).chain(pass.bindings.iter().map(|&(slot, _)| slot as u32)).collect();
     (pass.specialization, bindings)
 }

@@ -1,6 +1,6 @@
 //! Which tile a kernel uses, by head dimension and device. Pure: numbers in, numbers out.
 
-use crate::Error;
+use crate::{CoopForm, Error};
 
 /// The tile of the forward kernel, `shaders/forward_tile.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -73,6 +73,8 @@ pub struct CoopTile {
     pub keys: u32,
     /// Tiles of K and V in workgroup memory: 1, or 2 to fill one while the other is in use.
     pub buffers: u32,
+    /// scratch
+    pub variant: u32,
 }
 
 impl CoopTile {
@@ -82,12 +84,17 @@ impl CoopTile {
     }
 
     /// Workgroup memory in bytes. The same sums as the constants of the shader.
-    pub const fn workgroup_bytes(&self, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+    pub const fn workgroup_bytes(&self, form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
         let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
         let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
         let tiles = self.buffers * self.keys * (k_stride + v_stride);
         let rows = self.rows(size) * if k_stride > v_stride { k_stride } else { v_stride };
-        8 * if tiles > rows { tiles } else { rows }
+        // A row of matrices of each subgroup, as f32 and as f16.
+        let exchange = match form {
+            CoopForm::Registers => 0,
+            CoopForm::WorkgroupMemory => 6 * self.subgroups * size * (self.keys + 8) + 4,
+        };
+        8 * if tiles > rows { tiles } else { rows } + exchange
     }
 
     /// Checks that the tile divides as the shader needs it to.
@@ -110,13 +117,19 @@ impl CoopTile {
 }
 
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
-pub fn coop_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
-    match (size, head_dim.max(head_dim_v)) {
-        (16, 0..=64) => CoopTile { subgroups: 4, row_matrices: 2, keys: 32, buffers: 1 },
-        (16, 65..=128) => CoopTile { subgroups: 8, row_matrices: 1, keys: 48, buffers: 1 },
-        (16, _) => CoopTile { subgroups: 4, row_matrices: 1, keys: 16, buffers: 2 },
-        (_, 0..=128) => CoopTile { subgroups: 4, row_matrices: 2, keys: 16, buffers: 2 },
-        (_, _) => CoopTile { subgroups: 2, row_matrices: 1, keys: 8, buffers: 2 },
+pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
+    let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers, variant: 0 };
+    match (form, size, head_dim.max(head_dim_v)) {
+        (CoopForm::Registers, 16, 0..=64) => tile(4, 2, 32, 1),
+        (CoopForm::Registers, 16, 65..=128) => tile(8, 1, 48, 1),
+        (CoopForm::Registers, 16, _) => tile(4, 1, 16, 2),
+        (CoopForm::Registers, _, 0..=128) => tile(4, 2, 16, 2),
+        (CoopForm::Registers, _, _) => tile(2, 1, 8, 2),
+        (CoopForm::WorkgroupMemory, 16, 0..=64) => tile(4, 2, 32, 1),
+        (CoopForm::WorkgroupMemory, 16, 65..=128) => tile(4, 1, 32, 1),
+        (CoopForm::WorkgroupMemory, 16, _) => tile(2, 1, 16, 1),
+        (CoopForm::WorkgroupMemory, _, 0..=128) => tile(4, 2, 16, 1),
+        (CoopForm::WorkgroupMemory, _, _) => tile(2, 2, 16, 1),
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::OnceLock;
 use common::cases::{cases, dims, prepare};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
+use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::elements::{Bit, ElementModule, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::coop_module;
 use wgpu_flash_attention::tune::{self, CoopTile};
@@ -38,9 +39,13 @@ fn coop() -> PlanOptions {
     PlanOptions { kernel: Some(Kernel::Coop), ..Default::default() }
 }
 
+fn in_form(form: CoopForm, options: PlanOptions) -> PlanOptions {
+    PlanOptions { coop_form: Some(form), ..options }
+}
+
 /// The kernel with this tile.
 fn tiled(subgroups: u32, row_matrices: u32, keys: u32, buffers: u32) -> PlanOptions {
-    PlanOptions { coop_tile: Some(CoopTile { subgroups, row_matrices, keys, buffers }), ..coop() }
+    PlanOptions { coop_tile: Some(CoopTile { subgroups, row_matrices, keys, buffers, variant: 0 }), ..coop() }
 }
 
 /// One subgroup, one buffer. 16 is a multiple of every size that matrices have.
@@ -49,9 +54,26 @@ fn small() -> PlanOptions {
 }
 
 #[test]
+fn quick() {
+    let Some(context) = context() else { return };
+    let mut some = cases();
+    some.retain(|(name, _)| ["huge scores", "huge scores, head dim 64", "bottom-right, more queries", "all options, packed", "all options", "scale 16"].contains(&name.as_str()));
+    let ways = [
+        ("workgroup memory", context, in_form(WorkgroupMemory, coop())),
+        ("workgroup memory, small tile", context, in_form(WorkgroupMemory, small())),
+    ];
+    check_all(&prepare(some, ElementType::F16), &ways);
+}
+
+#[test]
 fn all_cases() {
     let Some(context) = context() else { return };
-    let ways = [("coop", context, coop()), ("small tile", context, small())];
+    let ways = [
+        ("registers", context, in_form(Registers, coop())),
+        ("registers, small tile", context, in_form(Registers, small())),
+        ("workgroup memory", context, in_form(WorkgroupMemory, coop())),
+        ("workgroup memory, small tile", context, in_form(WorkgroupMemory, small())),
+    ];
     check_all(&prepare(cases(), ElementType::F16), &ways);
 }
 
@@ -66,7 +88,11 @@ fn all_dims() {
         let shape = &case.problem.shape;
         !software || shape.head_dim.max(shape.head_dim_v) <= 64
     });
-    check_all(&prepare(dims, ElementType::F16), &[("coop", context, options)]);
+    let ways = [
+        ("registers", context, in_form(Registers, options)),
+        ("workgroup memory", context, in_form(WorkgroupMemory, options)),
+    ];
+    check_all(&prepare(dims, ElementType::F16), &ways);
 }
 
 /// Many steps of the loop, in which maxima grow and do not, and several matrices of rows and of keys.
@@ -81,7 +107,12 @@ fn many_keys() {
         ("huge scores", long.scale(1.0).integers(40)),
     ];
     let cases = cases.map(|(name, case)| (format!("many keys, {name}"), case));
-    let ways = [("coop", context, coop()), ("large tile", context, tiled(2, 3, 32, 2))];
+    let ways = [
+        ("registers", context, in_form(Registers, coop())),
+        ("registers, large tile", context, in_form(Registers, tiled(2, 3, 32, 2))),
+        ("workgroup memory", context, in_form(WorkgroupMemory, coop())),
+        ("workgroup memory, large tile", context, in_form(WorkgroupMemory, tiled(2, 3, 32, 2))),
+    ];
     check_all(&prepare(cases, ElementType::F16), &ways);
 }
 
@@ -97,7 +128,13 @@ fn within_bounds() {
         ("no keys", case(1, [1, 1], [3, 0], [16, 12])),
     ];
     let cases = cases.map(|(name, case)| (name.to_string(), case));
-    check_all(&prepare(cases, ElementType::F16), &[("coop", &context, coop()), ("small tile", &context, small())]);
+    let ways = [
+        ("registers", &context, in_form(Registers, coop())),
+        ("registers, small tile", &context, in_form(Registers, small())),
+        ("workgroup memory", &context, in_form(WorkgroupMemory, coop())),
+        ("workgroup memory, small tile", &context, in_form(WorkgroupMemory, small())),
+    ];
+    check_all(&prepare(cases, ElementType::F16), &ways);
 }
 
 fn kernel_line(plan: &Plan) -> String {
@@ -137,7 +174,6 @@ fn tiles_that_do_not_divide_are_refused() {
     }
 }
 
-/// Needs no such device.
 /// A device that has the features but WebGPU's limits: the tile kernel where the coop kernel's tile does not fit.
 #[test]
 #[allow(unsafe_code)]
@@ -161,6 +197,7 @@ fn small_limits_fall_back_to_the_tile_kernel() {
     assert!(plan(128).to_string().contains("limits are too small"), "{}", plan(128));
 }
 
+/// Needs no such device.
 #[test]
 fn contexts_without_matrices_refuse_it() {
     let problem = case(1, [2, 1], [37, 45], [16, 12]).element_type(ElementType::F16).problem;
@@ -199,6 +236,13 @@ fn spirv_error(validator: &Path, module: &ElementModule) -> Option<String> {
     (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
+/// The table's tile and small ones.
+fn tiles(form: CoopForm, format: MatrixFormat, shape: &Shape) -> Vec<CoopTile> {
+    let mut tiles = vec![tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v)];
+    tiles.extend([1, 2].map(|buffers| CoopTile { subgroups: 1, row_matrices: 1, keys: 16, buffers, variant: 0 }));
+    tiles
+}
+
 /// Needs no device: naga takes every module, its workgroup memory is what the tile says, and so does the validator of
 /// SPIR-V, where it is there.
 #[test]
@@ -218,12 +262,10 @@ fn modules_are_valid() {
                 problem.softcap = on(1).then_some(2.0);
                 problem.seqlens_k = on(2);
                 problem.lse = on(3);
-                let mut tiles = vec![tune::coop_tile(format.size, head_dim, head_dim_v)];
-                tiles.extend([1, 2].map(|buffers| CoopTile { subgroups: 1, row_matrices: 1, keys: 16, buffers }));
-                for tile in tiles {
-                    let (specialization, bindings) = coop_module(&problem, tile, format, &layout);
+                for tile in tiles(Registers, format, &shape) {
+                    let (specialization, bindings) = coop_module(&problem, Registers, tile, format, &layout);
                     let text = specialization.source().unwrap().text;
-                    let said = tile.workgroup_bytes(format.size, head_dim, head_dim_v);
+                    let said = tile.workgroup_bytes(Registers, format.size, head_dim, head_dim_v);
                     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
                     let module = ElementModule::new(&text, format, &bindings, on(3))
                         .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));

@@ -7,6 +7,8 @@ pub(crate) mod forward_tile;
 pub(crate) mod naive;
 pub(crate) mod uniform;
 
+pub use forward_coop::CoopForm;
+
 use crate::plan::Part;
 use crate::specialize::Specialization;
 use crate::{ElementType, Problem};
