@@ -11,9 +11,9 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use wgpu_flash_attention::tune::{DecodeTile, Tile};
+use wgpu_flash_attention::tune::{CoopTile, DecodeTile, Tile};
 use wgpu_flash_attention::{
-    Causal, Context, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, reference,
+    Causal, Context, CoopForm, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, reference,
 };
 
 use support::{Errors, Inputs, Number, Outputs, Tensors, Time, Verdict};
@@ -41,6 +41,12 @@ struct Args {
     /// Times this tile in place of the tuned one; may be repeated
     #[arg(long, value_name = "ROWS,KEYS,TY,TX,CHUNK,VALUE_KEYS", value_parser = parse_tile)]
     tile: Vec<Tile>,
+    /// Times the coop kernel with this tile in place of the tuned one; may be repeated
+    #[arg(long, value_name = "SUBGROUPS,ROW_MATRICES,KEYS,BUFFERS", value_parser = parse_coop_tile)]
+    coop_tile: Vec<CoopTile>,
+    /// Times the coop kernel in this form in place of the faster one that the device allows; may be repeated
+    #[arg(long, value_enum)]
+    coop_form: Vec<Form>,
     /// Times the decode kernel with so many splits of the keys, in place of the tuned number; may be repeated
     #[arg(long)]
     splits: Vec<u32>,
@@ -90,6 +96,21 @@ enum KernelName {
     Decode,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum Form {
+    Registers,
+    WorkgroupMemory,
+}
+
+impl From<Form> for CoopForm {
+    fn from(form: Form) -> Self {
+        match form {
+            Form::Registers => CoopForm::Registers,
+            Form::WorkgroupMemory => CoopForm::WorkgroupMemory,
+        }
+    }
+}
+
 fn numbers<const N: usize>(text: &str) -> std::result::Result<[u32; N], String> {
     let parsed: std::result::Result<Vec<u32>, _> = text.split(',').map(|part| part.trim().parse()).collect();
     let wrong = || format!("{N} whole numbers separated by commas are expected");
@@ -117,6 +138,11 @@ fn parse_decode_tile(text: &str) -> std::result::Result<DecodeTile, String> {
     Ok(DecodeTile { rows, threads, key_threads, thread_keys })
 }
 
+fn parse_coop_tile(text: &str) -> std::result::Result<CoopTile, String> {
+    let [subgroups, row_matrices, keys, buffers, variant] = numbers(text)?;
+    Ok(CoopTile { subgroups, row_matrices, keys, buffers, variant })
+}
+
 fn parse_tile(text: &str) -> std::result::Result<Tile, String> {
     let [rows, keys, threads_y, threads_x, chunk, value_keys] = numbers(text)?;
     Ok(Tile { rows, keys, threads_y, threads_x, chunk, value_keys })
@@ -127,13 +153,15 @@ fn parse_tile(text: &str) -> std::result::Result<Tile, String> {
 struct Candidate {
     kernel: Kernel,
     tile: Option<Tile>,
+    coop_tile: Option<CoopTile>,
+    coop_form: Option<CoopForm>,
     decode_tile: Option<DecodeTile>,
     splits: Option<u32>,
 }
 
 impl Candidate {
     fn of(kernel: Kernel) -> Self {
-        Candidate { kernel, tile: None, decode_tile: None, splits: None }
+        Candidate { kernel, tile: None, coop_tile: None, coop_form: None, decode_tile: None, splits: None }
     }
 }
 
@@ -142,6 +170,14 @@ impl std::fmt::Display for Candidate {
         match self.tile {
             None => {
                 self.kernel.fmt(f)?;
+                match self.coop_form {
+                    None => {}
+                    Some(CoopForm::Registers) => f.write_str(" registers")?,
+                    Some(CoopForm::WorkgroupMemory) => f.write_str(" workgroup")?,
+                }
+                if let Some(CoopTile { subgroups, row_matrices, keys, buffers, variant }) = self.coop_tile {
+                    write!(f, "[{subgroups} {row_matrices} {keys} {buffers} {variant}]")?;
+                }
                 if let Some(DecodeTile { rows, threads, key_threads, thread_keys }) = self.decode_tile {
                     write!(f, "[{rows} {threads} {key_threads} {thread_keys}]")?;
                 }
@@ -319,10 +355,23 @@ fn compare_one<T: Number>(
     let options = PlanOptions {
         kernel: Some(candidate.kernel),
         tile: candidate.tile,
+        coop_tile: candidate.coop_tile,
+        coop_form: candidate.coop_form,
         decode_tile: candidate.decode_tile,
         splits: candidate.splits,
         ..Default::default()
     };
+    if let Ok(dir) = std::env::var("DUMP") {
+        let device = context.device();
+        let descriptor =
+            wgpu_flash_attention::wgpu::PipelineCacheDescriptor { label: None, data: None, fallback: true };
+        #[allow(unsafe_code)]
+        let cache = unsafe { device.create_pipeline_cache(&descriptor) };
+        let fresh = context.fresh().with_pipeline_cache(cache.clone());
+        let _ = fresh.plan_with(problem, &options);
+        let file = format!("{dir}/{} {}.cache", name, problem.shape.head_dim).replace([' ', '[', ']'], "_");
+        std::fs::write(file, cache.get_data().unwrap_or_default())?;
+    }
     let plan = match context.plan_with(problem, &options) {
         Ok(plan) => plan,
         Err(error) => {
@@ -389,7 +438,21 @@ fn run(mut args: Args) -> Result<bool> {
         .iter()
         .flat_map(|kernel| match kernel {
             KernelName::Naive => vec![Candidate::of(Kernel::Naive)],
-            KernelName::Coop => vec![Candidate::of(Kernel::Coop)],
+            KernelName::Coop => {
+                let forms = match &args.coop_form[..] {
+                    [] => vec![None],
+                    some => some.iter().map(|&form| Some(form.into())).collect(),
+                };
+                let tiles = match &args.coop_tile[..] {
+                    [] => vec![None],
+                    some => some.iter().copied().map(Some).collect(),
+                };
+                let coop = Candidate::of(Kernel::Coop);
+                let of_form = |&coop_form: &Option<CoopForm>| {
+                    tiles.iter().map(move |&coop_tile| Candidate { coop_form, coop_tile, ..coop }).collect::<Vec<_>>()
+                };
+                forms.iter().flat_map(of_form).collect()
+            }
             KernelName::Decode => {
                 let decode = Candidate { decode_tile: args.decode_tile, ..Candidate::of(Kernel::Decode) };
                 match &args.splits[..] {

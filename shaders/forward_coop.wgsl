@@ -80,7 +80,8 @@ const EMPTY = -1.0e14;
 // How far above m a row's maximum may be, in base 2, before O is rescaled. f16 holds p up to 2^16.
 const LAZY = 8.0;
 // The keys at which a maximum of some row grew so much that O has to be rescaled.
-var<workgroup> grown: atomic<i32>;
+// Four, since what follows in workgroup memory has to be aligned to 16 bytes.
+var<workgroup> grown: array<atomic<i32>, 4>;
 // O has a matrix more, of the sums of each row of P as it was multiplied, in f16. Where one key outweighs the others,
 // its p is 1 in the other form, and here some number that rounds; divided by the same rounded sum it is 1 again.
 #else
@@ -220,7 +221,7 @@ fn forward(
 #if !ELEMENT_ACCESS
     let ones = exchange_ones(subgroup, lane);
     if thread == 0u {
-        atomicStore(&grown, -1);
+        atomicStore(&grown[0], -1);
     }
 #endif
     let range = key_range(at, i32(row0), i32(row1));
@@ -267,20 +268,16 @@ fn forward(
                 }
             }
         }
-        // P, a row of matrices at a time
-        let full = tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS));
-        var p: array<array<Left, KM>, ROW_MATRICES>;
-#if !ELEMENT_ACCESS
-        var shrink: array<f32, ROW_MATRICES>;
-#endif
+        var x: array<array<Lane, KM>, ROW_MATRICES>;
+#if ELEMENT_ACCESS
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < KM; c++) {
+                x[r][c] = elements_of(s[r][c]);
+            }
+        }
+#else
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            var x: array<Lane, KM>;
-#if ELEMENT_ACCESS
-            for (var c = 0u; c < KM; c++) {
-                x[c] = elements_of(s[r][c]);
-            }
-#else
 #unroll
             for (var c = 0u; c < KM; c++) {
                 put_accumulator(s[r][c], subgroup, c);
@@ -288,36 +285,47 @@ fn forward(
             subgroupBarrier();
 #unroll
             for (var c = 0u; c < KM; c++) {
-                x[c] = get_elements(subgroup, lane, c);
+                x[r][c] = get_elements(subgroup, lane, c);
             }
+            subgroupBarrier();
+        }
 #endif
 
-            // What each score is, and whether it counts
+        // What each score is, and whether it counts
 #if SOFTCAP
+        for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    x[c][e] = score_shape(x[c][e]);
+                    x[r][c][e] = score_shape(x[r][c][e]);
                 }
             }
+        }
 #endif
-            if !full {
+        let full = tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS));
+        if !full {
+            for (var r = 0u; r < ROW_MATRICES; r++) {
                 for (var c = 0u; c < KM; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let i = i32(row0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
                         let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                        x[c][e] = select(masked, x[c][e], keep(at, i, j));
+                        x[r][c][e] = select(masked, x[r][c][e], keep(at, i, j));
                     }
                 }
             }
+        }
 
-            // m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
+        // m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
+#if !ELEMENT_ACCESS
+        var shrinks: array<f32, ROW_MATRICES>;
+#endif
+        for (var r = 0u; r < ROW_MATRICES; r++) {
             var most: array<f32, LANE_ROWS>;
             for (var h = 0u; h < LANE_ROWS; h++) {
                 most[h] = masked;
             }
             for (var c = 0u; c < KM; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    most[held_row(e)] = max(most[held_row(e)], x[c][e]);
+                    most[held_row(e)] = max(most[held_row(e)], x[r][c][e]);
                 }
             }
 #if ELEMENT_ACCESS
@@ -338,49 +346,51 @@ fn forward(
 #else
             let larger = row_max(most[0]) * factor;
             let grows = larger > m[r][0] + LAZY;
-            shrink[r] = select(1.0, exp2(m[r][0] - larger), grows);
+            shrinks[r] = select(1.0, exp2(m[r][0] - larger), grows);
             m[r][0] = select(m[r][0], larger, grows);
-            l[r][0] *= shrink[r];
+            l[r][0] *= shrinks[r];
             if grows {
-                atomicStore(&grown, j0);
-            }
-#endif
-
-            // P = 2^(S - m'),  l = l + rowsum P
-            for (var c = 0u; c < KM; c++) {
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    x[c][e] = exp2(fma(x[c][e], factor, -m[r][held_row(e)]));
-                    l[r][held_row(e)] += x[c][e];
-                }
-            }
-#if ELEMENT_ACCESS
-            for (var c = 0u; c < KM; c++) {
-                p[r][c] = left(x[c]);
-            }
-#else
-#unroll
-            for (var c = 0u; c < KM; c++) {
-                put_elements(x[c], subgroup, lane, c);
-            }
-            subgroupBarrier();
-#unroll
-            for (var c = 0u; c < KM; c++) {
-                p[r][c] = get_left(subgroup, c);
+                atomicStore(&grown[0], j0);
             }
 #endif
         }
 
+        // P = 2^(S - m'),  l = l + rowsum P
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < KM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    let p = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
+                    x[r][c][e] = p;
+                    l[r][held_row(e)] += p;
+                }
+            }
+        }
 #if !ELEMENT_ACCESS
+        var p_matrices: array<array<Left, KM>, ROW_MATRICES>;
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+                put_elements(x[r][c], subgroup, lane, c);
+            }
+            subgroupBarrier();
+#unroll
+            for (var c = 0u; c < KM; c++) {
+                p_matrices[r][c] = get_left(subgroup, c);
+            }
+            subgroupBarrier();
+        }
+
         // O through workgroup memory, where a maximum grew: in all subgroups or in none, since all meet at its barriers.
         workgroupBarrier();
-        for (var once = u32(atomicLoad(&grown) == j0); once > 0u; once--) {
+        for (var once = u32(atomicLoad(&grown[0]) == j0); once > 0u; once--) {
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
                 for (var d = 0u; d < OM; d++) {
                     put_accumulator(o[r][d], subgroup, 0u);
                     subgroupBarrier();
-                    scale_elements(subgroup, lane, shrink[r]);
+                    scale_elements(subgroup, lane, shrinks[r]);
                     subgroupBarrier();
                     o[r][d] = get_accumulator(subgroup);
                     subgroupBarrier();
@@ -392,19 +402,28 @@ fn forward(
         // O = O + P V
 #unroll
         for (var c = 0u; c < KM; c++) {
+            var p: array<Left, ROW_MATRICES>;
+#unroll
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+#if ELEMENT_ACCESS
+                p[r] = left(x[r][c]);
+#else
+                p[r] = p_matrices[r][c];
+#endif
+            }
 #unroll
             for (var d = 0u; d < VM; d++) {
                 let place = BUFFERS * K_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / WIDTH;
                 let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
-                    o[r][d] = coopMultiplyAdd(p[r][c], v, o[r][d]);
+                    o[r][d] = coopMultiplyAdd(p[r], v, o[r][d]);
                 }
             }
 #if !ELEMENT_ACCESS
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                o[r][VM] = coopMultiplyAdd(p[r][c], ones, o[r][VM]);
+                o[r][VM] = coopMultiplyAdd(p[r], ones, o[r][VM]);
             }
 #endif
         }

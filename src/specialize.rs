@@ -69,6 +69,8 @@ impl Source {
     }
 }
 
+const NO_LOOP: &str = "#unroll needs a loop `for (var n = 0u; n < NAME; n++) {` up to a constant of the module";
+
 /// A line and where it comes from.
 type Line<'a> = (&'a str, (&'static str, usize));
 
@@ -122,8 +124,7 @@ impl Specialization {
                 continue;
             }
             let Some((name, count, end)) = self.counted_loop(lines) else {
-                let what = "#unroll needs a loop `for (var n = 0u; n < NAME; n++) {` up to a constant of the module";
-                return Err(SpecializeError { file: from.0.into(), line: from.1, what: what.into() });
+                return Err(SpecializeError { file: from.0.into(), line: from.1, what: NO_LOOP.into() });
             };
             for n in 0..count {
                 out.push(&format!("{{ const {name} = {n}u;"), lines[0].1);
@@ -294,6 +295,22 @@ mod tests {
     }
 
     #[test]
+    fn loops_are_written_out_where_that_is_on() {
+        let text = "#unroll\nfor (var a = 0u; a < TWO; a++) {\n    x\n    #unroll\n    for (var b = 0u; b < TWO; b++) {\n        \
+                    if y {\n        }\n    }\n}\nend\n";
+        let module = |switches| {
+            let main = Specialization { file: "main", entry: "main", switches, constants: vec![("TWO", 2)] };
+            main.source_from(&[("main", text)]).unwrap()
+        };
+        let out = module(vec!["UNROLL"]);
+        let inner = |b| format!("{{ const b = {b}u;\n        if y {{\n        }}\n}}\n");
+        let outer = |a| format!("{{ const a = {a}u;\n    x\n{}{}}}\n", inner(0), inner(1));
+        assert_eq!(out.text, format!("const TWO = 2u;\n{}{}end\n", outer(0), outer(1)));
+        assert_eq!(out.origin(5), Some(("main", 6)));
+        assert!(module(vec![]).text.contains("for (var a = 0u; a < TWO; a++) {\n    x\n    for"));
+    }
+
+    #[test]
     fn errors_name_file_and_line() {
         for (text, line, what) in [
             ("x\n#if A\n", 2, "#if without #endif"),
@@ -305,8 +322,11 @@ mod tests {
             ("#include \"main\" x\n", 1, "#include takes name=text after the file"),
             ("#include \"main\"\n", 1, "includes itself"),
             ("#define X\n", 1, "unknown directive #define"),
+            ("x\n#unroll\nfor (var n = 0u; n < m; n++) {\n}\n", 2, NO_LOOP),
+            ("#unroll\nfor (var n = 0u; n < WIDTH; n++) {\n", 1, NO_LOOP),
+            ("#unroll\n", 1, NO_LOOP),
         ] {
-            let error = expand(&[("main", text)], &[]).unwrap_err();
+            let error = expand(&[("main", text)], &["UNROLL"]).unwrap_err();
             assert_eq!((error.line, error.what.as_str()), (line, what), "{text:?}");
             assert_eq!(error.file, "main");
         }

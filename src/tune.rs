@@ -92,7 +92,7 @@ impl CoopTile {
         // A row of matrices of each subgroup, as f32 and as f16.
         let exchange = match form {
             CoopForm::Registers => 0,
-            CoopForm::WorkgroupMemory => 6 * self.subgroups * size * (self.keys + 8) + 4,
+            CoopForm::WorkgroupMemory => 6 * self.subgroups * size * (self.keys + 8) + 16,
         };
         8 * if tiles > rows { tiles } else { rows } + exchange
     }

@@ -57,7 +57,17 @@ fn small() -> PlanOptions {
 fn quick() {
     let Some(context) = context() else { return };
     let mut some = cases();
-    some.retain(|(name, _)| ["huge scores", "huge scores, head dim 64", "bottom-right, more queries", "all options, packed", "all options", "scale 16"].contains(&name.as_str()));
+    some.retain(|(name, _)| {
+        [
+            "huge scores",
+            "huge scores, head dim 64",
+            "bottom-right, more queries",
+            "all options, packed",
+            "all options",
+            "scale 16",
+        ]
+        .contains(&name.as_str())
+    });
     let ways = [
         ("workgroup memory", context, in_form(WorkgroupMemory, coop())),
         ("workgroup memory, small tile", context, in_form(WorkgroupMemory, small())),
@@ -236,6 +246,24 @@ fn spirv_error(validator: &Path, module: &ElementModule) -> Option<String> {
     (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
+/// Problems that differ in a switch or a constant of the module.
+fn problems() -> Vec<Problem> {
+    let mut all = vec![];
+    for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
+        for switches in 0..16u32 {
+            let on = |n: u32| switches >> n & 1 == 1;
+            let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
+            let mut problem = Problem::new(shape, ElementType::F16);
+            problem.query = problem.query.at(on(0).into());
+            problem.softcap = on(1).then_some(2.0);
+            problem.seqlens_k = on(2);
+            problem.lse = on(3);
+            all.push(problem);
+        }
+    }
+    all
+}
+
 /// The table's tile and small ones.
 fn tiles(form: CoopForm, format: MatrixFormat, shape: &Shape) -> Vec<CoopTile> {
     let mut tiles = vec![tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v)];
@@ -253,26 +281,56 @@ fn modules_are_valid() {
         skipped("spirv-val: scripts/vulkan --coop fetches it");
     }
     for (format, layout) in known_matrices() {
-        for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
-            for switches in 0..16u32 {
-                let on = |n: u32| switches >> n & 1 == 1;
-                let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
-                let mut problem = Problem::new(shape, ElementType::F16);
-                problem.query = problem.query.at(on(0).into());
-                problem.softcap = on(1).then_some(2.0);
-                problem.seqlens_k = on(2);
-                problem.lse = on(3);
-                for tile in tiles(Registers, format, &shape) {
-                    let (specialization, bindings) = coop_module(&problem, Registers, tile, format, &layout);
-                    let text = specialization.source().unwrap().text;
-                    let said = tile.workgroup_bytes(Registers, format.size, head_dim, head_dim_v);
-                    assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
-                    let module = ElementModule::new(&text, format, &bindings, on(3))
-                        .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
-                    assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
-                    if let Some(error) = validator.as_ref().and_then(|validator| spirv_error(validator, &module)) {
-                        panic!("{specialization:?}: {error}");
-                    }
+        for problem in problems() {
+            let (shape, lse) = (problem.shape, problem.lse);
+            for tile in tiles(Registers, format, &shape) {
+                let (specialization, bindings) = coop_module(&problem, Registers, tile, format, &layout);
+                let text = specialization.source().unwrap().text;
+                let said = tile.workgroup_bytes(Registers, format.size, shape.head_dim, shape.head_dim_v);
+                assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
+                let module = ElementModule::new(&text, format, &bindings, lse)
+                    .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
+                assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
+                if let Some(error) = validator.as_ref().and_then(|validator| spirv_error(validator, &module)) {
+                    panic!("{specialization:?}: {error}");
+                }
+            }
+        }
+    }
+}
+
+/// Needs no device: naga takes every module of the form through workgroup memory with no more than its features, and
+/// writes it as SPIR-V and, where matrices are as Metal has them, as MSL.
+#[test]
+fn modules_in_wgsl_alone_are_valid() {
+    use naga::back::{msl, spv};
+    use naga::valid::{Capabilities, ValidationFlags, Validator};
+    let capabilities = Capabilities::COOPERATIVE_MATRIX
+        | Capabilities::SHADER_FLOAT16
+        | Capabilities::SUBGROUP
+        | Capabilities::SUBGROUP_BARRIER;
+    for (size, lanes) in [(8, 8), (8, 32), (16, 32), (16, 64)] {
+        let format = MatrixFormat { size, lanes };
+        for problem in problems() {
+            let shape = problem.shape;
+            for tile in tiles(WorkgroupMemory, format, &shape) {
+                let layout = MatrixLayout::rows(format);
+                let (specialization, _) = coop_module(&problem, WorkgroupMemory, tile, format, &layout);
+                let text = specialization.source().unwrap().text;
+                let said = tile.workgroup_bytes(WorkgroupMemory, size, shape.head_dim, shape.head_dim_v);
+                assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
+                let fail = |error: &str| -> ! { panic!("{specialization:?}: {error}") };
+                let module = naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
+                let mut validator = Validator::new(ValidationFlags::all(), capabilities);
+                let info = validator.validate(&module).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
+                if let Err(error) = spv::write_vec(&module, &info, &spv::Options::default(), None) {
+                    fail(&error.to_string());
+                }
+                let options = msl::Options { lang_version: (2, 3), ..Default::default() };
+                if (size, lanes) == (8, 32)
+                    && let Err(error) = msl::write_string(&module, &info, &options, &Default::default())
+                {
+                    fail(&error.to_string());
                 }
             }
         }

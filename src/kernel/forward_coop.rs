@@ -113,7 +113,8 @@ pub(crate) fn pass(
     if form == CoopForm::Registers || tile.variant & 1 == 1 {
         on.push("READ_WRITE");
     }
-    if tile.variant & 2 == 2 {
+    // Metal has matrices of 8 by 8, and its functions take pointers to numbers only.
+    if form == CoopForm::WorkgroupMemory && (size == 8 || tile.variant & 2 == 2) {
         on.push("SCALARS");
     }
     if tile.variant & 4 == 4 {
