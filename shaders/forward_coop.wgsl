@@ -84,8 +84,6 @@ const LAZY = 8.0;
 var<workgroup> grown: array<atomic<i32>, 4>;
 // O has a matrix more, of the sums of each row of P as it was multiplied, in f16. Where one key outweighs the others,
 // its p is 1 in the other form, and here some number that rounds; divided by the same rounded sum it is 1 again.
-#else
-const OM = VM;
 #endif
 
 // A tile of K and one of V, or two of each, one in use while the other is filled; before them Q, and after them O.
@@ -126,6 +124,22 @@ fn store_one(row: u32, column: u32, x: f32) {
 }
 #endif
 
+#if STEP
+fn load_key_at(at: array<u32, K_LOADS>, thread: u32) -> array<Eight, K_LOADS> {
+    var x: array<Eight, K_LOADS>;
+    for (var n = 0u; n < K_LOADS; n++) {
+        x[n] = read_key(at[n], 8u * ((thread + n * THREADS) % D8), HEAD_DIM);
+    }
+    return x;
+}
+fn load_value_at(at: array<u32, V_LOADS>, thread: u32) -> array<Eight, V_LOADS> {
+    var x: array<Eight, V_LOADS>;
+    for (var n = 0u; n < V_LOADS; n++) {
+        x[n] = read_value(at[n], 8u * ((thread + n * THREADS) % V8), HEAD_DIM_V);
+    }
+    return x;
+}
+#endif
 fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<Eight, K_LOADS> {
     var x: array<Eight, K_LOADS>;
     for (var n = 0u; n < K_LOADS; n++) {
@@ -229,24 +243,63 @@ fn forward(
     let last = u32(max(at.keys, 1) - 1);
     var key_next: array<Eight, K_LOADS>;
     var value_next: array<Eight, V_LOADS>;
+#if AHEAD
+    const LEAD = KEYS;
+#else
+    const LEAD = 0u;
+#endif
     if range.x < range.y {
         key_next = load_key(key_start, u32(first), last, thread);
-        value_next = load_value(value_start, u32(first), last, thread);
+        value_next = load_value(value_start, u32(first) - LEAD, last, thread);
     }
+#if STEP
+    var key_at: array<u32, K_LOADS>;
+    var value_at: array<u32, V_LOADS>;
+    let key_last = key_start + last * problem.key.row;
+    let value_last = value_start + last * problem.value.row;
+    let key_step = KEYS * min(problem.key.row, 0x80000000u / KEYS);
+    let value_step = KEYS * min(problem.value.row, 0x80000000u / KEYS);
+    for (var n = 0u; n < K_LOADS; n++) {
+        key_at[n] = key_start + min(u32(first) + (thread + n * THREADS) / D8, last) * problem.key.row;
+    }
+    for (var n = 0u; n < V_LOADS; n++) {
+        value_at[n] = value_start + min(u32(first) + (thread + n * THREADS) / V8, last) * problem.value.row;
+    }
+#endif
     if BUFFERS == 2u {
         store_tile(key_next, value_next, 0u, thread);
         workgroupBarrier();
     }
     var buffer = 0u;
-    for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
+#if AHEAD
+    var s: array<array<Accumulator, KM>, ROW_MATRICES>;
+#endif
+    for (var j0 = first - i32(LEAD); j0 < range.y; j0 += i32(KEYS)) {
         if BUFFERS == 1u {
             workgroupBarrier();
             store_tile(key_next, value_next, 0u, thread);
             workgroupBarrier();
         }
-        key_next = load_key(key_start, u32(j0) + KEYS, last, thread);
+#if STEP
+        for (var n = 0u; n < K_LOADS; n++) {
+            key_at[n] += min(key_step, key_last - key_at[n]);
+        }
+        key_next = load_key_at(key_at, thread);
+#if AHEAD
+        value_next = load_value_at(value_at, thread);
+#endif
+        for (var n = 0u; n < V_LOADS; n++) {
+            value_at[n] += min(value_step, value_last - value_at[n]);
+        }
+#if !AHEAD
+        value_next = load_value_at(value_at, thread);
+#endif
+#else
+        key_next = load_key(key_start, u32(j0) + KEYS + LEAD, last, thread);
         value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
+#endif
 
+#if !AHEAD
         // S = Q K^T
         var s: array<array<Accumulator, KM>, ROW_MATRICES>;
 #unroll
@@ -268,6 +321,7 @@ fn forward(
                 }
             }
         }
+#endif
         var x: array<array<Lane, KM>, ROW_MATRICES>;
 #if ELEMENT_ACCESS
         for (var r = 0u; r < ROW_MATRICES; r++) {
@@ -314,6 +368,28 @@ fn forward(
             }
         }
 
+#if AHEAD
+        // S = Q K^T
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+                s[r][c] = Accumulator();
+            }
+        }
+#unroll
+        for (var d = 0u; d < DM; d++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+                let place = buffer * K_SIZE + c * M * K_STRIDE + d * M / WIDTH;
+                let k = coopLoad<Right>(&tiles[place], K_STRIDE);
+#unroll
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    s[r][c] = coopMultiplyAdd(q[r][d], k, s[r][c]);
+                }
+            }
+        }
+#endif
         // m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
 #if !ELEMENT_ACCESS
         var shrinks: array<f32, ROW_MATRICES>;

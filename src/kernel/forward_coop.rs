@@ -120,6 +120,12 @@ pub(crate) fn pass(
     if tile.variant & 4 == 4 {
         on.push("UNROLL");
     }
+    if tile.variant & 8 == 8 {
+        on.push("AHEAD");
+    }
+    if tile.variant & 16 == 16 {
+        on.push("STEP");
+    }
     let mut constants = vec![
         ("HEAD_DIM", shape.head_dim),
         ("HEAD_DIM_V", shape.head_dim_v),
@@ -134,8 +140,8 @@ pub(crate) fn pass(
     ];
     if form == CoopForm::WorkgroupMemory {
         constants.push(("ELEMENTS", format.elements()));
-        constants.push(("OM", shape.head_dim_v.div_ceil(size) + 1));
     }
+    constants.push(("OM", shape.head_dim_v.div_ceil(size) + u32::from(form == CoopForm::WorkgroupMemory)));
     constants.extend(layout_constants(layout));
     let mut used = bindings(problem, FORWARD_BINDINGS);
     if tile.variant & 1 == 1 {
