@@ -139,8 +139,8 @@ fn parse_decode_tile(text: &str) -> std::result::Result<DecodeTile, String> {
 }
 
 fn parse_coop_tile(text: &str) -> std::result::Result<CoopTile, String> {
-    let [subgroups, row_matrices, keys, buffers, variant] = numbers(text)?;
-    Ok(CoopTile { subgroups, row_matrices, keys, buffers, variant })
+    let [subgroups, row_matrices, keys, buffers] = numbers(text)?;
+    Ok(CoopTile { subgroups, row_matrices, keys, buffers })
 }
 
 fn parse_tile(text: &str) -> std::result::Result<Tile, String> {
@@ -175,8 +175,8 @@ impl std::fmt::Display for Candidate {
                     Some(CoopForm::Registers) => f.write_str(" registers")?,
                     Some(CoopForm::WorkgroupMemory) => f.write_str(" workgroup")?,
                 }
-                if let Some(CoopTile { subgroups, row_matrices, keys, buffers, variant }) = self.coop_tile {
-                    write!(f, "[{subgroups} {row_matrices} {keys} {buffers} {variant}]")?;
+                if let Some(CoopTile { subgroups, row_matrices, keys, buffers }) = self.coop_tile {
+                    write!(f, "[{subgroups} {row_matrices} {keys} {buffers}]")?;
                 }
                 if let Some(DecodeTile { rows, threads, key_threads, thread_keys }) = self.decode_tile {
                     write!(f, "[{rows} {threads} {key_threads} {thread_keys}]")?;
@@ -361,17 +361,6 @@ fn compare_one<T: Number>(
         splits: candidate.splits,
         ..Default::default()
     };
-    if let Ok(dir) = std::env::var("DUMP") {
-        let device = context.device();
-        let descriptor =
-            wgpu_flash_attention::wgpu::PipelineCacheDescriptor { label: None, data: None, fallback: true };
-        #[allow(unsafe_code)]
-        let cache = unsafe { device.create_pipeline_cache(&descriptor) };
-        let fresh = context.fresh().with_pipeline_cache(cache.clone());
-        let _ = fresh.plan_with(problem, &options);
-        let file = format!("{dir}/{} {}.cache", name, problem.shape.head_dim).replace([' ', '[', ']'], "_");
-        std::fs::write(file, cache.get_data().unwrap_or_default())?;
-    }
     let plan = match context.plan_with(problem, &options) {
         Ok(plan) => plan,
         Err(error) => {

@@ -80,13 +80,6 @@ impl Context {
         Ok(self)
     }
 
-    /// scratch
-    pub fn fresh(&self) -> Self {
-        let mut new = self.clone();
-        new.pipelines = Arc::default();
-        new
-    }
-
     /// The device.
     pub fn device(&self) -> &wgpu::Device {
         &self.device

@@ -111,7 +111,7 @@ impl Context {
         let mut useful = wgpu::Features::TIMESTAMP_QUERY;
         let (mut wanted, mut experimental) = (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled());
         if options.cooperative_matrices {
-            useful |= wgpu::Features::PASSTHROUGH_SHADERS | wgpu::Features::PIPELINE_CACHE;
+            useful |= wgpu::Features::PASSTHROUGH_SHADERS;
             wanted = crate::COOPERATIVE_MATRIX_FEATURES;
             experimental = passthrough::experimental_features();
         }

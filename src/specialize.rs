@@ -14,6 +14,7 @@ use crate::{CoopForm, MergeProblem, Problem};
 
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = &[
+    ("common/coop_tiles.wgsl", include_str!("../shaders/common/coop_tiles.wgsl")),
     ("common/elements.wgsl", include_str!("../shaders/common/elements.wgsl")),
     ("common/elements_f16.wgsl", include_str!("../shaders/common/elements_f16.wgsl")),
     ("common/matrices.wgsl", include_str!("../shaders/common/matrices.wgsl")),
@@ -29,6 +30,7 @@ const FILES: &[(&str, &str)] = &[
     ("decode_combine.wgsl", include_str!("../shaders/decode_combine.wgsl")),
     ("decode_split.wgsl", include_str!("../shaders/decode_split.wgsl")),
     ("forward_coop.wgsl", include_str!("../shaders/forward_coop.wgsl")),
+    ("forward_coop_workgroup.wgsl", include_str!("../shaders/forward_coop_workgroup.wgsl")),
     ("forward_tile.wgsl", include_str!("../shaders/forward_tile.wgsl")),
     ("naive_output.wgsl", include_str!("../shaders/naive_output.wgsl")),
     ("naive_scores.wgsl", include_str!("../shaders/naive_scores.wgsl")),

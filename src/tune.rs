@@ -62,7 +62,7 @@ impl Tile {
     }
 }
 
-/// The tile of the cooperative-matrix kernel, `shaders/forward_coop.wgsl`.
+/// The tile of the cooperative-matrix kernel, `shaders/forward_coop.wgsl` and `shaders/forward_coop_workgroup.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CoopTile {
     /// Subgroups in a workgroup.
@@ -73,8 +73,6 @@ pub struct CoopTile {
     pub keys: u32,
     /// Tiles of K and V in workgroup memory: 1, or 2 to fill one while the other is in use.
     pub buffers: u32,
-    /// scratch
-    pub variant: u32,
 }
 
 impl CoopTile {
@@ -88,17 +86,18 @@ impl CoopTile {
         let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
         let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
         let tiles = self.buffers * self.keys * (k_stride + v_stride);
-        let rows = self.rows(size) * if k_stride > v_stride { k_stride } else { v_stride };
-        // A row of matrices of each subgroup, as f32 and as f16.
-        let exchange = match form {
-            CoopForm::Registers => 0,
-            CoopForm::WorkgroupMemory => 6 * self.subgroups * size * (self.keys + 8) + 16,
-        };
-        8 * if tiles > rows { tiles } else { rows } + exchange
+        match form {
+            CoopForm::Registers => {
+                let rows = self.rows(size) * if k_stride > v_stride { k_stride } else { v_stride };
+                8 * if tiles > rows { tiles } else { rows }
+            }
+            // And for each subgroup a row of matrices in f32 and one in f16.
+            CoopForm::WorkgroupMemory => 8 * tiles + 6 * self.subgroups * size * (self.keys + 8) + 16,
+        }
     }
 
     /// Checks that the tile divides as the shader needs it to.
-    pub fn validate(&self, size: u32) -> Result<(), Error> {
+    pub fn validate(&self, form: CoopForm, size: u32) -> Result<(), Error> {
         // Bounds the arithmetic of workgroup_bytes.
         if [self.subgroups, self.row_matrices, self.keys].iter().any(|&n| n == 0 || n > 1024) {
             return Err(Error::Tile("every size must be from 1 to 1024"));
@@ -109,6 +108,9 @@ impl CoopTile {
         if !matches!(self.buffers, 1 | 2) {
             return Err(Error::Tile("buffers must be 1 or 2"));
         }
+        if form == CoopForm::WorkgroupMemory && self.buffers != 1 {
+            return Err(Error::Tile("buffers must be 1 in the form through workgroup memory"));
+        }
         if !self.keys.is_multiple_of(size) {
             return Err(Error::Tile("the size of a matrix must divide keys"));
         }
@@ -118,7 +120,7 @@ impl CoopTile {
 
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
 pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
-    let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers, variant: 0 };
+    let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };
     match (form, size, head_dim.max(head_dim_v)) {
         (CoopForm::Registers, 16, 0..=64) => tile(4, 2, 32, 1),
         (CoopForm::Registers, 16, 65..=128) => tile(8, 1, 48, 1),
@@ -126,8 +128,8 @@ pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> C
         (CoopForm::Registers, _, 0..=128) => tile(4, 2, 16, 2),
         (CoopForm::Registers, _, _) => tile(2, 1, 8, 2),
         (CoopForm::WorkgroupMemory, 16, 0..=64) => tile(4, 2, 32, 1),
-        (CoopForm::WorkgroupMemory, 16, 65..=128) => tile(4, 1, 32, 1),
-        (CoopForm::WorkgroupMemory, 16, _) => tile(2, 1, 16, 1),
+        (CoopForm::WorkgroupMemory, 16, 65..=128) => tile(8, 1, 32, 1),
+        (CoopForm::WorkgroupMemory, 16, _) => tile(4, 1, 16, 1),
         (CoopForm::WorkgroupMemory, _, 0..=128) => tile(4, 2, 16, 1),
         (CoopForm::WorkgroupMemory, _, _) => tile(2, 2, 16, 1),
     }

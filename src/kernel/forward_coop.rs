@@ -1,6 +1,6 @@
-//! Host side of `shaders/forward_coop.wgsl`.
+//! Host side of `shaders/forward_coop.wgsl` and `shaders/forward_coop_workgroup.wgsl`.
 
-use super::{Access, FORWARD_BINDINGS, Pass, Slot, bindings, switches};
+use super::{FORWARD_BINDINGS, Pass, bindings, switches};
 use crate::elements::{Bit, MatrixFormat, MatrixLayout, NoElementAccess};
 use crate::specialize::Specialization;
 use crate::tune::{self, CoopTile};
@@ -87,7 +87,7 @@ pub(crate) fn choose(problem: &Problem, matrices: &Matrices, options: &PlanOptio
     let (format, shape) = (matrices.format, problem.shape);
     let table = || tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v);
     let tile = options.coop_tile.unwrap_or_else(table);
-    tile.validate(format.size)?;
+    tile.validate(form, format.size)?;
     Ok(Chosen { form, why, tile, pass: pass(problem, form, tile, format, &layout) })
 }
 
@@ -106,26 +106,20 @@ pub(crate) fn pass(
     if size == 16 {
         on.push("MATRIX16");
     }
-    on.push(match form {
-        CoopForm::Registers => "ELEMENT_ACCESS",
-        CoopForm::WorkgroupMemory => "UNROLL",
-    });
-    if form == CoopForm::Registers || tile.variant & 1 == 1 {
-        on.push("READ_WRITE");
-    }
-    // Metal has matrices of 8 by 8, and its functions take pointers to numbers only.
-    if form == CoopForm::WorkgroupMemory && (size == 8 || tile.variant & 2 == 2) {
-        on.push("SCALARS");
-    }
-    if tile.variant & 4 == 4 {
-        on.push("UNROLL");
-    }
-    if tile.variant & 8 == 8 {
-        on.push("AHEAD");
-    }
-    if tile.variant & 16 == 16 {
-        on.push("STEP");
-    }
+    let file = match form {
+        CoopForm::Registers => {
+            on.push("ELEMENT_ACCESS");
+            "forward_coop.wgsl"
+        }
+        CoopForm::WorkgroupMemory => {
+            on.push("UNROLL");
+            // Metal has matrices of 8 by 8, and its functions take pointers to numbers only.
+            if size == 8 {
+                on.push("SCALARS");
+            }
+            "forward_coop_workgroup.wgsl"
+        }
+    };
     let mut constants = vec![
         ("HEAD_DIM", shape.head_dim),
         ("HEAD_DIM_V", shape.head_dim_v),
@@ -140,16 +134,13 @@ pub(crate) fn pass(
     ];
     if form == CoopForm::WorkgroupMemory {
         constants.push(("ELEMENTS", format.elements()));
+        // Those of O: one more, for the sums of P.
+        constants.push(("OM", shape.head_dim_v.div_ceil(size) + 1));
     }
-    constants.push(("OM", shape.head_dim_v.div_ceil(size) + u32::from(form == CoopForm::WorkgroupMemory)));
     constants.extend(layout_constants(layout));
-    let mut used = bindings(problem, FORWARD_BINDINGS);
-    if tile.variant & 1 == 1 {
-        used.iter_mut().filter(|(slot, _)| *slot != Slot::SeqlensK).for_each(|(_, access)| *access = Access::ReadWrite);
-    }
     Pass {
-        specialization: Specialization { file: "forward_coop.wgsl", entry: "forward", switches: on, constants },
-        bindings: used,
+        specialization: Specialization { file, entry: "forward", switches: on, constants },
+        bindings: bindings(problem, FORWARD_BINDINGS),
         element_access: form == CoopForm::Registers,
         threads: tile.subgroups * lanes,
         workgroup_bytes: tile.workgroup_bytes(form, size, shape.head_dim, shape.head_dim_v),
