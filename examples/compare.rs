@@ -46,7 +46,7 @@ struct Args {
     coop_tile: Vec<CoopTile>,
     /// Times the coop kernel in this form in place of the faster one that the device allows; may be repeated
     #[arg(long, value_enum)]
-    coop_form: Vec<Form>,
+    coop_form: Vec<support::Form>,
     /// Times the decode kernel with so many splits of the keys, in place of the tuned number; may be repeated
     #[arg(long)]
     splits: Vec<u32>,
@@ -94,21 +94,6 @@ enum KernelName {
     Tile,
     Coop,
     Decode,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Form {
-    Registers,
-    WorkgroupMemory,
-}
-
-impl From<Form> for CoopForm {
-    fn from(form: Form) -> Self {
-        match form {
-            Form::Registers => CoopForm::Registers,
-            Form::WorkgroupMemory => CoopForm::WorkgroupMemory,
-        }
-    }
 }
 
 fn numbers<const N: usize>(text: &str) -> std::result::Result<[u32; N], String> {
@@ -170,10 +155,8 @@ impl std::fmt::Display for Candidate {
         match self.tile {
             None => {
                 self.kernel.fmt(f)?;
-                match self.coop_form {
-                    None => {}
-                    Some(CoopForm::Registers) => f.write_str(" registers")?,
-                    Some(CoopForm::WorkgroupMemory) => f.write_str(" workgroup")?,
+                if let Some(form) = self.coop_form {
+                    write!(f, " {form}")?;
                 }
                 if let Some(CoopTile { subgroups, row_matrices, keys, buffers }) = self.coop_tile {
                     write!(f, "[{subgroups} {row_matrices} {keys} {buffers}]")?;
@@ -278,12 +261,12 @@ struct Report {
 impl Report {
     fn line(name: &str, problem: &Problem, rest: &str) -> String {
         let causal = if problem.causal.is_some() { "causal" } else { "" };
-        format!("{name:<28} {:<5} {:<18} {causal:<7} {rest}", problem.element_type.to_string(), label(&problem.shape))
+        format!("{name:<44} {:<5} {:<18} {causal:<7} {rest}", problem.element_type.to_string(), label(&problem.shape))
     }
 
     fn header(&self) {
         let line = format!(
-            "{:<28} {:<5} {:<18} {:<7} {:>10} {:>10} {:>9} {:>9} {:>12} {:>10}",
+            "{:<44} {:<5} {:<18} {:<7} {:>10} {:>10} {:>9} {:>9} {:>12} {:>10}",
             "kernel", "dtype", "B,H,N,D", "", "median ms", "min ms", "TFLOP/s", "K, V GB/s", "extra memory", "speed-up"
         );
         self.bar.suspend(|| println!("{line}"));

@@ -647,28 +647,6 @@ impl MatrixLayout {
     pub fn transposed(&self) -> MatrixLayout {
         MatrixLayout { row: self.column.clone(), column: self.row.clone() }
     }
-
-    /// The layout as WGSL: `lane_row(lane) + element_row(element)` is the row, `lane_column(lane) +
-    /// element_column(element)` the column.
-    pub fn wgsl(&self) -> String {
-        let mut text = String::new();
-        for (axis, bits) in [("row", &self.row), ("column", &self.column)] {
-            for source in ["lane", "element"] {
-                let terms: Vec<String> = (0..)
-                    .zip(bits)
-                    .filter_map(|(place, &bit)| match bit {
-                        Bit::Lane(n) if source == "lane" => Some((place, n)),
-                        Bit::Element(n) if source == "element" => Some((place, n)),
-                        _ => None,
-                    })
-                    .map(|(place, n): (u32, u32)| format!("((({source} >> {n}u) & 1u) << {place}u)"))
-                    .collect();
-                let sum = if terms.is_empty() { "0u".into() } else { terms.join(" + ") };
-                let _ = writeln!(text, "fn {source}_{axis}({source}: u32) -> u32 {{ return {sum}; }}");
-            }
-        }
-        text
-    }
 }
 
 /// How the matrices of a device lie in its lanes, by role.

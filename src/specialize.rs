@@ -252,6 +252,14 @@ pub fn coop_module(
     (pass.specialization, bindings)
 }
 
+/// The functions that tell kernels where the elements of a matrix lie: a part of a module.
+#[doc(hidden)]
+pub fn layout_part(format: MatrixFormat, layout: &MatrixLayout) -> Specialization {
+    let switches = if format.size == 16 { vec!["MATRIX16"] } else { vec![] };
+    let constants = forward_coop::layout_constants(layout);
+    Specialization { file: "common/matrix_layout.wgsl", entry: "", switches, constants }
+}
+
 /// The modules of the decode kernel with this tile and so many splits of the keys.
 pub fn decode_modules(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Specialization> {
     decode::passes(problem, tile, splits).into_iter().map(|pass| pass.specialization).collect()

@@ -12,7 +12,7 @@ use common::cases::{cases, dims, prepare};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
-use wgpu_flash_attention::elements::{Bit, ElementModule, MatrixFormat, MatrixLayout};
+use wgpu_flash_attention::elements::{self, Bit, ElementModule, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::coop_module;
 use wgpu_flash_attention::tune::{self, CoopTile};
 use wgpu_flash_attention::{
@@ -51,28 +51,6 @@ fn tiled(subgroups: u32, row_matrices: u32, keys: u32, buffers: u32) -> PlanOpti
 /// One subgroup, one buffer. 16 is a multiple of every size that matrices have.
 fn small() -> PlanOptions {
     tiled(1, 1, 16, 1)
-}
-
-#[test]
-fn quick() {
-    let Some(context) = context() else { return };
-    let mut some = cases();
-    some.retain(|(name, _)| {
-        [
-            "huge scores",
-            "huge scores, head dim 64",
-            "bottom-right, more queries",
-            "all options, packed",
-            "all options",
-            "scale 16",
-        ]
-        .contains(&name.as_str())
-    });
-    let ways = [
-        ("workgroup memory", context, in_form(WorkgroupMemory, coop())),
-        ("workgroup memory, small tile", context, in_form(WorkgroupMemory, small())),
-    ];
-    check_all(&prepare(some, ElementType::F16), &ways);
 }
 
 #[test]
@@ -178,33 +156,56 @@ fn plans_choose_it_for_f16() {
 fn tiles_that_do_not_divide_are_refused() {
     let Some(context) = context() else { return };
     let problem = case(1, [2, 1], [37, 45], [16, 12]).element_type(ElementType::F16).problem;
-    for options in [tiled(1, 1, 12, 1), tiled(0, 1, 16, 2), tiled(1, 1025, 16, 1)] {
+    let two_buffers = in_form(WorkgroupMemory, tiled(1, 1, 16, 2));
+    for options in [tiled(1, 1, 12, 1), tiled(0, 1, 16, 2), tiled(1, 1025, 16, 1), two_buffers] {
         let error = context.plan_with(&problem, &options).unwrap_err();
         assert!(matches!(error, Error::Tile(_)), "{error}");
     }
 }
 
-/// A device that has the features but WebGPU's limits: the tile kernel where the coop kernel's tile does not fit.
-#[test]
+/// A context of a device with these features and WebGPU's limits.
 #[allow(unsafe_code)]
-fn small_limits_fall_back_to_the_tile_kernel() {
-    if context().is_none() {
-        return;
-    }
+fn small_device(features: wgpu::Features) -> Option<Context> {
+    context()?;
     let instance = wgpu::Instance::default();
     let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
     let descriptor = wgpu::DeviceDescriptor {
-        required_features: wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES,
+        required_features: features,
         // SAFETY: a test; the features are what it is about.
         experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
         ..Default::default()
     };
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
-    let context = pollster::block_on(Context::new(&device, &queue).with_cooperative_matrices(&adapter)).unwrap();
-    let plan = |dim| context.plan(&Problem::new(Shape::square(1, 1, 64, dim), ElementType::F16)).unwrap();
-    assert_eq!(plan(32).kernel(), Kernel::Coop);
-    assert_eq!(plan(128).kernel(), Kernel::Tile);
-    assert!(plan(128).to_string().contains("limits are too small"), "{}", plan(128));
+    Some(pollster::block_on(Context::new(&device, &queue).with_cooperative_matrices(&adapter)).unwrap())
+}
+
+fn plan_of(context: &Context, head_dim: u32) -> Plan {
+    context.plan(&Problem::new(Shape::square(1, 1, 64, head_dim), ElementType::F16)).unwrap()
+}
+
+/// The tile kernel where the coop kernel's tile does not fit.
+#[test]
+fn small_limits_fall_back_to_the_tile_kernel() {
+    let Some(context) = small_device(elements::FEATURES) else { return };
+    assert_eq!(plan_of(&context, 32).coop_form(), Some(Registers));
+    let plan = plan_of(&context, 128);
+    assert_eq!(plan.kernel(), Kernel::Tile);
+    assert!(plan.to_string().contains("limits are too small"), "{plan}");
+}
+
+#[test]
+fn without_access_to_elements_they_cross_workgroup_memory() {
+    let Some(context) = small_device(wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES) else { return };
+    let plan = plan_of(&context, 128);
+    assert_eq!((plan.kernel(), plan.coop_form()), (Kernel::Coop, Some(WorkgroupMemory)));
+    let why = "form: through workgroup memory (no access to the elements of matrices: the device lacks";
+    assert!(plan.to_string().contains(why), "{plan}");
+    let plan = plan_of(&context, 256);
+    assert_eq!(plan.kernel(), Kernel::Tile);
+    assert!(plan.to_string().contains("limits are too small"), "{plan}");
+    let problem = Problem::new(Shape::square(1, 1, 64, 32), ElementType::F16);
+    let error = context.plan_with(&problem, &in_form(Registers, coop())).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
 }
 
 /// Needs no such device.

@@ -3,7 +3,23 @@
 
 use std::time::Instant;
 
-use wgpu_flash_attention::{BoundForward, Context, Element, Error, ForwardBuffers, Plan, Problem, wgpu};
+use wgpu_flash_attention::{BoundForward, Context, CoopForm, Element, Error, ForwardBuffers, Plan, Problem, wgpu};
+
+/// The forms of the coop kernel, as options name them.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum Form {
+    Registers,
+    WorkgroupMemory,
+}
+
+impl From<Form> for CoopForm {
+    fn from(form: Form) -> Self {
+        match form {
+            Form::Registers => CoopForm::Registers,
+            Form::WorkgroupMemory => CoopForm::WorkgroupMemory,
+        }
+    }
+}
 
 /// An element type that one can compute with on the host.
 pub trait Number: Element + Into<f64> {

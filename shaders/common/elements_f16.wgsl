@@ -5,10 +5,10 @@ struct Eight {
 }
 
 #if ALIGNED
-#if ELEMENT_ACCESS
-alias InElements = array<vec4u>;
-#else
+#if NO_ELEMENT_ACCESS
 alias InElements = array<vec4<f16>>;
+#else
+alias InElements = array<vec4u>;
 #endif
 alias OutElements = array<vec4<f16>>;
 #else

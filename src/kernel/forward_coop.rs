@@ -18,8 +18,8 @@ pub enum CoopForm {
 impl std::fmt::Display for CoopForm {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
-            CoopForm::Registers => "scores and probabilities in registers",
-            CoopForm::WorkgroupMemory => "scores and probabilities through workgroup memory",
+            CoopForm::Registers => "in registers",
+            CoopForm::WorkgroupMemory => "through workgroup memory",
         })
     }
 }
@@ -49,7 +49,7 @@ pub(crate) const ELEMENTS: u32 = 8;
 const ROW_BITS: [&str; 4] = ["ROW_BIT_0", "ROW_BIT_1", "ROW_BIT_2", "ROW_BIT_3"];
 const COLUMN_BITS: [&str; 4] = ["COLUMN_BIT_0", "COLUMN_BIT_1", "COLUMN_BIT_2", "COLUMN_BIT_3"];
 
-fn layout_constants(layout: &MatrixLayout) -> Vec<(&'static str, u32)> {
+pub(crate) fn layout_constants(layout: &MatrixLayout) -> Vec<(&'static str, u32)> {
     let source = |bit: &Bit| match *bit {
         Bit::Lane(n) => n,
         Bit::Element(n) => 8 + n,
@@ -107,12 +107,9 @@ pub(crate) fn pass(
         on.push("MATRIX16");
     }
     let file = match form {
-        CoopForm::Registers => {
-            on.push("ELEMENT_ACCESS");
-            "forward_coop.wgsl"
-        }
+        CoopForm::Registers => "forward_coop.wgsl",
         CoopForm::WorkgroupMemory => {
-            on.push("UNROLL");
+            on.extend(["NO_ELEMENT_ACCESS", "UNROLL"]);
             // Metal has matrices of 8 by 8, and its functions take pointers to numbers only.
             if size == 8 {
                 on.push("SCALARS");
