@@ -342,7 +342,6 @@ fn compare_one<T: Number>(
         coop_form: candidate.coop_form,
         decode_tile: candidate.decode_tile,
         splits: candidate.splits,
-        ..Default::default()
     };
     let plan = match context.plan_with(problem, &options) {
         Ok(plan) => plan,

@@ -4,7 +4,7 @@
 mod common;
 
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
@@ -238,10 +238,20 @@ fn workgroup_bytes(text: &str) -> u32 {
     variables.filter(|v| v.space == naga::AddressSpace::WorkGroup).map(|v| layouter[v.ty].size).sum()
 }
 
+/// The validator of SPIR-V, where it is there.
+fn validator() -> Option<PathBuf> {
+    let validator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/mesa/spirv-val");
+    if !validator.exists() {
+        skipped("spirv-val: scripts/vulkan --coop fetches it");
+        return None;
+    }
+    Some(validator)
+}
+
 /// What the validator of SPIR-V says of a module, if anything.
-fn spirv_error(validator: &Path, module: &ElementModule) -> Option<String> {
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("coop.spv");
-    std::fs::write(&file, bytemuck::cast_slice::<u32, u8>(module.spirv())).unwrap();
+fn spirv_error(validator: &Path, name: &str, words: &[u32]) -> Option<String> {
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::write(&file, bytemuck::cast_slice::<u32, u8>(words)).unwrap();
     // Not Vulkan's rules on top, one of which naga breaks for every workgroup array (gfx-rs/wgpu#7696).
     let output = Command::new(validator).args(["--target-env", "spv1.6"]).arg(&file).output().unwrap();
     (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
@@ -277,11 +287,7 @@ fn tiles(form: CoopForm, format: MatrixFormat, shape: &Shape) -> Vec<CoopTile> {
 /// SPIR-V, where it is there.
 #[test]
 fn modules_are_valid() {
-    let validator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/mesa/spirv-val");
-    let validator = validator.exists().then_some(validator);
-    if validator.is_none() {
-        skipped("spirv-val: scripts/vulkan --coop fetches it");
-    }
+    let validator = validator();
     for (format, layout) in known_matrices() {
         for problem in problems() {
             let (shape, lse) = (problem.shape, problem.lse);
@@ -293,7 +299,9 @@ fn modules_are_valid() {
                 let module = ElementModule::new(&text, format, &bindings, lse)
                     .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
                 assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
-                if let Some(error) = validator.as_ref().and_then(|validator| spirv_error(validator, &module)) {
+                if let Some(error) =
+                    validator.as_ref().and_then(|validator| spirv_error(validator, "coop.spv", module.spirv()))
+                {
                     panic!("{specialization:?}: {error}");
                 }
             }
@@ -302,11 +310,12 @@ fn modules_are_valid() {
 }
 
 /// Needs no device: naga takes every module of the form through workgroup memory with no more than its features, and
-/// writes it as SPIR-V and, where matrices are as Metal has them, as MSL.
+/// writes it as SPIR-V, which the validator takes, and, where matrices are as Metal has them, as MSL.
 #[test]
 fn modules_in_wgsl_alone_are_valid() {
     use naga::back::{msl, spv};
     use naga::valid::{Capabilities, ValidationFlags, Validator};
+    let spirv_val = validator();
     let capabilities = Capabilities::COOPERATIVE_MATRIX
         | Capabilities::SHADER_FLOAT16
         | Capabilities::SUBGROUP
@@ -325,8 +334,11 @@ fn modules_in_wgsl_alone_are_valid() {
                 let module = naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
                 let mut validator = Validator::new(ValidationFlags::all(), capabilities);
                 let info = validator.validate(&module).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
-                if let Err(error) = spv::write_vec(&module, &info, &spv::Options::default(), None) {
-                    fail(&error.to_string());
+                // As wgpu writes it for Vulkan 1.3.
+                let options = spv::Options { lang_version: (1, 6), ..Default::default() };
+                let words = spv::write_vec(&module, &info, &options, None).unwrap_or_else(|e| fail(&e.to_string()));
+                if let Some(error) = spirv_val.as_ref().and_then(|v| spirv_error(v, "coop_wgsl.spv", &words)) {
+                    fail(&error);
                 }
                 let options = msl::Options { lang_version: (2, 3), ..Default::default() };
                 if (size, lanes) == (8, 32)
