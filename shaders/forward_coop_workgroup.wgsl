@@ -88,8 +88,9 @@ fn forward(
     // The last rows first: with a causal mask they take longest.
     let row0 = problem.row_begin + (groups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
-    // A lane's row among the first M of its subgroup; the others are M further.
-    let my_row = row0 + subgroup * ROW_MATRICES * M + row_of(lane, 0u);
+    // The first row of matrices of this subgroup; and a lane's row there, of which the others are M further.
+    let mine = subgroup * ROW_MATRICES;
+    let my_row = row0 + mine * M + row_of(lane, 0u);
     let query_start = head_start(problem.query, at.batch, at.head_q);
     let key_start = head_start(problem.key, at.batch, at.head_kv);
     let value_start = head_start(problem.value, at.batch, at.head_kv);
@@ -99,34 +100,46 @@ fn forward(
     let masked = -1.0e15 / factor;
 
     var q: array<array<Left, DM>, ROW_MATRICES>;
-    var s: array<array<Accumulator, KM>, ROW_MATRICES>;
+#unroll
+    for (var d = 0u; d < DM; d++) {
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            let i = min(my_row + r * M, problem.row_end - 1u) - problem.row_begin;
+            put_elements(query_elements(query_start + i * problem.query.row, d * M, lane), mine + r, 0u, lane);
+        }
+        workgroupBarrier();
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            q[r][d] = get_left(mine + r, 0u);
+        }
+        workgroupBarrier();
+    }
+    var one: Lane;
+    for (var e = 0u; e < ELEMENTS; e++) {
+        one[e] = 1.0;
+    }
+    put_elements(one, mine, 0u, lane);
+    if thread == 0u {
+        atomicStore(&grown[0], -1);
+    }
+    workgroupBarrier();
+    let ones = get_right(mine);
+
     var o: array<array<Accumulator, OM>, ROW_MATRICES>;
     var m: array<f32, ROW_MATRICES>;
     var l: array<f32, ROW_MATRICES>;
 #unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
-        let i = min(my_row + r * M, problem.row_end - 1u) - problem.row_begin;
-#unroll
-        for (var d = 0u; d < DM; d++) {
-            put_elements(query_elements(query_start + i * problem.query.row, d * M, lane), subgroup, lane, 0u);
-            subgroupBarrier();
-            q[r][d] = get_left(subgroup, 0u);
-            subgroupBarrier();
-        }
 #unroll
         for (var d = 0u; d < OM; d++) {
             o[r][d] = Accumulator();
         }
+        // S of no tile
 #unroll
         for (var c = 0u; c < KM; c++) {
-            s[r][c] = Accumulator();
+            put_accumulator(Accumulator(), mine + r, c);
         }
         m[r] = EMPTY;
         l[r] = 0.0;
-    }
-    let ones = exchange_ones(subgroup, lane);
-    if thread == 0u {
-        atomicStore(&grown[0], -1);
     }
 
     let range = key_range(at, i32(row0), i32(row1));
@@ -145,18 +158,10 @@ fn forward(
     workgroupBarrier();
     for (var j0 = begin; j0 < range.y; j0 += i32(KEYS)) {
         var x: array<array<Lane, KM>, ROW_MATRICES>;
-#unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
-#unroll
             for (var c = 0u; c < KM; c++) {
-                put_accumulator(s[r][c], subgroup, c);
+                x[r][c] = get_elements(mine + r, c, lane);
             }
-            subgroupBarrier();
-#unroll
-            for (var c = 0u; c < KM; c++) {
-                x[r][c] = get_elements(subgroup, lane, c);
-            }
-            subgroupBarrier();
         }
 
         // What each score is, and whether it counts
@@ -181,6 +186,7 @@ fn forward(
         }
 
         // S of the next tile = Q K^T
+        var s: array<array<Accumulator, KM>, ROW_MATRICES>;
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
@@ -221,95 +227,108 @@ fn forward(
         }
 
         // P = 2^(S - m'),  l = l + rowsum P
-        var p: array<array<Left, KM>, ROW_MATRICES>;
-#unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[r][c][e] = exp2(fma(x[r][c][e], factor, -m[r]));
                     l[r] += x[r][c][e];
                 }
+                put_elements(x[r][c], mine + r, c, lane);
             }
-#unroll
-            for (var c = 0u; c < KM; c++) {
-                put_elements(x[r][c], subgroup, lane, c);
-            }
-            subgroupBarrier();
-#unroll
-            for (var c = 0u; c < KM; c++) {
-                p[r][c] = get_left(subgroup, c);
-            }
-            subgroupBarrier();
         }
         store_value(value_next, 0u, thread);
         workgroupBarrier();
 
-        // O = 2^(m - m') O, in all subgroups or in none: some drivers want all of them at every barrier. It is a loop of no
-        // or one trip, since naga takes the condition for one that may differ between lanes.
+        // O = 2^(m - m') O, in all subgroups or in none, since all meet at the barriers. It is a loop of no or one trip, since
+        // naga takes the condition for one that may differ between threads.
         for (var once = u32(atomicLoad(&grown[0]) == j0); once > 0u; once--) {
 #unroll
-            for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var d = 0u; d < OM; d++) {
 #unroll
-                for (var d = 0u; d < OM; d++) {
-                    put_accumulator(o[r][d], subgroup, 0u);
-                    subgroupBarrier();
-                    scale_elements(subgroup, lane, shrink[r]);
-                    subgroupBarrier();
-                    o[r][d] = get_accumulator(subgroup);
-                    subgroupBarrier();
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    put_accumulator(o[r][d], mine + r, 0u);
                 }
+                workgroupBarrier();
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    scale_elements(shrink[r], mine + r, lane);
+                }
+                workgroupBarrier();
+#unroll
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    o[r][d] = get_accumulator(mine + r);
+                }
+                workgroupBarrier();
             }
         }
 
         // O = O + P (V, 1)
 #unroll
         for (var c = 0u; c < KM; c++) {
+            var p: array<Left, ROW_MATRICES>;
+#unroll
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                p[r] = get_left(mine + r, c);
+                o[r][VM] = coopMultiplyAdd(p[r], ones, o[r][VM]);
+            }
 #unroll
             for (var d = 0u; d < VM; d++) {
                 let place = K_SIZE + c * M * V_STRIDE + d * M / WIDTH;
                 let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
-                    o[r][d] = coopMultiplyAdd(p[r][c], v, o[r][d]);
+                    o[r][d] = coopMultiplyAdd(p[r], v, o[r][d]);
                 }
-            }
-#unroll
-            for (var r = 0u; r < ROW_MATRICES; r++) {
-                o[r][VM] = coopMultiplyAdd(p[r][c], ones, o[r][VM]);
             }
         }
 
-        // K of the tile after the next. A compiler may move loads down to their use, but not into the next trip.
+        // S of the next tile, and K of the tile after it. A compiler may move loads down to their use, but not into the next trip.
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+                put_accumulator(s[r][c], mine + r, c);
+            }
+        }
         store_key(key_next, 0u, thread);
         key_next = load_key(key_start, u32(j0) + 3u * KEYS, last, thread);
         value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
         workgroupBarrier();
     }
 
-    // O / its last column
+    // O / its last column, which comes first
+    var inverse: array<f32, ROW_MATRICES>;
 #unroll
-    for (var r = 0u; r < ROW_MATRICES; r++) {
-        let i = my_row + r * M;
-        let sum = exchanged(o[r][VM], subgroup, lane)[0];
-        // The p of a row's largest score is 1 up to rounding, or more, so a row with keys is told from an empty one by m.
-        let inverse = inverse_sum(select(max(sum, 0.5), 0.0, m[r] == EMPTY));
-        let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
+    for (var n = 0u; n < OM; n++) {
+        const d = VM - n;
 #unroll
-        for (var d = 0u; d < VM; d++) {
-            var y = exchanged(o[r][d], subgroup, lane);
-            for (var e = 0u; e < ELEMENTS; e++) {
-                y[e] *= inverse;
-            }
-            if i < row1 {
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            put_accumulator(o[r][d], mine + r, 0u);
+        }
+        workgroupBarrier();
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            let i = my_row + r * M;
+            var y = get_elements(mine + r, 0u, lane);
+            if d == VM {
+                // The p of a row's largest score is 1 up to rounding, or more; a row without keys is told by m.
+                inverse[r] = inverse_sum(select(max(y[0], 0.5), 0.0, m[r] == EMPTY));
+            } else if i < row1 {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    y[e] *= inverse[r];
+                }
+                let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
                 write_elements(start, d * M, lane, y);
             }
         }
+        workgroupBarrier();
+    }
 #if LSE
+    for (var r = 0u; r < ROW_MATRICES; r++) {
+        let i = my_row + r * M;
         let total = row_sum(l[r]);
         if column_of(lane, 0u) == 0u && i < row1 {
             let place = head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin;
             lse[place] = lse_bits(m[r] / LOG2_E, select(max(total, 0.5), 0.0, m[r] == EMPTY));
         }
-#endif
     }
+#endif
 }

@@ -20,10 +20,8 @@ use naga::{CooperativeRole, Scalar, TypeInner};
 use crate::{Context, Error, passthrough};
 
 /// The device features that kernels on cooperative matrices need, all of them the caller's decision.
-pub const MATRIX_FEATURES: wgpu::Features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
-    .union(wgpu::Features::SHADER_F16)
-    .union(wgpu::Features::SUBGROUP)
-    .union(wgpu::Features::SUBGROUP_BARRIER);
+pub const MATRIX_FEATURES: wgpu::Features =
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16).union(wgpu::Features::SUBGROUP);
 
 /// The same with what access to their elements needs.
 pub const FEATURES: wgpu::Features = MATRIX_FEATURES.union(wgpu::Features::PASSTHROUGH_SHADERS);

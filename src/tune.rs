@@ -91,8 +91,8 @@ impl CoopTile {
                 let rows = self.rows(size) * if k_stride > v_stride { k_stride } else { v_stride };
                 8 * if tiles > rows { tiles } else { rows }
             }
-            // And for each subgroup a row of matrices in f32 and one in f16.
-            CoopForm::WorkgroupMemory => 8 * tiles + 6 * self.subgroups * size * (self.keys + 8) + 16,
+            // And the scores in f32, the probabilities in f16.
+            CoopForm::WorkgroupMemory => 8 * tiles + 6 * self.rows(size) * (self.keys + 8) + 16,
         }
     }
 
