@@ -119,6 +119,9 @@ impl CoopTile {
 }
 
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
+///
+/// Those in registers were measured on an H100 (docs/performance.md, docs/rejected.md). Those through workgroup memory follow
+/// from counting: as many rows and keys as fit 48 KiB with matrices of 16, 32 KiB with matrices of 8.
 pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };
     match (form, size, head_dim.max(head_dim_v)) {
@@ -307,6 +310,23 @@ mod tests {
                     let used = tile.workgroup_bytes(head_dim, head_dim_v);
                     assert!(used <= bytes, "{head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn every_head_dim_gets_a_coop_tile_that_fits() {
+        for (form, size, bytes) in [
+            (CoopForm::Registers, 16, 48 << 10),
+            (CoopForm::Registers, 8, 32 << 10),
+            (CoopForm::WorkgroupMemory, 16, 48 << 10),
+            (CoopForm::WorkgroupMemory, 8, 32 << 10),
+        ] {
+            for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [1, 64, 128, 256, d].map(|dv| (d, dv))) {
+                let tile = coop_tile(form, size, head_dim, head_dim_v);
+                tile.validate(form, size).unwrap();
+                let used = tile.workgroup_bytes(form, size, head_dim, head_dim_v);
+                assert!(used <= bytes, "{form} {size} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
             }
         }
     }
