@@ -29,8 +29,8 @@ struct Args {
     /// The adapter whose name holds this text
     #[arg(long)]
     adapter: Option<String>,
-    /// Opens the device with cooperative matrices, which wgpu calls experimental, and runs the coop kernel too, in each form that the device
-    /// allows
+    /// Opens the device with cooperative matrices, which wgpu calls experimental, and runs the coop kernel too, in each
+    /// form that the device allows
     #[arg(long)]
     coop: bool,
 }

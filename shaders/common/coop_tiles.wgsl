@@ -1,9 +1,9 @@
-// Tiles of K and V on their way from device memory to the workgroup memory that matrices are loaded from: the array `tiles`
-// of the kernel, where K comes first.
+// Tiles of K and V on their way from device memory to the workgroup memory that matrices are loaded from: the array
+// `tiles` of the kernel, where K comes first.
 const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;
-// How many times eight elements are in a row, and how far apart rows are. The eight elements between rows keep the rows of
-// a matrix on different banks.
+// How many times eight elements are in a row, and how far apart rows are. The eight elements between rows keep the rows
+// of a matrix on different banks.
 const D8 = DM * M / 8u;
 const V8 = VM * M / 8u;
 const K_STRIDE = (DM * M + 8u) / WIDTH;
@@ -13,8 +13,8 @@ const V_SIZE = KEYS * V_STRIDE;
 // What each thread moves.
 const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
 const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
-// Where maxima start: below every score and above every masked one. So no row takes its maximum from masked scores, whose
-// product with the factor is rounded: exp2 of that rounding error, of a number as large as 1e15, may overflow.
+// Where maxima start: below every score and above every masked one. So no row takes its maximum from masked scores,
+// whose product with the factor is rounded: exp2 of that rounding error, of a number as large as 1e15, may overflow.
 const EMPTY = -1.0e14;
 
 fn store_eight(place: u32, x: Eight) {

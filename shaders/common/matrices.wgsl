@@ -11,8 +11,8 @@ alias Right = coop_mat8x8<f16, B>;
 const M = 8u;
 #endif
 
-// Elements of workgroup memory that matrices are loaded from and stored to: WIDTH numbers. Metal's functions take pointers to
-// numbers only.
+// Elements of workgroup memory that matrices are loaded from and stored to: WIDTH numbers. Metal's functions take
+// pointers to numbers only.
 #if SCALARS
 alias Sums = f32;
 alias Halves = f16;
