@@ -10,9 +10,9 @@
 //         l = l + rowsum P,  O = O + P (V, 1)
 //     O = O / its last column,  lse = ln 2 (m + log2 l),   maxima being in base 2
 //
-// To rescale O it too has to cross workgroup memory, so that is done only where a maximum grew much. Then the p of a row's
-// largest score is no longer 1 but some number that f16 rounds; O has a column of the sums of P as rounded, which makes up
-// for it. l is exact.
+// To rescale O it too has to cross workgroup memory, so that is done only where a maximum grew much. Then the p of a
+// row's largest score is no longer 1 but some number that f16 rounds; O has a column of the sums of P as rounded,
+// which makes up for it. l is exact.
 //
 // Loops over matrices are written out (src/specialize.rs): arrays of matrices are registers only where indices are
 // constants.
@@ -45,8 +45,8 @@ const LAZY = 8.0;
 // The keys at which a maximum grew more than that. Four, since the next variable has to be aligned to 16 bytes.
 var<workgroup> grown: array<atomic<i32>, 4>;
 
-// A lane's elements of a matrix of Q, whose row starts at element `start` and whose columns at `column`: 0 past the head
-// dimension, so that they add nothing, whatever K has there.
+// A lane's elements of a matrix of Q, whose row starts at element `start` and whose columns at `column`: 0 past the
+// head dimension, so that they add nothing, whatever K has there.
 fn query_elements(start: u32, column: u32, lane: u32) -> Lane {
     var x: Lane;
     for (var e = 0u; e < ELEMENTS; e++) {
@@ -239,8 +239,8 @@ fn forward(
         store_value(value_next, 0u, thread);
         workgroupBarrier();
 
-        // O = 2^(m - m') O, in all subgroups or in none, since all meet at the barriers. It is a loop of no or one trip, since
-        // naga takes the condition for one that may differ between threads.
+        // O = 2^(m - m') O, in all subgroups or in none, since all meet at the barriers. It is a loop of no or one
+        // trip, since naga takes the condition for one that may differ between threads.
         for (var once = u32(atomicLoad(&grown[0]) == j0); once > 0u; once--) {
 #unroll
             for (var d = 0u; d < OM; d++) {
@@ -281,7 +281,8 @@ fn forward(
             }
         }
 
-        // S of the next tile, and K of the tile after it. A compiler may move loads down to their use, but not into the next trip.
+        // S of the next tile, and K of the tile after it. A compiler may move loads down to their use, but not into
+        // the next trip.
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll

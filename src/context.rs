@@ -57,12 +57,12 @@ impl Context {
     }
 
     /// Allows kernels on cooperative matrices (tensor cores), for devices whose owner opted in to
-    /// [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES). `adapter` is the one that the device came from; it
-    /// knows the sizes of the matrices.
+    /// [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES). `adapter` is the one that the device came
+    /// from; it knows the sizes of the matrices.
     ///
-    /// They are faster with access to the elements of matrices, which they have on Vulkan if the device was also created
-    /// with `Features::PASSTHROUGH_SHADERS`. To learn which lane holds which element this runs one small kernel, and waits
-    /// for it. A plan says which form it takes, and why ([`CoopForm`](crate::CoopForm)).
+    /// They are faster with access to the elements of matrices, which they have on Vulkan if the device was also
+    /// created with `Features::PASSTHROUGH_SHADERS`. To learn which lane holds which element this runs one small
+    /// kernel, and waits for it. A plan says which form it takes, and why ([`CoopForm`](crate::CoopForm)).
     pub async fn with_cooperative_matrices(mut self, adapter: &wgpu::Adapter) -> Result<Self, NoMatrices> {
         let of = |info: wgpu::AdapterInfo| (info.name, info.vendor, info.device, info.backend, info.driver_info);
         if of(adapter.get_info()) != of(self.device.adapter_info()) {

@@ -70,8 +70,8 @@ pub enum NoElementAccess {
     /// The driver or wgpu refused the probe, or the device failed while it ran.
     #[error("the probe failed: {0}")]
     Probe(String),
-    /// Left operands do not lie as accumulators do, right ones not as their transpose, or a lane holds more or fewer than
-    /// eight elements.
+    /// Left operands do not lie as accumulators do, right ones not as their transpose, or a lane holds more or fewer
+    /// than eight elements.
     #[error("the roles of a matrix lie in the lanes in ways that no kernel is written for")]
     Roles,
     /// The elements lie in a way that no kernel is written for.

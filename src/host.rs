@@ -60,8 +60,9 @@ pub struct HeadlessOptions {
     pub adapter: Option<String>,
     /// See [`Context::checked`].
     pub checked: bool,
-    /// Opens the device with [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES), which wgpu calls experimental:
-    /// it may have bugs with undefined behaviour; with `PASSTHROUGH_SHADERS` where the adapter has it. And the context with [`Context::with_cooperative_matrices`].
+    /// Opens the device with [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES), which wgpu calls
+    /// experimental: it may have bugs with undefined behaviour; with `PASSTHROUGH_SHADERS` where the adapter has it.
+    /// And the context with [`Context::with_cooperative_matrices`].
     pub cooperative_matrices: bool,
 }
 

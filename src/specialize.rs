@@ -3,9 +3,9 @@
 //! Directives stand alone on a line: `#include "file" name=text …` (which puts `text` for `$name` in that
 //! file), `#if NAME`, `#if !NAME`, `#else`, `#endif`. Switches are named by `#if`; constants become
 //! `const NAME = …u;` at the top, after the file's own `enable` lines. `#unroll` before a loop
-//! `for (var n = 0u; n < NAME; n++) {` writes it out, NAME being a constant, if the switch `UNROLL` is on: WGSL has no such hint,
-//! and an array of matrices is in registers only where its indices are constants. Every line of the result remembers where
-//! it came from.
+//! `for (var n = 0u; n < NAME; n++) {` writes it out, NAME being a constant, if the switch `UNROLL` is on: WGSL has
+//! no such hint, and an array of matrices is in registers only where its indices are constants. Every line of the
+//! result remembers where it came from.
 
 use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::kernel::{decode, forward_coop, forward_tile, naive};
@@ -138,8 +138,8 @@ impl Specialization {
         Ok(())
     }
 
-    /// The variable of the loop that begins here, its number of trips, and its last line: the brace that is as far to the
-    /// right as the loop.
+    /// The variable of the loop that begins here, its number of trips, and its last line: the brace that is as far to
+    /// the right as the loop.
     fn counted_loop<'a>(&self, lines: &[Line<'a>]) -> Option<(&'a str, u32, usize)> {
         let head = lines.first()?.0;
         let indent = &head[..head.len() - head.trim_start().len()];

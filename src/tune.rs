@@ -120,8 +120,8 @@ impl CoopTile {
 
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
 ///
-/// Those in registers were measured on an H100 (docs/performance.md, docs/rejected.md). Those through workgroup memory follow
-/// from counting: as many rows and keys as fit 48 KiB with matrices of 16, 32 KiB with matrices of 8.
+/// Those in registers were measured on an H200 (docs/performance.md, docs/rejected.md). Those through workgroup
+/// memory follow from counting: as many rows and keys as fit 48 KiB with matrices of 16, 32 KiB with matrices of 8.
 pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };
     match (form, size, head_dim.max(head_dim_v)) {
@@ -206,8 +206,8 @@ pub fn decode_tile(rows: u64, head_dim: u32, head_dim_v: u32, element_bytes: u64
 /// Workgroups that fill a large device: four on each of the 132 multiprocessors of an H100.
 const DECODE_WORKGROUPS: u64 = 528;
 
-/// Into how many splits the keys go when `workgroups` take all of them, in `tiles` tiles each: as many as fill the device,
-/// and no more than whole tiles need.
+/// Into how many splits the keys go when `workgroups` take all of them, in `tiles` tiles each: as many as fill the
+/// device, and no more than whole tiles need.
 pub fn decode_splits(workgroups: u64, tiles: u64) -> u32 {
     let most = (DECODE_WORKGROUPS / workgroups.max(1)).clamp(1, tiles.max(1));
     let tiles_of_split = tiles.div_ceil(most).max(1);
@@ -250,7 +250,8 @@ const TILES: &[Row] = &[
     row(256,        0,   32,   32,   (8, 8),    32,  32),
 ];
 
-/// The tile for a problem on a device: the table's, with `chunk` and `value_keys` made to fit head dimension and memory.
+/// The tile for a problem on a device: the table's, with `chunk` and `value_keys` made to fit head dimension and
+/// memory.
 pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
     let memory = limits.max_compute_workgroup_storage_size;
     let fitted = |row: &Row| {

@@ -1,5 +1,5 @@
-// Elements d .. d + 8 of the row of $tensor that starts at element `start` and has `dim` elements. As in read.wgsl, what
-// would be past the row's end is some other element of it.
+// Elements d .. d + 8 of the row of $tensor that starts at element `start` and has `dim` elements. As in read.wgsl,
+// what would be past the row's end is some other element of it.
 fn read_$tensor(start: u32, d: u32, dim: u32) -> Eight {
 #if ALIGNED
 #if NO_ELEMENT_ACCESS
