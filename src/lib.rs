@@ -63,11 +63,11 @@ pub mod tune;
 
 pub use backward::BackwardBuffers;
 pub use context::Context;
-pub use elements::{FEATURES as COOPERATIVE_MATRIX_FEATURES, NoElementAccess};
+pub use elements::{MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES, NoMatrices};
 pub use error::Error;
 pub use forward::{BoundPass, ForwardBuffers};
 pub use host::{Element, HeadlessOptions, HostTensor, SdpaOptions};
-pub use kernel::Kernel;
+pub use kernel::{CoopForm, Kernel};
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};
 pub use plan::{Plan, PlanOptions};
 pub use problem::{Causal, ElementType, Gradients, Layout, MAX_HEAD_DIM, MAX_SEQLEN, Problem, Shape};

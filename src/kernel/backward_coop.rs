@@ -1,17 +1,23 @@
 //! Host side of `shaders/backward_dkdv_coop.wgsl` and `shaders/backward_dq_coop.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS};
-use super::forward_coop::{Matrices, layout_constants};
+use super::forward_coop::layout_constants;
 use super::{Pass, backward_switches, bindings};
+use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::specialize::Specialization;
 use crate::tune::CoopBackwardTile;
 use crate::{Problem, plan::Part};
 
 /// The gradients of keys and values, then that of queries.
-pub(crate) fn passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matrices: &Matrices) -> Vec<Pass> {
+pub(crate) fn passes(
+    problem: &Problem,
+    [dkdv, dq]: [CoopBackwardTile; 2],
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+) -> Vec<Pass> {
     let shape = problem.shape;
     let group = shape.group() as u64;
-    let size = matrices.format.size;
+    let size = format.size;
     let specialization = |file, entry, names: [&'static str; 2], tile: CoopBackwardTile| {
         let mut switches = backward_switches(problem, 8);
         if size == 16 {
@@ -31,7 +37,7 @@ pub(crate) fn passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matri
             (names[1], tile.step),
             ("COLUMNS", tile.columns),
         ];
-        constants.extend(layout_constants(&matrices.layout));
+        constants.extend(layout_constants(layout));
         Specialization { file, entry, switches, constants }
     };
     let of_keys = move |part: &Part| {
@@ -48,7 +54,7 @@ pub(crate) fn passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matri
             specialization: specialization("backward_dkdv_coop.wgsl", "dkdv", ["KEY_MATRICES", "ROWS"], dkdv),
             bindings: bindings(problem, DKDV_BINDINGS),
             element_access: true,
-            threads: dkdv.subgroups * matrices.format.lanes,
+            threads: dkdv.subgroups * format.lanes,
             workgroup_bytes: dkdv.dkdv_bytes(size, shape.head_dim, shape.head_dim_v),
             workgroups: Box::new(of_keys),
         },
@@ -56,7 +62,7 @@ pub(crate) fn passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matri
             specialization: specialization("backward_dq_coop.wgsl", "dq", ["ROW_MATRICES", "KEYS"], dq),
             bindings: bindings(problem, DQ_BINDINGS),
             element_access: true,
-            threads: dq.subgroups * matrices.format.lanes,
+            threads: dq.subgroups * format.lanes,
             workgroup_bytes: dq.dq_bytes(size, shape.head_dim, shape.head_dim_v),
             workgroups: Box::new(of_rows),
         },
