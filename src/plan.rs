@@ -28,7 +28,7 @@ pub struct PlanOptions {
     pub splits: Option<u32>,
     /// The kernel of the backward pass; `None` lets the plan choose.
     pub backward: Option<Kernel>,
-    /// The tile of the backward pass' tile kernels; `None` takes [`tune::backward_tile`].
+    /// The tile of the backward pass' tile kernels; `None` takes [`tune::backward_tiles`].
     pub backward_tile: Option<BackwardTile>,
     /// The tiles of the backward pass' coop kernels, of the gradients of keys and values and of queries; `None` takes
     /// [`tune::coop_backward_tiles`].
