@@ -88,19 +88,28 @@ impl Plan {
 pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &PlanOptions) -> Result<Recipe<'a>, Error> {
     let shape = &problem.shape;
     let limits = context.limits();
-    let coop_tiles =
-        |matrices: &Matrices| tune::coop_backward_tiles(matrices.format.size, shape.head_dim, shape.head_dim_v);
+    let widest = shape.head_dim.max(shape.head_dim_v);
+    let coop_tiles = |matrices: &Matrices| kernel::backward_coop::tiles(problem, matrices.format.size);
     let coop_fits = context.matrices.as_ref().is_some_and(|matrices| {
         let passes = kernel::backward_coop::passes(problem, coop_tiles(matrices), matrices);
         check_limits(Kernel::Coop, &passes, limits).is_ok()
     });
     let (kernel, reason) = match (options.backward, &context.matrices, problem.element_type) {
         (Some(kernel), _, _) => (kernel, "asked for"),
-        (None, Some(_), ElementType::F16) if coop_fits => (Kernel::Coop, "the device has cooperative matrices for f16"),
-        (None, Some(_), ElementType::F16) => {
+        (None, Some(_), _) if !coop_fits => {
             (Kernel::Tile, "the device's limits are too small for the tile of the coop kernel")
         }
-        (None, Some(_), _) => (Kernel::Tile, "cooperative matrices take f16 only"),
+        (None, Some(_), ElementType::F16) => (Kernel::Coop, "the device has cooperative matrices for f16"),
+        (None, Some(_), _) if widest > 128 => {
+            (Kernel::Tile, "registers do not hold the gradients of the coop kernel in f32 or bf16 at this head dim")
+        }
+        (None, Some(_), ElementType::F32) => {
+            (Kernel::Coop, "the device has cooperative matrices; f32 is multiplied in two parts of f16")
+        }
+        (None, Some(_), ElementType::BF16) => match kernel::backward_coop::cannot(problem) {
+            None => (Kernel::Coop, "the device has cooperative matrices; bf16 is scaled to f16"),
+            Some(_) => (Kernel::Tile, "the coop kernel takes bf16 in rows of multiples of 4 elements only"),
+        },
         (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
     };
     let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
@@ -121,12 +130,16 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
                 .matrices
                 .as_ref()
                 .ok_or(unsupported("the context was made without with_cooperative_matrices"))?;
-            if problem.element_type != ElementType::F16 {
-                return Err(unsupported("cooperative matrices take f16"));
+            if let Some(why) = kernel::backward_coop::cannot(problem) {
+                return Err(unsupported(why));
             }
+            let (size, lanes) = (matrices.format.size, matrices.format.lanes);
             let tiles = options.coop_backward_tiles.unwrap_or_else(|| coop_tiles(matrices));
             for tile in tiles {
-                tile.validate(matrices.format.size)?;
+                match problem.element_type {
+                    ElementType::F16 => tile.validate(size)?,
+                    ElementType::F32 | ElementType::BF16 => tile.validate_scaled(size, lanes, widest)?,
+                }
             }
             passes.extend(kernel::backward_coop::passes(problem, tiles, matrices));
         }
