@@ -1,11 +1,6 @@
-// Forward pass on cooperative matrices (tensor cores) for f32 and bf16, whose operands have to be f16: a tile X is
-// multiplied by a power of two, its scale s(X), that brings its largest element to between 2^14 and 2^15, and is split
-// into PARTS matrices of f16, each holding the leading bits of what those before it left of s(X) X. Two parts hold 22
-// bits of an f32, one holds a bf16. A product is the sum over parts, less what lies below the last bit:
-//
-//     X Y = sum over a + b < PARTS of X_a Y_b / (s(X) s(Y))
-//
-// With products of this kind, one workgroup computes ROWS rows of one head, as in forward_coop.wgsl:
+// Forward pass on cooperative matrices (tensor cores) for f32 and bf16, whose operands have to be f16: products are of
+// scaled tiles in parts, as common/matrix_parts.wgsl says. One workgroup computes ROWS rows of one head, as in
+// forward_coop.wgsl:
 //
 //     m = -inf, l = 0, O = 0
 //     for each tile of KEYS keys that some row may see:
@@ -77,67 +72,10 @@ const SMALLEST_FACTOR = 1.0e-22;
 
 // The parts of a tile of K, then those of V; before them Q, a part at a time.
 var<workgroup> tiles: array<vec4<f16>, max(PARTS * (K_SIZE + V_SIZE), ROWS * K_STRIDE)>;
-// The sizes of each subgroup's part of a tile of K (or Q) and of V, as bits, which grow with the numbers.
-var<workgroup> largest: array<vec2u, SUBGROUPS>;
 // A matrix of O of each subgroup, on its way to whole rows.
 var<workgroup> turned: array<f32, SUBGROUPS * M * M>;
 
-// The size of elements is the largest absolute value.
-fn size_of(x: vec4f) -> f32 {
-    return max(max(abs(x.x), abs(x.y)), max(abs(x.z), abs(x.w)));
-}
-
-fn publish(key_size: f32, value_size: f32, subgroup: u32, lane: u32) {
-    let sizes = vec2u(subgroupMax(bitcast<u32>(key_size)), subgroupMax(bitcast<u32>(value_size)));
-    if lane == 0u {
-        largest[subgroup] = sizes;
-    }
-}
-
-// The scale of a tile, each lane knowing the size of a part: the power of two that brings it to between 2^14 and 2^15,
-// or 2^126 if that is not enough.
-fn scale_for(bits: u32) -> f32 {
-    return bitcast<f32>((268u - max(subgroupMax(bits) >> 23u, 15u)) << 23u);
-}
-
-// Of a power of two.
-fn inverse(scale: f32) -> f32 {
-    return bitcast<f32>((254u << 23u) - bitcast<u32>(scale));
-}
-
-// What of `rest` is in this part: the 11 bits that f16 holds; all, and rounded by the conversion, in the last one.
-// Bits, since a compiler may take f32(f16(x)) for x.
-fn part_of(rest: f32, part: u32) -> f32 {
-    return select(rest, bitcast<f32>(bitcast<u32>(rest) & 0xffffe000u), part + 1u < PARTS);
-}
-
-fn part4_of(rest: vec4f, part: u32) -> vec4f {
-    return vec4f(part_of(rest.x, part), part_of(rest.y, part), part_of(rest.z, part), part_of(rest.w, part));
-}
-
-// x in PARTS parts, each `size` after the one before.
-fn store_parts(place: u32, size: u32, x: vec4f) {
-    var rest = x;
-    for (var part = 0u; part < PARTS; part++) {
-        let now = part4_of(rest, part);
-        tiles[place + part * size] = vec4<f16>(now);
-        rest -= now;
-    }
-}
-
-fn left_parts(x: Lane) -> array<Left, PARTS> {
-    var parts: array<Left, PARTS>;
-    var rest = x;
-    for (var part = 0u; part < PARTS; part++) {
-        var now: Lane;
-        for (var e = 0u; e < ELEMENTS; e++) {
-            now[e] = part_of(rest[e], part);
-            rest[e] -= now[e];
-        }
-        parts[part] = left(now);
-    }
-    return parts;
-}
+#include "common/matrix_parts.wgsl"
 
 fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, K_LOADS> {
     var x: array<Elements4, K_LOADS>;
@@ -185,9 +123,7 @@ fn forward(
         query_rest[n] = first_elements(x, max(d, HEAD_DIM) - d) * score_sign();
         query_size = max(query_size, size_of(query_rest[n]));
     }
-    publish(query_size, 0.0, subgroup, lane);
-    workgroupBarrier();
-    let query_scale = scale_for(largest[lane % SUBGROUPS].x);
+    let query_scale = scales_of(vec2f(query_size, 0.0), subgroup, lane).x;
     for (var n = 0u; n < Q_LOADS; n++) {
         query_rest[n] *= query_scale;
     }
@@ -243,10 +179,9 @@ fn forward(
         for (var n = 0u; n < V_LOADS; n++) {
             value_size = max(value_size, size_of(unpack4(value_next[n])));
         }
-        publish(key_size, value_size, subgroup, lane);
-        workgroupBarrier();
-        let key_scale = scale_for(largest[lane % SUBGROUPS].x);
-        let value_scale = scale_for(largest[lane % SUBGROUPS].y);
+        let scales = scales_of(vec2f(key_size, value_size), subgroup, lane);
+        let key_scale = scales.x;
+        let value_scale = scales.y;
         for (var n = 0u; n < K_LOADS; n++) {
             let t = thread + n * THREADS;
             if t < KEYS * D4 {
@@ -264,7 +199,7 @@ fn forward(
         key_next = load_key(key_start, u32(j0) + KEYS, last, thread);
         value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
 
-        // S = Q K^T, the small products of parts first: what tensor cores add up is truncated to the size of the sum
+        // S = Q K^T
         var x: array<array<Lane, KM>, ROW_MATRICES>;
         for (var c = 0u; c < KM; c++) {
             var sum: array<Accumulator, ROW_MATRICES>;

@@ -91,13 +91,16 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
     // Scores have to become left operands where they lie.
     let matrices = context.matrices.as_ref();
     let coop = matrices.and_then(|matrices| Some((matrices.format, matrices.layout(CoopForm::Registers)?)));
-    let coop_tiles = |format: MatrixFormat| tune::coop_backward_tiles(format.size, shape.head_dim, shape.head_dim_v);
+    let coop_tiles = |format: MatrixFormat| kernel::backward_coop::tiles(problem, format.size);
     let coop_fits = coop.as_ref().is_some_and(|(format, layout)| {
         let passes = kernel::backward_coop::passes(problem, coop_tiles(*format), *format, layout);
         check_limits(Kernel::Coop, &passes, limits).is_ok()
     });
     let (kernel, reason) = match (options.backward, matrices, problem.element_type) {
         (Some(kernel), _, _) => (kernel, "asked for"),
+        (None, Some(_), ElementType::F32 | ElementType::BF16) => {
+            (Kernel::Tile, "the backward pass of the coop kernel has no figures for f32 and bf16 yet: ask for it")
+        }
         (None, Some(_), ElementType::F16) if coop_fits => (Kernel::Coop, "the device has cooperative matrices for f16"),
         (None, Some(_), ElementType::F16) if coop.is_some() => {
             (Kernel::Tile, "the device's limits are too small for the tile of the coop kernel")
@@ -105,7 +108,6 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
         (None, Some(_), ElementType::F16) => {
             (Kernel::Tile, "the coop kernel needs access to the elements of matrices, which the device does not give")
         }
-        (None, Some(_), _) => (Kernel::Tile, "the backward pass of the coop kernel takes f16 only"),
         (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
     };
     let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
@@ -125,12 +127,16 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
             let (format, layout) = coop.ok_or(unsupported(
                 "it needs a context made by with_cooperative_matrices, with access to the elements of matrices",
             ))?;
-            if problem.element_type != ElementType::F16 {
-                return Err(unsupported("its backward pass takes f16 only"));
+            if let Some(why) = kernel::backward_coop::cannot(problem) {
+                return Err(unsupported(why));
             }
             let tiles = options.coop_backward_tiles.unwrap_or_else(|| coop_tiles(format));
+            let widest = shape.head_dim.max(shape.head_dim_v);
             for tile in tiles {
-                tile.validate(format.size)?;
+                match problem.element_type {
+                    ElementType::F16 => tile.validate(format.size)?,
+                    ElementType::F32 | ElementType::BF16 => tile.validate_scaled(format.size, format.lanes, widest)?,
+                }
             }
             passes.extend(kernel::backward_coop::passes(problem, tiles, format, &layout));
         }

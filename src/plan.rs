@@ -31,7 +31,7 @@ pub struct PlanOptions {
     /// The tile of the backward pass' tile kernels; `None` takes [`tune::backward_tiles`].
     pub backward_tile: Option<BackwardTile>,
     /// The tiles of the backward pass' coop kernels, of the gradients of keys and values and of queries; `None` takes
-    /// [`tune::coop_backward_tiles`].
+    /// [`tune::coop_backward_tiles`], or [`tune::coop_scaled_backward_tiles`] for f32 and bf16.
     pub coop_backward_tiles: Option<[CoopBackwardTile; 2]>,
 }
 

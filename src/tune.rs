@@ -331,17 +331,19 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
 }
 
 /// The tile of a backward kernel on cooperative matrices, `shaders/backward_dkdv_coop.wgsl` or
-/// `shaders/backward_dq_coop.wgsl`.
+/// `shaders/backward_dq_coop.wgsl`, or for f32 and bf16 `shaders/backward_dkdv_coop_scaled.wgsl` or
+/// `shaders/backward_dq_coop_scaled.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CoopBackwardTile {
-    /// Subgroups in a workgroup.
+    /// Subgroups in a workgroup; even for f32 and bf16.
     pub subgroups: u32,
-    /// Matrices of keys (for the gradients of keys and values) or of queries (for that of queries) that a subgroup owns.
+    /// Matrices of keys (for the gradients of keys and values) or of queries (for that of queries) that a subgroup owns,
+    /// or for f32 and bf16 a pair of subgroups.
     pub matrices: u32,
     /// Queries, or keys, that a step of the loop takes; a multiple of the matrices' size.
     pub step: u32,
     /// Columns of a gradient that a workgroup computes; a multiple of the matrices' size. With fewer than the head dim,
-    /// scores are computed once for each block of them.
+    /// scores are computed once for each block of them. For f32 and bf16 at least the head dims.
     pub columns: u32,
     /// Whether the next step's tile is loaded while one is in use, which takes registers.
     pub ahead: bool,
@@ -389,6 +391,26 @@ impl CoopBackwardTile {
         8 * if tiles > moved { tiles } else { moved }
     }
 
+    /// Keys, or queries, that a workgroup owns for f32 and bf16.
+    pub const fn scaled_own(&self, size: u32) -> u32 {
+        self.own(size) / 2
+    }
+
+    /// Workgroup memory in bytes of the kernel for keys and values for f32 and bf16, with elements of so many parts.
+    pub const fn scaled_dkdv_bytes(&self, size: u32, parts: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+        self.scaled_dq_bytes(size, parts, head_dim, head_dim_v) + 8 * self.step
+    }
+
+    /// The same of the kernel for queries.
+    pub const fn scaled_dq_bytes(&self, size: u32, parts: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+        let widest = if head_dim > head_dim_v { head_dim } else { head_dim_v };
+        let stride = widest.next_multiple_of(size) / 4 + 2;
+        let rows = if parts * self.step > self.scaled_own(size) { parts * self.step } else { self.scaled_own(size) };
+        let matrices = self.matrices * (self.step / size);
+        let told = self.subgroups / 2 * if matrices > 2 { matrices } else { 2 } * size * size;
+        16 * rows * stride + 4 * told + 8 * self.subgroups
+    }
+
     /// Checks that the tile divides as the shader needs it to.
     pub fn validate(&self, size: u32) -> Result<(), Error> {
         // Bounds the arithmetic of the sums above.
@@ -400,6 +422,21 @@ impl CoopBackwardTile {
         }
         if !self.step.is_multiple_of(size) || !self.columns.is_multiple_of(size) {
             return Err(Error::Tile("the size of a matrix must divide step and columns"));
+        }
+        Ok(())
+    }
+
+    /// The same for f32 and bf16, with subgroups of `lanes` lanes and rows of `widest` elements at most.
+    pub fn validate_scaled(&self, size: u32, lanes: u32, widest: u32) -> Result<(), Error> {
+        self.validate(size)?;
+        if !self.subgroups.is_multiple_of(2) {
+            return Err(Error::Tile("subgroups must be even for f32 and bf16"));
+        }
+        if self.subgroups > lanes {
+            return Err(Error::Tile("a workgroup must have at most as many subgroups as a subgroup has lanes"));
+        }
+        if self.columns < widest {
+            return Err(Error::Tile("columns must be at least the head dims for f32 and bf16"));
         }
         Ok(())
     }
@@ -416,6 +453,26 @@ pub fn coop_backward_tiles(size: u32, head_dim: u32, head_dim_v: u32) -> [CoopBa
         (16, _) => [tile(4, 1, 32, 64, false), tile(4, 1, 32, 128, false)],
         (_, 0..=128) => [tile(4, 2, 16, 128, true), tile(4, 2, 16, 128, true)],
         (_, _) => [tile(2, 1, 8, 64, false), tile(2, 1, 8, 128, false)],
+    }
+}
+
+/// The same for f32 and bf16. Registers: at head dim 64, of the first kernel, 64 of a lane hold both parts of K or V, 64 dV or
+/// dK, 16 what a subgroup computes of S or dP, and 16 the next step; at 128 with half the keys the same.
+pub fn coop_scaled_backward_tiles(
+    size: u32,
+    element_type: ElementType,
+    head_dim: u32,
+    head_dim_v: u32,
+) -> [CoopBackwardTile; 2] {
+    let tile = |subgroups, matrices, step, ahead| CoopBackwardTile { subgroups, matrices, step, columns: 256, ahead };
+    match (size, element_type, head_dim.max(head_dim_v)) {
+        (16, ElementType::F32, 0..=64) => [tile(4, 2, 16, true), tile(4, 2, 32, true)],
+        (16, ElementType::F32, 65..=128) => [tile(8, 1, 16, true), tile(8, 1, 32, true)],
+        (16, _, 0..=64) => [tile(4, 2, 32, true), tile(4, 2, 32, true)],
+        (16, _, 65..=128) => [tile(8, 1, 32, true), tile(8, 1, 32, true)],
+        (16, _, _) => [tile(4, 1, 16, false), tile(4, 1, 16, false)],
+        (_, _, 0..=128) => [tile(4, 1, 16, true), tile(4, 1, 16, true)],
+        (_, _, _) => [tile(2, 1, 8, false), tile(2, 1, 8, false)],
     }
 }
 
@@ -529,6 +586,16 @@ mod tests {
                 dq.validate(size).unwrap();
                 let used = dkdv.dkdv_bytes(size, head_dim, head_dim_v).max(dq.dq_bytes(size, head_dim, head_dim_v));
                 assert!(used <= bytes, "{head_dim} {head_dim_v} {dkdv:?} {dq:?} {used} > {bytes}");
+                for (element_type, parts) in [(ElementType::F32, 2), (ElementType::BF16, 1)] {
+                    let [dkdv, dq] = coop_scaled_backward_tiles(size, element_type, head_dim, head_dim_v);
+                    for (tile, used) in [
+                        (dkdv, dkdv.scaled_dkdv_bytes(size, parts, head_dim, head_dim_v)),
+                        (dq, dq.scaled_dq_bytes(size, parts, head_dim, head_dim_v)),
+                    ] {
+                        tile.validate_scaled(size, 2 * size, head_dim.max(head_dim_v)).unwrap();
+                        assert!(used <= bytes, "{element_type} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
+                    }
+                }
             }
         }
     }

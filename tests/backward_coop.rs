@@ -1,12 +1,12 @@
 //! The backward pass on cooperative matrices (`scripts/vulkan --coop cargo test` has a device with some): the cases of the other
-//! backward kernels, in f16. Says so where there is no such device.
+//! backward kernels, in all element types. Says so where there is no such device.
 
 mod common;
 
-use common::backward::{Ask, backward, check_all, prepare};
+use common::backward::{Ask, PreparedBackward, backward, check_all, prepare};
 use common::cases::{cases, dims};
 use common::coop::{context, known_matrices, spirv_error, validator, workgroup_bytes};
-use common::{Case, case, full};
+use common::{Case, TYPES, case, full};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::elements::ElementModule;
 use wgpu_flash_attention::specialize::coop_backward_modules;
@@ -26,6 +26,32 @@ fn small() -> PlanOptions {
     tiled([tile(1, 1, 16, 128, true); 2])
 }
 
+/// The same for f32 and bf16: one pair of subgroups.
+fn small_scaled() -> PlanOptions {
+    tiled([tile(2, 1, 16, 256, true); 2])
+}
+
+/// Several pairs of subgroups, several matrices of keys and rows and of a step, no loads ahead.
+fn large_scaled() -> PlanOptions {
+    tiled([tile(4, 2, 32, 64, false), tile(6, 2, 16, 64, false)])
+}
+
+/// The cases that the coop kernel takes: in bf16, those of rows of multiples of 4 elements.
+fn taken(
+    cases: impl IntoIterator<Item = (String, Case)>,
+    element_type: ElementType,
+    ask: Ask,
+) -> Vec<(String, PreparedBackward)> {
+    let mut cases = prepare(cases, element_type, ask);
+    let context = context().unwrap();
+    let refused = |error| {
+        let bf16 = ElementType::BF16;
+        matches!(error, Error::Unsupported { element_type, .. } if element_type == bf16)
+    };
+    cases.retain(|(_, case)| !context.plan_with(&case.problem, &backward(Kernel::Coop)).is_err_and(refused));
+    cases
+}
+
 /// Gradients in blocks of 16 columns, V in registers, several matrices of keys and rows, no loads ahead.
 fn blocks() -> PlanOptions {
     tiled([tile(2, 2, 32, 16, false); 2])
@@ -42,6 +68,39 @@ fn all_cases() {
     check_all(&prepare(cases(), ElementType::F16, Ask::default()), &ways);
 }
 
+#[test]
+fn all_cases_scaled() {
+    let Some(context) = context() else { return };
+    for (element_type, most) in [(ElementType::F32, 0), (ElementType::BF16, 10)] {
+        let all = cases();
+        let ways = [("coop", context, backward(Kernel::Coop)), ("small tile", context, small_scaled())];
+        let count = all.len();
+        let taken = taken(all, element_type, Ask::default());
+        assert!(count - taken.len() <= most, "{} of {count} in {element_type}", taken.len());
+        check_all(&taken, &ways);
+    }
+}
+
+/// What f16 does not hold: f32 and bf16 are scaled to it, and so are probabilities and their gradients.
+#[test]
+fn magnitudes() {
+    let Some(context) = context() else { return };
+    let square = case(1, [2, 1], [37, 70], [16, 12]);
+    let cases = [
+        [1e30, 1e-30, 1.0],
+        [1e-30, 1e30, 1e-10],
+        [1e4, 1e-4, 1e-30],
+        [1e-20, 1e-20, 1e-3],
+        [1e-10, 1e-10, 1e30],
+        [0.0, 1.0, 1.0],
+        [1.0, 0.0, 1e5],
+        [1.0, 1.0, 0.0],
+    ];
+    let cases = cases.map(|factors| (format!("q, k, v times {factors:?}"), square.clone().times(factors)));
+    let ways = [("small tile", context, small_scaled()), ("large tile", context, large_scaled())];
+    check_all(&prepare(cases, ElementType::F32, Ask::default()), &ways);
+}
+
 /// On a processor, only head dims up to 64 and the smallest tile: software Vulkan takes minutes to compile larger ones.
 #[test]
 fn all_dims() {
@@ -53,7 +112,11 @@ fn all_dims() {
         !software || shape.head_dim.max(shape.head_dim_v) <= 64
     });
     let options = if software { tiled([tile(1, 1, 8, 128, true); 2]) } else { backward(Kernel::Coop) };
-    check_all(&prepare(dims, ElementType::F16, Ask::default()), &[("coop", context, options)]);
+    check_all(&prepare(dims.clone(), ElementType::F16, Ask::default()), &[("coop", context, options)]);
+    let options = if software { tiled([tile(2, 1, 8, 256, true); 2]) } else { backward(Kernel::Coop) };
+    for element_type in [ElementType::F32, ElementType::BF16] {
+        check_all(&taken(dims.clone(), element_type, Ask::default()), &[("coop", context, options)]);
+    }
 }
 
 /// Gradients whose columns no workgroup has all of.
@@ -77,7 +140,11 @@ fn many_keys_and_rows() {
         ("many rows", case(1, [2, 1], [1000, 70], [16, 12]).window(300, -1)),
         ("huge scores", case(1, [2, 1], [300, 300], [16, 12]).scale(1.0).integers(40)),
     ]);
-    check_all(&prepare(cases, ElementType::F16, Ask::default()), &[("coop", context, backward(Kernel::Coop))]);
+    check_all(&prepare(cases.clone(), ElementType::F16, Ask::default()), &[("coop", context, backward(Kernel::Coop))]);
+    for element_type in [ElementType::F32, ElementType::BF16] {
+        let ways = [("coop", context, backward(Kernel::Coop)), ("large tile", context, large_scaled())];
+        check_all(&prepare(cases.clone(), element_type, Ask::default()), &ways);
+    }
 }
 
 fn few() -> [(String, Case); 5] {
@@ -96,6 +163,10 @@ fn gradients_of_lse_and_sums_with_what_is_there() {
     for (grad_lse, accumulate) in [(true, false), (false, true), (true, true)] {
         let ways = [("coop", context, backward(Kernel::Coop)), ("blocks", context, blocks())];
         check_all(&prepare(few(), ElementType::F16, Ask { grad_lse, accumulate }), &ways);
+        let ways = [("small tile", context, small_scaled()), ("large tile", context, large_scaled())];
+        for element_type in [ElementType::F32, ElementType::BF16] {
+            check_all(&taken(few(), element_type, Ask { grad_lse, accumulate }), &ways);
+        }
     }
 }
 
@@ -106,20 +177,32 @@ fn within_bounds() {
     let context = context.clone().checked();
     let ways = [("coop", &context, small()), ("blocks", &context, blocks())];
     check_all(&prepare(few(), ElementType::F16, Ask { grad_lse: true, accumulate: true }), &ways);
+    let ways = [("small tile", &context, small_scaled()), ("large tile", &context, large_scaled())];
+    for element_type in [ElementType::F32, ElementType::BF16] {
+        check_all(&taken(few(), element_type, Ask { grad_lse: true, accumulate: true }), &ways);
+    }
 }
 
 #[test]
-fn plans_choose_it_for_f16() {
+fn plans_choose_it() {
     let Some(context) = context() else { return };
-    let problem = |element_type| Problem::new(Shape::square(1, 2, 64, 16), element_type).with_gradients();
-    for (element_type, kernel) in
-        [(ElementType::F16, Kernel::Coop), (ElementType::F32, Kernel::Tile), (ElementType::BF16, Kernel::Tile)]
-    {
-        let plan = context.plan(&problem(element_type)).unwrap();
-        assert_eq!(plan.backward_kernel(), Some(kernel));
+    let problem = |element_type, dim| Problem::new(Shape::square(1, 2, 64, dim), element_type).with_gradients();
+    for (element_type, dim, kernel) in [
+        (ElementType::F16, 16, Kernel::Coop),
+        (ElementType::F16, 7, Kernel::Coop),
+        (ElementType::F32, 16, Kernel::Coop),
+        (ElementType::F32, 7, Kernel::Coop),
+        (ElementType::F32, 132, Kernel::Tile),
+        (ElementType::BF16, 16, Kernel::Coop),
+        (ElementType::BF16, 7, Kernel::Tile),
+        (ElementType::BF16, 132, Kernel::Tile),
+    ] {
+        let plan = context.plan(&problem(element_type, dim)).unwrap();
+        assert_eq!(plan.backward_kernel(), Some(kernel), "{element_type} {dim}");
     }
-    let error = context.plan_with(&problem(ElementType::F32), &backward(Kernel::Coop)).unwrap_err();
+    let error = context.plan_with(&problem(ElementType::BF16, 7), &backward(Kernel::Coop)).unwrap_err();
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
+    assert!(error.to_string().contains("multiples of 4"), "{error}");
 }
 
 #[test]
@@ -129,6 +212,15 @@ fn tiles_that_do_not_divide_are_refused() {
     let good = tile(1, 1, 16, 16, true);
     for bad in
         [tile(0, 1, 16, 16, true), tile(1, 1025, 16, 16, true), tile(1, 1, 12, 16, true), tile(1, 1, 16, 0, true)]
+    {
+        for tiles in [[good, bad], [bad, good]] {
+            let error = context.plan_with(&problem, &tiled(tiles)).unwrap_err();
+            assert!(matches!(error, Error::Tile(_)), "{error}");
+        }
+    }
+    let problem = Problem { element_type: ElementType::F32, ..problem };
+    let good = tile(2, 1, 16, 16, true);
+    for bad in [tile(3, 1, 16, 16, true), tile(66, 1, 16, 16, true), tile(2, 1, 12, 16, true), tile(2, 1, 16, 8, true)]
     {
         for tiles in [[good, bad], [bad, good]] {
             let error = context.plan_with(&problem, &tiled(tiles)).unwrap_err();
@@ -151,32 +243,52 @@ fn modules_are_valid() {
     let validator = validator();
     for (format, layout) in known_matrices() {
         for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
-            for switches in 0..16u32 {
+            for (element_type, switches) in TYPES.into_iter().flat_map(|t| (0..16u32).map(move |n| (t, n))) {
                 let on = |n: u32| switches >> n & 1 == 1;
                 let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
-                let mut problem = Problem::new(shape, ElementType::F16).with_gradients();
-                problem.query = problem.query.at(on(0).into());
+                let mut problem = Problem::new(shape, element_type).with_gradients();
+                // Only rows of bf16 that are aligned.
+                if element_type != ElementType::BF16 {
+                    problem.query = problem.query.at(on(0).into());
+                } else if !head_dim.is_multiple_of(4) || !head_dim_v.is_multiple_of(4) {
+                    continue;
+                }
                 problem.softcap = on(1).then_some(2.0);
                 problem.seqlens_k = on(2);
                 problem.gradients.as_mut().unwrap().accumulate = on(3);
-                let all = [
-                    tune::coop_backward_tiles(format.size, head_dim, head_dim_v),
-                    [tile(1, 1, 16, 32, true), tile(2, 2, 32, 16, false)],
-                ];
-                for tiles in all {
-                    let said = [
-                        tiles[0].dkdv_bytes(format.size, head_dim, head_dim_v),
-                        tiles[1].dq_bytes(format.size, head_dim, head_dim_v),
-                    ];
-                    let modules = coop_backward_modules(&problem, tiles, format, &layout);
-                    for (((specialization, bindings), tile), said) in modules.into_iter().zip(tiles).zip(said) {
+                let size = format.size;
+                let (parts, all) = match element_type {
+                    ElementType::F16 => {
+                        let small = [tile(1, 1, 16, 32, true), tile(2, 2, 32, 16, false)];
+                        (0, [tune::coop_backward_tiles(size, head_dim, head_dim_v), small])
+                    }
+                    other => {
+                        let small = [tile(2, 1, 16, 256, true), tile(4, 2, 16, 256, false)];
+                        let parts = if other == ElementType::F32 { 2 } else { 1 };
+                        (parts, [tune::coop_scaled_backward_tiles(size, other, head_dim, head_dim_v), small])
+                    }
+                };
+                for [dkdv, dq] in all {
+                    let said = match element_type {
+                        ElementType::F16 => {
+                            [dkdv.dkdv_bytes(size, head_dim, head_dim_v), dq.dq_bytes(size, head_dim, head_dim_v)]
+                        }
+                        _ => [
+                            dkdv.scaled_dkdv_bytes(size, parts, head_dim, head_dim_v),
+                            dq.scaled_dq_bytes(size, parts, head_dim, head_dim_v),
+                        ],
+                    };
+                    let modules = coop_backward_modules(&problem, [dkdv, dq], format, &layout);
+                    for (((specialization, bindings), tile), said) in modules.into_iter().zip([dkdv, dq]).zip(said) {
                         let text = specialization.source().unwrap().text;
                         assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
                         let module = ElementModule::new(&text, format, &bindings, on(3))
                             .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
                         assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
+                        // With none and with all of the switches; the validator takes its time.
+                        let validator = validator.as_deref().filter(|_| matches!(switches, 0 | 15));
                         let refused = |path| spirv_error(path, "backward_coop.spv", module.spirv());
-                        if let Some(error) = validator.as_deref().and_then(refused) {
+                        if let Some(error) = validator.and_then(refused) {
                             panic!("{specialization:?}: {error}");
                         }
                     }

@@ -1,0 +1,280 @@
+// Gradients of K and V on cooperative matrices for f32 and bf16: products are of scaled tiles in parts, as
+// common/matrix_parts.wgsl says. One workgroup computes OWN keys of one key-value head; subgroups work in pairs, as
+// common/matrix_pairs.wgsl says, with MATRICES · M keys a pair:
+//
+//     dK = 0, dV = 0
+//     for each query head that reads these keys, for each tile of STEP rows that may see some of them:
+//         one half                                  the other
+//         S^T = K Q^T                               dP^T = V dO^T
+//         P^T = exp(score(S^T) - lse)
+//         P^T score'                        ->      dS^T = P^T score' (dP^T - delta)
+//         dV = dV + P^T dO                          dK = dK + dS^T Q
+//     dK = scale dK
+//
+// P^T and dS^T become left operands where they lie: keys are rows here, lse and delta belong to columns.
+enable f16;
+enable wgpu_cooperative_matrix;
+#include "common/problem.wgsl"
+#include "common/softmax.wgsl"
+#include "common/score.wgsl"
+#include "common/matrices.wgsl"
+#include "common/elements.wgsl"
+
+// Read only, but as in forward_coop.wgsl loads stay where they are written.
+@group(0) @binding(1) var<storage, read_write> query: InElements;
+@group(0) @binding(2) var<storage, read_write> key: InElements;
+@group(0) @binding(3) var<storage, read_write> value: InElements;
+@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+@group(0) @binding(11) var<storage, read_write> grad_out: InElements;
+@group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
+@group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
+#include "common/matrix_elements.wgsl"
+#include "common/read.wgsl" tensor=query
+#include "common/read.wgsl" tensor=key
+#include "common/read.wgsl" tensor=value
+#include "common/read.wgsl" tensor=grad_out
+#include "common/write.wgsl" tensor=grad_key
+#include "common/write.wgsl" tensor=grad_value
+#include "common/matrix_parts.wgsl"
+#include "common/matrix_pairs.wgsl"
+#include "common/matrix_load.wgsl" tensor=key rows=OWN dim=HEAD_DIM
+#include "common/matrix_load.wgsl" tensor=value rows=OWN dim=HEAD_DIM_V
+#include "common/matrix_load.wgsl" tensor=query rows=STEP dim=HEAD_DIM
+#include "common/matrix_load.wgsl" tensor=grad_out rows=STEP dim=HEAD_DIM_V
+
+const NUMBER_LOADS = (STEP + THREADS - 1u) / THREADS;
+// lse of the tile's rows, then delta.
+var<workgroup> numbers: array<f32, 2u * STEP>;
+
+fn load_step(batch: u32, head: u32, i0: u32, thread: u32) -> Step {
+    let last = problem.seqlen_q - 1u;
+    return Step(
+        load_query(head_start(problem.query, batch, head), i0, last, thread),
+        load_grad_out(head_start(problem.grad_out, batch, head), i0, last, thread),
+    );
+}
+
+fn load_numbers(batch: u32, head: u32, i0: u32, thread: u32) -> array<vec2f, NUMBER_LOADS> {
+    var x: array<vec2f, NUMBER_LOADS>;
+    for (var n = 0u; n < NUMBER_LOADS; n++) {
+        let i = min(i0 + thread + n * THREADS, problem.seqlen_q - 1u);
+        x[n] = rows[(batch * problem.heads + head) * problem.seqlen_q + i];
+    }
+    return x;
+}
+
+fn store_numbers(x: array<vec2f, NUMBER_LOADS>, i0: u32, thread: u32) {
+    for (var n = 0u; n < NUMBER_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < STEP {
+            // A row past the end is as one without keys.
+            numbers[t] = select(x[n].x, NO_KEYS, i0 + t >= problem.seqlen_q);
+            numbers[STEP + t] = x[n].y;
+        }
+    }
+}
+
+@compute @workgroup_size(THREADS)
+fn dkdv(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    let at = sequence(group.z, group.y * problem.group);
+    let key0 = group.x * OWN;
+    let pair = subgroup % PAIRS;
+    let half = subgroup / PAIRS;
+    let mine = key0 + pair * MATRICES * M;
+    // Shapes of scores times this are scores; a shape is odd in its score.
+    let size = score_sign() * score_size();
+
+    let last = u32(max(at.keys, 1) - 1);
+    let owned = Owned(
+        load_key(head_start(problem.key, at.batch, at.head_kv), key0, last, thread),
+        load_value(head_start(problem.value, at.batch, at.head_kv), key0, last, thread),
+    );
+    var owned_scales: vec2f;
+    var lefts = owned_parts(owned, HEAD_DIM, HEAD_DIM_V, thread, subgroup, lane, &owned_scales);
+    // dV in one half, dK in the other.
+    var sums: array<array<Lane, WM>, MATRICES>;
+    for (var r = 0u; r < MATRICES; r++) {
+        for (var d = 0u; d < WM; d++) {
+            sums[r][d] = Lane();
+        }
+    }
+
+    let range = row_range(at, i32(key0), i32(key0 + OWN));
+    let first = range.x / i32(STEP) * i32(STEP);
+    let tiles_of_head = select((range.y - first + i32(STEP) - 1) / i32(STEP), 0, range.x >= range.y);
+    let count = tiles_of_head * i32(problem.group);
+    var head = at.head_q;
+    var i0 = first;
+    var step: Step;
+    var step_numbers: array<vec2f, NUMBER_LOADS>;
+#if AHEAD
+    if count > 0 {
+        step = load_step(at.batch, head, u32(i0), thread);
+        step_numbers = load_numbers(at.batch, head, u32(i0), thread);
+    }
+#endif
+    for (var n = 0; n < count; n++) {
+#if !AHEAD
+        step = load_step(at.batch, head, u32(i0), thread);
+        step_numbers = load_numbers(at.batch, head, u32(i0), thread);
+#endif
+        let scales = store_step(step, thread, subgroup, lane);
+        store_numbers(step_numbers, u32(i0), thread);
+        workgroupBarrier();
+        let row0 = i0;
+        i0 += i32(STEP);
+        if i0 >= range.y {
+            i0 = first;
+            head++;
+        }
+#if AHEAD
+        // The last one is loaded for nothing.
+        let next = min(head, at.head_q + problem.group - 1u);
+        step = load_step(at.batch, next, u32(i0), thread);
+        step_numbers = load_numbers(at.batch, next, u32(i0), thread);
+#endif
+
+        // S^T = K Q^T, or dP^T = V dO^T
+        var x: array<array<Lane, SM>, MATRICES>;
+        for (var c = 0u; c < SM; c++) {
+            var sum: array<Accumulator, MATRICES>;
+            for (var r = 0u; r < MATRICES; r++) {
+                sum[r] = Accumulator();
+            }
+            for (var n = 0u; n < PARTS; n++) {
+                for (var d = 0u; d < WM; d++) {
+                    for (var b = 0u; b + n < PARTS; b++) {
+                        let place = (half * PARTS + b) * STEP_SIZE + c * M * STRIDE + d * M / 4u;
+                        let right = coopLoad<Right>(&tiles[place], STRIDE);
+                        for (var r = 0u; r < MATRICES; r++) {
+                            sum[r] = coopMultiplyAdd(lefts[r][d][PARTS - 1u - n - b], right, sum[r]);
+                        }
+                    }
+                }
+            }
+            for (var r = 0u; r < MATRICES; r++) {
+                x[r][c] = elements_of(sum[r]);
+            }
+        }
+        let unscale = inverse(of_half(owned_scales, half)) * inverse(of_half(scales, half));
+
+        // P^T = exp(score(S^T) - lse), or dS^T = P^T score' (dP^T - delta)
+        if half == 0u {
+            var slope: array<array<Lane, SM>, MATRICES>;
+            for (var r = 0u; r < MATRICES; r++) {
+                for (var c = 0u; c < SM; c++) {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let shape = score_shape(x[r][c][e] * unscale);
+                        slope[r][c][e] = score_slope(shape);
+                        x[r][c][e] = fma(shape, size, -numbers[c * M + column_of(lane, 0u) + column_of(0u, e)]);
+                    }
+                }
+            }
+            if !tile_is_full(at, row0, row0 + i32(STEP), i32(key0), i32(key0 + OWN)) {
+                for (var r = 0u; r < MATRICES; r++) {
+                    for (var c = 0u; c < SM; c++) {
+                        for (var e = 0u; e < ELEMENTS; e++) {
+                            let i = row0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
+                            let j = i32(mine + r * M + row_of(lane, 0u) + row_of(0u, e));
+                            x[r][c][e] = select(MASKED, x[r][c][e], keep(at, i, j));
+                        }
+                    }
+                }
+            }
+            for (var r = 0u; r < MATRICES; r++) {
+                for (var c = 0u; c < SM; c++) {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        x[r][c][e] = exp2(x[r][c][e] * LOG2_E);
+                        slope[r][c][e] *= x[r][c][e];
+                    }
+                    tell((pair * MATRICES + r) * SM + c, lane, slope[r][c]);
+                }
+            }
+        }
+        workgroupBarrier();
+        if half == 1u {
+            for (var r = 0u; r < MATRICES; r++) {
+                for (var c = 0u; c < SM; c++) {
+                    let p = hear((pair * MATRICES + r) * SM + c, lane);
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let delta = numbers[STEP + c * M + column_of(lane, 0u) + column_of(0u, e)];
+                        x[r][c][e] = p[e] * fma(x[r][c][e], unscale, -delta);
+                    }
+                }
+            }
+        }
+
+        // dV = dV + P^T dO, or dK = dK + dS^T Q
+        let x_scale = scale_of_lanes(x);
+        var x_left: array<array<array<Left, PARTS>, SM>, MATRICES>;
+        for (var r = 0u; r < MATRICES; r++) {
+            for (var c = 0u; c < SM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    x[r][c][e] *= x_scale;
+                }
+                x_left[r][c] = left_parts(x[r][c]);
+            }
+        }
+        let other = 1u - half;
+        let sum_unscale = inverse(x_scale) * inverse(of_half(scales, other));
+        for (var d = 0u; d < WM; d++) {
+            var sum: array<Accumulator, MATRICES>;
+            for (var r = 0u; r < MATRICES; r++) {
+                sum[r] = Accumulator();
+            }
+            for (var n = 0u; n < PARTS; n++) {
+                for (var c = 0u; c < SM; c++) {
+                    for (var b = 0u; b + n < PARTS; b++) {
+                        let place = (other * PARTS + b) * STEP_SIZE + c * M * STRIDE + d * M / 4u;
+                        let right = coopLoadT<Right>(&tiles[place], STRIDE);
+                        for (var r = 0u; r < MATRICES; r++) {
+                            sum[r] = coopMultiplyAdd(x_left[r][c][PARTS - 1u - n - b], right, sum[r]);
+                        }
+                    }
+                }
+            }
+            for (var r = 0u; r < MATRICES; r++) {
+                let y = elements_of(sum[r]);
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    sums[r][d][e] = fma(y[e], sum_unscale, sums[r][d][e]);
+                }
+            }
+        }
+    }
+
+    // Out in whole rows, a matrix of each subgroup at a time
+    for (var n = 0u; n < MATRICES * WM; n++) {
+        workgroupBarrier();
+        // A driver that does not unroll this loop, with its barriers, would have sums in memory for sums[n / WM][n % WM].
+        for (var r = 0u; r < MATRICES; r++) {
+            for (var d = 0u; d < WM; d++) {
+                if r * WM + d == n {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let t = subgroup * M * M + row_of(lane, e) * M + column_of(lane, e);
+                        told[t / 4u][t % 4u] = sums[r][d][e];
+                    }
+                }
+            }
+        }
+        workgroupBarrier();
+        let j = mine + n / WM * M + lane * ELEMENTS / M;
+        if j < problem.seqlen_k {
+            for (var e = 0u; e < ELEMENTS; e += 4u) {
+                let d = n % WM * M + (lane * ELEMENTS + e) % M;
+                let y = told[(subgroup * M * M + lane * ELEMENTS + e) / 4u];
+                if half == 0u {
+                    let start = head_start(problem.grad_value, at.batch, at.head_kv) + j * problem.grad_value.row;
+                    write_grad_value(start, d, HEAD_DIM_V, y);
+                } else {
+                    let start = head_start(problem.grad_key, at.batch, at.head_kv) + j * problem.grad_key.row;
+                    write_grad_key(start, d, HEAD_DIM, y * problem.scale);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,141 @@
+// What the backward kernels for f32 and bf16 share. A workgroup owns OWN rows of two tensors and walks over two others, STEP
+// rows at a time: it owns K and V and takes steps of Q and dO, or the other way round. One subgroup's registers would not hold
+// both owned tensors, in parts, beside gradients. So subgroups work in pairs that have the same MATRICES · M rows:
+//
+//     half 0 holds them of K (or Q) and computes the scores from steps of Q (or K);
+//     half 1 holds them of V (or dO) and computes dP from steps of dO (or V).
+const LANES = M * M / ELEMENTS;
+const THREADS = SUBGROUPS * LANES;
+const PAIRS = SUBGROUPS / 2u;
+const OWN = PAIRS * MATRICES * M;
+// Matrices across a step, and across the rows of all tensors: the shorter ones are filled up, so that both halves do alike.
+const SM = STEP / M;
+const WM = (max(HEAD_DIM, HEAD_DIM_V) + M - 1u) / M;
+// Rows in workgroup memory: how many vectors of four are there, and how far apart rows are. The two vectors between
+// rows keep the rows of a matrix on different banks.
+const W4 = WM * M / 4u;
+const STRIDE = W4 + 2u;
+const OWN_SIZE = OWN * STRIDE;
+const STEP_SIZE = STEP * STRIDE;
+// What each thread moves of a tensor's owned rows and of its rows of a step.
+const OWN_LOADS = (OWN * W4 + THREADS - 1u) / THREADS;
+const STEP_LOADS = (STEP * W4 + THREADS - 1u) / THREADS;
+
+// The parts of a step of one tensor, then those of the other; before them owned rows of both, a part at a time.
+var<workgroup> tiles: array<vec4<f16>, 2u * max(PARTS * STEP_SIZE, OWN_SIZE)>;
+// What one half of a pair tells the other; at the end a matrix of each subgroup, on its way to whole rows.
+var<workgroup> told: array<vec4f, PAIRS * max(MATRICES * SM, 2u) * M * M / 4u>;
+
+// Of two numbers, that of a half.
+fn of_half(x: vec2f, half: u32) -> f32 {
+    return select(x.x, x.y, half == 1u);
+}
+
+// What a lane holds of a matrix, to or from the lane in the same place of the pair's other half. Between them is a barrier.
+fn tell(matrix: u32, lane: u32, x: Lane) {
+    told[2u * matrix * LANES + lane] = vec4f(x[0], x[1], x[2], x[3]);
+    told[(2u * matrix + 1u) * LANES + lane] = vec4f(x[4], x[5], x[6], x[7]);
+}
+
+fn hear(matrix: u32, lane: u32) -> Lane {
+    let x = told[2u * matrix * LANES + lane];
+    let y = told[(2u * matrix + 1u) * LANES + lane];
+    return Lane(x.x, x.y, x.z, x.w, y.x, y.y, y.z, y.w);
+}
+
+// Rows of both tensors that this thread moves.
+struct Owned {
+    first: array<Elements4, OWN_LOADS>,
+    second: array<Elements4, OWN_LOADS>,
+}
+
+struct Step {
+    first: array<Elements4, STEP_LOADS>,
+    second: array<Elements4, STEP_LOADS>,
+}
+
+// Left operands of one tensor's owned rows.
+alias Lefts = array<array<array<Left, PARTS>, WM>, MATRICES>;
+
+// Those of a subgroup, and the scales of both tensors. Past their dims elements are 0, so that they add nothing, whatever the
+// step has there.
+fn owned_parts(
+    owned: Owned,
+    first_dim: u32,
+    second_dim: u32,
+    thread: u32,
+    subgroup: u32,
+    lane: u32,
+    scales: ptr<function, vec2f>,
+) -> Lefts {
+    var first: array<vec4f, OWN_LOADS>;
+    var second: array<vec4f, OWN_LOADS>;
+    var sizes = vec2f();
+    for (var n = 0u; n < OWN_LOADS; n++) {
+        let d = 4u * ((thread + n * THREADS) % W4);
+        first[n] = first_elements(unpack4(owned.first[n]), max(d, first_dim) - d);
+        second[n] = first_elements(unpack4(owned.second[n]), max(d, second_dim) - d);
+        sizes = max(sizes, vec2f(size_of(first[n]), size_of(second[n])));
+    }
+    *scales = scales_of(sizes, subgroup, lane);
+    for (var n = 0u; n < OWN_LOADS; n++) {
+        first[n] *= (*scales).x;
+        second[n] *= (*scales).y;
+    }
+    var lefts: Lefts;
+    let mine = (subgroup / PAIRS * OWN + subgroup % PAIRS * MATRICES * M) * STRIDE;
+    for (var part = 0u; part < PARTS; part++) {
+        for (var n = 0u; n < OWN_LOADS; n++) {
+            let t = thread + n * THREADS;
+            let x = part4_of(first[n], part);
+            let y = part4_of(second[n], part);
+            first[n] -= x;
+            second[n] -= y;
+            if t < OWN * W4 {
+                let place = t / W4 * STRIDE + t % W4;
+                tiles[place] = vec4<f16>(x);
+                tiles[OWN_SIZE + place] = vec4<f16>(y);
+            }
+        }
+        workgroupBarrier();
+        for (var r = 0u; r < MATRICES; r++) {
+            for (var d = 0u; d < WM; d++) {
+                let place = mine + r * M * STRIDE + d * M / 4u;
+                lefts[r][d][part] = coopLoadT<Left>(&tiles[place], STRIDE);
+            }
+        }
+        workgroupBarrier();
+    }
+    return lefts;
+}
+
+// A step to workgroup memory, once all are done with the one before; returns its scales.
+fn store_step(step: Step, thread: u32, subgroup: u32, lane: u32) -> vec2f {
+    var sizes = vec2f();
+    for (var n = 0u; n < STEP_LOADS; n++) {
+        sizes = max(sizes, vec2f(size_of(unpack4(step.first[n])), size_of(unpack4(step.second[n]))));
+    }
+    let scales = scales_of(sizes, subgroup, lane);
+    for (var n = 0u; n < STEP_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < STEP * W4 {
+            let place = t / W4 * STRIDE + t % W4;
+            store_parts(place, STEP_SIZE, unpack4(step.first[n]) * scales.x);
+            store_parts(PARTS * STEP_SIZE + place, STEP_SIZE, unpack4(step.second[n]) * scales.y);
+        }
+    }
+    return scales;
+}
+
+// The scale of what a subgroup's lanes hold.
+fn scale_of_lanes(x: array<array<Lane, SM>, MATRICES>) -> f32 {
+    var size = 0.0;
+    for (var r = 0u; r < MATRICES; r++) {
+        for (var c = 0u; c < SM; c++) {
+            for (var e = 0u; e < ELEMENTS; e++) {
+                size = max(size, abs(x[r][c][e]));
+            }
+        }
+    }
+    return scale_for(subgroupMax(bitcast<u32>(size)));
+}
