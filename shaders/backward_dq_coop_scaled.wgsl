@@ -32,6 +32,8 @@ enable wgpu_cooperative_matrix;
 #include "common/read.wgsl" tensor=value
 #include "common/read.wgsl" tensor=grad_out
 #include "common/write.wgsl" tensor=grad_query
+// As in backward_dkdv_coop_scaled.wgsl.
+const PART_ROUNDING = 0x1000u;
 #include "common/matrix_parts.wgsl"
 #include "common/matrix_pairs.wgsl"
 #include "common/matrix_load.wgsl" tensor=query rows=OWN dim=HEAD_DIM
@@ -126,10 +128,10 @@ fn dq(
                 x[r][c] = elements_of(sum[r]);
             }
         }
-        let unscale = inverse(of_half(owned_scales, half)) * inverse(of_half(scales, half));
 
         // P score' = exp(score(S) - lse) score', then dS = P score' (dP - delta)
         if half == 0u {
+            let unscale = inverse(owned_scales.x) * inverse(scales.x);
             var slope: array<array<Lane, SM>, MATRICES>;
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < SM; c++) {
@@ -166,7 +168,9 @@ fn dq(
                 for (var c = 0u; c < SM; c++) {
                     let p = hear((pair * MATRICES + r) * SM + c, lane);
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        x[r][c][e] = p[e] * fma(x[r][c][e], unscale, -number[r][held_row(e)]);
+                        // One scale after the other: both at once, 2^-128 with a V of 1e-30, may be no f32.
+                        let dp = x[r][c][e] * inverse(owned_scales.y);
+                        x[r][c][e] = p[e] * fma(dp, inverse(scales.y), -number[r][held_row(e)]);
                     }
                     tell((pair * MATRICES + r) * SM + c, lane, x[r][c]);
                 }
@@ -182,7 +186,7 @@ fn dq(
         }
 
         // dQ = dQ + dS K
-        let x_scale = scale_of_lanes(x);
+        let x_scale = scale_of_lanes(x, scales.x);
         var x_left: array<array<array<Left, PARTS>, SM>, MATRICES>;
         for (var r = 0u; r < MATRICES; r++) {
             for (var c = 0u; c < SM; c++) {

@@ -75,6 +75,7 @@ var<workgroup> tiles: array<vec4<f16>, max(PARTS * (K_SIZE + V_SIZE), ROWS * K_S
 // A matrix of O of each subgroup, on its way to whole rows.
 var<workgroup> turned: array<f32, SUBGROUPS * M * M>;
 
+const PART_ROUNDING = 0u;
 #include "common/matrix_parts.wgsl"
 
 fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, K_LOADS> {

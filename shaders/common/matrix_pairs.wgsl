@@ -127,8 +127,9 @@ fn store_step(step: Step, thread: u32, subgroup: u32, lane: u32) -> vec2f {
     return scales;
 }
 
-// The scale of what a subgroup's lanes hold.
-fn scale_of_lanes(x: array<array<Lane, SM>, MATRICES>) -> f32 {
+// The scale of what a subgroup's lanes hold, to be multiplied with a tile of scale `other`: at most 2^126 / other, so that
+// one number takes both scales back.
+fn scale_of_lanes(x: array<array<Lane, SM>, MATRICES>, other: f32) -> f32 {
     var size = 0.0;
     for (var r = 0u; r < MATRICES; r++) {
         for (var c = 0u; c < SM; c++) {
@@ -137,5 +138,6 @@ fn scale_of_lanes(x: array<array<Lane, SM>, MATRICES>) -> f32 {
             }
         }
     }
-    return scale_for(subgroupMax(bitcast<u32>(size)));
+    let scale = scale_for(subgroupMax(bitcast<u32>(size)));
+    return bitcast<f32>(min(bitcast<u32>(scale), (380u << 23u) - bitcast<u32>(other)));
 }
