@@ -61,6 +61,9 @@ struct Args {
     /// Scores become softcap · tanh(score / softcap)
     #[arg(long, allow_negative_numbers = true)]
     softcap: Option<f32>,
+    /// Where the coop kernel keeps scores and probabilities; without it, the faster of what the device allows
+    #[arg(long, value_enum)]
+    coop_form: Option<support::Form>,
     /// The adapter whose name holds this text
     #[arg(long, value_name = "SUBSTRING")]
     adapter: Option<String>,
@@ -371,8 +374,9 @@ fn on_device<T: Number>(
         KernelName::Decode => Some(Kernel::Decode),
         KernelName::Auto | KernelName::Reference => None,
     };
-    let plan =
-        context.plan_with(problem, &PlanOptions { kernel, backward: kernel, ..Default::default() }).map_err(words)?;
+    let coop_form = args.coop_form.map(Into::into);
+    let options = PlanOptions { kernel, backward: kernel, coop_form, ..Default::default() };
+    let plan = context.plan_with(problem, &options).map_err(words)?;
     say("plan", &plan);
     let inputs = Inputs::upload(&context, tensors)?;
     let outputs = Outputs::poisoned(&context, &plan)?;

@@ -11,9 +11,9 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use wgpu_flash_attention::tune::{BackwardTile, DecodeTile, Tile};
+use wgpu_flash_attention::tune::{BackwardTile, CoopTile, DecodeTile, Tile};
 use wgpu_flash_attention::{
-    Causal, Context, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, reference,
+    Causal, Context, CoopForm, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, reference,
 };
 
 use support::{
@@ -49,6 +49,12 @@ struct Args {
     /// Times the backward pass with this tile in place of the tuned ones; may be repeated
     #[arg(long, value_name = "OWN,STEP,TY,TX,CHUNK,BLOCK", value_parser = parse_backward_tile)]
     backward_tile: Vec<BackwardTile>,
+    /// Times the coop kernel with this tile in place of the tuned one; may be repeated
+    #[arg(long, value_name = "SUBGROUPS,ROW_MATRICES,KEYS,BUFFERS", value_parser = parse_coop_tile)]
+    coop_tile: Vec<CoopTile>,
+    /// Times the coop kernel in this form in place of the faster one that the device allows; may be repeated
+    #[arg(long, value_enum)]
+    coop_form: Vec<support::Form>,
     /// Times the decode kernel with so many splits of the keys, in place of the tuned number; may be repeated
     #[arg(long)]
     splits: Vec<u32>,
@@ -145,6 +151,11 @@ fn parse_decode_tile(text: &str) -> std::result::Result<DecodeTile, String> {
     Ok(DecodeTile { rows, threads, key_threads, thread_keys })
 }
 
+fn parse_coop_tile(text: &str) -> std::result::Result<CoopTile, String> {
+    let [subgroups, row_matrices, keys, buffers] = numbers(text)?;
+    Ok(CoopTile { subgroups, row_matrices, keys, buffers })
+}
+
 fn parse_tile(text: &str) -> std::result::Result<Tile, String> {
     let [rows, keys, threads_y, threads_x, chunk, value_keys] = numbers(text)?;
     Ok(Tile { rows, keys, threads_y, threads_x, chunk, value_keys })
@@ -161,19 +172,35 @@ struct Candidate {
     kernel: Kernel,
     tile: Option<Tile>,
     backward_tile: Option<BackwardTile>,
+    coop_tile: Option<CoopTile>,
+    coop_form: Option<CoopForm>,
     decode_tile: Option<DecodeTile>,
     splits: Option<u32>,
 }
 
 impl Candidate {
     fn of(kernel: Kernel) -> Self {
-        Candidate { kernel, tile: None, backward_tile: None, decode_tile: None, splits: None }
+        Candidate {
+            kernel,
+            tile: None,
+            backward_tile: None,
+            coop_tile: None,
+            coop_form: None,
+            decode_tile: None,
+            splits: None,
+        }
     }
 }
 
 impl std::fmt::Display for Candidate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.kernel.fmt(f)?;
+        if let Some(form) = self.coop_form {
+            write!(f, " {form}")?;
+        }
+        if let Some(CoopTile { subgroups, row_matrices, keys, buffers }) = self.coop_tile {
+            write!(f, "[{subgroups} {row_matrices} {keys} {buffers}]")?;
+        }
         if let Some(t) = self.tile {
             let Tile { rows, keys, threads_y, threads_x, chunk, value_keys } = t;
             write!(f, "[{rows} {keys} {threads_y} {threads_x} {chunk} {value_keys}]")?;
@@ -199,7 +226,14 @@ fn candidates(args: &Args, op: Op) -> Vec<Candidate> {
     for kernel in &args.kernels {
         match kernel {
             KernelName::Naive => all.push(Candidate::of(Kernel::Naive)),
-            KernelName::Coop => all.push(Candidate::of(Kernel::Coop)),
+            KernelName::Coop => {
+                let forms: Vec<CoopForm> = args.coop_form.iter().map(|&form| form.into()).collect();
+                let coop = Candidate::of(Kernel::Coop);
+                for coop_form in or_none(&forms) {
+                    let with = |coop_tile| Candidate { coop_form, coop_tile, ..coop };
+                    all.extend(or_none(&args.coop_tile).into_iter().map(with));
+                }
+            }
             KernelName::Decode => {
                 let decode = Candidate { decode_tile: args.decode_tile, ..Candidate::of(Kernel::Decode) };
                 all.extend(or_none(&args.splits).into_iter().map(|splits| Candidate { splits, ..decode }));
@@ -309,12 +343,12 @@ impl Report {
     fn line(name: &str, op: Op, problem: &Problem, rest: &str) -> String {
         let causal = if problem.causal.is_some() { "causal" } else { "" };
         let (ty, shape) = (problem.element_type.to_string(), label(&problem.shape));
-        format!("{name:<28} {op:<16} {ty:<5} {shape:<18} {causal:<7} {rest}")
+        format!("{name:<44} {op:<16} {ty:<5} {shape:<18} {causal:<7} {rest}")
     }
 
     fn header(&self) {
         let line = format!(
-            "{:<28} {:<16} {:<5} {:<18} {:<7} {:>10} {:>10} {:>9} {:>9} {:>12} {:>10}",
+            "{:<44} {:<16} {:<5} {:<18} {:<7} {:>10} {:>10} {:>9} {:>9} {:>12} {:>10}",
             "kernel",
             "op",
             "dtype",
@@ -406,6 +440,8 @@ fn compare_one<T: Number>(
     let options = PlanOptions {
         kernel: Some(candidate.kernel),
         tile: candidate.tile,
+        coop_tile: candidate.coop_tile,
+        coop_form: candidate.coop_form,
         decode_tile: candidate.decode_tile,
         splits: candidate.splits,
         backward: Some(candidate.kernel),

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use half::{bf16, f16};
 use wgpu_flash_attention::{
-    Causal, Context, ElementType, Error, HeadlessOptions, Kernel, Layout, Plan, PlanOptions, Problem, Shape, reference,
-    wgpu,
+    Causal, Context, CoopForm, ElementType, Error, HeadlessOptions, Kernel, Layout, Plan, PlanOptions, Problem, Shape,
+    reference, wgpu,
 };
 
 use support::{
@@ -32,7 +32,8 @@ struct Args {
     /// The adapter whose name holds this text
     #[arg(long)]
     adapter: Option<String>,
-    /// Opens the device with cooperative matrices, which wgpu calls experimental, and runs the coop kernel too
+    /// Opens the device with cooperative matrices, which wgpu calls experimental, and runs the coop kernel too, in each
+    /// form that the device allows
     #[arg(long)]
     coop: bool,
 }
@@ -235,13 +236,15 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     let sample = GradientSample::of(context, &with_gradients, &tensors, &upstream, queries, keys)
         .map_err(|what| format!("seed {seed}: {what}\n{problem:?}\nkey lengths {seqlens_k:?}"))?;
 
-    let mut kernels = vec![Kernel::Tile];
-    kernels.extend((s.rows() * s.seqlen_k as u64 <= 1 << 20).then_some(Kernel::Naive));
-    kernels.extend((s.seqlen_q <= 16).then_some(Kernel::Decode));
-    kernels.push(Kernel::Coop);
-    for kernel in kernels {
-        let failed = |what: String| format!("seed {seed}: {kernel}: {what}\n{problem:?}\nkey lengths {seqlens_k:?}");
-        let plan = match context.plan_with(&problem, &PlanOptions { kernel: Some(kernel), ..Default::default() }) {
+    let mut kernels = vec![(Kernel::Tile, None)];
+    kernels.extend((s.rows() * s.seqlen_k as u64 <= 1 << 20).then_some((Kernel::Naive, None)));
+    kernels.extend((s.seqlen_q <= 16).then_some((Kernel::Decode, None)));
+    kernels.extend([CoopForm::Registers, CoopForm::WorkgroupMemory].map(|form| (Kernel::Coop, Some(form))));
+    for (kernel, coop_form) in kernels {
+        let name = coop_form.map_or(kernel.to_string(), |form| format!("{kernel} {form}"));
+        let failed = |what: String| format!("seed {seed}: {name}: {what}\n{problem:?}\nkey lengths {seqlens_k:?}");
+        let options = PlanOptions { kernel: Some(kernel), coop_form, ..Default::default() };
+        let plan = match context.plan_with(&problem, &options) {
             Err(Error::Unsupported { .. }) => continue,
             plan => plan.map_err(|error| failed(error.to_string()))?,
         };
@@ -265,14 +268,18 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
             ElementType::F32 => support::judge_relative(errors, 2e-6),
             _ => support::judge_by_plain(errors, plain),
         };
-        for (name, verdict) in [("o", o), ("lse", support::judge_lse(&found_lse, &lse))] {
+        for (what, verdict) in [("o", o), ("lse", support::judge_lse(&found_lse, &lse))] {
             if !verdict.holds {
-                return Err(failed(format!("{name}: {verdict}")));
+                return Err(failed(format!("{what}: {verdict}")));
             }
-            let (count, worst) = totals.entry(format!("{kernel}, {}, {name}", T::TYPE)).or_default();
+            let (count, worst) = totals.entry(format!("{name}, {}, {what}", T::TYPE)).or_default();
             (*count, *worst) = (*count + 1, worst.max(verdict.ratio));
         }
 
+        // There is one form of the backward pass.
+        if coop_form == Some(CoopForm::WorkgroupMemory) {
+            continue;
+        }
         let options = PlanOptions { kernel: Some(kernel), backward: Some(kernel), ..Default::default() };
         let plan = match context.plan_with(&with_gradients, &options) {
             Err(Error::Unsupported { .. }) => continue,
@@ -280,11 +287,11 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
         };
         let verdicts = run_backward(context, &plan, &inputs, &upstream_laid_out, &sample)
             .map_err(|what| failed(format!("{what}\n{gradients:?}")))?;
-        for (name, verdict) in GRADIENTS.into_iter().zip(verdicts) {
+        for (what, verdict) in GRADIENTS.into_iter().zip(verdicts) {
             if !verdict.holds {
-                return Err(failed(format!("{name}: {verdict}\n{gradients:?}")));
+                return Err(failed(format!("{what}: {verdict}\n{gradients:?}")));
             }
-            let (count, worst) = totals.entry(format!("{kernel}, {}, {name}", T::TYPE)).or_default();
+            let (count, worst) = totals.entry(format!("{name}, {}, {what}", T::TYPE)).or_default();
             (*count, *worst) = (*count + 1, worst.max(verdict.ratio));
         }
     }
@@ -312,7 +319,7 @@ fn run(args: &Args) -> Result<bool, Box<dyn std::error::Error>> {
     };
     println!("{} cases, seeds {} to {}, {:.0} s", seed - args.seed, args.seed, seed - 1, start.elapsed().as_secs_f64());
     for (name, (count, worst)) in &totals {
-        println!("{name:<20} {count:>6} runs, each twice; worst error {worst:.2} of what is allowed");
+        println!("{name:<38} {count:>6} runs, each twice; worst error {worst:.2} of what is allowed");
     }
     match &failure {
         None => println!("PASS"),

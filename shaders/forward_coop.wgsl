@@ -11,7 +11,7 @@
 //     O = O / l,  lse = ln 2 (m + log2 l),          maxima being in base 2
 //
 // Which elements of a matrix a lane holds is asked of the device (src/elements.rs); accumulators and left operands have
-// to agree, so that P is where S was.
+// to agree, so that P is where S was. Devices without access to elements have forward_coop_workgroup.wgsl.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "common/problem.wgsl"
@@ -46,71 +46,14 @@ fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 #endif
 }
 
-const LANES = M * M / ELEMENTS;
-const THREADS = SUBGROUPS * LANES;
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
-// Matrices across the keys of a tile, the head dimension, and the values' dimension.
-const KM = KEYS / M;
-const DM = (HEAD_DIM + M - 1u) / M;
-const VM = (HEAD_DIM_V + M - 1u) / M;
-// Rows in workgroup memory: how many times eight elements are there, and how far apart rows are, in vectors of four. The
-// two vectors between rows keep the rows of a matrix on different banks.
-const D8 = DM * M / 8u;
-const V8 = VM * M / 8u;
-const K_STRIDE = 2u * D8 + 2u;
-const V_STRIDE = 2u * V8 + 2u;
-const K_SIZE = KEYS * K_STRIDE;
-const V_SIZE = KEYS * V_STRIDE;
-// What each thread moves of Q, O, and a tile of K and of V.
+#include "common/coop_tiles.wgsl"
+// What each thread moves of Q and O.
 const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
 const O_STORES = (ROWS * V8 + THREADS - 1u) / THREADS;
-const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
-const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
-// Where maxima start: below every score and above every masked one. So no row takes its maximum from masked scores, whose
-// product with the factor is rounded: exp2 of that rounding error, of a number as large as 1e15, may overflow.
-const EMPTY = -1.0e14;
-
 // A tile of K and one of V, or two of each, one in use while the other is filled; before them Q, and after them O.
 const TILES = max(BUFFERS * (K_SIZE + V_SIZE), ROWS * max(K_STRIDE, V_STRIDE));
-var<workgroup> tiles: array<vec4<f16>, TILES>;
-
-fn store_eight(place: u32, x: Eight) {
-    tiles[place] = x.low;
-    tiles[place + 1u] = x.high;
-}
-
-fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<Eight, K_LOADS> {
-    var x: array<Eight, K_LOADS>;
-    for (var n = 0u; n < K_LOADS; n++) {
-        let t = thread + n * THREADS;
-        x[n] = read_key(start + min(j0 + t / D8, last) * problem.key.row, 8u * (t % D8), HEAD_DIM);
-    }
-    return x;
-}
-
-fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Eight, V_LOADS> {
-    var x: array<Eight, V_LOADS>;
-    for (var n = 0u; n < V_LOADS; n++) {
-        let t = thread + n * THREADS;
-        x[n] = read_value(start + min(j0 + t / V8, last) * problem.value.row, 8u * (t % V8), HEAD_DIM_V);
-    }
-    return x;
-}
-
-fn store_tile(k: array<Eight, K_LOADS>, v: array<Eight, V_LOADS>, buffer: u32, thread: u32) {
-    for (var n = 0u; n < K_LOADS; n++) {
-        let t = thread + n * THREADS;
-        if t < KEYS * D8 {
-            store_eight(buffer * K_SIZE + t / D8 * K_STRIDE + 2u * (t % D8), k[n]);
-        }
-    }
-    for (var n = 0u; n < V_LOADS; n++) {
-        let t = thread + n * THREADS;
-        if t < KEYS * V8 {
-            store_eight(BUFFERS * K_SIZE + buffer * V_SIZE + t / V8 * V_STRIDE + 2u * (t % V8), v[n]);
-        }
-    }
-}
+var<workgroup> tiles: array<Halves, TILES>;
 
 @compute @workgroup_size(THREADS)
 fn forward(
@@ -141,14 +84,14 @@ fn forward(
         let x = first_elements(read_query(query_start + i * problem.query.row, d, HEAD_DIM), max(d, HEAD_DIM) - d);
         if t < ROWS * D8 {
             let sign = f16(score_sign());
-            store_eight(t / D8 * K_STRIDE + 2u * (t % D8), Eight(x.low * sign, x.high * sign));
+            store_eight(t / D8 * K_STRIDE + 8u / WIDTH * (t % D8), Eight(x.low * sign, x.high * sign));
         }
     }
     workgroupBarrier();
     var q: array<array<Left, DM>, ROW_MATRICES>;
     for (var r = 0u; r < ROW_MATRICES; r++) {
         for (var d = 0u; d < DM; d++) {
-            let place = (mine + r * M) * K_STRIDE + d * M / 4u;
+            let place = (mine + r * M) * K_STRIDE + d * M / WIDTH;
             q[r][d] = coopLoadT<Left>(&tiles[place], K_STRIDE);
         }
     }
@@ -177,14 +120,16 @@ fn forward(
         value_next = load_value(value_start, u32(first), last, thread);
     }
     if BUFFERS == 2u {
-        store_tile(key_next, value_next, 0u, thread);
+        store_key(key_next, 0u, thread);
+        store_value(value_next, 0u, thread);
         workgroupBarrier();
     }
     var buffer = 0u;
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         if BUFFERS == 1u {
             workgroupBarrier();
-            store_tile(key_next, value_next, 0u, thread);
+            store_key(key_next, 0u, thread);
+            store_value(value_next, 0u, thread);
             workgroupBarrier();
         }
         key_next = load_key(key_start, u32(j0) + KEYS, last, thread);
@@ -199,7 +144,7 @@ fn forward(
         }
         for (var d = 0u; d < DM; d++) {
             for (var c = 0u; c < KM; c++) {
-                let place = buffer * K_SIZE + c * M * K_STRIDE + d * M / 4u;
+                let place = buffer * K_SIZE + c * M * K_STRIDE + d * M / WIDTH;
                 let k = coopLoad<Right>(&tiles[place], K_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     s[r][c] = coopMultiplyAdd(q[r][d], k, s[r][c]);
@@ -281,7 +226,7 @@ fn forward(
                 p[r] = left(x[r][c]);
             }
             for (var d = 0u; d < VM; d++) {
-                let place = BUFFERS * K_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / 4u;
+                let place = BUFFERS * K_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / WIDTH;
                 let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     o[r][d] = coopMultiplyAdd(p[r], v, o[r][d]);
@@ -291,7 +236,8 @@ fn forward(
 
         if BUFFERS == 2u {
             buffer = 1u - buffer;
-            store_tile(key_next, value_next, buffer, thread);
+            store_key(key_next, buffer, thread);
+            store_value(value_next, buffer, thread);
             workgroupBarrier();
         }
     }
@@ -328,7 +274,7 @@ fn forward(
         let d = 8u * (t % V8);
         if t < ROWS * V8 && i < row1 && d < HEAD_DIM_V {
             let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
-            let place = t / V8 * V_STRIDE + 2u * (t % V8);
+            let place = t / V8 * V_STRIDE + 8u / WIDTH * (t % V8);
             write_out(start, d, HEAD_DIM_V, Eight(tiles[place], tiles[place + 1u]));
         }
     }

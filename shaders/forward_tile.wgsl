@@ -123,14 +123,6 @@ fn store_value(x: array<Elements4, VALUE_LOADS>, thread: u32) {
     }
 }
 
-// acc + (q·k0, q·k1, q·k2, q·k3)
-fn dot4(q: vec4f, k0: vec4f, k1: vec4f, k2: vec4f, k3: vec4f, acc: vec4f) -> vec4f {
-    let x = fma(vec4f(q.x), vec4f(k0.x, k1.x, k2.x, k3.x), acc);
-    let y = fma(vec4f(q.y), vec4f(k0.y, k1.y, k2.y, k3.y), x);
-    let z = fma(vec4f(q.z), vec4f(k0.z, k1.z, k2.z, k3.z), y);
-    return fma(vec4f(q.w), vec4f(k0.w, k1.w, k2.w, k3.w), z);
-}
-
 fn max4(x: vec4f) -> f32 {
     return max(max(x.x, x.y), max(x.z, x.w));
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::elements::{self, ElementModule, MatrixFormat, NoElementAccess};
+use crate::elements::{self, ElementModule, MatrixFormat, NoElementAccess, NoMatrices};
 use crate::kernel::forward_coop::{self, Matrices};
 use crate::kernel::{Access, Pass};
 use crate::passthrough;
@@ -57,20 +57,26 @@ impl Context {
     }
 
     /// Allows kernels on cooperative matrices (tensor cores), for devices whose owner opted in to
-    /// [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES). `adapter` is the one that the device came from; it
-    /// knows the sizes of the matrices. Runs one small kernel, to learn which lane holds which element of a matrix, and
-    /// waits for it.
-    pub async fn with_cooperative_matrices(mut self, adapter: &wgpu::Adapter) -> Result<Self, NoElementAccess> {
+    /// [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES). `adapter` is the one that the device came
+    /// from; it knows the sizes of the matrices.
+    ///
+    /// They are faster with access to the elements of matrices, which they have on Vulkan if the device was also
+    /// created with `Features::PASSTHROUGH_SHADERS`. To learn which lane holds which element this runs one small
+    /// kernel, and waits for it. A plan says which form it takes, and why ([`CoopForm`](crate::CoopForm)).
+    pub async fn with_cooperative_matrices(mut self, adapter: &wgpu::Adapter) -> Result<Self, NoMatrices> {
         let of = |info: wgpu::AdapterInfo| (info.name, info.vendor, info.device, info.backend, info.driver_info);
         if of(adapter.get_info()) != of(self.device.adapter_info()) {
-            return Err(NoElementAccess::Adapter);
+            return Err(NoMatrices::Adapter);
         }
         let format = MatrixFormat::of(&self.device, &adapter.cooperative_matrix_properties())?;
-        let found = elements::probe(&self, format).await?;
-        if format.elements() != forward_coop::ELEMENTS || found.a != found.c || found.b != found.c.transposed() {
-            return Err(NoElementAccess::Roles);
-        }
-        self.matrices = Some(Matrices { format, layout: found.c });
+        let elements = elements::probe(&self, format).await.and_then(|found| {
+            let in_place = found.a == found.c && found.b == found.c.transposed();
+            match in_place && format.elements() == forward_coop::ELEMENTS {
+                true => Ok(found.c),
+                false => Err(NoElementAccess::Roles),
+            }
+        });
+        self.matrices = Some(Matrices { format, elements });
         Ok(self)
     }
 

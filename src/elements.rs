@@ -19,11 +19,12 @@ use naga::{CooperativeRole, Scalar, TypeInner};
 
 use crate::{Context, Error, passthrough};
 
-/// The device features that element access needs, all of them the caller's decision.
-pub const FEATURES: wgpu::Features = wgpu::Features::PASSTHROUGH_SHADERS
-    .union(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX)
-    .union(wgpu::Features::SHADER_F16)
-    .union(wgpu::Features::SUBGROUP);
+/// The device features that kernels on cooperative matrices need, all of them the caller's decision.
+pub const MATRIX_FEATURES: wgpu::Features =
+    wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(wgpu::Features::SHADER_F16).union(wgpu::Features::SUBGROUP);
+
+/// The same with what access to their elements needs.
+pub const FEATURES: wgpu::Features = MATRIX_FEATURES.union(wgpu::Features::PASSTHROUGH_SHADERS);
 
 /// What [`FEATURES`] let a module use. `pack2x16float` and its like need no feature on Vulkan.
 const CAPABILITIES: Capabilities = Capabilities::COOPERATIVE_MATRIX
@@ -31,7 +32,30 @@ const CAPABILITIES: Capabilities = Capabilities::COOPERATIVE_MATRIX
     .union(Capabilities::SHADER_FLOAT16_IN_FLOAT32)
     .union(Capabilities::SUBGROUP);
 
-/// Why a device gives no access to matrix elements.
+/// Why kernels cannot use a device's cooperative matrices.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NoMatrices {
+    /// The device was created without features that are needed.
+    #[error("the device lacks {0:?}")]
+    Features(wgpu::Features),
+    /// The adapter has no square matrices of a size that WGSL can name, f16 with f32 sums.
+    #[error("the adapter lists no f16 matrices of 16x16 or 8x8 with f32 sums")]
+    MatrixSize,
+    /// A kernel cannot know how many lanes share a matrix.
+    #[error("subgroups have {min} to {max} lanes; one size is needed, from a row of a matrix to its elements")]
+    SubgroupSize {
+        /// Fewest lanes.
+        min: u32,
+        /// Most lanes.
+        max: u32,
+    },
+    /// The adapter is not the one that the device came from.
+    #[error("the adapter is another than the device's; pass the adapter that the device was requested from")]
+    Adapter,
+}
+
+/// Why a device gives no access to the elements of its matrices.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum NoElementAccess {
     /// The device was created without features that are needed.
@@ -40,28 +64,14 @@ pub enum NoElementAccess {
     /// Only Vulkan takes SPIR-V.
     #[error("the backend is {0}, not Vulkan")]
     Backend(wgpu::Backend),
-    /// The adapter has no square matrices of a size that WGSL can name, f16 with f32 sums.
-    #[error("the adapter lists no f16 matrices of 16x16 or 8x8 with f32 sums")]
-    MatrixSize,
-    /// A kernel cannot know how many lanes share a matrix.
-    #[error("subgroups have {min} to {max} lanes; one size that divides a matrix is needed")]
-    SubgroupSize {
-        /// Fewest lanes.
-        min: u32,
-        /// Most lanes.
-        max: u32,
-    },
     /// The probe's module was refused.
     #[error("the probe: {0}")]
     Module(#[from] ModuleError),
     /// The driver or wgpu refused the probe, or the device failed while it ran.
     #[error("the probe failed: {0}")]
     Probe(String),
-    /// The adapter is not the one that the device came from.
-    #[error("the adapter is another than the device's; pass the adapter that the device was requested from")]
-    Adapter,
-    /// Left operands do not lie as accumulators do, right ones not as their transpose, or a lane holds more or fewer than
-    /// eight elements.
+    /// Left operands do not lie as accumulators do, right ones not as their transpose, or a lane holds more or fewer
+    /// than eight elements.
     #[error("the roles of a matrix lie in the lanes in ways that no kernel is written for")]
     Roles,
     /// The elements lie in a way that no kernel is written for.
@@ -84,13 +94,16 @@ pub struct MatrixFormat {
 }
 
 impl MatrixFormat {
-    /// The largest matrices of this device to whose elements kernels have access. `properties` are those of the device's
-    /// adapter, `Adapter::cooperative_matrix_properties`.
+    /// The largest matrices of this device that kernels can use. `properties` are those of the device's adapter,
+    /// `Adapter::cooperative_matrix_properties`.
     pub fn of(
         device: &wgpu::Device,
         properties: &[wgpu::CooperativeMatrixProperties],
-    ) -> Result<MatrixFormat, NoElementAccess> {
-        passthrough::check(device)?;
+    ) -> Result<MatrixFormat, NoMatrices> {
+        let missing = MATRIX_FEATURES - device.features();
+        if !missing.is_empty() {
+            return Err(NoMatrices::Features(missing));
+        }
         let listed = |&size: &u32| {
             properties.iter().any(|p| {
                 [p.m_size, p.n_size, p.k_size] == [size; 3]
@@ -98,11 +111,15 @@ impl MatrixFormat {
                     && p.cr_type == wgpu::CooperativeScalarType::F32
             })
         };
-        let size = [16, 8].into_iter().find(listed).ok_or(NoElementAccess::MatrixSize)?;
+        let size = [16, 8].into_iter().find(listed).ok_or(NoMatrices::MatrixSize)?;
         let info = device.adapter_info();
-        let (min, max) = (info.subgroup_min_size, info.subgroup_max_size);
-        if min != max || !max.is_power_of_two() || max > size * size {
-            return Err(NoElementAccess::SubgroupSize { min, max });
+        let (min, max) = match info.backend {
+            // wgpu reports what any GPU with Metal may have; all those with matrices have 32.
+            wgpu::Backend::Metal => (32, 32),
+            _ => (info.subgroup_min_size, info.subgroup_max_size),
+        };
+        if min != max || !max.is_power_of_two() || max < size || max > size * size {
+            return Err(NoMatrices::SubgroupSize { min, max });
         }
         Ok(MatrixFormat { size, lanes: max })
     }
@@ -587,6 +604,18 @@ impl MatrixLayout {
         Ok(MatrixLayout { row, column })
     }
 
+    /// A layout in which each lane's elements lie in one row, in runs of four where it has as many, beside those of its
+    /// neighbours. For formats with at least as many lanes as rows.
+    pub fn rows(format: MatrixFormat) -> MatrixLayout {
+        let (bits, elements) = (format.size.ilog2(), format.elements().ilog2());
+        let shared = bits - elements;
+        let run = elements.min(2);
+        let mut column: Vec<Bit> = (0..run).map(Bit::Element).collect();
+        column.extend((0..shared).map(Bit::Lane));
+        column.extend((run..elements).map(Bit::Element));
+        MatrixLayout { row: (shared..shared + bits).map(Bit::Lane).collect(), column }
+    }
+
     /// Row and column of an element of a lane.
     pub fn position(&self, lane: u32, element: u32) -> (u32, u32) {
         let gather = |bits: &[Bit]| {
@@ -615,28 +644,6 @@ impl MatrixLayout {
     /// The layout of the transposed matrix in the same lanes.
     pub fn transposed(&self) -> MatrixLayout {
         MatrixLayout { row: self.column.clone(), column: self.row.clone() }
-    }
-
-    /// The layout as WGSL: `lane_row(lane) + element_row(element)` is the row, `lane_column(lane) +
-    /// element_column(element)` the column.
-    pub fn wgsl(&self) -> String {
-        let mut text = String::new();
-        for (axis, bits) in [("row", &self.row), ("column", &self.column)] {
-            for source in ["lane", "element"] {
-                let terms: Vec<String> = (0..)
-                    .zip(bits)
-                    .filter_map(|(place, &bit)| match bit {
-                        Bit::Lane(n) if source == "lane" => Some((place, n)),
-                        Bit::Element(n) if source == "element" => Some((place, n)),
-                        _ => None,
-                    })
-                    .map(|(place, n): (u32, u32)| format!("((({source} >> {n}u) & 1u) << {place}u)"))
-                    .collect();
-                let sum = if terms.is_empty() { "0u".into() } else { terms.join(" + ") };
-                let _ = writeln!(text, "fn {source}_{axis}({source}: u32) -> u32 {{ return {sum}; }}");
-            }
-        }
-        text
     }
 }
 

@@ -60,8 +60,9 @@ pub struct HeadlessOptions {
     pub adapter: Option<String>,
     /// See [`Context::checked`].
     pub checked: bool,
-    /// Opens the device with [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES), which wgpu calls experimental:
-    /// it may have bugs with undefined behaviour. And the context with [`Context::with_cooperative_matrices`].
+    /// Opens the device with [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES), which wgpu calls
+    /// experimental: it may have bugs with undefined behaviour; with `PASSTHROUGH_SHADERS` where the adapter has it.
+    /// And the context with [`Context::with_cooperative_matrices`].
     pub cooperative_matrices: bool,
 }
 
@@ -108,11 +109,13 @@ impl Context {
                 }
             }
         };
-        let useful = wgpu::Features::TIMESTAMP_QUERY;
-        let (wanted, experimental) = match options.cooperative_matrices {
-            true => (crate::COOPERATIVE_MATRIX_FEATURES, passthrough::experimental_features()),
-            false => (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled()),
-        };
+        let mut useful = wgpu::Features::TIMESTAMP_QUERY;
+        let (mut wanted, mut experimental) = (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled());
+        if options.cooperative_matrices {
+            useful |= wgpu::Features::PASSTHROUGH_SHADERS;
+            wanted = crate::COOPERATIVE_MATRIX_FEATURES;
+            experimental = passthrough::experimental_features();
+        }
         let missing = wanted - adapter.features();
         if !missing.is_empty() {
             return Err(Error::Adapter(format!("{} lacks {missing:?}", adapter.get_info().name)));

@@ -37,6 +37,8 @@
 //!   (`println!("{plan}")`) and how large a workspace it needs.
 //! - [`Plan::forward`] records into your encoder. It submits nothing, allocates no buffer, and on an [`Error`] has
 //!   recorded nothing.
+//! - [`Plan::backward`] does the same for the gradients of q, k and v, if the problem was made
+//!   [`with_gradients`](Problem::with_gradients).
 //!
 //! `examples/own_device.rs` is a complete program of this kind, `examples/attend.rs` a command that compares the kernels
 //! with your own framework on a safetensors file, `examples/train.rs` one that trains a small transformer on the device.
@@ -63,11 +65,11 @@ pub mod tune;
 
 pub use backward::BackwardBuffers;
 pub use context::Context;
-pub use elements::{FEATURES as COOPERATIVE_MATRIX_FEATURES, NoElementAccess};
+pub use elements::{MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES, NoMatrices};
 pub use error::Error;
 pub use forward::{BoundPass, ForwardBuffers};
 pub use host::{Element, HeadlessOptions, HostTensor, SdpaOptions};
-pub use kernel::Kernel;
+pub use kernel::{CoopForm, Kernel};
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};
 pub use plan::{Plan, PlanOptions};
 pub use problem::{Causal, ElementType, Gradients, Layout, MAX_HEAD_DIM, MAX_SEQLEN, Problem, Shape};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::context::{Context, Pipeline};
 use crate::forward::bind_launch;
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
-use crate::kernel::{self, Kernel, Pass, Slot};
+use crate::kernel::{self, CoopForm, Kernel, Pass, Slot, forward_coop};
 use crate::problem::{Layout, Tensor};
 use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, Tile};
 use crate::{ElementType, Error, Problem};
@@ -20,13 +20,15 @@ pub struct PlanOptions {
     pub tile: Option<Tile>,
     /// The tile of the coop kernel; `None` takes [`tune::coop_tile`], or [`tune::coop_scaled_tile`] for f32 and bf16.
     pub coop_tile: Option<CoopTile>,
+    /// The form of the coop kernel; `None` takes the faster of those that the device allows.
+    pub coop_form: Option<CoopForm>,
     /// The tile of the decode kernel; `None` takes [`tune::decode_tile`].
     pub decode_tile: Option<DecodeTile>,
     /// Into how many splits the decode kernel cuts the keys; `None` takes [`tune::decode_splits`].
     pub splits: Option<u32>,
     /// The kernel of the backward pass; `None` lets the plan choose.
     pub backward: Option<Kernel>,
-    /// The tile of the backward pass' tile kernels; `None` takes [`tune::backward_tile`].
+    /// The tile of the backward pass' tile kernels; `None` takes [`tune::backward_tiles`].
     pub backward_tile: Option<BackwardTile>,
     /// The tiles of the backward pass' coop kernels, of the gradients of keys and values and of queries; `None` takes
     /// [`tune::coop_backward_tiles`], or [`tune::coop_scaled_backward_tiles`] for f32 and bf16.
@@ -47,6 +49,8 @@ pub struct Plan {
     splits: Option<u32>,
     /// Queries and keys of a tile, for kernels that have tiles.
     rows_and_keys: Option<(u32, u32)>,
+    /// The coop kernel's form, and why.
+    coop_form: Option<(CoopForm, String)>,
 }
 
 /// What the forward or the backward pass dispatches, and why.
@@ -394,22 +398,27 @@ impl Plan {
         problem.validate()?;
         let limits = context.limits();
         let shape = &problem.shape;
-        let coop_fits = context.matrices.as_ref().is_some_and(|matrices| {
-            let tile = kernel::coop_tile(problem, matrices.format.size);
-            let pass = kernel::coop_pass(problem, tile, matrices);
-            pass.workgroup_bytes <= limits.max_compute_workgroup_storage_size
-                && pass.threads <= limits.max_compute_invocations_per_workgroup
-        });
+        let coop_fits = || {
+            let matrices = context.matrices.as_ref()?;
+            let chosen = forward_coop::choose(problem, matrices, options).ok()?;
+            check_limits(Kernel::Coop, std::slice::from_ref(&chosen.pass), limits).ok()
+        };
+        // What f32 and bf16 need.
+        let in_registers = options.coop_form != Some(CoopForm::WorkgroupMemory)
+            && context.matrices.as_ref().is_some_and(|matrices| matrices.elements.is_ok());
         let (kernel, reason) = match (options.kernel, &context.matrices, problem.element_type) {
             (Some(kernel), _, _) => (kernel, "asked for"),
             (None, _, _) if kernel::decode::suits(problem) => {
                 (Kernel::Decode, "few queries and many keys: splits of the keys fill the device")
             }
-            (None, Some(_), _) if !coop_fits => {
-                (Kernel::Tile, "the device's limits are too small for the tile of the coop kernel")
+            (None, Some(_), ElementType::F32 | ElementType::BF16) if !in_registers => {
+                (Kernel::Tile, "without access to the elements of matrices the coop kernel takes f16 only")
             }
             (None, Some(_), ElementType::F32) if shape.head_dim.max(shape.head_dim_v) > 128 => {
                 (Kernel::Tile, "registers do not hold the rows of the coop kernel in f32 at this head dim")
+            }
+            (None, Some(_), _) if coop_fits().is_none() => {
+                (Kernel::Tile, "the device's limits are too small for the tile of the coop kernel")
             }
             (None, Some(_), ElementType::F32) => {
                 (Kernel::Coop, "the device has cooperative matrices; f32 is multiplied in two parts of f16")
@@ -423,6 +432,7 @@ impl Plan {
         let mut tile = None;
         let mut rows_and_keys = None;
         let mut splits = None;
+        let mut coop_form = None;
         let passes = match kernel {
             Kernel::Coop => {
                 let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
@@ -430,14 +440,10 @@ impl Plan {
                     .matrices
                     .as_ref()
                     .ok_or(unsupported("the context was made without with_cooperative_matrices"))?;
-                let size = matrices.format.size;
-                let chosen = options.coop_tile.unwrap_or_else(|| kernel::coop_tile(problem, size));
-                match problem.element_type {
-                    ElementType::F16 => chosen.validate(size)?,
-                    ElementType::F32 | ElementType::BF16 => chosen.validate_scaled(size, matrices.format.lanes)?,
-                }
-                rows_and_keys = Some((chosen.rows(size), chosen.keys));
-                vec![kernel::coop_pass(problem, chosen, matrices)]
+                let chosen = forward_coop::choose(problem, matrices, options)?;
+                rows_and_keys = Some((chosen.tile.rows(matrices.format.size), chosen.tile.keys));
+                coop_form = Some((chosen.form, chosen.why));
+                vec![chosen.pass]
             }
             Kernel::Decode => {
                 let rows = shape.group() as u64 * shape.seqlen_q as u64;
@@ -497,6 +503,7 @@ impl Plan {
             tile,
             splits,
             rows_and_keys,
+            coop_form,
         })
     }
 
@@ -518,6 +525,11 @@ impl Plan {
     /// The tile kernel's tile; `None` for another kernel.
     pub fn tile(&self) -> Option<Tile> {
         self.tile
+    }
+
+    /// The coop kernel's form; `None` for another kernel.
+    pub fn coop_form(&self) -> Option<CoopForm> {
+        self.coop_form.as_ref().map(|&(form, _)| form)
     }
 
     /// Bytes of the buffer that [`ForwardBuffers::workspace`](crate::ForwardBuffers::workspace) needs; 0 if none.
@@ -632,6 +644,9 @@ impl std::fmt::Display for Plan {
             p.element_type, s.batch, s.heads_q, s.heads_kv, s.seqlen_q, s.seqlen_k, s.head_dim, s.head_dim_v
         )?;
         writeln!(f, "kernel: {} ({})", self.forward.kernel, self.forward.reason)?;
+        if let Some((form, why)) = &self.coop_form {
+            writeln!(f, "form: {form} ({why})")?;
+        }
         if let Some(t) = self.tile {
             writeln!(
                 f,

@@ -2,16 +2,18 @@
 //!
 //! Directives stand alone on a line: `#include "file" name=text …` (which puts `text` for `$name` in that
 //! file), `#if NAME`, `#if !NAME`, `#else`, `#endif`. Switches are named by `#if`; constants become
-//! `const NAME = …u;` at the top, after the file's own `enable` lines. Every line of the result remembers where it came from.
-
-use std::fmt::Write;
+//! `const NAME = …u;` at the top, after the file's own `enable` lines. `#unroll` before a loop
+//! `for (var n = 0u; n < NAME; n++) {` writes it out, NAME being a constant, if the switch `UNROLL` is on: WGSL has
+//! no such hint, and an array of matrices is in registers only where its indices are constants. Every line of the
+//! result remembers where it came from.
 
 use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::kernel::{
-    self, backward_coop, backward_delta, backward_naive, backward_tile, decode, forward_coop, forward_tile, naive,
+    backward_coop, backward_delta, backward_naive, backward_tile, decode, forward_coop, forward_coop_scaled,
+    forward_tile, naive,
 };
 use crate::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, Tile};
-use crate::{MergeProblem, Problem};
+use crate::{CoopForm, ElementType, MergeProblem, Problem};
 
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = &[
@@ -22,10 +24,12 @@ const FILES: &[(&str, &str)] = &[
     ("backward_dq_coop.wgsl", include_str!("../shaders/backward_dq_coop.wgsl")),
     ("backward_dq_coop_scaled.wgsl", include_str!("../shaders/backward_dq_coop_scaled.wgsl")),
     ("backward_dq_tile.wgsl", include_str!("../shaders/backward_dq_tile.wgsl")),
+    ("common/coop_tiles.wgsl", include_str!("../shaders/common/coop_tiles.wgsl")),
     ("common/elements.wgsl", include_str!("../shaders/common/elements.wgsl")),
     ("common/elements_f16.wgsl", include_str!("../shaders/common/elements_f16.wgsl")),
     ("common/matrices.wgsl", include_str!("../shaders/common/matrices.wgsl")),
     ("common/matrix_elements.wgsl", include_str!("../shaders/common/matrix_elements.wgsl")),
+    ("common/matrix_exchange.wgsl", include_str!("../shaders/common/matrix_exchange.wgsl")),
     ("common/matrix_layout.wgsl", include_str!("../shaders/common/matrix_layout.wgsl")),
     ("common/matrix_load.wgsl", include_str!("../shaders/common/matrix_load.wgsl")),
     ("common/matrix_pairs.wgsl", include_str!("../shaders/common/matrix_pairs.wgsl")),
@@ -44,6 +48,7 @@ const FILES: &[(&str, &str)] = &[
     ("decode_split.wgsl", include_str!("../shaders/decode_split.wgsl")),
     ("forward_coop.wgsl", include_str!("../shaders/forward_coop.wgsl")),
     ("forward_coop_scaled.wgsl", include_str!("../shaders/forward_coop_scaled.wgsl")),
+    ("forward_coop_workgroup.wgsl", include_str!("../shaders/forward_coop_workgroup.wgsl")),
     ("forward_tile.wgsl", include_str!("../shaders/forward_tile.wgsl")),
     ("naive_backward_key_value.wgsl", include_str!("../shaders/naive_backward_key_value.wgsl")),
     ("naive_backward_query.wgsl", include_str!("../shaders/naive_backward_query.wgsl")),
@@ -75,11 +80,22 @@ pub struct Source {
 }
 
 impl Source {
+    fn push(&mut self, line: &str, from: (&'static str, usize)) {
+        self.text.push_str(line);
+        self.text.push('\n');
+        self.lines.push(from);
+    }
+
     /// The shader file and line (from 1) behind line `line` (from 1) of the text.
     pub fn origin(&self, line: usize) -> Option<(&'static str, usize)> {
         self.lines.get(line.checked_sub(1)?).copied()
     }
 }
+
+const NO_LOOP: &str = "#unroll needs a loop `for (var n = 0u; n < NAME; n++) {` up to a constant of the module";
+
+/// A line and where it comes from.
+type Line<'a> = (&'a str, (&'static str, usize));
 
 /// A directive that could not be followed. The library's own shaders have none: a test specialises each of them.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -103,16 +119,56 @@ impl Specialization {
         let mut out = Source { text: String::new(), lines: vec![] };
         let text = files.iter().find(|(path, _)| *path == self.file).map_or("", |(_, text)| text);
         for (number, line) in text.lines().enumerate().filter(|(_, line)| line.starts_with("enable ")) {
-            let _ = writeln!(out.text, "{line}");
-            out.lines.push((self.file, number + 1));
+            out.push(line, (self.file, number + 1));
         }
         for (name, value) in &self.constants {
-            // Writing to a String cannot fail.
-            let _ = writeln!(out.text, "const {name} = {value}u;");
-            out.lines.push((self.file, 0));
+            out.push(&format!("const {name} = {value}u;"), (self.file, 0));
         }
         self.expand(files, self.file, &[], &mut vec![], &mut out)?;
+        self.unroll(&out)
+    }
+
+    /// Follows the lines `#unroll`, which [`Self::expand`] leaves.
+    fn unroll(&self, source: &Source) -> Result<Source, SpecializeError> {
+        let lines: Vec<_> = source.text.lines().zip(source.lines.iter().copied()).collect();
+        let mut out = Source { text: String::new(), lines: vec![] };
+        self.unroll_lines(&lines, &mut out)?;
         Ok(out)
+    }
+
+    fn unroll_lines(&self, mut lines: &[Line<'_>], out: &mut Source) -> Result<(), SpecializeError> {
+        while let Some((&(line, from), rest)) = lines.split_first() {
+            lines = rest;
+            if line.trim_start() != "#unroll" {
+                out.push(line, from);
+                continue;
+            }
+            if !self.switches.contains(&"UNROLL") {
+                continue;
+            }
+            let Some((name, count, end)) = self.counted_loop(lines) else {
+                return Err(SpecializeError { file: from.0.into(), line: from.1, what: NO_LOOP.into() });
+            };
+            for n in 0..count {
+                out.push(&format!("{{ const {name} = {n}u;"), lines[0].1);
+                self.unroll_lines(&lines[1..end], out)?;
+                out.push("}", lines[end].1);
+            }
+            lines = &lines[end + 1..];
+        }
+        Ok(())
+    }
+
+    /// The variable of the loop that begins here, its number of trips, and its last line: the brace that is as far to
+    /// the right as the loop.
+    fn counted_loop<'a>(&self, lines: &[Line<'a>]) -> Option<(&'a str, u32, usize)> {
+        let head = lines.first()?.0;
+        let indent = &head[..head.len() - head.trim_start().len()];
+        let (name, rest) = head.trim_start().strip_prefix("for (var ")?.split_once(" = 0u; ")?;
+        let bound = rest.strip_prefix(name)?.strip_prefix(" < ")?.strip_suffix(&format!("; {name}++) {{"))?;
+        let &(_, count) = self.constants.iter().find(|(constant, _)| *constant == bound)?;
+        let end = lines.iter().position(|(line, _)| line.strip_prefix(indent) == Some("}"))?;
+        Some((name, count, end))
     }
 
     fn expand(
@@ -141,9 +197,7 @@ impl Specialization {
                     for (name, value) in names {
                         line = line.replace(&format!("${name}"), value);
                     }
-                    out.text.push_str(&line);
-                    out.text.push('\n');
-                    out.lines.push((path, number));
+                    out.push(&line, (path, number));
                 }
                 continue;
             };
@@ -182,6 +236,8 @@ impl Specialization {
                     self.expand(files, target, &names, including, out)?;
                 }
                 "include" => {}
+                "unroll" if active => out.push(line, (path, number)),
+                "unroll" => {}
                 _ => return Err(error(path, number, format!("unknown directive #{word}"))),
             }
         }
@@ -221,22 +277,32 @@ pub fn coop_backward_modules(
     format: MatrixFormat,
     layout: &MatrixLayout,
 ) -> Vec<(Specialization, Vec<u32>)> {
-    let matrices = forward_coop::Matrices { format, layout: layout.clone() };
-    let passes = backward_coop::passes(problem, tiles, &matrices);
+    let passes = backward_coop::passes(problem, tiles, format, layout);
     passes.into_iter().map(|pass| (pass.specialization.clone(), pass.binding_numbers())).collect()
 }
 
-/// The module of the cooperative-matrix kernel, and the bindings that it is made for.
+/// The module of the cooperative-matrix kernel in a form and its layout, and the bindings that it is made for.
 #[doc(hidden)]
 pub fn coop_module(
     problem: &Problem,
+    form: CoopForm,
     tile: CoopTile,
     format: MatrixFormat,
     layout: &MatrixLayout,
 ) -> (Specialization, Vec<u32>) {
-    let matrices = forward_coop::Matrices { format, layout: layout.clone() };
-    let pass = kernel::coop_pass(problem, tile, &matrices);
+    let pass = match problem.element_type {
+        ElementType::F16 => forward_coop::pass(problem, form, tile, format, layout),
+        ElementType::F32 | ElementType::BF16 => forward_coop_scaled::pass(problem, tile, format, layout),
+    };
     (pass.specialization.clone(), pass.binding_numbers())
+}
+
+/// The functions that tell kernels where the elements of a matrix lie: a part of a module.
+#[doc(hidden)]
+pub fn layout_part(format: MatrixFormat, layout: &MatrixLayout) -> Specialization {
+    let switches = if format.size == 16 { vec!["MATRIX16"] } else { vec![] };
+    let constants = forward_coop::layout_constants(layout);
+    Specialization { file: "common/matrix_layout.wgsl", entry: "", switches, constants }
 }
 
 /// The modules of the decode kernel with this tile and so many splits of the keys.
@@ -284,6 +350,22 @@ mod tests {
     }
 
     #[test]
+    fn loops_are_written_out_where_that_is_on() {
+        let text = "#unroll\nfor (var a = 0u; a < TWO; a++) {\n    x\n    #unroll\n    for (var b = 0u; b < TWO; b++) {\n        \
+                    if y {\n        }\n    }\n}\nend\n";
+        let module = |switches| {
+            let main = Specialization { file: "main", entry: "main", switches, constants: vec![("TWO", 2)] };
+            main.source_from(&[("main", text)]).unwrap()
+        };
+        let out = module(vec!["UNROLL"]);
+        let inner = |b| format!("{{ const b = {b}u;\n        if y {{\n        }}\n}}\n");
+        let outer = |a| format!("{{ const a = {a}u;\n    x\n{}{}}}\n", inner(0), inner(1));
+        assert_eq!(out.text, format!("const TWO = 2u;\n{}{}end\n", outer(0), outer(1)));
+        assert_eq!(out.origin(5), Some(("main", 6)));
+        assert!(module(vec![]).text.contains("for (var a = 0u; a < TWO; a++) {\n    x\n    for"));
+    }
+
+    #[test]
     fn errors_name_file_and_line() {
         for (text, line, what) in [
             ("x\n#if A\n", 2, "#if without #endif"),
@@ -295,8 +377,11 @@ mod tests {
             ("#include \"main\" x\n", 1, "#include takes name=text after the file"),
             ("#include \"main\"\n", 1, "includes itself"),
             ("#define X\n", 1, "unknown directive #define"),
+            ("x\n#unroll\nfor (var n = 0u; n < m; n++) {\n}\n", 2, NO_LOOP),
+            ("#unroll\nfor (var n = 0u; n < WIDTH; n++) {\n", 1, NO_LOOP),
+            ("#unroll\n", 1, NO_LOOP),
         ] {
-            let error = expand(&[("main", text)], &[]).unwrap_err();
+            let error = expand(&[("main", text)], &["UNROLL"]).unwrap_err();
             assert_eq!((error.line, error.what.as_str()), (line, what), "{text:?}");
             assert_eq!(error.file, "main");
         }

@@ -1,6 +1,6 @@
 //! Which tile a kernel uses, by head dimension and device. Pure: numbers in, numbers out.
 
-use crate::{ElementType, Error};
+use crate::{CoopForm, ElementType, Error};
 
 /// The tile of the forward kernel, `shaders/forward_tile.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,7 +62,7 @@ impl Tile {
     }
 }
 
-/// The tile of the cooperative-matrix kernel, `shaders/forward_coop.wgsl`.
+/// The tile of the cooperative-matrix kernel, `shaders/forward_coop.wgsl` and `shaders/forward_coop_workgroup.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CoopTile {
     /// Subgroups in a workgroup.
@@ -82,12 +82,18 @@ impl CoopTile {
     }
 
     /// Workgroup memory in bytes. The same sums as the constants of the shader.
-    pub const fn workgroup_bytes(&self, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+    pub const fn workgroup_bytes(&self, form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
         let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
         let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
         let tiles = self.buffers * self.keys * (k_stride + v_stride);
-        let rows = self.rows(size) * if k_stride > v_stride { k_stride } else { v_stride };
-        8 * if tiles > rows { tiles } else { rows }
+        match form {
+            CoopForm::Registers => {
+                let rows = self.rows(size) * if k_stride > v_stride { k_stride } else { v_stride };
+                8 * if tiles > rows { tiles } else { rows }
+            }
+            // And the scores in f32, the probabilities in f16.
+            CoopForm::WorkgroupMemory => 8 * tiles + 6 * self.rows(size) * (self.keys + 8) + 16,
+        }
     }
 
     /// The same for `shaders/forward_coop_scaled.wgsl`, with elements of so many parts.
@@ -100,7 +106,7 @@ impl CoopTile {
     }
 
     /// Checks that the tile divides as the shader needs it to.
-    pub fn validate(&self, size: u32) -> Result<(), Error> {
+    pub fn validate(&self, form: CoopForm, size: u32) -> Result<(), Error> {
         // Bounds the arithmetic of workgroup_bytes.
         if [self.subgroups, self.row_matrices, self.keys].iter().any(|&n| n == 0 || n > 1024) {
             return Err(Error::Tile("every size must be from 1 to 1024"));
@@ -111,6 +117,9 @@ impl CoopTile {
         if !matches!(self.buffers, 1 | 2) {
             return Err(Error::Tile("buffers must be 1 or 2"));
         }
+        if form == CoopForm::WorkgroupMemory && self.buffers != 1 {
+            return Err(Error::Tile("buffers must be 1 in the form through workgroup memory"));
+        }
         if !self.keys.is_multiple_of(size) {
             return Err(Error::Tile("the size of a matrix must divide keys"));
         }
@@ -119,7 +128,7 @@ impl CoopTile {
 
     /// The same for `shaders/forward_coop_scaled.wgsl`, whose subgroups have `lanes` lanes.
     pub fn validate_scaled(&self, size: u32, lanes: u32) -> Result<(), Error> {
-        self.validate(size)?;
+        self.validate(CoopForm::Registers, size)?;
         if self.buffers != 1 {
             return Err(Error::Tile("buffers must be 1 for f32 and bf16"));
         }
@@ -131,13 +140,22 @@ impl CoopTile {
 }
 
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
-pub fn coop_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
-    match (size, head_dim.max(head_dim_v)) {
-        (16, 0..=64) => CoopTile { subgroups: 4, row_matrices: 2, keys: 32, buffers: 1 },
-        (16, 65..=128) => CoopTile { subgroups: 8, row_matrices: 1, keys: 48, buffers: 1 },
-        (16, _) => CoopTile { subgroups: 4, row_matrices: 1, keys: 16, buffers: 2 },
-        (_, 0..=128) => CoopTile { subgroups: 4, row_matrices: 2, keys: 16, buffers: 2 },
-        (_, _) => CoopTile { subgroups: 2, row_matrices: 1, keys: 8, buffers: 2 },
+///
+/// Those in registers were measured on an H200 (docs/performance.md, docs/rejected.md). Those through workgroup
+/// memory follow from counting: as many rows and keys as fit 48 KiB with matrices of 16, 32 KiB with matrices of 8.
+pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
+    let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };
+    match (form, size, head_dim.max(head_dim_v)) {
+        (CoopForm::Registers, 16, 0..=64) => tile(4, 2, 32, 1),
+        (CoopForm::Registers, 16, 65..=128) => tile(8, 1, 48, 1),
+        (CoopForm::Registers, 16, _) => tile(4, 1, 16, 2),
+        (CoopForm::Registers, _, 0..=128) => tile(4, 2, 16, 2),
+        (CoopForm::Registers, _, _) => tile(2, 1, 8, 2),
+        (CoopForm::WorkgroupMemory, 16, 0..=64) => tile(4, 2, 16, 1),
+        (CoopForm::WorkgroupMemory, 16, 65..=128) => tile(8, 1, 32, 1),
+        (CoopForm::WorkgroupMemory, 16, _) => tile(4, 1, 16, 1),
+        (CoopForm::WorkgroupMemory, _, 0..=128) => tile(4, 2, 16, 1),
+        (CoopForm::WorkgroupMemory, _, _) => tile(2, 2, 16, 1),
     }
 }
 
@@ -224,8 +242,8 @@ pub fn decode_tile(rows: u64, head_dim: u32, head_dim_v: u32, element_bytes: u64
 /// Workgroups that fill a large device: four on each of the 132 multiprocessors of an H100.
 const DECODE_WORKGROUPS: u64 = 528;
 
-/// Into how many splits the keys go when `workgroups` take all of them, in `tiles` tiles each: as many as fill the device,
-/// and no more than whole tiles need.
+/// Into how many splits the keys go when `workgroups` take all of them, in `tiles` tiles each: as many as fill the
+/// device, and no more than whole tiles need.
 pub fn decode_splits(workgroups: u64, tiles: u64) -> u32 {
     let most = (DECODE_WORKGROUPS / workgroups.max(1)).clamp(1, tiles.max(1));
     let tiles_of_split = tiles.div_ceil(most).max(1);
@@ -494,7 +512,8 @@ const TILES: &[Row] = &[
     row(256,        0,   32,   32,   (8, 8),    32,  32),
 ];
 
-/// The tile for a problem on a device: the table's, with `chunk` and `value_keys` made to fit head dimension and memory.
+/// The tile for a problem on a device: the table's, with `chunk` and `value_keys` made to fit head dimension and
+/// memory.
 pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
     let memory = limits.max_compute_workgroup_storage_size;
     let fitted = |row: &Row| {
@@ -577,6 +596,23 @@ mod tests {
                         assert!(used <= bytes, "{element_type} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn every_head_dim_gets_a_coop_tile_that_fits() {
+        for (form, size, bytes) in [
+            (CoopForm::Registers, 16, 48 << 10),
+            (CoopForm::Registers, 8, 32 << 10),
+            (CoopForm::WorkgroupMemory, 16, 48 << 10),
+            (CoopForm::WorkgroupMemory, 8, 32 << 10),
+        ] {
+            for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [1, 64, 128, 256, d].map(|dv| (d, dv))) {
+                let tile = coop_tile(form, size, head_dim, head_dim_v);
+                tile.validate(form, size).unwrap();
+                let used = tile.workgroup_bytes(form, size, head_dim, head_dim_v);
+                assert!(used <= bytes, "{form} {size} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
             }
         }
     }

@@ -3,35 +3,15 @@
 
 mod common;
 
-use std::io::Write;
-use std::path::Path;
-use std::process::Command;
-use std::sync::OnceLock;
-
 use common::backward::{Ask, PreparedBackward, backward, check_all, prepare};
 use common::cases::{cases, dims};
+use common::coop::{context, known_matrices, spirv_error, validator, workgroup_bytes};
 use common::{Case, TYPES, case, full};
 use wgpu_flash_attention::Causal::BottomRight;
-use wgpu_flash_attention::elements::{Bit, ElementModule, MatrixFormat, MatrixLayout};
+use wgpu_flash_attention::elements::ElementModule;
 use wgpu_flash_attention::specialize::coop_backward_modules;
 use wgpu_flash_attention::tune::{self, CoopBackwardTile};
-use wgpu_flash_attention::{Context, ElementType, Error, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, wgpu};
-
-/// Past the test harness, which keeps what passing tests print to itself.
-fn skipped(why: &str) {
-    let mut terminal = std::io::stderr();
-    writeln!(terminal, "SKIPPED: {why}").unwrap();
-}
-
-/// A context with cooperative matrices.
-fn context() -> Option<&'static Context> {
-    static CONTEXT: OnceLock<Option<Context>> = OnceLock::new();
-    let open = || {
-        let options = HeadlessOptions { cooperative_matrices: true, ..Default::default() };
-        Context::headless_with(&options).inspect_err(|why| skipped(&format!("coop tests: {why}"))).ok()
-    };
-    CONTEXT.get_or_init(open).as_ref()
-}
+use wgpu_flash_attention::{ElementType, Error, Kernel, PlanOptions, Problem, Shape, wgpu};
 
 fn tile(subgroups: u32, matrices: u32, step: u32, columns: u32, ahead: bool) -> CoopBackwardTile {
     CoopBackwardTile { subgroups, matrices, step, columns, ahead }
@@ -256,45 +236,11 @@ fn contexts_without_matrices_refuse_it() {
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
 }
 
-/// The matrices that are known to exist: of an H100 and of lavapipe.
-fn known_matrices() -> [(MatrixFormat, MatrixLayout); 2] {
-    use Bit::{Element, Lane};
-    let h100 = MatrixLayout {
-        row: vec![Lane(2), Lane(3), Lane(4), Element(2)],
-        column: vec![Element(0), Lane(0), Lane(1), Element(1)],
-    };
-    let lavapipe =
-        MatrixLayout { row: vec![Element(0), Element(1), Element(2)], column: vec![Lane(0), Lane(1), Lane(2)] };
-    [(MatrixFormat { size: 16, lanes: 32 }, h100), (MatrixFormat { size: 8, lanes: 8 }, lavapipe)]
-}
-
-/// Sizes of the workgroup variables of a module.
-fn workgroup_bytes(text: &str) -> u32 {
-    let module = naga::front::wgsl::parse_str(text).unwrap();
-    let mut layouter = naga::proc::Layouter::default();
-    layouter.update(module.to_ctx()).unwrap();
-    let variables = module.global_variables.iter().map(|(_, variable)| variable);
-    variables.filter(|v| v.space == naga::AddressSpace::WorkGroup).map(|v| layouter[v.ty].size).sum()
-}
-
-/// What the validator of SPIR-V says of a module, if anything.
-fn spirv_error(validator: &Path, module: &ElementModule) -> Option<String> {
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("backward_coop.spv");
-    std::fs::write(&file, bytemuck::cast_slice::<u32, u8>(module.spirv())).unwrap();
-    // Not Vulkan's rules on top, one of which naga breaks for every workgroup array (gfx-rs/wgpu#7696).
-    let output = Command::new(validator).args(["--target-env", "spv1.6"]).arg(&file).output().unwrap();
-    (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
-}
-
 /// Needs no device: naga takes every module, its workgroup memory is what the tile says, and so does the validator of
 /// SPIR-V, where it is there.
 #[test]
 fn modules_are_valid() {
-    let validator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/mesa/spirv-val");
-    let validator = validator.exists().then_some(validator);
-    if validator.is_none() {
-        skipped("spirv-val: scripts/vulkan --coop fetches it");
-    }
+    let validator = validator();
     for (format, layout) in known_matrices() {
         for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
             for (element_type, switches) in TYPES.into_iter().flat_map(|t| (0..16u32).map(move |n| (t, n))) {
@@ -340,8 +286,9 @@ fn modules_are_valid() {
                             .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
                         assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
                         // With none and with all of the switches; the validator takes its time.
-                        let validator = validator.as_ref().filter(|_| matches!(switches, 0 | 15));
-                        if let Some(error) = validator.and_then(|validator| spirv_error(validator, &module)) {
+                        let validator = validator.as_deref().filter(|_| matches!(switches, 0 | 15));
+                        let refused = |path| spirv_error(path, "backward_coop.spv", module.spirv());
+                        if let Some(error) = validator.and_then(refused) {
                             panic!("{specialization:?}: {error}");
                         }
                     }

@@ -3,39 +3,33 @@
 
 mod common;
 
-use std::io::Write;
-use std::path::Path;
-use std::process::Command;
-use std::sync::OnceLock;
-
 use common::cases::{cases, dims, prepare};
+use common::coop::{context, known_matrices, spirv_error, validator, workgroup_bytes};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
-use wgpu_flash_attention::elements::{Bit, ElementModule, MatrixFormat, MatrixLayout};
+use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
+use wgpu_flash_attention::elements::{self, ElementModule, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::coop_module;
 use wgpu_flash_attention::tune::{self, CoopTile};
-use wgpu_flash_attention::{
-    Context, ElementType, Error, HeadlessOptions, Kernel, Plan, PlanOptions, Problem, Shape, wgpu,
-};
-
-/// Past the test harness, which keeps what passing tests print to itself.
-fn skipped(why: &str) {
-    let mut terminal = std::io::stderr();
-    writeln!(terminal, "SKIPPED: {why}").unwrap();
-}
-
-/// A context with cooperative matrices.
-fn context() -> Option<&'static Context> {
-    static CONTEXT: OnceLock<Option<Context>> = OnceLock::new();
-    let open = || {
-        let options = HeadlessOptions { cooperative_matrices: true, ..Default::default() };
-        Context::headless_with(&options).inspect_err(|why| skipped(&format!("coop tests: {why}"))).ok()
-    };
-    CONTEXT.get_or_init(open).as_ref()
-}
+use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, Shape, wgpu};
 
 fn coop() -> PlanOptions {
     PlanOptions { kernel: Some(Kernel::Coop), ..Default::default() }
+}
+
+fn in_form(form: CoopForm, options: PlanOptions) -> PlanOptions {
+    PlanOptions { coop_form: Some(form), ..options }
+}
+
+/// Each way in each form that takes the type.
+fn in_forms<'a>(
+    element_type: ElementType,
+    ways: &[(&'a str, &'a Context, PlanOptions)],
+) -> Vec<(&'a str, &'a Context, PlanOptions)> {
+    let forms = if element_type == ElementType::F16 { &[Registers, WorkgroupMemory][..] } else { &[Registers] };
+    let with =
+        |&form: &CoopForm| ways.iter().map(move |&(name, context, options)| (name, context, in_form(form, options)));
+    forms.iter().flat_map(with).collect()
 }
 
 /// The kernel with this tile.
@@ -53,7 +47,7 @@ fn all_cases() {
     let Some(context) = context() else { return };
     let ways = [("coop", context, coop()), ("small tile", context, small())];
     for element_type in TYPES {
-        check_all(&prepare(cases(), element_type), &ways);
+        check_all(&prepare(cases(), element_type), &in_forms(element_type, &ways));
     }
 }
 
@@ -69,7 +63,8 @@ fn all_dims() {
         !software || shape.head_dim.max(shape.head_dim_v) <= 64
     });
     for element_type in TYPES {
-        check_all(&prepare(dims.clone(), element_type), &[("coop", context, options)]);
+        let ways = in_forms(element_type, &[("coop", context, options)]);
+        check_all(&prepare(dims.clone(), element_type), &ways);
     }
 }
 
@@ -85,10 +80,12 @@ fn many_keys() {
         ("huge scores", long.scale(1.0).integers(40)),
     ];
     let cases = cases.map(|(name, case)| (format!("many keys, {name}"), case));
-    for (element_type, buffers) in [(ElementType::F32, 1), (ElementType::F16, 2), (ElementType::BF16, 1)] {
-        let ways = [("coop", context, coop()), ("large tile", context, tiled(2, 3, 32, buffers))];
-        check_all(&prepare(cases.clone(), element_type), &ways);
+    for element_type in TYPES {
+        let ways = [("coop", context, coop()), ("large tile", context, tiled(2, 3, 32, 1))];
+        check_all(&prepare(cases.clone(), element_type), &in_forms(element_type, &ways));
     }
+    let two_buffers = [("two buffers", context, in_form(Registers, tiled(2, 3, 32, 2)))];
+    check_all(&prepare(cases, ElementType::F16), &two_buffers);
 }
 
 /// What f16 does not hold: f32 and bf16 are scaled to it.
@@ -128,7 +125,7 @@ fn within_bounds() {
     let cases = cases.map(|(name, case)| (name.to_string(), case));
     for element_type in TYPES {
         let ways = [("coop", &context, coop()), ("small tile", &context, small())];
-        check_all(&prepare(cases.clone(), element_type), &ways);
+        check_all(&prepare(cases.clone(), element_type), &in_forms(element_type, &ways));
     }
 }
 
@@ -166,7 +163,8 @@ fn plans_choose_it() {
 fn tiles_that_do_not_divide_are_refused() {
     let Some(context) = context() else { return };
     let problem = case(1, [2, 1], [37, 45], [16, 12]).element_type(ElementType::F16).problem;
-    for options in [tiled(1, 1, 12, 1), tiled(0, 1, 16, 2), tiled(1, 1025, 16, 1)] {
+    let two_buffers = in_form(WorkgroupMemory, tiled(1, 1, 16, 2));
+    for options in [tiled(1, 1, 12, 1), tiled(0, 1, 16, 2), tiled(1, 1025, 16, 1), two_buffers] {
         let error = context.plan_with(&problem, &options).unwrap_err();
         assert!(matches!(error, Error::Tile(_)), "{error}");
     }
@@ -177,30 +175,52 @@ fn tiles_that_do_not_divide_are_refused() {
     }
 }
 
-/// Needs no such device.
-/// A device that has the features but WebGPU's limits: the tile kernel where the coop kernel's tile does not fit.
-#[test]
+/// A context of a device with these features and WebGPU's limits.
 #[allow(unsafe_code)]
-fn small_limits_fall_back_to_the_tile_kernel() {
-    if context().is_none() {
-        return;
-    }
+fn small_device(features: wgpu::Features) -> Option<Context> {
+    context()?;
     let instance = wgpu::Instance::default();
     let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
     let descriptor = wgpu::DeviceDescriptor {
-        required_features: wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES,
+        required_features: features,
         // SAFETY: a test; the features are what it is about.
         experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
         ..Default::default()
     };
     let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
-    let context = pollster::block_on(Context::new(&device, &queue).with_cooperative_matrices(&adapter)).unwrap();
-    let plan = |dim| context.plan(&Problem::new(Shape::square(1, 1, 64, dim), ElementType::F16)).unwrap();
-    assert_eq!(plan(32).kernel(), Kernel::Coop);
-    assert_eq!(plan(128).kernel(), Kernel::Tile);
-    assert!(plan(128).to_string().contains("limits are too small"), "{}", plan(128));
+    Some(pollster::block_on(Context::new(&device, &queue).with_cooperative_matrices(&adapter)).unwrap())
 }
 
+fn plan_of(context: &Context, head_dim: u32) -> Plan {
+    context.plan(&Problem::new(Shape::square(1, 1, 64, head_dim), ElementType::F16)).unwrap()
+}
+
+/// The tile kernel where the coop kernel's tile does not fit.
+#[test]
+fn small_limits_fall_back_to_the_tile_kernel() {
+    let Some(context) = small_device(elements::FEATURES) else { return };
+    assert_eq!(plan_of(&context, 32).coop_form(), Some(Registers));
+    let plan = plan_of(&context, 128);
+    assert_eq!(plan.kernel(), Kernel::Tile);
+    assert!(plan.to_string().contains("limits are too small"), "{plan}");
+}
+
+#[test]
+fn without_access_to_elements_they_cross_workgroup_memory() {
+    let Some(context) = small_device(wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES) else { return };
+    let plan = plan_of(&context, 64);
+    assert_eq!((plan.kernel(), plan.coop_form()), (Kernel::Coop, Some(WorkgroupMemory)));
+    let why = "form: through workgroup memory (no access to the elements of matrices: the device lacks";
+    assert!(plan.to_string().contains(why), "{plan}");
+    let plan = plan_of(&context, 256);
+    assert_eq!(plan.kernel(), Kernel::Tile);
+    assert!(plan.to_string().contains("limits are too small"), "{plan}");
+    let problem = Problem::new(Shape::square(1, 1, 64, 32), ElementType::F16);
+    let error = context.plan_with(&problem, &in_form(Registers, coop())).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
+}
+
+/// Needs no such device.
 #[test]
 fn contexts_without_matrices_refuse_it() {
     let problem = case(1, [2, 1], [37, 45], [16, 12]).element_type(ElementType::F16).problem;
@@ -209,78 +229,98 @@ fn contexts_without_matrices_refuse_it() {
     assert_eq!(full().plan(&problem).unwrap().kernel(), Kernel::Tile);
 }
 
-/// The matrices that are known to exist: of an H100 and of lavapipe.
-fn known_matrices() -> [(MatrixFormat, MatrixLayout); 2] {
-    use Bit::{Element, Lane};
-    let h100 = MatrixLayout {
-        row: vec![Lane(2), Lane(3), Lane(4), Element(2)],
-        column: vec![Element(0), Lane(0), Lane(1), Element(1)],
+/// Problems that differ in a switch or a constant of the module.
+fn problems(element_types: &[ElementType]) -> Vec<Problem> {
+    let mut all = vec![];
+    for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
+        for (&element_type, switches) in element_types.iter().flat_map(|t| (0..16u32).map(move |n| (t, n))) {
+            let on = |n: u32| switches >> n & 1 == 1;
+            let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
+            let mut problem = Problem::new(shape, element_type);
+            problem.query = problem.query.at(on(0).into());
+            problem.softcap = on(1).then_some(2.0);
+            problem.seqlens_k = on(2);
+            problem.lse = on(3);
+            all.push(problem);
+        }
+    }
+    all
+}
+
+/// The table's tile and small ones, and their workgroup memory.
+fn tiles(form: CoopForm, format: MatrixFormat, problem: &Problem) -> Vec<(CoopTile, u32)> {
+    let (size, shape) = (format.size, &problem.shape);
+    let small = |buffers| CoopTile { subgroups: 1, row_matrices: 1, keys: 16, buffers };
+    let with_bytes = |tile: CoopTile| match problem.element_type {
+        ElementType::F16 => (tile, tile.workgroup_bytes(form, size, shape.head_dim, shape.head_dim_v)),
+        ElementType::F32 => (tile, tile.scaled_workgroup_bytes(size, 2, shape.head_dim, shape.head_dim_v)),
+        ElementType::BF16 => (tile, tile.scaled_workgroup_bytes(size, 1, shape.head_dim, shape.head_dim_v)),
     };
-    let lavapipe =
-        MatrixLayout { row: vec![Element(0), Element(1), Element(2)], column: vec![Lane(0), Lane(1), Lane(2)] };
-    [(MatrixFormat { size: 16, lanes: 32 }, h100), (MatrixFormat { size: 8, lanes: 8 }, lavapipe)]
-}
-
-/// Sizes of the workgroup variables of a module.
-fn workgroup_bytes(text: &str) -> u32 {
-    let module = naga::front::wgsl::parse_str(text).unwrap();
-    let mut layouter = naga::proc::Layouter::default();
-    layouter.update(module.to_ctx()).unwrap();
-    let variables = module.global_variables.iter().map(|(_, variable)| variable);
-    variables.filter(|v| v.space == naga::AddressSpace::WorkGroup).map(|v| layouter[v.ty].size).sum()
-}
-
-/// What the validator of SPIR-V says of a module, if anything.
-fn spirv_error(validator: &Path, module: &ElementModule) -> Option<String> {
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("coop.spv");
-    std::fs::write(&file, bytemuck::cast_slice::<u32, u8>(module.spirv())).unwrap();
-    // Not Vulkan's rules on top, one of which naga breaks for every workgroup array (gfx-rs/wgpu#7696).
-    let output = Command::new(validator).args(["--target-env", "spv1.6"]).arg(&file).output().unwrap();
-    (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
+    let mut tiles = match problem.element_type {
+        ElementType::F16 => vec![tune::coop_tile(form, size, shape.head_dim, shape.head_dim_v), small(1)],
+        other => vec![tune::coop_scaled_tile(size, other, shape.head_dim, shape.head_dim_v), small(1)],
+    };
+    tiles.extend((form == Registers && problem.element_type == ElementType::F16).then(|| small(2)));
+    tiles.into_iter().map(with_bytes).collect()
 }
 
 /// Needs no device: naga takes every module, its workgroup memory is what the tile says, and so does the validator of
 /// SPIR-V, where it is there.
 #[test]
 fn modules_are_valid() {
-    let validator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/mesa/spirv-val");
-    let validator = validator.exists().then_some(validator);
-    if validator.is_none() {
-        skipped("spirv-val: scripts/vulkan --coop fetches it");
-    }
+    let validator = validator();
     for (format, layout) in known_matrices() {
-        for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
-            for (element_type, switches) in TYPES.into_iter().flat_map(|t| (0..16u32).map(move |n| (t, n))) {
-                let on = |n: u32| switches >> n & 1 == 1;
-                let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
-                let mut problem = Problem::new(shape, element_type);
-                problem.query = problem.query.at(on(0).into());
-                problem.softcap = on(1).then_some(2.0);
-                problem.seqlens_k = on(2);
-                problem.lse = on(3);
-                let is_f16 = element_type == ElementType::F16;
-                let mut tiles = vec![match is_f16 {
-                    true => tune::coop_tile(format.size, head_dim, head_dim_v),
-                    false => tune::coop_scaled_tile(format.size, element_type, head_dim, head_dim_v),
-                }];
-                tiles.extend([1, 2].map(|buffers| CoopTile { subgroups: 1, row_matrices: 1, keys: 16, buffers }));
-                tiles.retain(|tile| is_f16 || tile.buffers == 1);
-                for tile in tiles {
-                    let (specialization, bindings) = coop_module(&problem, tile, format, &layout);
-                    let text = specialization.source().unwrap().text;
-                    let parts = if element_type == ElementType::F32 { 2 } else { 1 };
-                    let said = match is_f16 {
-                        true => tile.workgroup_bytes(format.size, head_dim, head_dim_v),
-                        false => tile.scaled_workgroup_bytes(format.size, parts, head_dim, head_dim_v),
-                    };
-                    assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
-                    assert!(said <= 48 << 10, "{specialization:?}");
-                    let module = ElementModule::new(&text, format, &bindings, on(3))
-                        .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
-                    assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
-                    if let Some(error) = validator.as_ref().and_then(|validator| spirv_error(validator, &module)) {
-                        panic!("{specialization:?}: {error}");
-                    }
+        for problem in problems(&TYPES) {
+            let lse = problem.lse;
+            for (tile, said) in tiles(Registers, format, &problem) {
+                let (specialization, bindings) = coop_module(&problem, Registers, tile, format, &layout);
+                let text = specialization.source().unwrap().text;
+                assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
+                assert!(said <= 48 << 10, "{specialization:?}");
+                let module = ElementModule::new(&text, format, &bindings, lse)
+                    .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
+                assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
+                if let Some(error) =
+                    validator.as_ref().and_then(|validator| spirv_error(validator, "coop.spv", module.spirv()))
+                {
+                    panic!("{specialization:?}: {error}");
+                }
+            }
+        }
+    }
+}
+
+/// Needs no device: naga takes every module of the form through workgroup memory with no more than its features, and
+/// writes it as SPIR-V, which the validator takes, and, where matrices are as Metal has them, as MSL.
+#[test]
+fn modules_in_wgsl_alone_are_valid() {
+    use naga::back::{msl, spv};
+    use naga::valid::{Capabilities, ValidationFlags, Validator};
+    let spirv_val = validator();
+    let capabilities = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
+    for (size, lanes) in [(8, 8), (8, 32), (16, 32), (16, 64)] {
+        let format = MatrixFormat { size, lanes };
+        for problem in problems(&[ElementType::F16]) {
+            for (tile, said) in tiles(WorkgroupMemory, format, &problem) {
+                let layout = MatrixLayout::rows(format);
+                let (specialization, _) = coop_module(&problem, WorkgroupMemory, tile, format, &layout);
+                let text = specialization.source().unwrap().text;
+                assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
+                let fail = |error: &str| -> ! { panic!("{specialization:?}: {error}") };
+                let module = naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
+                let mut validator = Validator::new(ValidationFlags::all(), capabilities);
+                let info = validator.validate(&module).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
+                // As wgpu writes it for Vulkan 1.3.
+                let options = spv::Options { lang_version: (1, 6), ..Default::default() };
+                let words = spv::write_vec(&module, &info, &options, None).unwrap_or_else(|e| fail(&e.to_string()));
+                if let Some(error) = spirv_val.as_ref().and_then(|v| spirv_error(v, "coop_wgsl.spv", &words)) {
+                    fail(&error);
+                }
+                let options = msl::Options { lang_version: (2, 3), ..Default::default() };
+                if (size, lanes) == (8, 32)
+                    && let Err(error) = msl::write_string(&module, &info, &options, &Default::default())
+                {
+                    fail(&error.to_string());
                 }
             }
         }

@@ -10,6 +10,7 @@ use std::process::Command;
 
 use half::f16;
 use wgpu_flash_attention::elements::{self, Bit, ElementModule, LayoutError, MatrixFormat, MatrixLayout, ModuleError};
+use wgpu_flash_attention::specialize::layout_part;
 use wgpu_flash_attention::{Context, wgpu};
 
 const FORMATS: [MatrixFormat; 5] = [
@@ -86,15 +87,13 @@ fn what_kernels_ask_of_a_layout() {
     assert_eq!(lavapipe.position(3, 6), (6, 3));
     assert_eq!(lavapipe.row_element_bits(), [0, 1, 2]);
     assert_eq!(lavapipe.row_shuffles(), [1, 2, 4]);
-    assert_eq!(
-        lavapipe.wgsl(),
-        "fn lane_row(lane: u32) -> u32 { return 0u; }\n\
-         fn element_row(element: u32) -> u32 { return (((element >> 0u) & 1u) << 0u) + (((element >> 1u) & 1u) << 1u) \
-         + (((element >> 2u) & 1u) << 2u); }\n\
-         fn lane_column(lane: u32) -> u32 { return (((lane >> 0u) & 1u) << 0u) + (((lane >> 1u) & 1u) << 1u) \
-         + (((lane >> 2u) & 1u) << 2u); }\n\
-         fn element_column(element: u32) -> u32 { return 0u; }\n"
-    );
+    // Each lane's elements in one row, four by four.
+    let rows = MatrixLayout::rows(MatrixFormat { size: 16, lanes: 32 });
+    assert_eq!([0, 3, 4, 7].map(|element| rows.position(0, element)), [(0, 0), (0, 3), (0, 8), (0, 11)]);
+    assert_eq!([1, 2, 31].map(|lane| rows.position(lane, 0)), [(0, 4), (1, 0), (15, 4)]);
+    let rows = MatrixLayout::rows(MatrixFormat { size: 8, lanes: 32 });
+    assert_eq!([(1, 1), (6, 0)].map(|(lane, element)| rows.position(lane, element)), [(0, 3), (1, 4)]);
+    assert_eq!(MatrixLayout::rows(MatrixFormat { size: 8, lanes: 8 }), lavapipe.transposed());
 }
 
 #[test]
@@ -358,7 +357,7 @@ fn round_trip(format: MatrixFormat, layout: &MatrixLayout) -> String {
         "enable f16;\nenable wgpu_cooperative_matrix;\nconst SIZE = {size}u;\n\
          alias MatrixC = coop_mat{size}x{size}<f32, C>;\nalias MatrixA = coop_mat{size}x{size}<f16, A>;\n\
          alias MatrixB = coop_mat{size}x{size}<f16, B>;\n{}{}\n",
-        layout.wgsl(),
+        layout_part(format, layout).source().unwrap().text,
         each(&|n| format!("fn coop_get_{n}(m: MatrixC) -> f32 {{ return 0.0; }}\n")).concat(),
     );
     for (role, scalar) in [("C", "f32"), ("A", "f16"), ("B", "f16")] {
@@ -371,8 +370,8 @@ fn round_trip(format: MatrixFormat, layout: &MatrixLayout) -> String {
          @group(0) @binding(7) var<storage, read_write> out: array<f32>;
 
          fn is_in_place(value: f32, lane: u32, element: u32) -> f32 {{
-             let row = lane_row(lane) + element_row(element);
-             let column = lane_column(lane) + element_column(element);
+             let row = row_of(lane, element);
+             let column = column_of(lane, element);
              return select(0.0, 1.0, value == x[row * SIZE + column]);
          }}
 
@@ -547,8 +546,9 @@ fn a_device_without_the_features_is_refused() {
     let context = Context::headless().unwrap();
     let missing = elements::FEATURES - context.device().features();
     assert!(!missing.is_empty(), "Context::headless asks for no experimental features");
-    let error = MatrixFormat::of(context.device(), &[]).unwrap_err();
-    assert_eq!(error, elements::NoElementAccess::Features(missing));
     let probed = pollster::block_on(elements::probe(&context, EIGHT)).unwrap_err();
-    assert_eq!(probed, error);
+    assert_eq!(probed, elements::NoElementAccess::Features(missing));
+    let missing = elements::MATRIX_FEATURES - context.device().features();
+    let error = MatrixFormat::of(context.device(), &[]).unwrap_err();
+    assert_eq!(error, elements::NoMatrices::Features(missing));
 }

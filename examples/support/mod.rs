@@ -4,9 +4,25 @@
 use std::time::Instant;
 
 use wgpu_flash_attention::{
-    BackwardBuffers, BoundPass, Context, Element, ElementType, Error, ForwardBuffers, Kernel, Layout, Plan,
+    BackwardBuffers, BoundPass, Context, CoopForm, Element, ElementType, Error, ForwardBuffers, Kernel, Layout, Plan,
     PlanOptions, Problem, reference, wgpu,
 };
+
+/// The forms of the coop kernel, as options name them.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum Form {
+    Registers,
+    WorkgroupMemory,
+}
+
+impl From<Form> for CoopForm {
+    fn from(form: Form) -> Self {
+        match form {
+            Form::Registers => CoopForm::Registers,
+            Form::WorkgroupMemory => CoopForm::WorkgroupMemory,
+        }
+    }
+}
 
 /// An element type that one can compute with on the host.
 pub trait Number: Element + Into<f64> {

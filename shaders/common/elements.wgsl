@@ -71,6 +71,14 @@ fn sum4(x: vec4f) -> f32 {
     return (x.x + x.y) + (x.z + x.w);
 }
 
+// acc + (a·b0, a·b1, a·b2, a·b3)
+fn dot4(a: vec4f, b0: vec4f, b1: vec4f, b2: vec4f, b3: vec4f, acc: vec4f) -> vec4f {
+    let x = fma(vec4f(a.x), vec4f(b0.x, b1.x, b2.x, b3.x), acc);
+    let y = fma(vec4f(a.y), vec4f(b0.y, b1.y, b2.y, b3.y), x);
+    let z = fma(vec4f(a.z), vec4f(b0.z, b1.z, b2.z, b3.z), y);
+    return fma(vec4f(a.w), vec4f(b0.w, b1.w, b2.w, b3.w), z);
+}
+
 // x with 0 for the elements from `count` on.
 fn first_elements(x: vec4f, count: u32) -> vec4f {
     return select(vec4f(), x, vec4u(0u, 1u, 2u, 3u) < vec4u(count));

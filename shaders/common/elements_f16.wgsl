@@ -5,7 +5,11 @@ struct Eight {
 }
 
 #if ALIGNED
+#if NO_ELEMENT_ACCESS
+alias InElements = array<vec4<f16>>;
+#else
 alias InElements = array<vec4u>;
+#endif
 alias OutElements = array<vec4<f16>>;
 #else
 alias InElements = array<f16>;

@@ -1,9 +1,14 @@
-// Elements d .. d + 8 of the row of $tensor that starts at element `start` and has `dim` elements. As in read.wgsl, what
-// would be past the row's end is some other element of it.
+// Elements d .. d + 8 of the row of $tensor that starts at element `start` and has `dim` elements. As in read.wgsl,
+// what would be past the row's end is some other element of it.
 fn read_$tensor(start: u32, d: u32, dim: u32) -> Eight {
 #if ALIGNED
+#if NO_ELEMENT_ACCESS
+    let e = (start + min(d, dim - 8u)) / 4u;
+    return Eight($tensor[e], $tensor[e + 1u]);
+#else
     let x = $tensor[(start + min(d, dim - 8u)) / 8u];
     return Eight(coop_bits(x.xy), coop_bits(x.zw));
+#endif
 #else
     let e = start + min(vec4u(d) + vec4u(0u, 1u, 2u, 3u), vec4u(dim - 1u));
     let f = start + min(vec4u(d) + vec4u(4u, 5u, 6u, 7u), vec4u(dim - 1u));

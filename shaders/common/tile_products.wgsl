@@ -37,14 +37,6 @@ fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
     }
 }
 
-// acc + (a·b0, a·b1, a·b2, a·b3)
-fn dot4(a: vec4f, b0: vec4f, b1: vec4f, b2: vec4f, b3: vec4f, acc: vec4f) -> vec4f {
-    let x = fma(vec4f(a.x), vec4f(b0.x, b1.x, b2.x, b3.x), acc);
-    let y = fma(vec4f(a.y), vec4f(b0.y, b1.y, b2.y, b3.y), x);
-    let z = fma(vec4f(a.z), vec4f(b0.z, b1.z, b2.z, b3.z), y);
-    return fma(vec4f(a.w), vec4f(b0.w, b1.w, b2.w, b3.w), z);
-}
-
 // What the owned rows have of each row of the step, to workgroup memory.
 fn store_scores(scores: Scores, ty: u32, tx: u32) {
     for (var r = 0u; r < TR; r++) {

@@ -2,9 +2,10 @@
 //! `shaders/backward_dkdv_coop_scaled.wgsl` and `shaders/backward_dq_coop_scaled.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS, workgroups_by_keys, workgroups_by_rows};
-use super::forward_coop::{Matrices, layout_constants};
+use super::forward_coop::layout_constants;
 use super::forward_coop_scaled::parts;
 use super::{Pass, backward_switches, bindings};
+use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
 use crate::tune::{self, CoopBackwardTile};
@@ -27,17 +28,27 @@ pub(crate) fn cannot(problem: &Problem) -> Option<&'static str> {
 }
 
 /// The gradients of keys and values, then that of queries.
-pub(crate) fn passes(problem: &Problem, tiles: [CoopBackwardTile; 2], matrices: &Matrices) -> Vec<Pass> {
+pub(crate) fn passes(
+    problem: &Problem,
+    tiles: [CoopBackwardTile; 2],
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+) -> Vec<Pass> {
     match problem.element_type {
-        ElementType::F16 => half_passes(problem, tiles, matrices),
-        ElementType::F32 | ElementType::BF16 => scaled_passes(problem, tiles, matrices),
+        ElementType::F16 => half_passes(problem, tiles, format, layout),
+        ElementType::F32 | ElementType::BF16 => scaled_passes(problem, tiles, format, layout),
     }
 }
 
-fn scaled_passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matrices: &Matrices) -> Vec<Pass> {
+fn scaled_passes(
+    problem: &Problem,
+    [dkdv, dq]: [CoopBackwardTile; 2],
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+) -> Vec<Pass> {
     let shape = problem.shape;
     let parts = parts(problem.element_type);
-    let size = matrices.format.size;
+    let size = format.size;
     let pass = |file, entry, tile: CoopBackwardTile, used, workgroup_bytes, workgroups| {
         let mut switches = backward_switches(problem, 4);
         if size == 16 {
@@ -54,12 +65,12 @@ fn scaled_passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matrices:
             ("MATRICES", tile.matrices),
             ("STEP", tile.step),
         ];
-        constants.extend(layout_constants(&matrices.layout));
+        constants.extend(layout_constants(layout));
         Pass {
             specialization: Specialization { file, entry, switches, constants },
             bindings: bindings(problem, used),
             element_access: true,
-            threads: tile.subgroups * matrices.format.lanes,
+            threads: tile.subgroups * format.lanes,
             workgroup_bytes,
             workgroups,
         }
@@ -84,10 +95,15 @@ fn scaled_passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matrices:
     ]
 }
 
-fn half_passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matrices: &Matrices) -> Vec<Pass> {
+fn half_passes(
+    problem: &Problem,
+    [dkdv, dq]: [CoopBackwardTile; 2],
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+) -> Vec<Pass> {
     let shape = problem.shape;
     let group = shape.group() as u64;
-    let size = matrices.format.size;
+    let size = format.size;
     let specialization = |file, entry, names: [&'static str; 2], tile: CoopBackwardTile| {
         let mut switches = backward_switches(problem, 8);
         if size == 16 {
@@ -107,7 +123,7 @@ fn half_passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matrices: &
             (names[1], tile.step),
             ("COLUMNS", tile.columns),
         ];
-        constants.extend(layout_constants(&matrices.layout));
+        constants.extend(layout_constants(layout));
         Specialization { file, entry, switches, constants }
     };
     let of_keys = move |part: &Part| {
@@ -124,7 +140,7 @@ fn half_passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matrices: &
             specialization: specialization("backward_dkdv_coop.wgsl", "dkdv", ["KEY_MATRICES", "ROWS"], dkdv),
             bindings: bindings(problem, DKDV_BINDINGS),
             element_access: true,
-            threads: dkdv.subgroups * matrices.format.lanes,
+            threads: dkdv.subgroups * format.lanes,
             workgroup_bytes: dkdv.dkdv_bytes(size, shape.head_dim, shape.head_dim_v),
             workgroups: Box::new(of_keys),
         },
@@ -132,7 +148,7 @@ fn half_passes(problem: &Problem, [dkdv, dq]: [CoopBackwardTile; 2], matrices: &
             specialization: specialization("backward_dq_coop.wgsl", "dq", ["ROW_MATRICES", "KEYS"], dq),
             bindings: bindings(problem, DQ_BINDINGS),
             element_access: true,
-            threads: dq.subgroups * matrices.format.lanes,
+            threads: dq.subgroups * format.lanes,
             workgroup_bytes: dq.dq_bytes(size, shape.head_dim, shape.head_dim_v),
             workgroups: Box::new(of_rows),
         },

@@ -1,19 +1,48 @@
-//! Host side of `shaders/forward_coop.wgsl`.
+//! Host side of `shaders/forward_coop.wgsl` and `shaders/forward_coop_workgroup.wgsl`.
 
-use super::{FORWARD_BINDINGS, Pass, bindings, switches};
-use crate::elements::{Bit, MatrixFormat, MatrixLayout};
+use super::{FORWARD_BINDINGS, Pass, bindings, forward_coop_scaled, switches};
+use crate::elements::{Bit, MatrixFormat, MatrixLayout, NoElementAccess};
 use crate::specialize::Specialization;
-use crate::tune::CoopTile;
-use crate::{Problem, plan::Part};
+use crate::tune::{self, CoopTile};
+use crate::{ElementType, Error, Kernel, PlanOptions, Problem, plan::Part};
 
-/// What a context knows of a device's matrices: their format, and how accumulators and left operands lie in the lanes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Matrices {
-    pub format: MatrixFormat,
-    pub layout: MatrixLayout,
+/// Where the coop kernel keeps scores and probabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum CoopForm {
+    /// In the registers where the matrices lie: faster, for devices that give access to the elements of matrices.
+    Registers,
+    /// They cross workgroup memory, which needs no such access.
+    WorkgroupMemory,
 }
 
-/// The elements that a lane holds; the shader spells them out.
+impl std::fmt::Display for CoopForm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            CoopForm::Registers => "in registers",
+            CoopForm::WorkgroupMemory => "through workgroup memory",
+        })
+    }
+}
+
+/// What a context knows of a device's matrices.
+#[derive(Clone, Debug)]
+pub(crate) struct Matrices {
+    pub format: MatrixFormat,
+    /// How accumulators and left operands lie in the lanes, or why there is no access to their elements.
+    pub elements: Result<MatrixLayout, NoElementAccess>,
+}
+
+impl Matrices {
+    /// How a lane's numbers lie in this form; `None` where the device does not give it.
+    pub fn layout(&self, form: CoopForm) -> Option<MatrixLayout> {
+        match form {
+            CoopForm::Registers => self.elements.clone().ok(),
+            CoopForm::WorkgroupMemory => Some(MatrixLayout::rows(self.format)),
+        }
+    }
+}
+
+/// The elements that a lane holds; the shader with access to them spells them out.
 pub(crate) const ELEMENTS: u32 = 8;
 
 /// The names of the constants for each bit of a row's and of a column's number.
@@ -35,14 +64,69 @@ pub(crate) fn layout_constants(layout: &MatrixLayout) -> Vec<(&'static str, u32)
     constants
 }
 
-pub(crate) fn pass(problem: &Problem, tile: CoopTile, matrices: &Matrices) -> Pass {
+/// How a problem is computed on these matrices.
+pub(crate) struct Chosen {
+    pub form: CoopForm,
+    /// Why this form.
+    pub why: String,
+    pub tile: CoopTile,
+    pub pass: Pass,
+}
+
+pub(crate) fn choose(problem: &Problem, matrices: &Matrices, options: &PlanOptions) -> Result<Chosen, Error> {
+    let unsupported = |why| Error::Unsupported { kernel: Kernel::Coop, element_type: problem.element_type, why };
+    let (form, why) = match (options.coop_form, &matrices.elements) {
+        (Some(form), _) => (form, "asked for".into()),
+        (None, Ok(_)) => (CoopForm::Registers, "the device gives access to the elements of matrices".into()),
+        (None, Err(why)) => (CoopForm::WorkgroupMemory, format!("no access to the elements of matrices: {why}")),
+    };
+    let layout =
+        matrices.layout(form).ok_or(unsupported("in registers it needs access to the elements of matrices"))?;
+    let (format, shape) = (matrices.format, problem.shape);
+    let (tile, pass) = match (problem.element_type, form) {
+        (ElementType::F16, _) => {
+            let table = || tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v);
+            let tile = options.coop_tile.unwrap_or_else(table);
+            tile.validate(form, format.size)?;
+            (tile, pass(problem, form, tile, format, &layout))
+        }
+        (other, CoopForm::Registers) => {
+            let table = || tune::coop_scaled_tile(format.size, other, shape.head_dim, shape.head_dim_v);
+            let tile = options.coop_tile.unwrap_or_else(table);
+            tile.validate_scaled(format.size, format.lanes)?;
+            (tile, forward_coop_scaled::pass(problem, tile, format, &layout))
+        }
+        (_, CoopForm::WorkgroupMemory) => return Err(unsupported("through workgroup memory it takes f16 only")),
+    };
+    Ok(Chosen { form, why, tile, pass })
+}
+
+/// In the form that has a layout of elements, or through workgroup memory.
+pub(crate) fn pass(
+    problem: &Problem,
+    form: CoopForm,
+    tile: CoopTile,
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+) -> Pass {
     let shape = problem.shape;
-    let size = matrices.format.size;
+    let MatrixFormat { size, lanes } = format;
     let rows = tile.rows(size);
     let mut on = switches(problem, 8);
     if size == 16 {
         on.push("MATRIX16");
     }
+    let file = match form {
+        CoopForm::Registers => "forward_coop.wgsl",
+        CoopForm::WorkgroupMemory => {
+            on.extend(["NO_ELEMENT_ACCESS", "UNROLL"]);
+            // Metal has matrices of 8 by 8, and its functions take pointers to numbers only.
+            if size == 8 {
+                on.push("SCALARS");
+            }
+            "forward_coop_workgroup.wgsl"
+        }
+    };
     let mut constants = vec![
         ("HEAD_DIM", shape.head_dim),
         ("HEAD_DIM_V", shape.head_dim_v),
@@ -50,14 +134,23 @@ pub(crate) fn pass(problem: &Problem, tile: CoopTile, matrices: &Matrices) -> Pa
         ("BUFFERS", tile.buffers),
         ("SUBGROUPS", tile.subgroups),
         ("ROW_MATRICES", tile.row_matrices),
+        // Matrices across the keys of a tile, the head dimension, and the values' dimension.
+        ("KM", tile.keys / size),
+        ("DM", shape.head_dim.div_ceil(size)),
+        ("VM", shape.head_dim_v.div_ceil(size)),
     ];
-    constants.extend(layout_constants(&matrices.layout));
+    if form == CoopForm::WorkgroupMemory {
+        constants.push(("ELEMENTS", format.elements()));
+        // Those of O: one more, for the sums of P.
+        constants.push(("OM", shape.head_dim_v.div_ceil(size) + 1));
+    }
+    constants.extend(layout_constants(layout));
     Pass {
-        specialization: Specialization { file: "forward_coop.wgsl", entry: "forward", switches: on, constants },
+        specialization: Specialization { file, entry: "forward", switches: on, constants },
         bindings: bindings(problem, FORWARD_BINDINGS),
-        element_access: true,
-        threads: tile.subgroups * matrices.format.lanes,
-        workgroup_bytes: tile.workgroup_bytes(size, shape.head_dim, shape.head_dim_v),
+        element_access: form == CoopForm::Registers,
+        threads: tile.subgroups * lanes,
+        workgroup_bytes: tile.workgroup_bytes(form, size, shape.head_dim, shape.head_dim_v),
         workgroups: Box::new(move |part: &Part| {
             [part.row_count().div_ceil(rows as u64), part.head_count(), part.batch_count()]
         }),

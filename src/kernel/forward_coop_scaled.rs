@@ -1,7 +1,8 @@
 //! Host side of `shaders/forward_coop_scaled.wgsl`.
 
-use super::forward_coop::{Matrices, layout_constants};
+use super::forward_coop::layout_constants;
 use super::{FORWARD_BINDINGS, Pass, bindings, switches};
+use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
 use crate::tune::CoopTile;
@@ -15,10 +16,10 @@ pub(crate) fn parts(element_type: ElementType) -> u32 {
     }
 }
 
-pub(crate) fn pass(problem: &Problem, tile: CoopTile, matrices: &Matrices) -> Pass {
+pub(crate) fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout) -> Pass {
     let shape = problem.shape;
     let parts = parts(problem.element_type);
-    let size = matrices.format.size;
+    let size = format.size;
     let rows = tile.rows(size);
     let mut on = switches(problem, 4);
     if size == 16 {
@@ -35,12 +36,12 @@ pub(crate) fn pass(problem: &Problem, tile: CoopTile, matrices: &Matrices) -> Pa
         ("SUBGROUPS", tile.subgroups),
         ("ROW_MATRICES", tile.row_matrices),
     ];
-    constants.extend(layout_constants(&matrices.layout));
+    constants.extend(layout_constants(layout));
     Pass {
         specialization: Specialization { file: "forward_coop_scaled.wgsl", entry: "forward", switches: on, constants },
         bindings: bindings(problem, FORWARD_BINDINGS),
         element_access: true,
-        threads: tile.subgroups * matrices.format.lanes,
+        threads: tile.subgroups * format.lanes,
         workgroup_bytes: tile.scaled_workgroup_bytes(size, parts, shape.head_dim, shape.head_dim_v),
         workgroups: Box::new(move |part: &Part| {
             [part.row_count().div_ceil(rows as u64), part.head_count(), part.batch_count()]

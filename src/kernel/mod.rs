@@ -12,10 +12,11 @@ pub(crate) mod forward_tile;
 pub(crate) mod naive;
 pub(crate) mod uniform;
 
+pub use forward_coop::CoopForm;
+
 use crate::plan::Part;
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
-use crate::tune::{self, CoopTile};
 use crate::{ElementType, Problem};
 
 /// Which algorithm computes a problem.
@@ -120,23 +121,6 @@ impl Pass {
     /// The numbers of all its bindings.
     pub(crate) fn binding_numbers(&self) -> Vec<u32> {
         std::iter::once(0).chain(self.bindings.iter().map(|&(slot, _)| slot as u32)).collect()
-    }
-}
-
-/// The tile of the coop kernel for a problem, by the size of the device's matrices.
-pub(crate) fn coop_tile(problem: &Problem, size: u32) -> CoopTile {
-    let shape = &problem.shape;
-    match problem.element_type {
-        ElementType::F16 => tune::coop_tile(size, shape.head_dim, shape.head_dim_v),
-        other => tune::coop_scaled_tile(size, other, shape.head_dim, shape.head_dim_v),
-    }
-}
-
-/// The coop kernel: the one for f16, or the one that makes f16 of what the problem has.
-pub(crate) fn coop_pass(problem: &Problem, tile: CoopTile, matrices: &forward_coop::Matrices) -> Pass {
-    match problem.element_type {
-        ElementType::F16 => forward_coop::pass(problem, tile, matrices),
-        ElementType::F32 | ElementType::BF16 => forward_coop_scaled::pass(problem, tile, matrices),
     }
 }
 

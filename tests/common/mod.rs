@@ -6,6 +6,7 @@
 
 pub mod backward;
 pub mod cases;
+pub mod coop;
 
 use std::fmt::Write;
 use std::sync::OnceLock;

@@ -1,0 +1,74 @@
+// Elements of matrices through workgroup memory, in WGSL alone: accumulators are stored there and numbers read, numbers
+// stored and left operands loaded. There is room for each row of matrices, M by KEYS, in f32 and in f16; `block` counts
+// them through the workgroup. A lane's numbers all lie in one row, four at a time in one vector, and the lanes of a row
+// are neighbours (MatrixLayout::rows in src/elements.rs).
+//
+// The barriers between are the caller's, and workgroupBarrier: what naga writes for subgroupBarrier orders no memory.
+// Rows are eight elements longer than KEYS, which keeps them on different banks.
+#include "common/matrix_layout.wgsl"
+
+alias Lane = array<f32, ELEMENTS>;
+const EXCHANGE_STRIDE = (KEYS + 8u) / WIDTH;
+const EXCHANGE_SIZE = M * EXCHANGE_STRIDE;
+var<workgroup> sums: array<Sums, SUBGROUPS * ROW_MATRICES * EXCHANGE_SIZE>;
+var<workgroup> halves: array<Halves, SUBGROUPS * ROW_MATRICES * EXCHANGE_SIZE>;
+
+// Matrix c of a block, from and to whole matrices.
+fn put_accumulator(x: Accumulator, block: u32, c: u32) {
+    let place = block * EXCHANGE_SIZE + c * M / WIDTH;
+    coopStoreT(x, &sums[place], EXCHANGE_STRIDE);
+}
+
+fn get_accumulator(block: u32) -> Accumulator {
+    let place = block * EXCHANGE_SIZE;
+    return coopLoadT<Accumulator>(&sums[place], EXCHANGE_STRIDE);
+}
+
+fn get_left(block: u32, c: u32) -> Left {
+    let place = block * EXCHANGE_SIZE + c * M / WIDTH;
+    return coopLoadT<Left>(&halves[place], EXCHANGE_STRIDE);
+}
+
+fn get_right(block: u32) -> Right {
+    let place = block * EXCHANGE_SIZE;
+    return coopLoadT<Right>(&halves[place], EXCHANGE_STRIDE);
+}
+
+// The same, a lane's elements: the place of element e, and of the three that follow.
+fn exchange_place(block: u32, c: u32, lane: u32, e: u32) -> u32 {
+    let row = block * M + row_of(lane, 0u);
+    return row * EXCHANGE_STRIDE + (c * M + column_of(lane, 0u) + column_of(0u, e)) / WIDTH;
+}
+
+fn get_elements(block: u32, c: u32, lane: u32) -> Lane {
+    var x: Lane;
+    for (var e = 0u; e < ELEMENTS; e += WIDTH) {
+        let y = sums[exchange_place(block, c, lane, e)];
+#if SCALARS
+        x[e] = y;
+#else
+        x[e] = y.x;
+        x[e + 1u] = y.y;
+        x[e + 2u] = y.z;
+        x[e + 3u] = y.w;
+#endif
+    }
+    return x;
+}
+
+fn put_elements(x: Lane, block: u32, c: u32, lane: u32) {
+    for (var e = 0u; e < ELEMENTS; e += WIDTH) {
+#if SCALARS
+        let y = x[e];
+#else
+        let y = vec4f(x[e], x[e + 1u], x[e + 2u], x[e + 3u]);
+#endif
+        halves[exchange_place(block, c, lane, e)] = Halves(y);
+    }
+}
+
+fn scale_elements(factor: f32, block: u32, lane: u32) {
+    for (var e = 0u; e < ELEMENTS; e += WIDTH) {
+        sums[exchange_place(block, 0u, lane, e)] *= factor;
+    }
+}

@@ -1,0 +1,335 @@
+// Forward pass on cooperative matrices where WGSL is all there is: the algorithm of forward_coop.wgsl, with scores and
+// probabilities that cross workgroup memory on their way from matrices to numbers and back. One workgroup computes ROWS
+// rows of one head; each of its subgroups has ROW_MATRICES · M of them to itself, M being the size of a matrix.
+//
+//     m = -inf, l = 0, O = 0
+//     for each tile of KEYS keys that some row may see:
+//         S of the next tile = Q K^T                beside the softmax of this one, which uses other units
+//         where rowmax S > m + LAZY:                m' = rowmax S,  l = 2^(m - m') l,  O = 2^(m - m') O;  else m' = m
+//         P = 2^(S - m')                            f16, at most 2^LAZY
+//         l = l + rowsum P,  O = O + P (V, 1)
+//     O = O / its last column,  lse = ln 2 (m + log2 l),   maxima being in base 2
+//
+// To rescale O it too has to cross workgroup memory, so that is done only where a maximum grew much. Then the p of a
+// row's largest score is no longer 1 but some number that f16 rounds; O has a column of the sums of P as rounded,
+// which makes up for it. l is exact.
+//
+// Loops over matrices are written out (src/specialize.rs): arrays of matrices are registers only where indices are
+// constants.
+enable f16;
+enable wgpu_cooperative_matrix;
+#include "common/problem.wgsl"
+#include "common/softmax.wgsl"
+#include "common/score.wgsl"
+#include "common/matrices.wgsl"
+#include "common/elements_f16.wgsl"
+
+@group(0) @binding(1) var<storage, read> query: InElements;
+@group(0) @binding(2) var<storage, read> key: InElements;
+@group(0) @binding(3) var<storage, read> value: InElements;
+@group(0) @binding(4) var<storage, read_write> out: OutElements;
+#if LSE
+@group(0) @binding(5) var<storage, read_write> lse: array<u32>;
+#endif
+#include "common/matrix_exchange.wgsl"
+#include "common/read_f16.wgsl" tensor=key
+#include "common/read_f16.wgsl" tensor=value
+
+const ROWS = SUBGROUPS * ROW_MATRICES * M;
+#include "common/coop_tiles.wgsl"
+// A tile of K, and one of V.
+const TILES = K_SIZE + V_SIZE;
+var<workgroup> tiles: array<Halves, TILES>;
+// How far above m a row's maximum may be, in base 2. f16 holds p up to 2^16.
+const LAZY = 8.0;
+// The keys at which a maximum grew more than that. Four, since the next variable has to be aligned to 16 bytes.
+var<workgroup> grown: array<atomic<i32>, 4>;
+
+// A lane's elements of a matrix of Q, whose row starts at element `start` and whose columns at `column`: 0 past the
+// head dimension, so that they add nothing, whatever K has there.
+fn query_elements(start: u32, column: u32, lane: u32) -> Lane {
+    var x: Lane;
+    for (var e = 0u; e < ELEMENTS; e++) {
+        let d = column + column_of(lane, e);
+        let place = start + min(d, HEAD_DIM - 1u);
+#if ALIGNED
+        let y = query[place / 4u][place % 4u];
+#else
+        let y = query[place];
+#endif
+        x[e] = select(0.0, f32(y) * score_sign(), d < HEAD_DIM);
+    }
+    return x;
+}
+
+// The same of O.
+fn write_elements(start: u32, column: u32, lane: u32, x: Lane) {
+    for (var e = 0u; e < ELEMENTS; e++) {
+        let d = column + column_of(lane, e);
+        if d < HEAD_DIM_V {
+#if ALIGNED
+            out[(start + d) / 4u][(start + d) % 4u] = f16(x[e]);
+#else
+            out[start + d] = f16(x[e]);
+#endif
+        }
+    }
+}
+
+@compute @workgroup_size(THREADS)
+fn forward(
+    @builtin(workgroup_id) group: vec3u,
+    @builtin(num_workgroups) groups: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    let at = sequence(group.z, group.y);
+    // The last rows first: with a causal mask they take longest.
+    let row0 = problem.row_begin + (groups.x - 1u - group.x) * ROWS;
+    let row1 = min(row0 + ROWS, problem.row_end);
+    // The first row of matrices of this subgroup; and a lane's row there, of which the others are M further.
+    let mine = subgroup * ROW_MATRICES;
+    let my_row = row0 + mine * M + row_of(lane, 0u);
+    let query_start = head_start(problem.query, at.batch, at.head_q);
+    let key_start = head_start(problem.key, at.batch, at.head_kv);
+    let value_start = head_start(problem.value, at.batch, at.head_kv);
+    // Scores times this are exponents of 2. It is not negative: a negative scale turns Q around.
+    let factor = max(score_factor(), 1.0e-22);
+    // Times the factor it is far below EMPTY, whatever the factor.
+    let masked = -1.0e15 / factor;
+
+    var q: array<array<Left, DM>, ROW_MATRICES>;
+#unroll
+    for (var d = 0u; d < DM; d++) {
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            let i = min(my_row + r * M, problem.row_end - 1u) - problem.row_begin;
+            put_elements(query_elements(query_start + i * problem.query.row, d * M, lane), mine + r, 0u, lane);
+        }
+        workgroupBarrier();
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            q[r][d] = get_left(mine + r, 0u);
+        }
+        workgroupBarrier();
+    }
+    var one: Lane;
+    for (var e = 0u; e < ELEMENTS; e++) {
+        one[e] = 1.0;
+    }
+    put_elements(one, mine, 0u, lane);
+    if thread == 0u {
+        atomicStore(&grown[0], -1);
+    }
+    workgroupBarrier();
+    let ones = get_right(mine);
+
+    var o: array<array<Accumulator, OM>, ROW_MATRICES>;
+    var m: array<f32, ROW_MATRICES>;
+    var l: array<f32, ROW_MATRICES>;
+#unroll
+    for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+        for (var d = 0u; d < OM; d++) {
+            o[r][d] = Accumulator();
+        }
+        // S of no tile
+#unroll
+        for (var c = 0u; c < KM; c++) {
+            put_accumulator(Accumulator(), mine + r, c);
+        }
+        m[r] = EMPTY;
+        l[r] = 0.0;
+    }
+
+    let range = key_range(at, i32(row0), i32(row1));
+    let first = range.x / i32(KEYS) * i32(KEYS);
+    let last = u32(max(at.keys, 1) - 1);
+    var key_next: array<Eight, K_LOADS>;
+    var value_next: array<Eight, V_LOADS>;
+    var begin = range.y;
+    if range.x < range.y {
+        // One step earlier, with every key masked, for S of the first tile.
+        begin = first - i32(KEYS);
+        store_key(load_key(key_start, u32(first), last, thread), 0u, thread);
+        key_next = load_key(key_start, u32(first) + KEYS, last, thread);
+        value_next = load_value(value_start, u32(first), last, thread);
+    }
+    workgroupBarrier();
+    for (var j0 = begin; j0 < range.y; j0 += i32(KEYS)) {
+        var x: array<array<Lane, KM>, ROW_MATRICES>;
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < KM; c++) {
+                x[r][c] = get_elements(mine + r, c, lane);
+            }
+        }
+
+        // What each score is, and whether it counts
+#if SOFTCAP
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < KM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    x[r][c][e] = score_shape(x[r][c][e]);
+                }
+            }
+        }
+#endif
+        if !tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS)) {
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                for (var c = 0u; c < KM; c++) {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
+                        x[r][c][e] = select(masked, x[r][c][e], keep(at, i32(my_row + r * M), j));
+                    }
+                }
+            }
+        }
+
+        // S of the next tile = Q K^T
+        var s: array<array<Accumulator, KM>, ROW_MATRICES>;
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+                s[r][c] = Accumulator();
+            }
+        }
+#unroll
+        for (var d = 0u; d < DM; d++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+                let place = c * M * K_STRIDE + d * M / WIDTH;
+                let k = coopLoad<Right>(&tiles[place], K_STRIDE);
+#unroll
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    s[r][c] = coopMultiplyAdd(q[r][d], k, s[r][c]);
+                }
+            }
+        }
+
+        // m', l = 2^(m - m') l, and what O is to be multiplied by
+        var shrink: array<f32, ROW_MATRICES>;
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            var most = masked;
+            for (var c = 0u; c < KM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    most = max(most, x[r][c][e]);
+                }
+            }
+            let larger = row_max(most) * factor;
+            let grows = larger > m[r] + LAZY;
+            if grows {
+                atomicStore(&grown[0], j0);
+            }
+            shrink[r] = select(1.0, exp2(m[r] - larger), grows);
+            m[r] = select(m[r], larger, grows);
+            l[r] *= shrink[r];
+        }
+
+        // P = 2^(S - m'),  l = l + rowsum P
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < KM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    x[r][c][e] = exp2(fma(x[r][c][e], factor, -m[r]));
+                    l[r] += x[r][c][e];
+                }
+                put_elements(x[r][c], mine + r, c, lane);
+            }
+        }
+        store_value(value_next, 0u, thread);
+        workgroupBarrier();
+
+        // O = 2^(m - m') O, in all subgroups or in none, since all meet at the barriers. It is a loop of no or one
+        // trip, since naga takes the condition for one that may differ between threads.
+        for (var once = u32(atomicLoad(&grown[0]) == j0); once > 0u; once--) {
+#unroll
+            for (var d = 0u; d < OM; d++) {
+#unroll
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    put_accumulator(o[r][d], mine + r, 0u);
+                }
+                workgroupBarrier();
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    scale_elements(shrink[r], mine + r, lane);
+                }
+                workgroupBarrier();
+#unroll
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    o[r][d] = get_accumulator(mine + r);
+                }
+                workgroupBarrier();
+            }
+        }
+
+        // O = O + P (V, 1)
+#unroll
+        for (var c = 0u; c < KM; c++) {
+            var p: array<Left, ROW_MATRICES>;
+#unroll
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                p[r] = get_left(mine + r, c);
+                o[r][VM] = coopMultiplyAdd(p[r], ones, o[r][VM]);
+            }
+#unroll
+            for (var d = 0u; d < VM; d++) {
+                let place = K_SIZE + c * M * V_STRIDE + d * M / WIDTH;
+                let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
+#unroll
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    o[r][d] = coopMultiplyAdd(p[r], v, o[r][d]);
+                }
+            }
+        }
+
+        // S of the next tile, and K of the tile after it. A compiler may move loads down to their use, but not into
+        // the next trip.
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+                put_accumulator(s[r][c], mine + r, c);
+            }
+        }
+        store_key(key_next, 0u, thread);
+        key_next = load_key(key_start, u32(j0) + 3u * KEYS, last, thread);
+        value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
+        workgroupBarrier();
+    }
+
+    // O / its last column, which comes first
+    var inverse: array<f32, ROW_MATRICES>;
+#unroll
+    for (var n = 0u; n < OM; n++) {
+        const d = VM - n;
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            put_accumulator(o[r][d], mine + r, 0u);
+        }
+        workgroupBarrier();
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            let i = my_row + r * M;
+            var y = get_elements(mine + r, 0u, lane);
+            if d == VM {
+                // The p of a row's largest score is 1 up to rounding, or more; a row without keys is told by m.
+                inverse[r] = inverse_sum(select(max(y[0], 0.5), 0.0, m[r] == EMPTY));
+            } else if i < row1 {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    y[e] *= inverse[r];
+                }
+                let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
+                write_elements(start, d * M, lane, y);
+            }
+        }
+        workgroupBarrier();
+    }
+#if LSE
+    for (var r = 0u; r < ROW_MATRICES; r++) {
+        let i = my_row + r * M;
+        let total = row_sum(l[r]);
+        if column_of(lane, 0u) == 0u && i < row1 {
+            let place = head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin;
+            lse[place] = lse_bits(m[r] / LOG2_E, select(max(total, 0.5), 0.0, m[r] == EMPTY));
+        }
+    }
+#endif
+}
