@@ -141,8 +141,9 @@ impl CoopTile {
 
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
 ///
-/// Those in registers were measured on an H200 (docs/performance.md, docs/rejected.md). Those through workgroup
-/// memory follow from counting: as many rows and keys as fit 48 KiB with matrices of 16, 32 KiB with matrices of 8.
+/// Those in registers were measured on an H200, those through workgroup memory with matrices of 16 up to a head dim of 128 on
+/// an H100 (docs/performance.md, docs/rejected.md). The rest follow from counting: as many rows and keys as fit 48 KiB
+/// with matrices of 16, 32 KiB with matrices of 8.
 pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };
     match (form, size, head_dim.max(head_dim_v)) {
