@@ -84,7 +84,7 @@ struct Args {
 enum KernelName {
     Auto,
     Tile,
-    /// Opens the device with cooperative matrices, which wgpu calls experimental; takes f16
+    /// Opens the device with cooperative matrices, which wgpu calls experimental
     Coop,
 }
 

@@ -39,6 +39,8 @@ enable wgpu_cooperative_matrix;
 const PART_ROUNDING = 0x1000u;
 #include "common/matrix_parts.wgsl"
 #include "common/matrix_pairs.wgsl"
+// All of dV, or of dK.
+const SUM_MATRICES = WM;
 #include "common/matrix_load.wgsl" tensor=key rows=OWN dim=HEAD_DIM
 #include "common/matrix_load.wgsl" tensor=value rows=OWN dim=HEAD_DIM_V
 #include "common/matrix_load.wgsl" tensor=query rows=STEP dim=HEAD_DIM
@@ -99,9 +101,9 @@ fn dkdv(
     var owned_scales: vec2f;
     var lefts = owned_parts(owned, HEAD_DIM, HEAD_DIM_V, thread, subgroup, lane, &owned_scales);
     // dV in one half, dK in the other.
-    var sums: array<array<Lane, WM>, MATRICES>;
+    var sums: Gradients;
     for (var r = 0u; r < MATRICES; r++) {
-        for (var d = 0u; d < WM; d++) {
+        for (var d = 0u; d < SUM_MATRICES; d++) {
             sums[r][d] = Lane();
         }
     }
@@ -142,32 +144,12 @@ fn dkdv(
 #endif
 
         // S^T = K Q^T, or dP^T = V dO^T
-        var x: array<array<Lane, SM>, MATRICES>;
-        for (var c = 0u; c < SM; c++) {
-            var sum: array<Accumulator, MATRICES>;
-            for (var r = 0u; r < MATRICES; r++) {
-                sum[r] = Accumulator();
-            }
-            for (var n = 0u; n < PARTS; n++) {
-                for (var d = 0u; d < WM; d++) {
-                    for (var b = 0u; b + n < PARTS; b++) {
-                        let place = (half * PARTS + b) * STEP_SIZE + c * M * STRIDE + d * M / 4u;
-                        let right = coopLoad<Right>(&tiles[place], STRIDE);
-                        for (var r = 0u; r < MATRICES; r++) {
-                            sum[r] = coopMultiplyAdd(lefts[r][d][PARTS - 1u - n - b], right, sum[r]);
-                        }
-                    }
-                }
-            }
-            for (var r = 0u; r < MATRICES; r++) {
-                x[r][c] = elements_of(sum[r]);
-            }
-        }
+        var x = products(&lefts, half);
 
         // P^T = exp(score(S^T) - lse), or dS^T = P^T score' (dP^T - delta)
         if half == 0u {
             let unscale = inverse(owned_scales.x) * inverse(scales.x);
-            var slope: array<array<Lane, SM>, MATRICES>;
+            var slope: Scores;
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < SM; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {
@@ -215,62 +197,18 @@ fn dkdv(
 
         // dV = dV + P^T dO, or dK = dK + dS^T Q
         let other = 1u - half;
-        let other_scale = of_half(scales, other);
-        let x_scale = scale_of_lanes(x, other_scale);
-        var x_left: array<array<array<Left, PARTS>, SM>, MATRICES>;
-        for (var r = 0u; r < MATRICES; r++) {
-            for (var c = 0u; c < SM; c++) {
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    x[r][c][e] *= x_scale;
-                }
-                x_left[r][c] = left_parts(x[r][c]);
-            }
-        }
-        let sum_unscale = inverse(x_scale) * inverse(other_scale);
-        for (var d = 0u; d < WM; d++) {
-            var sum: array<Accumulator, MATRICES>;
-            for (var r = 0u; r < MATRICES; r++) {
-                sum[r] = Accumulator();
-            }
-            for (var n = 0u; n < PARTS; n++) {
-                for (var c = 0u; c < SM; c++) {
-                    for (var b = 0u; b + n < PARTS; b++) {
-                        let place = (other * PARTS + b) * STEP_SIZE + c * M * STRIDE + d * M / 4u;
-                        let right = coopLoadT<Right>(&tiles[place], STRIDE);
-                        for (var r = 0u; r < MATRICES; r++) {
-                            sum[r] = coopMultiplyAdd(x_left[r][c][PARTS - 1u - n - b], right, sum[r]);
-                        }
-                    }
-                }
-            }
-            for (var r = 0u; r < MATRICES; r++) {
-                let y = elements_of(sum[r]);
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    sums[r][d][e] = fma(y[e], sum_unscale, sums[r][d][e]);
-                }
-            }
-        }
+        add_products(&sums, x, other, of_half(scales, other), 0u);
     }
 
     // Out in whole rows, a matrix of each subgroup at a time
-    for (var n = 0u; n < MATRICES * WM; n++) {
+    for (var n = 0u; n < MATRICES * SUM_MATRICES; n++) {
         workgroupBarrier();
-        // A driver that does not unroll this loop, with its barriers, would have sums in memory for sums[n / WM][n % WM].
-        for (var r = 0u; r < MATRICES; r++) {
-            for (var d = 0u; d < WM; d++) {
-                if r * WM + d == n {
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        let t = subgroup * M * M + row_of(lane, e) * M + column_of(lane, e);
-                        told[t / 4u][t % 4u] = sums[r][d][e];
-                    }
-                }
-            }
-        }
+        tell_sums(&sums, n, subgroup, lane);
         workgroupBarrier();
-        let j = mine + n / WM * M + lane * ELEMENTS / M;
+        let j = mine + n / SUM_MATRICES * M + lane * ELEMENTS / M;
         if j < problem.seqlen_k {
             for (var e = 0u; e < ELEMENTS; e += 4u) {
-                let d = n % WM * M + (lane * ELEMENTS + e) % M;
+                let d = n % SUM_MATRICES * M + (lane * ELEMENTS + e) % M;
                 let y = told[(subgroup * M * M + lane * ELEMENTS + e) / 4u];
                 if half == 0u {
                     let start = head_start(problem.grad_value, at.batch, at.head_kv) + j * problem.grad_value.row;

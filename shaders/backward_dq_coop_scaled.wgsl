@@ -36,14 +36,12 @@ enable wgpu_cooperative_matrix;
 const PART_ROUNDING = 0x1000u;
 #include "common/matrix_parts.wgsl"
 #include "common/matrix_pairs.wgsl"
+// A half of dQ.
+const SUM_MATRICES = ((HEAD_DIM + M - 1u) / M + 1u) / 2u;
 #include "common/matrix_load.wgsl" tensor=query rows=OWN dim=HEAD_DIM
 #include "common/matrix_load.wgsl" tensor=grad_out rows=OWN dim=HEAD_DIM_V
 #include "common/matrix_load.wgsl" tensor=key rows=STEP dim=HEAD_DIM
 #include "common/matrix_load.wgsl" tensor=value rows=STEP dim=HEAD_DIM_V
-
-// Matrices across the columns of dQ, and across those of a half.
-const DM = (HEAD_DIM + M - 1u) / M;
-const HM = (DM + 1u) / 2u;
 
 @compute @workgroup_size(THREADS)
 fn dq(
@@ -72,11 +70,11 @@ fn dq(
     );
     var owned_scales: vec2f;
     var lefts = owned_parts(owned, HEAD_DIM, HEAD_DIM_V, thread, subgroup, lane, &owned_scales);
-    var sums: array<array<Lane, HM>, MATRICES>;
+    var sums: Gradients;
     // lse, or delta, of the rows that the lane holds.
     var number: array<array<f32, LANE_ROWS>, MATRICES>;
     for (var r = 0u; r < MATRICES; r++) {
-        for (var d = 0u; d < HM; d++) {
+        for (var d = 0u; d < SUM_MATRICES; d++) {
             sums[r][d] = Lane();
         }
         for (var e = 0u; e < ELEMENTS; e++) {
@@ -107,32 +105,12 @@ fn dq(
 #endif
 
         // S = Q K^T, or dP = dO V^T
-        var x: array<array<Lane, SM>, MATRICES>;
-        for (var c = 0u; c < SM; c++) {
-            var sum: array<Accumulator, MATRICES>;
-            for (var r = 0u; r < MATRICES; r++) {
-                sum[r] = Accumulator();
-            }
-            for (var n = 0u; n < PARTS; n++) {
-                for (var d = 0u; d < WM; d++) {
-                    for (var b = 0u; b + n < PARTS; b++) {
-                        let place = (half * PARTS + b) * STEP_SIZE + c * M * STRIDE + d * M / 4u;
-                        let right = coopLoad<Right>(&tiles[place], STRIDE);
-                        for (var r = 0u; r < MATRICES; r++) {
-                            sum[r] = coopMultiplyAdd(lefts[r][d][PARTS - 1u - n - b], right, sum[r]);
-                        }
-                    }
-                }
-            }
-            for (var r = 0u; r < MATRICES; r++) {
-                x[r][c] = elements_of(sum[r]);
-            }
-        }
+        var x = products(&lefts, half);
 
         // P score' = exp(score(S) - lse) score', then dS = P score' (dP - delta)
         if half == 0u {
             let unscale = inverse(owned_scales.x) * inverse(scales.x);
-            var slope: array<array<Lane, SM>, MATRICES>;
+            var slope: Scores;
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < SM; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {
@@ -186,62 +164,19 @@ fn dq(
         }
 
         // dQ = dQ + dS K
-        let x_scale = scale_of_lanes(x, scales.x);
-        var x_left: array<array<array<Left, PARTS>, SM>, MATRICES>;
-        for (var r = 0u; r < MATRICES; r++) {
-            for (var c = 0u; c < SM; c++) {
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    x[r][c][e] *= x_scale;
-                }
-                x_left[r][c] = left_parts(x[r][c]);
-            }
-        }
-        let sum_unscale = inverse(x_scale) * inverse(scales.x);
-        for (var d = 0u; d < HM; d++) {
-            var sum: array<Accumulator, MATRICES>;
-            for (var r = 0u; r < MATRICES; r++) {
-                sum[r] = Accumulator();
-            }
-            for (var n = 0u; n < PARTS; n++) {
-                for (var c = 0u; c < SM; c++) {
-                    for (var b = 0u; b + n < PARTS; b++) {
-                        let place = b * STEP_SIZE + c * M * STRIDE + min(half * HM + d, DM - 1u) * M / 4u;
-                        let right = coopLoadT<Right>(&tiles[place], STRIDE);
-                        for (var r = 0u; r < MATRICES; r++) {
-                            sum[r] = coopMultiplyAdd(x_left[r][c][PARTS - 1u - n - b], right, sum[r]);
-                        }
-                    }
-                }
-            }
-            for (var r = 0u; r < MATRICES; r++) {
-                let y = elements_of(sum[r]);
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    sums[r][d][e] = fma(y[e], sum_unscale, sums[r][d][e]);
-                }
-            }
-        }
+        add_products(&sums, x, 0u, scales.x, half * SUM_MATRICES);
     }
 
     // Out in whole rows, a matrix of each subgroup at a time
-    for (var n = 0u; n < MATRICES * HM; n++) {
+    for (var n = 0u; n < MATRICES * SUM_MATRICES; n++) {
         workgroupBarrier();
-        // A driver that does not unroll this loop, with its barriers, would have sums in memory for sums[n / HM][n % HM].
-        for (var r = 0u; r < MATRICES; r++) {
-            for (var d = 0u; d < HM; d++) {
-                if r * HM + d == n {
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        let t = subgroup * M * M + row_of(lane, e) * M + column_of(lane, e);
-                        told[t / 4u][t % 4u] = sums[r][d][e];
-                    }
-                }
-            }
-        }
+        tell_sums(&sums, n, subgroup, lane);
         workgroupBarrier();
-        let i = mine + n / HM * M + lane * ELEMENTS / M;
+        let i = mine + n / SUM_MATRICES * M + lane * ELEMENTS / M;
         if i < row1 {
             let start = head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row;
             for (var e = 0u; e < ELEMENTS; e += 4u) {
-                let d = (half * HM + n % HM) * M + (lane * ELEMENTS + e) % M;
+                let d = (half * SUM_MATRICES + n % SUM_MATRICES) * M + (lane * ELEMENTS + e) % M;
                 let y = told[(subgroup * M * M + lane * ELEMENTS + e) / 4u];
                 write_grad_query(start, d, HEAD_DIM, y * problem.scale);
             }

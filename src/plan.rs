@@ -269,7 +269,8 @@ impl Schedule {
         let limits = context.limits();
         let mut schedule = Schedule::empty(recipe);
         check_limits(recipe.kernel, &recipe.passes, limits)?;
-        if if backward { problem.has_no_gradients() } else { problem.is_empty() } {
+        let nothing_to_write = if backward { problem.has_no_gradients() } else { problem.is_empty() };
+        if nothing_to_write {
             return Ok(schedule);
         }
         let bounds = Bounds::of(limits);

@@ -1,5 +1,5 @@
 //! The cooperative-matrix kernel on a device that has such matrices (`scripts/vulkan --coop cargo test` has one): the
-//! cases of the other kernels, in f16. Says so where there is no such device.
+//! cases of the other kernels. Says so where there is no such device.
 
 mod common;
 

@@ -127,9 +127,12 @@ fn store_step(step: Step, thread: u32, subgroup: u32, lane: u32) -> vec2f {
     return scales;
 }
 
+// Scores of a subgroup, or what becomes of them.
+alias Scores = array<array<Lane, SM>, MATRICES>;
+
 // The scale of what a subgroup's lanes hold, to be multiplied with a tile of scale `other`: at most 2^126 / other, so that
 // one number takes both scales back.
-fn scale_of_lanes(x: array<array<Lane, SM>, MATRICES>, other: f32) -> f32 {
+fn scale_of_lanes(x: Scores, other: f32) -> f32 {
     var size = 0.0;
     for (var r = 0u; r < MATRICES; r++) {
         for (var c = 0u; c < SM; c++) {
@@ -140,4 +143,88 @@ fn scale_of_lanes(x: array<array<Lane, SM>, MATRICES>, other: f32) -> f32 {
     }
     let scale = scale_for(subgroupMax(bitcast<u32>(size)));
     return bitcast<f32>(min(bitcast<u32>(scale), (380u << 23u) - bitcast<u32>(other)));
+}
+
+// What a subgroup adds up: SUM_MATRICES across the columns of a gradient.
+alias Gradients = array<array<Lane, SUM_MATRICES>, MATRICES>;
+
+// A subgroup's owned rows times those of the step, transposed; scaled, as both are.
+fn products(lefts: ptr<function, Lefts>, half: u32) -> Scores {
+    var x: Scores;
+    for (var c = 0u; c < SM; c++) {
+        var sum: array<Accumulator, MATRICES>;
+        for (var r = 0u; r < MATRICES; r++) {
+            sum[r] = Accumulator();
+        }
+        for (var n = 0u; n < PARTS; n++) {
+            for (var d = 0u; d < WM; d++) {
+                for (var b = 0u; b + n < PARTS; b++) {
+                    let place = (half * PARTS + b) * STEP_SIZE + c * M * STRIDE + d * M / 4u;
+                    let right = coopLoad<Right>(&tiles[place], STRIDE);
+                    for (var r = 0u; r < MATRICES; r++) {
+                        sum[r] = coopMultiplyAdd((*lefts)[r][d][PARTS - 1u - n - b], right, sum[r]);
+                    }
+                }
+            }
+        }
+        for (var r = 0u; r < MATRICES; r++) {
+            x[r][c] = elements_of(sum[r]);
+        }
+    }
+    return x;
+}
+
+// sums += x times the step's rows of a tensor (0 the first, 1 the second) of this scale, from matrix `first` of columns on.
+fn add_products(sums: ptr<function, Gradients>, x: Scores, tensor: u32, scale: f32, first: u32) {
+    let x_scale = scale_of_lanes(x, scale);
+    var left: array<array<array<Left, PARTS>, SM>, MATRICES>;
+    for (var r = 0u; r < MATRICES; r++) {
+        for (var c = 0u; c < SM; c++) {
+            var scaled = x[r][c];
+            for (var e = 0u; e < ELEMENTS; e++) {
+                scaled[e] *= x_scale;
+            }
+            left[r][c] = left_parts(scaled);
+        }
+    }
+    let unscale = inverse(x_scale) * inverse(scale);
+    for (var d = 0u; d < SUM_MATRICES; d++) {
+        var sum: array<Accumulator, MATRICES>;
+        for (var r = 0u; r < MATRICES; r++) {
+            sum[r] = Accumulator();
+        }
+        for (var n = 0u; n < PARTS; n++) {
+            for (var c = 0u; c < SM; c++) {
+                for (var b = 0u; b + n < PARTS; b++) {
+                    let column = min(first + d, WM - 1u) * M / 4u;
+                    let place = (tensor * PARTS + b) * STEP_SIZE + c * M * STRIDE + column;
+                    let right = coopLoadT<Right>(&tiles[place], STRIDE);
+                    for (var r = 0u; r < MATRICES; r++) {
+                        sum[r] = coopMultiplyAdd(left[r][c][PARTS - 1u - n - b], right, sum[r]);
+                    }
+                }
+            }
+        }
+        for (var r = 0u; r < MATRICES; r++) {
+            let y = elements_of(sum[r]);
+            for (var e = 0u; e < ELEMENTS; e++) {
+                (*sums)[r][d][e] = fma(y[e], unscale, (*sums)[r][d][e]);
+            }
+        }
+    }
+}
+
+// Matrix n of a subgroup's sums to workgroup memory, from where lanes take it in whole rows.
+fn tell_sums(sums: ptr<function, Gradients>, n: u32, subgroup: u32, lane: u32) {
+    // A driver that does not unroll the loop over n, with its barriers, would have sums in memory if n were their index.
+    for (var r = 0u; r < MATRICES; r++) {
+        for (var d = 0u; d < SUM_MATRICES; d++) {
+            if r * SUM_MATRICES + d == n {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    let t = subgroup * M * M + row_of(lane, e) * M + column_of(lane, e);
+                    told[t / 4u][t % 4u] = (*sums)[r][d][e];
+                }
+            }
+        }
+    }
 }

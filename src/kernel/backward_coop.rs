@@ -40,6 +40,14 @@ pub(crate) fn passes(
     }
 }
 
+/// The switches of a kernel that moves `vector` elements at a time, on matrices of this size.
+fn switches(problem: &Problem, vector: u32, size: u32, tile: CoopBackwardTile) -> Vec<&'static str> {
+    let mut on = backward_switches(problem, vector);
+    on.extend((size == 16).then_some("MATRIX16"));
+    on.extend(tile.ahead.then_some("AHEAD"));
+    on
+}
+
 fn scaled_passes(
     problem: &Problem,
     [dkdv, dq]: [CoopBackwardTile; 2],
@@ -50,13 +58,7 @@ fn scaled_passes(
     let parts = parts(problem.element_type);
     let size = format.size;
     let pass = |file, entry, tile: CoopBackwardTile, used, workgroup_bytes, workgroups| {
-        let mut switches = backward_switches(problem, 4);
-        if size == 16 {
-            switches.push("MATRIX16");
-        }
-        if tile.ahead {
-            switches.push("AHEAD");
-        }
+        let switches = switches(problem, 4, size, tile);
         let mut constants = vec![
             ("PARTS", parts),
             ("HEAD_DIM", shape.head_dim),
@@ -105,13 +107,7 @@ fn half_passes(
     let group = shape.group() as u64;
     let size = format.size;
     let specialization = |file, entry, names: [&'static str; 2], tile: CoopBackwardTile| {
-        let mut switches = backward_switches(problem, 8);
-        if size == 16 {
-            switches.push("MATRIX16");
-        }
-        if tile.ahead {
-            switches.push("AHEAD");
-        }
+        let mut switches = switches(problem, 8, size, tile);
         if file == "backward_dkdv_coop.wgsl" && tile.holds_value(shape.head_dim, shape.head_dim_v) {
             switches.push("HOLD_VALUE");
         }

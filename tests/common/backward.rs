@@ -5,7 +5,9 @@ use wgpu_flash_attention::{
     BackwardBuffers, Context, ElementType, Gradients, Kernel, Layout, Plan, PlanOptions, Problem, reference,
 };
 
-use super::{Case, GUARD, Prepared, Rng, end, from_bits, guarded, places, poison, tensor_dims, to_bits, unguard};
+use super::{
+    Case, GUARD, Prepared, Rng, check_each, end, from_bits, guarded, places, poison, tensor_dims, to_bits, unguard,
+};
 
 /// The plan's own choice of forward kernel, and this one for the backward pass.
 pub fn backward(kernel: Kernel) -> PlanOptions {
@@ -310,15 +312,7 @@ fn plain(
 
 /// Runs every case in every way and reports all that fail.
 pub fn check_all(cases: &[(String, PreparedBackward)], ways: &[(&str, &Context, PlanOptions)]) {
-    let mut failed = vec![];
-    for (name, prepared) in cases {
-        for (way, context, options) in ways {
-            if let Err(error) = prepared.check(context, options) {
-                failed.push(format!("{name}, {way}: {error}"));
-            }
-        }
-    }
-    assert!(failed.is_empty(), "{} failed\n{}", failed.len(), failed.join("\n"));
+    check_each(cases, ways, PreparedBackward::check);
 }
 
 /// Inputs and expected gradients of cases in an element type.

@@ -549,10 +549,18 @@ fn plain(problem: &Problem, [query, key, value]: [&[f32]; 3], seqlens_k: Option<
 
 /// Runs every case in every way and reports all that fail.
 pub fn check_all(cases: &[(String, Prepared)], ways: &[(&str, &Context, PlanOptions)]) {
+    check_each(cases, ways, Prepared::check);
+}
+
+fn check_each<T>(
+    cases: &[(String, T)],
+    ways: &[(&str, &Context, PlanOptions)],
+    check: impl Fn(&T, &Context, &PlanOptions) -> Result<(), String>,
+) {
     let mut failed = vec![];
     for (name, prepared) in cases {
         for (way, context, options) in ways {
-            if let Err(error) = prepared.check(context, options) {
+            if let Err(error) = check(prepared, context, options) {
                 failed.push(format!("{name}, {way}: {error}"));
             }
         }
