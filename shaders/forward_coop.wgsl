@@ -3,10 +3,11 @@
 // subgroups has ROW_MATRICES · M of them to itself, M being the size of a matrix.
 //
 //     m = -inf, l = 0, O = 0
-//     for each tile of KEYS keys that some row may see:
+//     for each tile of KEYS keys that some row may see (common/coop_step.wgsl):
 //         S = score(Q K^T)                          f32 accumulators, then plain numbers in the lanes that hold them
-//         m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
-//         P = 2^(S - m')                            f16 left operands, made from S where it lies
+//         if rowmax S > m + 8 for some row of the subgroup:
+//             m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
+//         P = 2^(S - m)                             f16 left operands, made from S where it lies
 //         l = l + rowsum P,  O = O + P V
 //     O = O / l,  lse = ln 2 (m + log2 l),          maxima being in base 2
 //
@@ -46,6 +47,8 @@ fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 #endif
 }
 
+// How far a row's scores may pass its m, in powers of 2, before O is scaled to a new one: P is then at most 2^8.
+const GROWTH = 8.0;
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
 #include "common/coop_tiles.wgsl"
 // What each thread moves of Q and O.
@@ -89,7 +92,9 @@ fn forward(
     }
     workgroupBarrier();
     var q: array<array<Left, DM>, ROW_MATRICES>;
+#unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
         for (var d = 0u; d < DM; d++) {
             let place = (mine + r * M) * K_STRIDE + d * M / WIDTH;
             q[r][d] = coopLoadT<Left>(&tiles[place], K_STRIDE);
@@ -100,24 +105,34 @@ fn forward(
     var o: array<array<Accumulator, VM>, ROW_MATRICES>;
     var m: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
     var l: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
+#unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
         for (var d = 0u; d < VM; d++) {
             o[r][d] = Accumulator();
         }
+#unroll
         for (var h = 0u; h < LANE_ROWS; h++) {
             m[r][h] = EMPTY;
             l[r][h] = 0.0;
         }
     }
 
+    // Tiles all of whose scores count come first, in a loop without a branch for others: drivers write it out several times,
+    // and then need not move O and the loads about between its trips. The rest follows: tiles after these, then before.
     let range = key_range(at, i32(row0), i32(row1));
     let first = range.x / i32(KEYS) * i32(KEYS);
+    let tiles_in_range = (max(range.y - first, 0) + i32(KEYS) - 1) / i32(KEYS);
+    let counting = full_range(at, i32(row0), i32(row1));
+    let before = min((counting.x - first + i32(KEYS) - 1) / i32(KEYS), tiles_in_range);
+    let full = max((counting.y - first) / i32(KEYS) - before, 0);
     let last = u32(max(at.keys, 1) - 1);
+    var j0 = select(first, first + before * i32(KEYS), full > 0);
     var key_next: array<Eight, K_LOADS>;
     var value_next: array<Eight, V_LOADS>;
-    if range.x < range.y {
-        key_next = load_key(key_start, u32(first), last, thread);
-        value_next = load_value(value_start, u32(first), last, thread);
+    if tiles_in_range > 0 {
+        key_next = load_key(key_start, u32(j0), last, thread);
+        value_next = load_value(value_start, u32(j0), last, thread);
     }
     if BUFFERS == 2u {
         store_key(key_next, 0u, thread);
@@ -125,132 +140,29 @@ fn forward(
         workgroupBarrier();
     }
     var buffer = 0u;
-    for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
-        if BUFFERS == 1u {
-            workgroupBarrier();
-            store_key(key_next, 0u, thread);
-            store_value(value_next, 0u, thread);
-            workgroupBarrier();
-        }
-        key_next = load_key(key_start, u32(j0) + KEYS, last, thread);
-        value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
-
-        // S = Q K^T
-        var s: array<array<Accumulator, KM>, ROW_MATRICES>;
-        for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
-                s[r][c] = Accumulator();
-            }
-        }
-        for (var d = 0u; d < DM; d++) {
-            for (var c = 0u; c < KM; c++) {
-                let place = buffer * K_SIZE + c * M * K_STRIDE + d * M / WIDTH;
-                let k = coopLoad<Right>(&tiles[place], K_STRIDE);
-                for (var r = 0u; r < ROW_MATRICES; r++) {
-                    s[r][c] = coopMultiplyAdd(q[r][d], k, s[r][c]);
-                }
-            }
-        }
-        var x: array<array<Lane, KM>, ROW_MATRICES>;
-        for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
-                x[r][c] = elements_of(s[r][c]);
-            }
-        }
-
-        // What each score is, and whether it counts
-#if SOFTCAP
-        for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    x[r][c][e] = score_shape(x[r][c][e]);
-                }
-            }
-        }
-#endif
-        let full = tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS));
-        if !full {
-            for (var r = 0u; r < ROW_MATRICES; r++) {
-                for (var c = 0u; c < KM; c++) {
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        let i = i32(row0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
-                        let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                        x[r][c][e] = select(masked, x[r][c][e], keep(at, i, j));
-                    }
-                }
-            }
-        }
-
-        // m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
-        for (var r = 0u; r < ROW_MATRICES; r++) {
-            var most: array<f32, LANE_ROWS>;
-            for (var h = 0u; h < LANE_ROWS; h++) {
-                most[h] = masked;
-            }
-            for (var c = 0u; c < KM; c++) {
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    most[held_row(e)] = max(most[held_row(e)], x[r][c][e]);
-                }
-            }
-            var shrink: array<f32, LANE_ROWS>;
-            for (var h = 0u; h < LANE_ROWS; h++) {
-                let larger = max(m[r][h], row_max(most[h]) * factor);
-                shrink[h] = exp2(m[r][h] - larger);
-                m[r][h] = larger;
-                l[r][h] *= shrink[h];
-            }
-            for (var d = 0u; d < VM; d++) {
-                var y = elements_of(o[r][d]);
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    y[e] *= shrink[held_row(e)];
-                }
-                o[r][d] = accumulator(y);
-            }
-        }
-
-        // P = 2^(S - m'),  l = l + rowsum P
-        for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    let p = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
-                    x[r][c][e] = p;
-                    l[r][held_row(e)] += p;
-                }
-            }
-        }
-
-        // O = O + P V
-        for (var c = 0u; c < KM; c++) {
-            var p: array<Left, ROW_MATRICES>;
-            for (var r = 0u; r < ROW_MATRICES; r++) {
-                p[r] = left(x[r][c]);
-            }
-            for (var d = 0u; d < VM; d++) {
-                let place = BUFFERS * K_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / WIDTH;
-                let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
-                for (var r = 0u; r < ROW_MATRICES; r++) {
-                    o[r][d] = coopMultiplyAdd(p[r], v, o[r][d]);
-                }
-            }
-        }
-
-        if BUFFERS == 2u {
-            buffer = 1u - buffer;
-            store_key(key_next, buffer, thread);
-            store_value(value_next, buffer, thread);
-            workgroupBarrier();
-        }
+    let full_end = j0 + full * i32(KEYS);
+    for (; j0 < full_end; j0 += i32(KEYS)) {
+#include "common/coop_step.wgsl" masked=false
+    }
+    j0 = select(first, j0, j0 < range.y);
+    for (var n = full; n < tiles_in_range; n++) {
+#include "common/coop_step.wgsl" masked=true
+        j0 = next;
     }
     workgroupBarrier();
 
     // O / l to workgroup memory, then out in whole rows
+#unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
         for (var h = 0u; h < LANE_ROWS; h++) {
-            // The largest p of a row is 1 up to the rounding of m, so a row with keys is told from an empty one by m.
+            // The largest p of a row is at least 1 up to the rounding of m, so a row with keys is told from an empty one by m.
             l[r][h] = select(max(row_sum(l[r][h]), 0.5), 0.0, m[r][h] == EMPTY);
         }
+#unroll
         for (var d = 0u; d < VM; d++) {
             let y = elements_of(o[r][d]);
+#unroll
             for (var e = 0u; e < ELEMENTS; e++) {
                 let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
@@ -258,6 +170,7 @@ fn forward(
             }
         }
 #if LSE
+#unroll
         for (var e = 0u; e < ELEMENTS; e++) {
             let i = row0 + mine + r * M + row_of(lane, e);
             if column_of(lane, e) == 0u && i < row1 {

@@ -24,6 +24,7 @@ const FILES: &[(&str, &str)] = &[
     ("backward_dq_coop.wgsl", include_str!("../shaders/backward_dq_coop.wgsl")),
     ("backward_dq_coop_scaled.wgsl", include_str!("../shaders/backward_dq_coop_scaled.wgsl")),
     ("backward_dq_tile.wgsl", include_str!("../shaders/backward_dq_tile.wgsl")),
+    ("common/coop_step.wgsl", include_str!("../shaders/common/coop_step.wgsl")),
     ("common/coop_tiles.wgsl", include_str!("../shaders/common/coop_tiles.wgsl")),
     ("common/elements.wgsl", include_str!("../shaders/common/elements.wgsl")),
     ("common/elements_f16.wgsl", include_str!("../shaders/common/elements_f16.wgsl")),

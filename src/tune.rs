@@ -141,16 +141,16 @@ impl CoopTile {
 
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
 ///
-/// Those in registers were measured on an H200, those through workgroup memory with matrices of 16 up to a head dim of 128 on
-/// an H100 (docs/performance.md, docs/rejected.md). The rest follow from counting: as many rows and keys as fit 48 KiB
-/// with matrices of 16, 32 KiB with matrices of 8.
+/// With matrices of 16 up to a head dim of 128 they were measured on an H100 (docs/performance.md, docs/rejected.md). Larger
+/// ones follow from counting: as many rows and keys as fit 48 KiB. Matrices of 8 with access to their elements only a processor
+/// is known to have, which takes its time to compile large tiles; the other form has what fits 32 KiB.
 pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };
     match (form, size, head_dim.max(head_dim_v)) {
         (CoopForm::Registers, 16, 0..=64) => tile(4, 2, 32, 1),
-        (CoopForm::Registers, 16, 65..=128) => tile(8, 1, 48, 1),
+        (CoopForm::Registers, 16, 65..=128) => tile(8, 1, 64, 1),
         (CoopForm::Registers, 16, _) => tile(4, 1, 16, 2),
-        (CoopForm::Registers, _, 0..=128) => tile(4, 2, 16, 2),
+        (CoopForm::Registers, _, 0..=128) => tile(4, 1, 8, 1),
         (CoopForm::Registers, _, _) => tile(2, 1, 8, 2),
         (CoopForm::WorkgroupMemory, 16, 0..=64) => tile(4, 2, 16, 1),
         (CoopForm::WorkgroupMemory, 16, 65..=128) => tile(8, 1, 32, 1),
@@ -240,8 +240,9 @@ pub fn decode_tile(rows: u64, head_dim: u32, head_dim_v: u32, element_bytes: u64
     tile
 }
 
-/// Workgroups that fill a large device: four on each of the 132 multiprocessors of an H100.
-const DECODE_WORKGROUPS: u64 = 528;
+/// Workgroups that fill a large device: two on each of the 132 multiprocessors of an H100. There 32,768 keys of 8 heads take
+/// 55.9 µs in 32 splits and 57.2 µs in 64, 4,096 keys 11.0 and 11.6 µs.
+const DECODE_WORKGROUPS: u64 = 264;
 
 /// Into how many splits the keys go when `workgroups` take all of them, in `tiles` tiles each: as many as fill the
 /// device, and no more than whole tiles need.
@@ -621,11 +622,11 @@ mod tests {
     #[test]
     fn splits_fill_the_device() {
         // 32,768 keys in tiles of 64 for 8 key-value heads.
-        assert_eq!(decode_splits(8, 512), 64);
+        assert_eq!(decode_splits(8, 512), 32);
         // Never less than a tile each, and none without a tile.
         assert_eq!(decode_splits(8, 10), 10);
-        assert_eq!(decode_splits(100, 12), 4);
-        assert_eq!(decode_splits(100, 11), 4);
+        assert_eq!(decode_splits(50, 12), 4);
+        assert_eq!(decode_splits(50, 11), 4);
         assert_eq!(decode_splits(1000, 50), 1);
         assert_eq!(decode_splits(8, 0), 1);
     }

@@ -200,7 +200,7 @@ fn plan_of(context: &Context, head_dim: u32) -> Plan {
 fn small_limits_fall_back_to_the_tile_kernel() {
     let Some(context) = small_device(elements::FEATURES) else { return };
     assert_eq!(plan_of(&context, 32).coop_form(), Some(Registers));
-    let plan = plan_of(&context, 128);
+    let plan = plan_of(&context, 256);
     assert_eq!(plan.kernel(), Kernel::Tile);
     assert!(plan.to_string().contains("limits are too small"), "{plan}");
 }

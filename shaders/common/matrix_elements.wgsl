@@ -15,7 +15,6 @@ fn coop_set_accumulator(z: Accumulator, a: f32, b: f32, c: f32, d: f32, e: f32, 
 fn coop_bits(x: vec2u) -> vec4<f16> { return vec4<f16>(); }
 fn coop_set_left(z: Left, a: f16, b: f16, c: f16, d: f16, e: f16, f: f16, g: f16, h: f16) -> Left { return z; }
 
-const ELEMENTS = 8u;
 alias Lane = array<f32, ELEMENTS>;
 
 fn elements_of(m: Accumulator) -> Lane {

@@ -23,30 +23,23 @@ fn column_of(lane: u32, e: u32) -> u32 {
         ;
 }
 
+// The bits of the element's number that `bits` has, as a number of their own. Without a loop: an index of an array that
+// the driver knows from the start, so that the array is in registers.
+fn gathered(e: u32, bits: u32) -> u32 {
+    let b0 = bits & 1u;
+    let b1 = (bits >> 1u) & 1u;
+    let b2 = (bits >> 2u) & 1u;
+    return (e & b0) + (((e >> 1u) & b1) << b0) + (((e >> 2u) & b2) << (b0 + b1));
+}
+
 // A lane holds elements of LANE_ROWS rows; this numbers them by the element's bits that are row bits.
 fn held_row(e: u32) -> u32 {
-    var held = 0u;
-    var weight = 1u;
-    for (var k = 0u; k < 3u; k++) {
-        if ((ELEMENT_ROW_BITS >> k) & 1u) == 1u {
-            held += weight * ((e >> k) & 1u);
-            weight *= 2u;
-        }
-    }
-    return held;
+    return gathered(e, ELEMENT_ROW_BITS);
 }
 
 // The same for columns, of which a lane holds LANE_COLUMNS.
 fn held_column(e: u32) -> u32 {
-    var held = 0u;
-    var weight = 1u;
-    for (var k = 0u; k < 3u; k++) {
-        if ((ELEMENT_ROW_BITS >> k) & 1u) == 0u {
-            held += weight * ((e >> k) & 1u);
-            weight *= 2u;
-        }
-    }
-    return held;
+    return gathered(e, 7u ^ ELEMENT_ROW_BITS);
 }
 
 // Over the lanes that share a row: those that differ in a bit that is a column bit.

@@ -86,7 +86,13 @@ fn row_range(at: Sequence, j0: i32, j1: i32) -> vec2i {
     return select(vec2i(first, end), vec2i(), j0 >= at.keys);
 }
 
+// The keys that count for each of rows i0 .. i1.
+fn full_range(at: Sequence, i0: i32, i1: i32) -> vec2i {
+    return vec2i(key_interval(at, i1 - 1).x, key_interval(at, i0).y);
+}
+
 // Do all scores of rows i0 .. i1 with keys j0 .. j1 count? Then none of them needs to be asked about.
 fn tile_is_full(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
-    return j0 >= key_interval(at, i1 - 1).x && j1 <= key_interval(at, i0).y;
+    let counting = full_range(at, i0, i1);
+    return j0 >= counting.x && j1 <= counting.y;
 }

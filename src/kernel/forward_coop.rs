@@ -42,7 +42,7 @@ impl Matrices {
     }
 }
 
-/// The elements that a lane holds; the shader with access to them spells them out.
+/// The elements of a matrix in a lane for which the kernels in registers are written.
 pub(crate) const ELEMENTS: u32 = 8;
 
 /// The names of the constants for each bit of a row's and of a column's number.
@@ -59,8 +59,11 @@ pub(crate) fn layout_constants(layout: &MatrixLayout) -> Vec<(&'static str, u32)
     let row_bits = layout.row_element_bits();
     constants.push(("ELEMENT_ROW_BITS", row_bits.iter().map(|n| 1 << n).sum()));
     constants.push(("LANE_COLUMN_BITS", layout.row_shuffles().iter().sum()));
+    let is_element = |bit: &&Bit| matches!(bit, Bit::Element(_));
+    let column_bits = layout.column.iter().filter(is_element).count();
     constants.push(("LANE_ROWS", 1 << row_bits.len()));
-    constants.push(("LANE_COLUMNS", ELEMENTS >> row_bits.len()));
+    constants.push(("LANE_COLUMNS", 1 << column_bits));
+    constants.push(("ELEMENTS", 1 << (row_bits.len() + column_bits)));
     constants
 }
 
@@ -113,13 +116,14 @@ pub(crate) fn pass(
     let MatrixFormat { size, lanes } = format;
     let rows = tile.rows(size);
     let mut on = switches(problem, 8);
+    on.push("UNROLL");
     if size == 16 {
         on.push("MATRIX16");
     }
     let file = match form {
         CoopForm::Registers => "forward_coop.wgsl",
         CoopForm::WorkgroupMemory => {
-            on.extend(["NO_ELEMENT_ACCESS", "UNROLL"]);
+            on.push("NO_ELEMENT_ACCESS");
             // Metal has matrices of 8 by 8, and its functions take pointers to numbers only.
             if size == 8 {
                 on.push("SCALARS");
@@ -140,7 +144,6 @@ pub(crate) fn pass(
         ("VM", shape.head_dim_v.div_ceil(size)),
     ];
     if form == CoopForm::WorkgroupMemory {
-        constants.push(("ELEMENTS", format.elements()));
         // Those of O: one more, for the sums of P.
         constants.push(("OM", shape.head_dim_v.div_ceil(size) + 1));
     }

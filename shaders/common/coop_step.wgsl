@@ -1,0 +1,161 @@
+        // What forward_coop.wgsl does with the keys from j0 on. $masked: some scores of this tile may not count.
+        if BUFFERS == 1u {
+            workgroupBarrier();
+            store_key(key_next, 0u, thread);
+            store_value(value_next, 0u, thread);
+            workgroupBarrier();
+        }
+        // After the last tile come those before the first one.
+        let next = select(first, j0 + i32(KEYS), j0 + i32(KEYS) < range.y);
+        key_next = load_key(key_start, u32(next), last, thread);
+        value_next = load_value(value_start, u32(next), last, thread);
+
+        // S = Q K^T
+        var s: array<array<Accumulator, KM>, ROW_MATRICES>;
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+                s[r][c] = Accumulator();
+            }
+        }
+#unroll
+        for (var d = 0u; d < DM; d++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+                let place = buffer * K_SIZE + c * M * K_STRIDE + d * M / WIDTH;
+                let k = coopLoad<Right>(&tiles[place], K_STRIDE);
+#unroll
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    s[r][c] = coopMultiplyAdd(q[r][d], k, s[r][c]);
+                }
+            }
+        }
+        var x: array<array<Lane, KM>, ROW_MATRICES>;
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+                x[r][c] = elements_of(s[r][c]);
+            }
+        }
+
+        // What each score is, and whether it counts
+#if SOFTCAP
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+#unroll
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    x[r][c][e] = score_shape(x[r][c][e]);
+                }
+            }
+        }
+#endif
+        if $masked {
+#unroll
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+                for (var c = 0u; c < KM; c++) {
+#unroll
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let i = i32(row0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
+                        let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
+                        x[r][c][e] = select(masked, x[r][c][e], keep(at, i, j));
+                    }
+                }
+            }
+        }
+
+        // If a row of the subgroup has grown:  m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
+        var most: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
+        var grown = false;
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+            for (var h = 0u; h < LANE_ROWS; h++) {
+                most[r][h] = masked;
+            }
+            // Element by element first: short chains of maxima.
+            var top = x[r][0];
+#unroll
+            for (var c = 0u; c < KM; c++) {
+#unroll
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    top[e] = max(top[e], x[r][c][e]);
+                }
+            }
+#unroll
+            for (var e = 0u; e < ELEMENTS; e++) {
+                most[r][held_row(e)] = max(most[r][held_row(e)], top[e]);
+            }
+#unroll
+            for (var h = 0u; h < LANE_ROWS; h++) {
+                most[r][h] = row_max(most[r][h]) * factor;
+                grown = grown || most[r][h] > m[r][h] + GROWTH;
+            }
+        }
+        // A loop of one trip at most: for an if, drivers copy O to other registers and back.
+        for (var once = u32(subgroupAny(grown)); once > 0u; once--) {
+#unroll
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                var shrink: array<f32, LANE_ROWS>;
+#unroll
+                for (var h = 0u; h < LANE_ROWS; h++) {
+                    let larger = max(m[r][h], most[r][h]);
+                    shrink[h] = exp2(m[r][h] - larger);
+                    m[r][h] = larger;
+                    l[r][h] *= shrink[h];
+                }
+#unroll
+                for (var d = 0u; d < VM; d++) {
+                    var y = elements_of(o[r][d]);
+#unroll
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        y[e] *= shrink[held_row(e)];
+                    }
+                    o[r][d] = accumulator(y);
+                }
+            }
+        }
+
+        // P = 2^(S - m),  l = l + rowsum P
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+            for (var c = 0u; c < KM; c++) {
+#unroll
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    let p = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
+                    x[r][c][e] = p;
+                    l[r][held_row(e)] += p;
+                }
+            }
+        }
+
+        // O = O + P V
+#unroll
+        for (var c = 0u; c < KM; c++) {
+            var p: array<Left, ROW_MATRICES>;
+#unroll
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                p[r] = left(x[r][c]);
+            }
+#unroll
+            for (var d = 0u; d < VM; d++) {
+                let place = BUFFERS * K_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / WIDTH;
+                let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
+#unroll
+                for (var r = 0u; r < ROW_MATRICES; r++) {
+                    o[r][d] = coopMultiplyAdd(p[r], v, o[r][d]);
+                }
+            }
+        }
+
+        if BUFFERS == 2u {
+            buffer = 1u - buffer;
+            store_key(key_next, buffer, thread);
+            store_value(value_next, buffer, thread);
+            workgroupBarrier();
+        }
