@@ -47,12 +47,12 @@ fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 }
 
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
-#include "common/coop_tiles.wgsl"
+#include "common/coop_tiles.wgsl" first=key second=value rows=KEYS
 // What each thread moves of Q and O.
 const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
 const O_STORES = (ROWS * V8 + THREADS - 1u) / THREADS;
 // A tile of K and one of V, or two of each, one in use while the other is filled; before them Q, and after them O.
-const TILES = max(BUFFERS * (K_SIZE + V_SIZE), ROWS * max(K_STRIDE, V_STRIDE));
+const TILES = max(BUFFERS * (D_SIZE + V_SIZE), ROWS * max(D_STRIDE, V_STRIDE));
 var<workgroup> tiles: array<Halves, TILES>;
 
 @compute @workgroup_size(THREADS)
@@ -84,15 +84,15 @@ fn forward(
         let x = first_elements(read_query(query_start + i * problem.query.row, d, HEAD_DIM), max(d, HEAD_DIM) - d);
         if t < ROWS * D8 {
             let sign = f16(score_sign());
-            store_eight(t / D8 * K_STRIDE + 8u / WIDTH * (t % D8), Eight(x.low * sign, x.high * sign));
+            store_eight(t / D8 * D_STRIDE + 8u / WIDTH * (t % D8), Eight(x.low * sign, x.high * sign));
         }
     }
     workgroupBarrier();
     var q: array<array<Left, DM>, ROW_MATRICES>;
     for (var r = 0u; r < ROW_MATRICES; r++) {
         for (var d = 0u; d < DM; d++) {
-            let place = (mine + r * M) * K_STRIDE + d * M / WIDTH;
-            q[r][d] = coopLoadT<Left>(&tiles[place], K_STRIDE);
+            let place = (mine + r * M) * D_STRIDE + d * M / WIDTH;
+            q[r][d] = coopLoadT<Left>(&tiles[place], D_STRIDE);
         }
     }
     workgroupBarrier();
@@ -113,7 +113,7 @@ fn forward(
     let range = key_range(at, i32(row0), i32(row1));
     let first = range.x / i32(KEYS) * i32(KEYS);
     let last = u32(max(at.keys, 1) - 1);
-    var key_next: array<Eight, K_LOADS>;
+    var key_next: array<Eight, D_LOADS>;
     var value_next: array<Eight, V_LOADS>;
     if range.x < range.y {
         key_next = load_key(key_start, u32(first), last, thread);
@@ -144,8 +144,8 @@ fn forward(
         }
         for (var d = 0u; d < DM; d++) {
             for (var c = 0u; c < KM; c++) {
-                let place = buffer * K_SIZE + c * M * K_STRIDE + d * M / WIDTH;
-                let k = coopLoad<Right>(&tiles[place], K_STRIDE);
+                let place = buffer * D_SIZE + c * M * D_STRIDE + d * M / WIDTH;
+                let k = coopLoad<Right>(&tiles[place], D_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     s[r][c] = coopMultiplyAdd(q[r][d], k, s[r][c]);
                 }
@@ -226,7 +226,7 @@ fn forward(
                 p[r] = left(x[r][c]);
             }
             for (var d = 0u; d < VM; d++) {
-                let place = BUFFERS * K_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / WIDTH;
+                let place = BUFFERS * D_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / WIDTH;
                 let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     o[r][d] = coopMultiplyAdd(p[r], v, o[r][d]);
