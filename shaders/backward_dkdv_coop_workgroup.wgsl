@@ -180,8 +180,7 @@ fn dkdv(
         let q_place = buffer * D_SIZE;
         let grad_place = BUFFERS * D_SIZE + buffer * V_SIZE;
 
-        // S^T = K Q^T,  dP^T = V dO^T
-#unroll
+        // S^T = K Q^T,  dP^T = V dO^T. No array of matrices has c for an index: this loop need not be written out.
         for (var c = 0u; c < CM; c++) {
             var s: array<Accumulator, KEY_MATRICES>;
             var dp: array<Accumulator, KEY_MATRICES>;
@@ -250,7 +249,6 @@ fn dkdv(
         workgroupBarrier();
 
         // dV = dV + P^T dO,  dK = dK + dS^T Q
-#unroll
         for (var c = 0u; c < CM; c++) {
             var p: array<Left, KEY_MATRICES>;
             var ds: array<Left, KEY_MATRICES>;

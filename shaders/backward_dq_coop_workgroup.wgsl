@@ -140,7 +140,6 @@ fn dq(
         let v_place = BUFFERS * D_SIZE + buffer * V_SIZE;
 
         // S = Q K^T,  dP = dO V^T
-#unroll
         for (var c = 0u; c < CM; c++) {
             var s: array<Accumulator, ROW_MATRICES>;
             var dp: array<Accumulator, ROW_MATRICES>;
@@ -205,7 +204,6 @@ fn dq(
         workgroupBarrier();
 
         // dQ = dQ + dS K
-#unroll
         for (var c = 0u; c < CM; c++) {
             var ds: array<Left, ROW_MATRICES>;
 #unroll

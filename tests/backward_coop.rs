@@ -210,40 +210,53 @@ fn plans_choose_it() {
     assert!(error.to_string().contains("multiples of 4"), "{error}");
 }
 
+/// A problem with gradients that plans of small devices are asked for.
+fn small_problem(element_type: ElementType) -> Problem {
+    Problem::new(Shape::square(1, 1, 64, 16), element_type).with_gradients()
+}
+
 #[test]
 fn without_access_to_elements_they_cross_workgroup_memory() {
-    let Some(context) = small_device(wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES) else { return };
-    let problem = |element_type, dim| Problem::new(Shape::square(1, 1, 64, dim), element_type).with_gradients();
-    let plan = context.plan(&problem(ElementType::F16, 16)).unwrap();
+    // As much as Metal has.
+    let Some(context) = small_device(wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES, 32 << 10) else { return };
+    let plan = context.plan(&small_problem(ElementType::F16)).unwrap();
     assert_eq!((plan.backward_kernel(), plan.backward_coop_form()), (Some(Kernel::Coop), Some(WorkgroupMemory)));
     let why = "backward form: through workgroup memory (no access to the elements of matrices: the device lacks";
     assert!(plan.to_string().contains(why), "{plan}");
-    // WebGPU's limits
-    let plan = context.plan(&problem(ElementType::F16, 256)).unwrap();
+    let plan = context.plan(&small_problem(ElementType::F32)).unwrap();
     assert_eq!((plan.backward_kernel(), plan.backward_coop_form()), (Some(Kernel::Tile), None));
-    assert!(plan.to_string().contains("limits are too small"), "{plan}");
-    let plan = context.plan(&problem(ElementType::F32, 16)).unwrap();
-    assert_eq!(plan.backward_kernel(), Some(Kernel::Tile));
+    assert!(plan.to_string().contains("without access to the elements of matrices"), "{plan}");
     for (element_type, form, why) in [
         (ElementType::F16, Some(Registers), "needs access to the elements"),
         (ElementType::F32, None, "takes f16 only"),
         (ElementType::BF16, None, "takes f16 only"),
     ] {
         let options = PlanOptions { coop_form: form, ..backward(Kernel::Coop) };
-        let error = context.plan_with(&problem(element_type, 16), &options).unwrap_err();
+        let error = context.plan_with(&small_problem(element_type), &options).unwrap_err();
         assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
         assert!(error.to_string().contains(why), "{error}");
     }
-    let error = context.plan_with(&problem(ElementType::F16, 256), &backward(Kernel::Coop)).unwrap_err();
+}
+
+#[test]
+fn small_limits_fall_back_to_the_tile_kernel() {
+    let Some(context) = small_device(wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES, 16 << 10) else { return };
+    let problem = small_problem(ElementType::F16);
+    let plan = context.plan(&problem).unwrap();
+    assert_eq!(plan.backward_kernel(), Some(Kernel::Tile));
+    assert!(plan.to_string().contains("backward kernel: tile (the device's limits are too small"), "{plan}");
+    let error = context.plan_with(&problem, &backward(Kernel::Coop)).unwrap_err();
     assert!(matches!(error, Error::DeviceLimit { kernel: Kernel::Coop, .. }), "{error}");
+    let plan = context.plan_with(&problem, &small()).unwrap();
+    assert_eq!(plan.backward_kernel(), Some(Kernel::Coop));
 }
 
 #[test]
 fn plans_choose_the_form() {
-    let Some(context) = small_device(elements::FEATURES) else { return };
-    let problem = Problem::new(Shape::square(1, 1, 64, 16), ElementType::F16).with_gradients();
+    let Some(context) = small_device(elements::FEATURES, 32 << 10) else { return };
     for (asked, form) in [(None, Registers), (Some(Registers), Registers), (Some(WorkgroupMemory), WorkgroupMemory)] {
-        let plan = context.plan_with(&problem, &PlanOptions { coop_form: asked, ..Default::default() }).unwrap();
+        let options = PlanOptions { coop_form: asked, ..Default::default() };
+        let plan = context.plan_with(&small_problem(ElementType::F16), &options).unwrap();
         assert_eq!((plan.coop_form(), plan.backward_coop_form()), (Some(form), Some(form)));
     }
 }

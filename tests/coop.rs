@@ -170,7 +170,7 @@ fn plan_of(context: &Context, head_dim: u32) -> Plan {
 /// The tile kernel where the coop kernel's tile does not fit.
 #[test]
 fn small_limits_fall_back_to_the_tile_kernel() {
-    let Some(context) = small_device(elements::FEATURES) else { return };
+    let Some(context) = small_device(elements::FEATURES, 16 << 10) else { return };
     assert_eq!(plan_of(&context, 32).coop_form(), Some(Registers));
     let plan = plan_of(&context, 128);
     assert_eq!(plan.kernel(), Kernel::Tile);
@@ -179,7 +179,7 @@ fn small_limits_fall_back_to_the_tile_kernel() {
 
 #[test]
 fn without_access_to_elements_they_cross_workgroup_memory() {
-    let Some(context) = small_device(wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES) else { return };
+    let Some(context) = small_device(wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES, 16 << 10) else { return };
     let plan = plan_of(&context, 64);
     assert_eq!((plan.kernel(), plan.coop_form()), (Kernel::Coop, Some(WorkgroupMemory)));
     let why = "form: through workgroup memory (no access to the elements of matrices: the device lacks";

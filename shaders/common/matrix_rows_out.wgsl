@@ -13,8 +13,7 @@ fn write_columns_$tensor(start: u32, first: u32, end: u32, d: u32, factor: f32, 
             let low = sums[place];
             let high = sums[place + 1u];
 #endif
-            let x = Eight(vec4<f16>(factor * low), vec4<f16>(factor * high));
-            write_$tensor(start + (first + row) * problem.$tensor.row, d + column, $dim, x);
+            write_$tensor(start + (first + row) * problem.$tensor.row, d + column, $dim, factor * low, factor * high);
         }
     }
 }

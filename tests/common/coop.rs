@@ -26,14 +26,15 @@ pub fn context() -> Option<&'static Context> {
     CONTEXT.get_or_init(open).as_ref()
 }
 
-/// A context of a device with these features and WebGPU's limits.
+/// A context of a device with these features, and WebGPU's limits but for its workgroup memory.
 #[allow(unsafe_code)]
-pub fn small_device(features: wgpu::Features) -> Option<Context> {
+pub fn small_device(features: wgpu::Features, workgroup_bytes: u32) -> Option<Context> {
     context()?;
     let instance = wgpu::Instance::default();
     let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
     let descriptor = wgpu::DeviceDescriptor {
         required_features: features,
+        required_limits: wgpu::Limits { max_compute_workgroup_storage_size: workgroup_bytes, ..Default::default() },
         // SAFETY: a test; the features are what it is about.
         experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
         ..Default::default()
