@@ -362,7 +362,8 @@ impl CoopBackwardTile {
         dim.div_ceil(self.columns)
     }
 
-    /// Whether V is in registers, where the gradients of keys and values leave room: when they are computed in blocks.
+    /// Whether V is in registers, where the gradients of keys and values leave room: when they are computed in blocks. In the
+    /// form through workgroup memory it always is.
     pub const fn holds_value(&self, head_dim: u32, head_dim_v: u32) -> bool {
         self.blocks(head_dim) > 1 || self.blocks(head_dim_v) > 1
     }

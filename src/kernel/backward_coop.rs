@@ -144,7 +144,7 @@ fn half_passes(
         constants.extend(layout_constants(layout));
         let file = match form {
             CoopForm::Registers => {
-                // The other kernel has V in workgroup memory.
+                // Only this kernel has V for the whole loop.
                 if entry == "dkdv" && tile.holds_value(shape.head_dim, shape.head_dim_v) {
                     switches.push("HOLD_VALUE");
                 }

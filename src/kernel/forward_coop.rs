@@ -42,7 +42,7 @@ impl Matrices {
         }
     }
 
-    /// Whether kernels that have the form in registers alone may run, those for f32 and bf16.
+    /// Whether the kernels for f32 and bf16 can run, which have only the form in registers.
     pub fn in_registers(&self, asked: Option<CoopForm>) -> bool {
         self.form(asked).0 == CoopForm::Registers && self.elements.is_ok()
     }
