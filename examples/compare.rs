@@ -11,7 +11,7 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use wgpu_flash_attention::tune::{BackwardTile, CoopTile, DecodeTile, Tile};
+use wgpu_flash_attention::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, Tile};
 use wgpu_flash_attention::{
     Causal, Context, CoopForm, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, reference,
 };
@@ -52,6 +52,10 @@ struct Args {
     /// Times the coop kernel with this tile in place of the tuned one; may be repeated
     #[arg(long, value_name = "SUBGROUPS,ROW_MATRICES,KEYS,BUFFERS", value_parser = parse_coop_tile)]
     coop_tile: Vec<CoopTile>,
+    /// Times the backward pass of the coop kernel with these tiles, of the keys' and values' gradients and of the queries', in
+    /// place of the tuned ones; each is SUBGROUPS,MATRICES,STEP,COLUMNS,AHEAD (0 or 1); may be repeated
+    #[arg(long, value_name = "TILE/TILE", value_parser = parse_coop_backward_tiles)]
+    coop_backward_tiles: Vec<[CoopBackwardTile; 2]>,
     /// Times the coop kernel in this form in place of the faster one that the device allows; may be repeated
     #[arg(long, value_enum)]
     coop_form: Vec<support::Form>,
@@ -166,6 +170,20 @@ fn parse_backward_tile(text: &str) -> std::result::Result<BackwardTile, String> 
     Ok(BackwardTile { own, step, threads_y, threads_x, chunk, block })
 }
 
+fn parse_coop_backward_tiles(text: &str) -> std::result::Result<[CoopBackwardTile; 2], String> {
+    let (dkdv, dq) = text.split_once('/').ok_or("two tiles separated by '/' are expected")?;
+    let tile = |text| {
+        numbers(text).map(|[subgroups, matrices, step, columns, ahead]| CoopBackwardTile {
+            subgroups,
+            matrices,
+            step,
+            columns,
+            ahead: ahead > 0,
+        })
+    };
+    Ok([tile(dkdv)?, tile(dq)?])
+}
+
 /// Something to time: a kernel, with a tile or number of splits if the table's is not wanted.
 #[derive(Clone, Copy)]
 struct Candidate {
@@ -173,6 +191,7 @@ struct Candidate {
     tile: Option<Tile>,
     backward_tile: Option<BackwardTile>,
     coop_tile: Option<CoopTile>,
+    coop_backward_tiles: Option<[CoopBackwardTile; 2]>,
     coop_form: Option<CoopForm>,
     decode_tile: Option<DecodeTile>,
     splits: Option<u32>,
@@ -185,6 +204,7 @@ impl Candidate {
             tile: None,
             backward_tile: None,
             coop_tile: None,
+            coop_backward_tiles: None,
             coop_form: None,
             decode_tile: None,
             splits: None,
@@ -200,6 +220,10 @@ impl std::fmt::Display for Candidate {
         }
         if let Some(CoopTile { subgroups, row_matrices, keys, buffers }) = self.coop_tile {
             write!(f, "[{subgroups} {row_matrices} {keys} {buffers}]")?;
+        }
+        for t in self.coop_backward_tiles.iter().flatten() {
+            let CoopBackwardTile { subgroups, matrices, step, columns, ahead } = *t;
+            write!(f, "[{subgroups} {matrices} {step} {columns} {}]", u32::from(ahead))?;
         }
         if let Some(t) = self.tile {
             let Tile { rows, keys, threads_y, threads_x, chunk, value_keys } = t;
@@ -229,9 +253,15 @@ fn candidates(args: &Args, op: Op) -> Vec<Candidate> {
             KernelName::Coop => {
                 let forms: Vec<CoopForm> = args.coop_form.iter().map(|&form| form.into()).collect();
                 let coop = Candidate::of(Kernel::Coop);
+                // Of the pass that is not timed the table's.
+                let tiles = or_none(if op == Op::Backward { &[] } else { &args.coop_tile });
+                let backward_tiles = or_none(if op == Op::Forward { &[] } else { &args.coop_backward_tiles });
                 for coop_form in or_none(&forms) {
-                    let with = |coop_tile| Candidate { coop_form, coop_tile, ..coop };
-                    all.extend(or_none(&args.coop_tile).into_iter().map(with));
+                    for &coop_tile in &tiles {
+                        let coop = Candidate { coop_form, coop_tile, ..coop };
+                        let with = |&coop_backward_tiles| Candidate { coop_backward_tiles, ..coop };
+                        all.extend(backward_tiles.iter().map(with));
+                    }
                 }
             }
             KernelName::Decode => {
@@ -442,11 +472,11 @@ fn compare_one<T: Number>(
         tile: candidate.tile,
         coop_tile: candidate.coop_tile,
         coop_form: candidate.coop_form,
+        coop_backward_tiles: candidate.coop_backward_tiles,
         decode_tile: candidate.decode_tile,
         splits: candidate.splits,
         backward: Some(candidate.kernel),
         backward_tile: candidate.backward_tile,
-        ..Default::default()
     };
     let problem = match op {
         Op::Forward => problem.clone(),
