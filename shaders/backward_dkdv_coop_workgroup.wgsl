@@ -1,7 +1,7 @@
-// Gradients of K and V on cooperative matrices where WGSL is all there is: the algorithm of backward_dkdv_coop.wgsl, with
-// scores and their gradients that cross workgroup memory on their way from matrices to numbers and back. One workgroup
-// computes KEYS keys of one key-value head; each of its subgroups has KEY_MATRICES · M of them to itself, M being the size
-// of a matrix.
+// Gradients of K and V on cooperative matrices where WGSL is all there is: the algorithm of backward_dkdv_coop.wgsl,
+// with scores and their gradients that cross workgroup memory on their way from matrices to numbers and back. One
+// workgroup computes KEYS keys of one key-value head; each of its subgroups has KEY_MATRICES · M of them to itself, M
+// being the size of a matrix.
 //
 //     dK = 0, dV = 0
 //     for each query head that reads these keys, for each tile of ROWS rows that may see some of them:

@@ -1,6 +1,6 @@
-// Gradient of Q on cooperative matrices where WGSL is all there is: the algorithm of backward_dq_coop.wgsl, with scores and
-// their gradients that cross workgroup memory on their way from matrices to numbers and back. One workgroup computes ROWS
-// rows of one head; each of its subgroups has ROW_MATRICES · M of them to itself, M being the size of a matrix.
+// Gradient of Q on cooperative matrices where WGSL is all there is: the algorithm of backward_dq_coop.wgsl, with scores
+// and their gradients that cross workgroup memory on their way from matrices to numbers and back. One workgroup computes
+// ROWS rows of one head; each of its subgroups has ROW_MATRICES · M of them to itself, M being the size of a matrix.
 //
 //     dQ = 0
 //     for each tile of KEYS keys that some row may see:
@@ -10,9 +10,9 @@
 //         dQ = dQ + dS K
 //     dQ = scale dQ
 //
-// As in backward_dkdv_coop_workgroup.wgsl, dQ stays in registers, and there are two tiles of K and V in workgroup memory.
-// Where registers do not hold all columns of dQ, a workgroup computes COLUMNS of it, and S and dP are computed once for each
-// such block.
+// As in backward_dkdv_coop_workgroup.wgsl, dQ stays in registers, there are two tiles of K and V in workgroup memory, and
+// loops over matrices are written out. Where registers do not hold all columns of dQ, a workgroup computes COLUMNS of it,
+// and S and dP are computed once for each such block.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "common/problem.wgsl"

@@ -464,9 +464,9 @@ impl CoopBackwardTile {
 /// The tiles of the backward kernels on cooperative matrices, by the size of the device's matrices: of the gradients of keys
 /// and values, and of queries.
 ///
-/// Those in registers with matrices of 16 were measured on an H100 (docs/rejected.md). Those through workgroup memory follow
-/// from counting: K, V, dK and dV of a subgroup take 192 registers a lane with matrices of 16, half as many with Metal's of
-/// 8, and the step is what then fits 48 or 32 KiB.
+/// Those in registers with matrices of 16 were measured on an H100 (docs/rejected.md). Those through workgroup memory
+/// follow from counting and have no figure yet: K, V, dK and dV of a subgroup take 192 registers a lane with matrices of
+/// 16, half as many with Metal's of 8, and steps are as long as 48 and 32 KiB then allow.
 pub fn coop_backward_tiles(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> [CoopBackwardTile; 2] {
     let tile =
         |subgroups, matrices, step, columns, ahead| CoopBackwardTile { subgroups, matrices, step, columns, ahead };

@@ -292,7 +292,7 @@ fn contexts_without_matrices_refuse_it() {
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
 }
 
-/// Problems that differ in a switch or a constant of the module, each with the number of its switches, of which there are four.
+/// Problems that differ in a switch or a constant of the module, each with the bits of its four switches.
 fn problems(element_type: ElementType) -> Vec<(u32, Problem)> {
     let mut all = vec![];
     for [head_dim, head_dim_v] in [[1u32, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {

@@ -1,6 +1,6 @@
-// Tiles of $first and $second, $rows rows of each, on their way from device memory to the workgroup memory that matrices
-// are loaded from: the array `tiles` of the kernel, where $first comes first. Its rows have HEAD_DIM elements, those of $second
-// HEAD_DIM_V.
+// Tiles of $first, whose rows have HEAD_DIM elements, and of $second, whose rows have HEAD_DIM_V, on their way from
+// device memory to the workgroup memory that matrices are loaded from: the array `tiles` of the kernel, where $first
+// comes first. A tile has $rows rows.
 const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;
 // How many times eight elements are in a row, and how far apart rows are. The eight elements between rows keep the rows

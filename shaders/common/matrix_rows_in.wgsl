@@ -1,5 +1,5 @@
-// Columns d .. d + M of the $rows rows of $tensor that a workgroup owns, from row `first` on, to where get_left finds them.
-// Past the head dimension they have 0, so that these columns add nothing, whatever they are multiplied with.
+// Columns d .. d + M of the $rows rows of $tensor that a workgroup owns, from row `first` on, to where get_left finds
+// them. Past the head dimension they have 0, so that these columns add nothing, whatever they are multiplied with.
 fn put_$tensor(start: u32, first: u32, last: u32, d: u32, thread: u32) {
     for (var t = thread; t < $rows * M / 8u; t += THREADS) {
         let row = t / (M / 8u);

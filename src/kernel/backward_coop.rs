@@ -1,6 +1,6 @@
-//! Host side of `shaders/backward_dkdv_coop.wgsl` and `shaders/backward_dq_coop.wgsl`, of the same through workgroup memory,
-//! `shaders/backward_dkdv_coop_workgroup.wgsl` and `shaders/backward_dq_coop_workgroup.wgsl`, and of those for f32 and bf16,
-//! `shaders/backward_dkdv_coop_scaled.wgsl` and `shaders/backward_dq_coop_scaled.wgsl`.
+//! Host side of `shaders/backward_dkdv_coop.wgsl` and `shaders/backward_dq_coop.wgsl`, of those through workgroup memory,
+//! `shaders/backward_dkdv_coop_workgroup.wgsl` and `shaders/backward_dq_coop_workgroup.wgsl`, and of those for f32 and
+//! bf16, `shaders/backward_dkdv_coop_scaled.wgsl` and `shaders/backward_dq_coop_scaled.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS, workgroups_by_keys, workgroups_by_rows};
 use super::forward_coop::{F16_ONLY, Matrices, NO_ACCESS, layout_constants, workgroup_switches};
@@ -155,7 +155,7 @@ fn half_passes(
                 let matrices = |dim: u32| dim.div_ceil(size);
                 constants.extend([
                     ("ELEMENTS", format.elements()),
-                    // Matrices across the step, the head dimension and the values' dimension, and those of a block of each.
+                    // Matrices across the step, the head dimension, the values' dimension, and a block of each.
                     ("CM", tile.step / size),
                     ("DM", matrices(shape.head_dim)),
                     ("VM", matrices(shape.head_dim_v)),

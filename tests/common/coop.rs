@@ -107,8 +107,8 @@ pub const WGSL_FORMATS: [MatrixFormat; 4] = [
     MatrixFormat { size: 16, lanes: 64 },
 ];
 
-/// naga takes the module, of a form through workgroup memory, with no more than its features, and writes it as SPIR-V, which
-/// the validator takes, and, where matrices are as Metal has them, as MSL. Its workgroup memory is what the tile says.
+/// naga takes the module, of a form through workgroup memory, with no more than its features, and writes it as SPIR-V,
+/// which the validator takes, and, where matrices are as Metal has them, as MSL. Its workgroup memory is what the tile says.
 pub fn check_wgsl(specialization: &Specialization, format: MatrixFormat, said: u32, spirv_val: Option<&Path>) {
     use naga::back::{msl, spv};
     use naga::valid::{Capabilities, ValidationFlags, Validator};
