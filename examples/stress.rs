@@ -276,11 +276,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
             (*count, *worst) = (*count + 1, worst.max(verdict.ratio));
         }
 
-        // There is one form of the backward pass.
-        if coop_form == Some(CoopForm::WorkgroupMemory) {
-            continue;
-        }
-        let options = PlanOptions { kernel: Some(kernel), backward: Some(kernel), ..Default::default() };
+        let options = PlanOptions { backward: Some(kernel), ..options };
         let plan = match context.plan_with(&with_gradients, &options) {
             Err(Error::Unsupported { .. }) => continue,
             plan => plan.map_err(|error| failed(error.to_string()))?,

@@ -347,7 +347,7 @@ fn dkdv(
         if t < KEYS * DK8 && j < problem.seqlen_k && d < HEAD_DIM {
             let start = head_start(problem.grad_key, at.batch, at.head_kv) + j * problem.grad_key.row;
             let place = t / DK8 * DK_STRIDE + 2u * (t % DK8);
-            write_grad_key(start, d, HEAD_DIM, Eight(tiles[place], tiles[place + 1u]));
+            write_grad_key(start, d, HEAD_DIM, vec4f(tiles[place]), vec4f(tiles[place + 1u]));
         }
     }
     workgroupBarrier();
@@ -369,7 +369,7 @@ fn dkdv(
         if t < KEYS * DV8 && j < problem.seqlen_k && d < HEAD_DIM_V {
             let start = head_start(problem.grad_value, at.batch, at.head_kv) + j * problem.grad_value.row;
             let place = t / DV8 * DV_STRIDE + 2u * (t % DV8);
-            write_grad_value(start, d, HEAD_DIM_V, Eight(tiles[place], tiles[place + 1u]));
+            write_grad_value(start, d, HEAD_DIM_V, vec4f(tiles[place]), vec4f(tiles[place + 1u]));
         }
     }
 }

@@ -309,7 +309,7 @@ fn dq(
         if t < ROWS * DQ8 && i < row1 && d < HEAD_DIM {
             let start = head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row;
             let place = t / DQ8 * DQ_STRIDE + 2u * (t % DQ8);
-            write_grad_query(start, d, HEAD_DIM, Eight(tiles[place], tiles[place + 1u]));
+            write_grad_query(start, d, HEAD_DIM, vec4f(tiles[place]), vec4f(tiles[place + 1u]));
         }
     }
 }

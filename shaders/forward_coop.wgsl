@@ -50,12 +50,12 @@ fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 // How far a row's scores may pass its m, in powers of 2, before O is scaled to a new one: P is then at most 2^8.
 const GROWTH = 8.0;
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
-#include "common/coop_tiles.wgsl"
+#include "common/coop_tiles.wgsl" first=key second=value rows=KEYS
 // What each thread moves of Q and O.
 const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
 const O_STORES = (ROWS * V8 + THREADS - 1u) / THREADS;
 // A tile of K and one of V, or two of each, one in use while the other is filled; before them Q, and after them O.
-const TILES = max(BUFFERS * (K_SIZE + V_SIZE), ROWS * max(K_STRIDE, V_STRIDE));
+const TILES = max(BUFFERS * (D_SIZE + V_SIZE), ROWS * max(D_STRIDE, V_STRIDE));
 var<workgroup> tiles: array<Halves, TILES>;
 
 @compute @workgroup_size(THREADS)
@@ -87,7 +87,7 @@ fn forward(
         let x = first_elements(read_query(query_start + i * problem.query.row, d, HEAD_DIM), max(d, HEAD_DIM) - d);
         if t < ROWS * D8 {
             let sign = f16(score_sign());
-            store_eight(t / D8 * K_STRIDE + 8u / WIDTH * (t % D8), Eight(x.low * sign, x.high * sign));
+            store_eight(t / D8 * D_STRIDE + 8u / WIDTH * (t % D8), Eight(x.low * sign, x.high * sign));
         }
     }
     workgroupBarrier();
@@ -96,8 +96,8 @@ fn forward(
     for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
         for (var d = 0u; d < DM; d++) {
-            let place = (mine + r * M) * K_STRIDE + d * M / WIDTH;
-            q[r][d] = coopLoadT<Left>(&tiles[place], K_STRIDE);
+            let place = (mine + r * M) * D_STRIDE + d * M / WIDTH;
+            q[r][d] = coopLoadT<Left>(&tiles[place], D_STRIDE);
         }
     }
     workgroupBarrier();
@@ -128,7 +128,7 @@ fn forward(
     let full = max((counting.y - first) / i32(KEYS) - before, 0);
     let last = u32(max(at.keys, 1) - 1);
     var j0 = select(first, first + before * i32(KEYS), full > 0);
-    var key_next: array<Eight, K_LOADS>;
+    var key_next: array<Eight, D_LOADS>;
     var value_next: array<Eight, V_LOADS>;
     if tiles_in_range > 0 {
         key_next = load_key(key_start, u32(j0), last, thread);

@@ -65,8 +65,6 @@ const K_LOADS = (KEYS * D4 + THREADS - 1u) / THREADS;
 const V_LOADS = (KEYS * V4 + THREADS - 1u) / THREADS;
 // The largest P is 2^HEADROOM, so that the second part of small ones is not lost below the smallest f16.
 const HEADROOM = 8.0;
-// Where maxima start: below every score and above every masked one, as in forward_coop.wgsl.
-const EMPTY = -1.0e14;
 // Sums of products of scaled elements stay below 2^38: with this factor, all of them are 0.
 const SMALLEST_FACTOR = 1.0e-22;
 

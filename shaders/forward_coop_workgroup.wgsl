@@ -31,14 +31,16 @@ enable wgpu_cooperative_matrix;
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
-#include "common/matrix_exchange.wgsl"
+const SUM_BLOCKS = SUBGROUPS * ROW_MATRICES;
+const HALF_BLOCKS = SUM_BLOCKS;
+#include "common/matrix_exchange.wgsl" columns=KEYS
 #include "common/read_f16.wgsl" tensor=key
 #include "common/read_f16.wgsl" tensor=value
 
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
-#include "common/coop_tiles.wgsl"
+#include "common/coop_tiles.wgsl" first=key second=value rows=KEYS
 // A tile of K, and one of V.
-const TILES = K_SIZE + V_SIZE;
+const TILES = D_SIZE + V_SIZE;
 var<workgroup> tiles: array<Halves, TILES>;
 // How far above m a row's maximum may be, in base 2. f16 holds p up to 2^16.
 const LAZY = 8.0;
@@ -145,7 +147,7 @@ fn forward(
     let range = key_range(at, i32(row0), i32(row1));
     let first = range.x / i32(KEYS) * i32(KEYS);
     let last = u32(max(at.keys, 1) - 1);
-    var key_next: array<Eight, K_LOADS>;
+    var key_next: array<Eight, D_LOADS>;
     var value_next: array<Eight, V_LOADS>;
     var begin = range.y;
     if range.x < range.y {
@@ -198,8 +200,8 @@ fn forward(
         for (var d = 0u; d < DM; d++) {
 #unroll
             for (var c = 0u; c < KM; c++) {
-                let place = c * M * K_STRIDE + d * M / WIDTH;
-                let k = coopLoad<Right>(&tiles[place], K_STRIDE);
+                let place = c * M * D_STRIDE + d * M / WIDTH;
+                let k = coopLoad<Right>(&tiles[place], D_STRIDE);
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     s[r][c] = coopMultiplyAdd(q[r][d], k, s[r][c]);
@@ -272,7 +274,7 @@ fn forward(
             }
 #unroll
             for (var d = 0u; d < VM; d++) {
-                let place = K_SIZE + c * M * V_STRIDE + d * M / WIDTH;
+                let place = D_SIZE + c * M * V_STRIDE + d * M / WIDTH;
                 let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {

@@ -2,12 +2,11 @@
 
 use wgpu::BufferBinding;
 
-use crate::elements::MatrixFormat;
 use crate::forward::{BoundPass, check_buffers};
 use crate::kernel::{self, Access, Slot, backward_delta};
 use crate::plan::{Cut, Part, Recipe, check_limits};
 use crate::problem::Tensor;
-use crate::{Context, CoopForm, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tune};
+use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tune};
 
 /// The buffers of a backward pass. What [`ForwardBuffers`](crate::ForwardBuffers) says of usages, offsets and sizes holds here
 /// too; gradients of q, k and v may not be in a buffer with an input, and o and lse are inputs here.
@@ -88,29 +87,28 @@ impl Plan {
 pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &PlanOptions) -> Result<Recipe<'a>, Error> {
     let shape = &problem.shape;
     let limits = context.limits();
-    // Scores have to become left operands where they lie.
     let matrices = context.matrices.as_ref();
-    let coop = matrices.and_then(|matrices| Some((matrices.format, matrices.layout(CoopForm::Registers)?)));
-    let coop_tiles = |format: MatrixFormat| kernel::backward_coop::tiles(problem, format.size);
-    let coop_fits = coop.as_ref().is_some_and(|(format, layout)| {
-        let passes = kernel::backward_coop::passes(problem, coop_tiles(*format), *format, layout);
-        check_limits(Kernel::Coop, &passes, limits).is_ok()
-    });
+    let coop_fits = || {
+        let chosen = kernel::backward_coop::choose(problem, matrices?, options).ok()?;
+        check_limits(Kernel::Coop, &chosen.passes, limits).ok()
+    };
+    let in_registers = matrices.is_some_and(|matrices| matrices.in_registers(options.coop_form));
     let (kernel, reason) = match (options.backward, matrices, problem.element_type) {
         (Some(kernel), _, _) => (kernel, "asked for"),
+        (None, Some(_), ElementType::F32 | ElementType::BF16) if !in_registers => {
+            (Kernel::Tile, "without access to the elements of matrices the coop kernel takes f16 only")
+        }
         (None, Some(_), ElementType::F32 | ElementType::BF16) => {
             (Kernel::Tile, "the backward pass of the coop kernel has no figures for f32 and bf16 yet: ask for it")
         }
-        (None, Some(_), ElementType::F16) if coop_fits => (Kernel::Coop, "the device has cooperative matrices for f16"),
-        (None, Some(_), ElementType::F16) if coop.is_some() => {
+        (None, Some(_), ElementType::F16) if coop_fits().is_none() => {
             (Kernel::Tile, "the device's limits are too small for the tile of the coop kernel")
         }
-        (None, Some(_), ElementType::F16) => {
-            (Kernel::Tile, "the coop kernel needs access to the elements of matrices, which the device does not give")
-        }
+        (None, Some(_), ElementType::F16) => (Kernel::Coop, "the device has cooperative matrices for f16"),
         (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
     };
     let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
+    let mut coop_form = None;
     let mut passes = vec![backward_delta::pass(problem)];
     match kernel {
         Kernel::Naive => passes.extend(kernel::backward_naive::passes(problem)),
@@ -124,21 +122,10 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
             passes.extend(kernel::backward_tile::passes(problem, dkdv, dq));
         }
         Kernel::Coop => {
-            let (format, layout) = coop.ok_or(unsupported(
-                "it needs a context made by with_cooperative_matrices, with access to the elements of matrices",
-            ))?;
-            if let Some(why) = kernel::backward_coop::cannot(problem) {
-                return Err(unsupported(why));
-            }
-            let tiles = options.coop_backward_tiles.unwrap_or_else(|| coop_tiles(format));
-            let widest = shape.head_dim.max(shape.head_dim_v);
-            for tile in tiles {
-                match problem.element_type {
-                    ElementType::F16 => tile.validate(format.size)?,
-                    ElementType::F32 | ElementType::BF16 => tile.validate_scaled(format.size, format.lanes, widest)?,
-                }
-            }
-            passes.extend(kernel::backward_coop::passes(problem, tiles, format, &layout));
+            let matrices = matrices.ok_or(unsupported("the context was made without with_cooperative_matrices"))?;
+            let chosen = kernel::backward_coop::choose(problem, matrices, options)?;
+            coop_form = Some((chosen.form, chosen.why));
+            passes.extend(chosen.passes);
         }
         Kernel::Decode => return Err(unsupported("it has no backward pass")),
     }
@@ -149,5 +136,5 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
         }
         all
     };
-    Ok(Recipe { kernel, reason, passes, workspaces: Box::new(workspaces), cut: Cut::Groups, splits: 0 })
+    Ok(Recipe { kernel, reason, coop_form, passes, workspaces: Box::new(workspaces), cut: Cut::Groups, splits: 0 })
 }

@@ -20,7 +20,7 @@ pub struct PlanOptions {
     pub tile: Option<Tile>,
     /// The tile of the coop kernel; `None` takes [`tune::coop_tile`], or [`tune::coop_scaled_tile`] for f32 and bf16.
     pub coop_tile: Option<CoopTile>,
-    /// The form of the coop kernel; `None` takes the faster of those that the device allows.
+    /// The form of the coop kernel, forward and backward; `None` takes the faster of those that the device allows.
     pub coop_form: Option<CoopForm>,
     /// The tile of the decode kernel; `None` takes [`tune::decode_tile`].
     pub decode_tile: Option<DecodeTile>,
@@ -49,8 +49,6 @@ pub struct Plan {
     splits: Option<u32>,
     /// Queries and keys of a tile, for kernels that have tiles.
     rows_and_keys: Option<(u32, u32)>,
-    /// The coop kernel's form, and why.
-    coop_form: Option<(CoopForm, String)>,
 }
 
 /// What the forward or the backward pass dispatches, and why.
@@ -60,6 +58,8 @@ pub(crate) struct Schedule {
     pub uniforms: Option<wgpu::Buffer>,
     pub kernel: Kernel,
     pub reason: &'static str,
+    /// The coop kernel's form, and why.
+    pub coop_form: Option<(CoopForm, String)>,
     pub workgroup_bytes: u32,
     pub workspace_bytes: u64,
     pub parts: usize,
@@ -72,6 +72,8 @@ pub(crate) type Workspaces<'a> = Box<dyn Fn(&Part) -> Vec<(Slot, u64)> + 'a>;
 pub(crate) struct Recipe<'a> {
     pub kernel: Kernel,
     pub reason: &'static str,
+    /// The coop kernel's form, and why.
+    pub coop_form: Option<(CoopForm, String)>,
     pub passes: Vec<Pass>,
     pub workspaces: Workspaces<'a>,
     /// How a problem that is too large for one launch may be cut.
@@ -258,6 +260,7 @@ impl Schedule {
             uniforms: None,
             kernel: recipe.kernel,
             reason: recipe.reason,
+            coop_form: recipe.coop_form.clone(),
             workgroup_bytes: recipe.passes.iter().map(|pass| pass.workgroup_bytes).max().unwrap_or(0),
             workspace_bytes: 0,
             parts: 0,
@@ -405,8 +408,7 @@ impl Plan {
             check_limits(Kernel::Coop, std::slice::from_ref(&chosen.pass), limits).ok()
         };
         // What f32 and bf16 need.
-        let in_registers = options.coop_form != Some(CoopForm::WorkgroupMemory)
-            && context.matrices.as_ref().is_some_and(|matrices| matrices.elements.is_ok());
+        let in_registers = context.matrices.as_ref().is_some_and(|matrices| matrices.in_registers(options.coop_form));
         let (kernel, reason) = match (options.kernel, &context.matrices, problem.element_type) {
             (Some(kernel), _, _) => (kernel, "asked for"),
             (None, _, _) if kernel::decode::suits(problem) => {
@@ -477,6 +479,7 @@ impl Plan {
         let forward = Recipe {
             kernel,
             reason,
+            coop_form,
             passes,
             workspaces: Box::new(|part: &Part| match kernel {
                 Kernel::Naive => vec![(Slot::Workspace, kernel::naive::workspace_bytes(problem, part))],
@@ -504,7 +507,6 @@ impl Plan {
             tile,
             splits,
             rows_and_keys,
-            coop_form,
         })
     }
 
@@ -530,7 +532,12 @@ impl Plan {
 
     /// The coop kernel's form; `None` for another kernel.
     pub fn coop_form(&self) -> Option<CoopForm> {
-        self.coop_form.as_ref().map(|&(form, _)| form)
+        self.forward.coop_form.as_ref().map(|&(form, _)| form)
+    }
+
+    /// The coop kernel's form in the backward pass; `None` for another kernel, and for a problem without gradients.
+    pub fn backward_coop_form(&self) -> Option<CoopForm> {
+        self.backward.as_ref()?.coop_form.as_ref().map(|&(form, _)| form)
     }
 
     /// Bytes of the buffer that [`ForwardBuffers::workspace`](crate::ForwardBuffers::workspace) needs; 0 if none.
@@ -645,7 +652,7 @@ impl std::fmt::Display for Plan {
             p.element_type, s.batch, s.heads_q, s.heads_kv, s.seqlen_q, s.seqlen_k, s.head_dim, s.head_dim_v
         )?;
         writeln!(f, "kernel: {} ({})", self.forward.kernel, self.forward.reason)?;
-        if let Some((form, why)) = &self.coop_form {
+        if let Some((form, why)) = &self.forward.coop_form {
             writeln!(f, "form: {form} ({why})")?;
         }
         if let Some(t) = self.tile {
@@ -676,7 +683,11 @@ impl std::fmt::Display for Plan {
             Bytes(self.materialized_bytes())
         )?;
         if let Some(backward) = &self.backward {
-            write!(f, "\nbackward kernel: {} ({})\n{backward}", backward.kernel, backward.reason)?;
+            write!(f, "\nbackward kernel: {} ({})", backward.kernel, backward.reason)?;
+            if let Some((form, why)) = &backward.coop_form {
+                write!(f, "\nbackward form: {form} ({why})")?;
+            }
+            write!(f, "\n{backward}")?;
         }
         Ok(())
     }

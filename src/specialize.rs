@@ -20,9 +20,11 @@ const FILES: &[(&str, &str)] = &[
     ("backward_delta.wgsl", include_str!("../shaders/backward_delta.wgsl")),
     ("backward_dkdv_coop.wgsl", include_str!("../shaders/backward_dkdv_coop.wgsl")),
     ("backward_dkdv_coop_scaled.wgsl", include_str!("../shaders/backward_dkdv_coop_scaled.wgsl")),
+    ("backward_dkdv_coop_workgroup.wgsl", include_str!("../shaders/backward_dkdv_coop_workgroup.wgsl")),
     ("backward_dkdv_tile.wgsl", include_str!("../shaders/backward_dkdv_tile.wgsl")),
     ("backward_dq_coop.wgsl", include_str!("../shaders/backward_dq_coop.wgsl")),
     ("backward_dq_coop_scaled.wgsl", include_str!("../shaders/backward_dq_coop_scaled.wgsl")),
+    ("backward_dq_coop_workgroup.wgsl", include_str!("../shaders/backward_dq_coop_workgroup.wgsl")),
     ("backward_dq_tile.wgsl", include_str!("../shaders/backward_dq_tile.wgsl")),
     ("common/coop_step.wgsl", include_str!("../shaders/common/coop_step.wgsl")),
     ("common/coop_tiles.wgsl", include_str!("../shaders/common/coop_tiles.wgsl")),
@@ -35,6 +37,8 @@ const FILES: &[(&str, &str)] = &[
     ("common/matrix_load.wgsl", include_str!("../shaders/common/matrix_load.wgsl")),
     ("common/matrix_pairs.wgsl", include_str!("../shaders/common/matrix_pairs.wgsl")),
     ("common/matrix_parts.wgsl", include_str!("../shaders/common/matrix_parts.wgsl")),
+    ("common/matrix_rows_in.wgsl", include_str!("../shaders/common/matrix_rows_in.wgsl")),
+    ("common/matrix_rows_out.wgsl", include_str!("../shaders/common/matrix_rows_out.wgsl")),
     ("common/problem.wgsl", include_str!("../shaders/common/problem.wgsl")),
     ("common/read.wgsl", include_str!("../shaders/common/read.wgsl")),
     ("common/read_f16.wgsl", include_str!("../shaders/common/read_f16.wgsl")),
@@ -270,15 +274,16 @@ pub fn modules(problem: &Problem, tile: Option<Tile>) -> Vec<Specialization> {
     passes.into_iter().map(|pass| pass.specialization).collect()
 }
 
-/// The modules of the backward pass on cooperative matrices, and the bindings that they are made for.
+/// The modules of the backward pass on cooperative matrices in a form and its layout, and the bindings that they are made for.
 #[doc(hidden)]
 pub fn coop_backward_modules(
     problem: &Problem,
+    form: CoopForm,
     tiles: [CoopBackwardTile; 2],
     format: MatrixFormat,
     layout: &MatrixLayout,
 ) -> Vec<(Specialization, Vec<u32>)> {
-    let passes = backward_coop::passes(problem, tiles, format, layout);
+    let passes = backward_coop::passes(problem, form, tiles, format, layout);
     passes.into_iter().map(|pass| (pass.specialization.clone(), pass.binding_numbers())).collect()
 }
 

@@ -333,7 +333,8 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
 }
 
 /// The tile of a backward kernel on cooperative matrices, `shaders/backward_dkdv_coop.wgsl` or
-/// `shaders/backward_dq_coop.wgsl`, or for f32 and bf16 `shaders/backward_dkdv_coop_scaled.wgsl` or
+/// `shaders/backward_dq_coop.wgsl`, through workgroup memory `shaders/backward_dkdv_coop_workgroup.wgsl` or
+/// `shaders/backward_dq_coop_workgroup.wgsl`, or for f32 and bf16 `shaders/backward_dkdv_coop_scaled.wgsl` or
 /// `shaders/backward_dq_coop_scaled.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CoopBackwardTile {
@@ -362,7 +363,8 @@ impl CoopBackwardTile {
         dim.div_ceil(self.columns)
     }
 
-    /// Whether V is in registers, where the gradients of keys and values leave room: when they are computed in blocks.
+    /// Whether V is in registers, where the gradients of keys and values leave room: when they are computed in blocks. In the
+    /// form through workgroup memory it always is.
     pub const fn holds_value(&self, head_dim: u32, head_dim_v: u32) -> bool {
         self.blocks(head_dim) > 1 || self.blocks(head_dim_v) > 1
     }
@@ -375,14 +377,24 @@ impl CoopBackwardTile {
     }
 
     /// Workgroup memory in bytes of the kernel for keys and values. The same sums as the constants of the shader.
-    pub const fn dkdv_bytes(&self, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
-        let value = if self.holds_value(head_dim, head_dim_v) { 0 } else { self.own(size) };
-        self.bytes(size, head_dim, head_dim_v, value) + 8 * self.step
+    pub const fn dkdv_bytes(&self, form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+        match form {
+            CoopForm::Registers => {
+                let value = if self.holds_value(head_dim, head_dim_v) { 0 } else { self.own(size) };
+                self.bytes(size, head_dim, head_dim_v, value) + 8 * self.step
+            }
+            // The scores and their gradients in f32, the probabilities and the gradients in f16.
+            CoopForm::WorkgroupMemory => self.exchange_bytes(size, head_dim, head_dim_v, 12) + 2 * 8 * self.step,
+        }
     }
 
     /// The same of the kernel for queries.
-    pub const fn dq_bytes(&self, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
-        self.bytes(size, head_dim, head_dim_v, 0)
+    pub const fn dq_bytes(&self, form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+        match form {
+            CoopForm::Registers => self.bytes(size, head_dim, head_dim_v, 0),
+            // No probabilities.
+            CoopForm::WorkgroupMemory => self.exchange_bytes(size, head_dim, head_dim_v, 10),
+        }
     }
 
     const fn bytes(&self, size: u32, head_dim: u32, head_dim_v: u32, value_rows: u32) -> u32 {
@@ -391,6 +403,12 @@ impl CoopBackwardTile {
         let tiles = value_rows * v_stride + self.step * (d_stride + v_stride);
         let moved = self.own(size) * if d_block > v_block { d_block } else { v_block };
         8 * if tiles > moved { tiles } else { moved }
+    }
+
+    /// Two tiles, and so many bytes for each score of a step.
+    const fn exchange_bytes(&self, size: u32, head_dim: u32, head_dim_v: u32, of_score: u32) -> u32 {
+        let (d_stride, v_stride) = (self.strides(size, head_dim).0, self.strides(size, head_dim_v).0);
+        2 * 8 * self.step * (d_stride + v_stride) + of_score * self.own(size) * (self.step + 8)
     }
 
     /// Keys, or queries, that a workgroup owns for f32 and bf16.
@@ -446,15 +464,25 @@ impl CoopBackwardTile {
 
 /// The tiles of the backward kernels on cooperative matrices, by the size of the device's matrices: of the gradients of keys
 /// and values, and of queries.
-pub fn coop_backward_tiles(size: u32, head_dim: u32, head_dim_v: u32) -> [CoopBackwardTile; 2] {
+///
+/// Those in registers with matrices of 16 were measured on an H100 (docs/rejected.md). Those through workgroup memory
+/// follow from counting and have no figure yet: K, V, dK and dV of a subgroup take 192 registers a lane with matrices of
+/// 16, half as many with Metal's of 8, and steps are as long as 48 and 32 KiB then allow.
+pub fn coop_backward_tiles(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> [CoopBackwardTile; 2] {
     let tile =
         |subgroups, matrices, step, columns, ahead| CoopBackwardTile { subgroups, matrices, step, columns, ahead };
-    match (size, head_dim.max(head_dim_v)) {
-        (16, 0..=64) => [tile(8, 2, 32, 64, true), tile(4, 2, 32, 64, true)],
-        (16, 65..=128) => [tile(8, 1, 16, 128, true), tile(8, 1, 48, 128, true)],
-        (16, _) => [tile(4, 1, 32, 64, false), tile(4, 1, 32, 128, false)],
-        (_, 0..=128) => [tile(4, 2, 16, 128, true), tile(4, 2, 16, 128, true)],
-        (_, _) => [tile(2, 1, 8, 64, false), tile(2, 1, 8, 128, false)],
+    match (form, size, head_dim.max(head_dim_v)) {
+        (CoopForm::Registers, 16, 0..=64) => [tile(8, 2, 32, 64, true), tile(4, 2, 32, 64, true)],
+        (CoopForm::Registers, 16, 65..=128) => [tile(8, 1, 16, 128, true), tile(8, 1, 48, 128, true)],
+        (CoopForm::Registers, 16, _) => [tile(4, 1, 32, 64, false), tile(4, 1, 32, 128, false)],
+        (CoopForm::Registers, _, 0..=128) => [tile(4, 2, 16, 128, true), tile(4, 2, 16, 128, true)],
+        (CoopForm::Registers, _, _) => [tile(2, 1, 8, 64, false), tile(2, 1, 8, 128, false)],
+        (CoopForm::WorkgroupMemory, 16, 0..=64) => [tile(4, 2, 16, 64, true), tile(4, 2, 16, 64, true)],
+        (CoopForm::WorkgroupMemory, 16, 65..=128) => [tile(4, 1, 16, 128, true), tile(4, 1, 16, 128, true)],
+        (CoopForm::WorkgroupMemory, 16, _) => [tile(2, 1, 16, 64, false), tile(2, 1, 16, 128, false)],
+        (CoopForm::WorkgroupMemory, _, 0..=64) => [tile(4, 2, 16, 64, true), tile(4, 2, 16, 64, true)],
+        (CoopForm::WorkgroupMemory, _, 65..=128) => [tile(4, 1, 16, 128, true), tile(4, 1, 16, 128, true)],
+        (CoopForm::WorkgroupMemory, _, _) => [tile(4, 1, 8, 64, false), tile(4, 1, 8, 128, false)],
     }
 }
 
@@ -583,11 +611,16 @@ mod tests {
     fn every_head_dim_gets_coop_tiles_that_fit() {
         for (size, bytes) in [(8, 32 << 10), (16, 48 << 10)] {
             for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [1, 40, 64, 128, 200, 256, d].map(|v| (d, v))) {
-                let [dkdv, dq] = coop_backward_tiles(size, head_dim, head_dim_v);
-                dkdv.validate(size).unwrap();
-                dq.validate(size).unwrap();
-                let used = dkdv.dkdv_bytes(size, head_dim, head_dim_v).max(dq.dq_bytes(size, head_dim, head_dim_v));
-                assert!(used <= bytes, "{head_dim} {head_dim_v} {dkdv:?} {dq:?} {used} > {bytes}");
+                for form in [CoopForm::Registers, CoopForm::WorkgroupMemory] {
+                    let [dkdv, dq] = coop_backward_tiles(form, size, head_dim, head_dim_v);
+                    for (tile, used) in [
+                        (dkdv, dkdv.dkdv_bytes(form, size, head_dim, head_dim_v)),
+                        (dq, dq.dq_bytes(form, size, head_dim, head_dim_v)),
+                    ] {
+                        tile.validate(size).unwrap();
+                        assert!(used <= bytes, "{form} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
+                    }
+                }
                 for (element_type, parts) in [(ElementType::F32, 2), (ElementType::BF16, 1)] {
                     let [dkdv, dq] = coop_scaled_backward_tiles(size, element_type, head_dim, head_dim_v);
                     for (tile, used) in [

@@ -5,10 +5,13 @@ mod common;
 
 use common::backward::{Ask, PreparedBackward, backward, check_all, prepare};
 use common::cases::{cases, dims};
-use common::coop::{context, known_matrices, spirv_error, validator, workgroup_bytes};
+use common::coop::{
+    WGSL_FORMATS, check_wgsl, context, in_forms, known_matrices, small_device, spirv_error, validator, workgroup_bytes,
+};
 use common::{Case, TYPES, case, full};
 use wgpu_flash_attention::Causal::BottomRight;
-use wgpu_flash_attention::elements::ElementModule;
+use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
+use wgpu_flash_attention::elements::{self, ElementModule, MatrixLayout};
 use wgpu_flash_attention::specialize::coop_backward_modules;
 use wgpu_flash_attention::tune::{self, CoopBackwardTile};
 use wgpu_flash_attention::{ElementType, Error, Kernel, PlanOptions, Problem, Shape, wgpu};
@@ -65,7 +68,7 @@ fn named<const N: usize>(cases: [(&str, Case); N]) -> [(String, Case); N] {
 fn all_cases() {
     let Some(context) = context() else { return };
     let ways = [("coop", context, backward(Kernel::Coop)), ("small tile", context, small())];
-    check_all(&prepare(cases(), ElementType::F16, Ask::default()), &ways);
+    check_all(&prepare(cases(), ElementType::F16, Ask::default()), &in_forms(ElementType::F16, &ways));
 }
 
 #[test]
@@ -112,7 +115,8 @@ fn all_dims() {
         !software || shape.head_dim.max(shape.head_dim_v) <= 64
     });
     let options = if software { tiled([tile(1, 1, 8, 128, true); 2]) } else { backward(Kernel::Coop) };
-    check_all(&prepare(dims.clone(), ElementType::F16, Ask::default()), &[("coop", context, options)]);
+    let ways = in_forms(ElementType::F16, &[("coop", context, options)]);
+    check_all(&prepare(dims.clone(), ElementType::F16, Ask::default()), &ways);
     let options = if software { tiled([tile(2, 1, 8, 256, true); 2]) } else { backward(Kernel::Coop) };
     for element_type in [ElementType::F32, ElementType::BF16] {
         check_all(&taken(dims.clone(), element_type, Ask::default()), &[("coop", context, options)]);
@@ -128,7 +132,8 @@ fn blocks_of_columns() {
         ("head dim of the values", case(1, [2, 2], [70, 37], [16, 40]).softcap(2.0)),
         ("head dim", case(1, [2, 1], [20, 20], [33, 7]).odd()),
     ]);
-    check_all(&prepare(cases, ElementType::F16, Ask::default()), &[("blocks", context, blocks())]);
+    let ways = in_forms(ElementType::F16, &[("blocks", context, blocks())]);
+    check_all(&prepare(cases, ElementType::F16, Ask::default()), &ways);
 }
 
 /// Many steps of the loop.
@@ -140,7 +145,8 @@ fn many_keys_and_rows() {
         ("many rows", case(1, [2, 1], [1000, 70], [16, 12]).window(300, -1)),
         ("huge scores", case(1, [2, 1], [300, 300], [16, 12]).scale(1.0).integers(40)),
     ]);
-    check_all(&prepare(cases.clone(), ElementType::F16, Ask::default()), &[("coop", context, backward(Kernel::Coop))]);
+    let ways = in_forms(ElementType::F16, &[("coop", context, backward(Kernel::Coop))]);
+    check_all(&prepare(cases.clone(), ElementType::F16, Ask::default()), &ways);
     for element_type in [ElementType::F32, ElementType::BF16] {
         let ways = [("coop", context, backward(Kernel::Coop)), ("large tile", context, large_scaled())];
         check_all(&prepare(cases.clone(), element_type, Ask::default()), &ways);
@@ -162,7 +168,8 @@ fn gradients_of_lse_and_sums_with_what_is_there() {
     let Some(context) = context() else { return };
     for (grad_lse, accumulate) in [(true, false), (false, true), (true, true)] {
         let ways = [("coop", context, backward(Kernel::Coop)), ("blocks", context, blocks())];
-        check_all(&prepare(few(), ElementType::F16, Ask { grad_lse, accumulate }), &ways);
+        let half = ElementType::F16;
+        check_all(&prepare(few(), half, Ask { grad_lse, accumulate }), &in_forms(half, &ways));
         let ways = [("small tile", context, small_scaled()), ("large tile", context, large_scaled())];
         for element_type in [ElementType::F32, ElementType::BF16] {
             check_all(&taken(few(), element_type, Ask { grad_lse, accumulate }), &ways);
@@ -176,7 +183,8 @@ fn within_bounds() {
     let Some(context) = context() else { return };
     let context = context.clone().checked();
     let ways = [("coop", &context, small()), ("blocks", &context, blocks())];
-    check_all(&prepare(few(), ElementType::F16, Ask { grad_lse: true, accumulate: true }), &ways);
+    let half = ElementType::F16;
+    check_all(&prepare(few(), half, Ask { grad_lse: true, accumulate: true }), &in_forms(half, &ways));
     let ways = [("small tile", &context, small_scaled()), ("large tile", &context, large_scaled())];
     for element_type in [ElementType::F32, ElementType::BF16] {
         check_all(&taken(few(), element_type, Ask { grad_lse: true, accumulate: true }), &ways);
@@ -200,6 +208,57 @@ fn plans_choose_it() {
     let error = context.plan_with(&problem(ElementType::BF16, 7), &backward(Kernel::Coop)).unwrap_err();
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
     assert!(error.to_string().contains("multiples of 4"), "{error}");
+}
+
+/// A problem with gradients that plans of small devices are asked for.
+fn small_problem(element_type: ElementType) -> Problem {
+    Problem::new(Shape::square(1, 1, 64, 16), element_type).with_gradients()
+}
+
+#[test]
+fn without_access_to_elements_they_cross_workgroup_memory() {
+    // As much as Metal has.
+    let Some(context) = small_device(wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES, 32 << 10) else { return };
+    let plan = context.plan(&small_problem(ElementType::F16)).unwrap();
+    assert_eq!((plan.backward_kernel(), plan.backward_coop_form()), (Some(Kernel::Coop), Some(WorkgroupMemory)));
+    let why = "backward form: through workgroup memory (no access to the elements of matrices: the device lacks";
+    assert!(plan.to_string().contains(why), "{plan}");
+    let plan = context.plan(&small_problem(ElementType::F32)).unwrap();
+    assert_eq!((plan.backward_kernel(), plan.backward_coop_form()), (Some(Kernel::Tile), None));
+    assert!(plan.to_string().contains("without access to the elements of matrices"), "{plan}");
+    for (element_type, form, why) in [
+        (ElementType::F16, Some(Registers), "needs access to the elements"),
+        (ElementType::F32, None, "takes f16 only"),
+        (ElementType::BF16, None, "takes f16 only"),
+    ] {
+        let options = PlanOptions { coop_form: form, ..backward(Kernel::Coop) };
+        let error = context.plan_with(&small_problem(element_type), &options).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
+        assert!(error.to_string().contains(why), "{error}");
+    }
+}
+
+#[test]
+fn small_limits_fall_back_to_the_tile_kernel() {
+    let Some(context) = small_device(wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES, 16 << 10) else { return };
+    let problem = small_problem(ElementType::F16);
+    let plan = context.plan(&problem).unwrap();
+    assert_eq!(plan.backward_kernel(), Some(Kernel::Tile));
+    assert!(plan.to_string().contains("backward kernel: tile (the device's limits are too small"), "{plan}");
+    let error = context.plan_with(&problem, &backward(Kernel::Coop)).unwrap_err();
+    assert!(matches!(error, Error::DeviceLimit { kernel: Kernel::Coop, .. }), "{error}");
+    let plan = context.plan_with(&problem, &small()).unwrap();
+    assert_eq!(plan.backward_kernel(), Some(Kernel::Coop));
+}
+
+#[test]
+fn plans_choose_the_form() {
+    let Some(context) = small_device(elements::FEATURES, 32 << 10) else { return };
+    for (asked, form) in [(None, Registers), (Some(Registers), Registers), (Some(WorkgroupMemory), WorkgroupMemory)] {
+        let options = PlanOptions { coop_form: asked, ..Default::default() };
+        let plan = context.plan_with(&small_problem(ElementType::F16), &options).unwrap();
+        assert_eq!((plan.coop_form(), plan.backward_coop_form()), (Some(form), Some(form)));
+    }
 }
 
 #[test]
@@ -233,62 +292,94 @@ fn contexts_without_matrices_refuse_it() {
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
 }
 
+/// Problems that differ in a switch or a constant of the module, each with the bits of its four switches.
+fn problems(element_type: ElementType) -> Vec<(u32, Problem)> {
+    let mut all = vec![];
+    for [head_dim, head_dim_v] in [[1u32, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
+        // Only rows of bf16 that are aligned.
+        let whole = head_dim.is_multiple_of(4) && head_dim_v.is_multiple_of(4);
+        if element_type == ElementType::BF16 && !whole {
+            continue;
+        }
+        for switches in 0..16u32 {
+            let on = |n: u32| switches >> n & 1 == 1;
+            let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
+            let mut problem = Problem::new(shape, element_type).with_gradients();
+            if element_type != ElementType::BF16 {
+                problem.query = problem.query.at(on(0).into());
+            }
+            problem.softcap = on(1).then_some(2.0);
+            problem.seqlens_k = on(2);
+            problem.gradients.as_mut().unwrap().accumulate = on(3);
+            all.push((switches, problem));
+        }
+    }
+    all
+}
+
+/// The tables' tiles and small ones, and their workgroup memory.
+fn tiles(form: CoopForm, size: u32, problem: &Problem) -> [[(CoopBackwardTile, u32); 2]; 2] {
+    let Shape { head_dim, head_dim_v, .. } = problem.shape;
+    let half = |[dkdv, dq]: [CoopBackwardTile; 2]| {
+        [(dkdv, dkdv.dkdv_bytes(form, size, head_dim, head_dim_v)), (dq, dq.dq_bytes(form, size, head_dim, head_dim_v))]
+    };
+    let scaled = |parts| {
+        move |[dkdv, dq]: [CoopBackwardTile; 2]| {
+            let of_dkdv = dkdv.scaled_dkdv_bytes(size, parts, head_dim, head_dim_v);
+            [(dkdv, of_dkdv), (dq, dq.scaled_dq_bytes(size, parts, head_dim, head_dim_v))]
+        }
+    };
+    let small_scaled = [tile(2, 1, 16, 256, true), tile(4, 2, 16, 256, false)];
+    let table = |element_type| tune::coop_scaled_backward_tiles(size, element_type, head_dim, head_dim_v);
+    match problem.element_type {
+        ElementType::F16 => {
+            let small = [tile(1, 1, 16, 32, true), tile(2, 2, 32, 16, false)];
+            [tune::coop_backward_tiles(form, size, head_dim, head_dim_v), small].map(half)
+        }
+        ElementType::F32 => [table(ElementType::F32), small_scaled].map(scaled(2)),
+        ElementType::BF16 => [table(ElementType::BF16), small_scaled].map(scaled(1)),
+    }
+}
+
 /// Needs no device: naga takes every module, its workgroup memory is what the tile says, and so does the validator of
 /// SPIR-V, where it is there.
 #[test]
 fn modules_are_valid() {
     let validator = validator();
     for (format, layout) in known_matrices() {
-        for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
-            for (element_type, switches) in TYPES.into_iter().flat_map(|t| (0..16u32).map(move |n| (t, n))) {
-                let on = |n: u32| switches >> n & 1 == 1;
-                let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
-                let mut problem = Problem::new(shape, element_type).with_gradients();
-                // Only rows of bf16 that are aligned.
-                if element_type != ElementType::BF16 {
-                    problem.query = problem.query.at(on(0).into());
-                } else if !head_dim.is_multiple_of(4) || !head_dim_v.is_multiple_of(4) {
-                    continue;
+        for (switches, problem) in TYPES.into_iter().flat_map(problems) {
+            for [dkdv, dq] in tiles(Registers, format.size, &problem) {
+                let modules = coop_backward_modules(&problem, Registers, [dkdv.0, dq.0], format, &layout);
+                for ((specialization, bindings), (tile, said)) in modules.into_iter().zip([dkdv, dq]) {
+                    let text = specialization.source().unwrap().text;
+                    assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
+                    let module = ElementModule::new(&text, format, &bindings, switches >> 3 == 1)
+                        .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
+                    assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
+                    // With none and with all of the switches; the validator takes its time.
+                    let validator = validator.as_deref().filter(|_| matches!(switches, 0 | 15));
+                    let refused = |path| spirv_error(path, "backward_coop.spv", module.spirv());
+                    if let Some(error) = validator.and_then(refused) {
+                        panic!("{specialization:?}: {error}");
+                    }
                 }
-                problem.softcap = on(1).then_some(2.0);
-                problem.seqlens_k = on(2);
-                problem.gradients.as_mut().unwrap().accumulate = on(3);
-                let size = format.size;
-                let (parts, all) = match element_type {
-                    ElementType::F16 => {
-                        let small = [tile(1, 1, 16, 32, true), tile(2, 2, 32, 16, false)];
-                        (0, [tune::coop_backward_tiles(size, head_dim, head_dim_v), small])
-                    }
-                    other => {
-                        let small = [tile(2, 1, 16, 256, true), tile(4, 2, 16, 256, false)];
-                        let parts = if other == ElementType::F32 { 2 } else { 1 };
-                        (parts, [tune::coop_scaled_backward_tiles(size, other, head_dim, head_dim_v), small])
-                    }
-                };
-                for [dkdv, dq] in all {
-                    let said = match element_type {
-                        ElementType::F16 => {
-                            [dkdv.dkdv_bytes(size, head_dim, head_dim_v), dq.dq_bytes(size, head_dim, head_dim_v)]
-                        }
-                        _ => [
-                            dkdv.scaled_dkdv_bytes(size, parts, head_dim, head_dim_v),
-                            dq.scaled_dq_bytes(size, parts, head_dim, head_dim_v),
-                        ],
-                    };
-                    let modules = coop_backward_modules(&problem, [dkdv, dq], format, &layout);
-                    for (((specialization, bindings), tile), said) in modules.into_iter().zip([dkdv, dq]).zip(said) {
-                        let text = specialization.source().unwrap().text;
-                        assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
-                        let module = ElementModule::new(&text, format, &bindings, on(3))
-                            .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
-                        assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
-                        // With none and with all of the switches; the validator takes its time.
-                        let validator = validator.as_deref().filter(|_| matches!(switches, 0 | 15));
-                        let refused = |path| spirv_error(path, "backward_coop.spv", module.spirv());
-                        if let Some(error) = validator.and_then(refused) {
-                            panic!("{specialization:?}: {error}");
-                        }
-                    }
+            }
+        }
+    }
+}
+
+/// Needs no device. See [`check_wgsl`].
+#[test]
+fn modules_in_wgsl_alone_are_valid() {
+    let spirv_val = validator();
+    for format in WGSL_FORMATS {
+        let layout = MatrixLayout::rows(format);
+        for (switches, problem) in problems(ElementType::F16) {
+            let spirv_val = spirv_val.as_deref().filter(|_| matches!(switches, 0 | 15));
+            for [dkdv, dq] in tiles(WorkgroupMemory, format.size, &problem) {
+                let modules = coop_backward_modules(&problem, WorkgroupMemory, [dkdv.0, dq.0], format, &layout);
+                for ((specialization, _), (_, said)) in modules.into_iter().zip([dkdv, dq]) {
+                    check_wgsl(&specialization, format, said, spirv_val);
                 }
             }
         }

@@ -4,7 +4,10 @@
 mod common;
 
 use common::cases::{cases, dims, prepare};
-use common::coop::{context, known_matrices, spirv_error, validator, workgroup_bytes};
+use common::coop::{
+    WGSL_FORMATS, check_wgsl, context, in_form, in_forms, known_matrices, small_device, spirv_error, validator,
+    workgroup_bytes,
+};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
@@ -15,21 +18,6 @@ use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Plan, PlanOption
 
 fn coop() -> PlanOptions {
     PlanOptions { kernel: Some(Kernel::Coop), ..Default::default() }
-}
-
-fn in_form(form: CoopForm, options: PlanOptions) -> PlanOptions {
-    PlanOptions { coop_form: Some(form), ..options }
-}
-
-/// Each way in each form that takes the type.
-fn in_forms<'a>(
-    element_type: ElementType,
-    ways: &[(&'a str, &'a Context, PlanOptions)],
-) -> Vec<(&'a str, &'a Context, PlanOptions)> {
-    let forms = if element_type == ElementType::F16 { &[Registers, WorkgroupMemory][..] } else { &[Registers] };
-    let with =
-        |&form: &CoopForm| ways.iter().map(move |&(name, context, options)| (name, context, in_form(form, options)));
-    forms.iter().flat_map(with).collect()
 }
 
 /// The kernel with this tile.
@@ -175,22 +163,6 @@ fn tiles_that_do_not_divide_are_refused() {
     }
 }
 
-/// A context of a device with these features and WebGPU's limits.
-#[allow(unsafe_code)]
-fn small_device(features: wgpu::Features) -> Option<Context> {
-    context()?;
-    let instance = wgpu::Instance::default();
-    let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
-    let descriptor = wgpu::DeviceDescriptor {
-        required_features: features,
-        // SAFETY: a test; the features are what it is about.
-        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
-        ..Default::default()
-    };
-    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
-    Some(pollster::block_on(Context::new(&device, &queue).with_cooperative_matrices(&adapter)).unwrap())
-}
-
 fn plan_of(context: &Context, head_dim: u32) -> Plan {
     context.plan(&Problem::new(Shape::square(1, 1, 64, head_dim), ElementType::F16)).unwrap()
 }
@@ -198,7 +170,7 @@ fn plan_of(context: &Context, head_dim: u32) -> Plan {
 /// The tile kernel where the coop kernel's tile does not fit.
 #[test]
 fn small_limits_fall_back_to_the_tile_kernel() {
-    let Some(context) = small_device(elements::FEATURES) else { return };
+    let Some(context) = small_device(elements::FEATURES, 16 << 10) else { return };
     assert_eq!(plan_of(&context, 32).coop_form(), Some(Registers));
     let plan = plan_of(&context, 256);
     assert_eq!(plan.kernel(), Kernel::Tile);
@@ -207,7 +179,7 @@ fn small_limits_fall_back_to_the_tile_kernel() {
 
 #[test]
 fn without_access_to_elements_they_cross_workgroup_memory() {
-    let Some(context) = small_device(wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES) else { return };
+    let Some(context) = small_device(wgpu_flash_attention::COOPERATIVE_MATRIX_FEATURES, 16 << 10) else { return };
     let plan = plan_of(&context, 64);
     assert_eq!((plan.kernel(), plan.coop_form()), (Kernel::Coop, Some(WorkgroupMemory)));
     let why = "form: through workgroup memory (no access to the elements of matrices: the device lacks";
@@ -290,38 +262,16 @@ fn modules_are_valid() {
     }
 }
 
-/// Needs no device: naga takes every module of the form through workgroup memory with no more than its features, and
-/// writes it as SPIR-V, which the validator takes, and, where matrices are as Metal has them, as MSL.
+/// Needs no device. See [`check_wgsl`].
 #[test]
 fn modules_in_wgsl_alone_are_valid() {
-    use naga::back::{msl, spv};
-    use naga::valid::{Capabilities, ValidationFlags, Validator};
     let spirv_val = validator();
-    let capabilities = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
-    for (size, lanes) in [(8, 8), (8, 32), (16, 32), (16, 64)] {
-        let format = MatrixFormat { size, lanes };
+    for format in WGSL_FORMATS {
         for problem in problems(&[ElementType::F16]) {
             for (tile, said) in tiles(WorkgroupMemory, format, &problem) {
                 let layout = MatrixLayout::rows(format);
                 let (specialization, _) = coop_module(&problem, WorkgroupMemory, tile, format, &layout);
-                let text = specialization.source().unwrap().text;
-                assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
-                let fail = |error: &str| -> ! { panic!("{specialization:?}: {error}") };
-                let module = naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
-                let mut validator = Validator::new(ValidationFlags::all(), capabilities);
-                let info = validator.validate(&module).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
-                // As wgpu writes it for Vulkan 1.3.
-                let options = spv::Options { lang_version: (1, 6), ..Default::default() };
-                let words = spv::write_vec(&module, &info, &options, None).unwrap_or_else(|e| fail(&e.to_string()));
-                if let Some(error) = spirv_val.as_ref().and_then(|v| spirv_error(v, "coop_wgsl.spv", &words)) {
-                    fail(&error);
-                }
-                let options = msl::Options { lang_version: (2, 3), ..Default::default() };
-                if (size, lanes) == (8, 32)
-                    && let Err(error) = msl::write_string(&module, &info, &options, &Default::default())
-                {
-                    fail(&error.to_string());
-                }
+                check_wgsl(&specialization, format, said, spirv_val.as_deref());
             }
         }
     }

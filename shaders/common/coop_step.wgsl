@@ -23,8 +23,8 @@
         for (var d = 0u; d < DM; d++) {
 #unroll
             for (var c = 0u; c < KM; c++) {
-                let place = buffer * K_SIZE + c * M * K_STRIDE + d * M / WIDTH;
-                let k = coopLoad<Right>(&tiles[place], K_STRIDE);
+                let place = buffer * D_SIZE + c * M * D_STRIDE + d * M / WIDTH;
+                let k = coopLoad<Right>(&tiles[place], D_STRIDE);
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     s[r][c] = coopMultiplyAdd(q[r][d], k, s[r][c]);
@@ -144,7 +144,7 @@
             }
 #unroll
             for (var d = 0u; d < VM; d++) {
-                let place = BUFFERS * K_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / WIDTH;
+                let place = BUFFERS * D_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / WIDTH;
                 let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {

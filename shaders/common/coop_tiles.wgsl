@@ -1,21 +1,19 @@
-// Tiles of K and V on their way from device memory to the workgroup memory that matrices are loaded from: the array
-// `tiles` of the kernel, where K comes first.
+// Tiles of $first, whose rows have HEAD_DIM elements, and of $second, whose rows have HEAD_DIM_V, on their way from
+// device memory to the workgroup memory that matrices are loaded from: the array `tiles` of the kernel, where $first
+// comes first. A tile has $rows rows.
 const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;
 // How many times eight elements are in a row, and how far apart rows are. The eight elements between rows keep the rows
 // of a matrix on different banks.
 const D8 = DM * M / 8u;
 const V8 = VM * M / 8u;
-const K_STRIDE = (DM * M + 8u) / WIDTH;
+const D_STRIDE = (DM * M + 8u) / WIDTH;
 const V_STRIDE = (VM * M + 8u) / WIDTH;
-const K_SIZE = KEYS * K_STRIDE;
-const V_SIZE = KEYS * V_STRIDE;
+const D_SIZE = $rows * D_STRIDE;
+const V_SIZE = $rows * V_STRIDE;
 // What each thread moves.
-const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
-const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
-// Where maxima start: below every score and above every masked one. So no row takes its maximum from masked scores,
-// whose product with the factor is rounded: exp2 of that rounding error, of a number as large as 1e15, may overflow.
-const EMPTY = -1.0e14;
+const D_LOADS = ($rows * D8 + THREADS - 1u) / THREADS;
+const V_LOADS = ($rows * V8 + THREADS - 1u) / THREADS;
 
 fn store_eight(place: u32, x: Eight) {
 #if SCALARS
@@ -29,38 +27,38 @@ fn store_eight(place: u32, x: Eight) {
 #endif
 }
 
-fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<Eight, K_LOADS> {
-    var x: array<Eight, K_LOADS>;
-    for (var n = 0u; n < K_LOADS; n++) {
+fn load_$first(start: u32, i0: u32, last: u32, thread: u32) -> array<Eight, D_LOADS> {
+    var x: array<Eight, D_LOADS>;
+    for (var n = 0u; n < D_LOADS; n++) {
         let t = thread + n * THREADS;
-        x[n] = read_key(start + min(j0 + t / D8, last) * problem.key.row, 8u * (t % D8), HEAD_DIM);
+        x[n] = read_$first(start + min(i0 + t / D8, last) * problem.$first.row, 8u * (t % D8), HEAD_DIM);
     }
     return x;
 }
 
-fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Eight, V_LOADS> {
+fn load_$second(start: u32, i0: u32, last: u32, thread: u32) -> array<Eight, V_LOADS> {
     var x: array<Eight, V_LOADS>;
     for (var n = 0u; n < V_LOADS; n++) {
         let t = thread + n * THREADS;
-        x[n] = read_value(start + min(j0 + t / V8, last) * problem.value.row, 8u * (t % V8), HEAD_DIM_V);
+        x[n] = read_$second(start + min(i0 + t / V8, last) * problem.$second.row, 8u * (t % V8), HEAD_DIM_V);
     }
     return x;
 }
 
-fn store_key(k: array<Eight, K_LOADS>, buffer: u32, thread: u32) {
-    for (var n = 0u; n < K_LOADS; n++) {
+fn store_$first(x: array<Eight, D_LOADS>, buffer: u32, thread: u32) {
+    for (var n = 0u; n < D_LOADS; n++) {
         let t = thread + n * THREADS;
-        if t < KEYS * D8 {
-            store_eight(buffer * K_SIZE + t / D8 * K_STRIDE + 8u / WIDTH * (t % D8), k[n]);
+        if t < $rows * D8 {
+            store_eight(buffer * D_SIZE + t / D8 * D_STRIDE + 8u / WIDTH * (t % D8), x[n]);
         }
     }
 }
 
-fn store_value(v: array<Eight, V_LOADS>, buffer: u32, thread: u32) {
+fn store_$second(x: array<Eight, V_LOADS>, buffer: u32, thread: u32) {
     for (var n = 0u; n < V_LOADS; n++) {
         let t = thread + n * THREADS;
-        if t < KEYS * V8 {
-            store_eight(BUFFERS * K_SIZE + buffer * V_SIZE + t / V8 * V_STRIDE + 8u / WIDTH * (t % V8), v[n]);
+        if t < $rows * V8 {
+            store_eight(BUFFERS * D_SIZE + buffer * V_SIZE + t / V8 * V_STRIDE + 8u / WIDTH * (t % V8), x[n]);
         }
     }
 }

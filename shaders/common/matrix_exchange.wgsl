@@ -1,17 +1,17 @@
 // Elements of matrices through workgroup memory, in WGSL alone: accumulators are stored there and numbers read, numbers
-// stored and left operands loaded. There is room for each row of matrices, M by KEYS, in f32 and in f16; `block` counts
-// them through the workgroup. A lane's numbers all lie in one row, four at a time in one vector, and the lanes of a row
-// are neighbours (MatrixLayout::rows in src/elements.rs).
+// stored and left operands loaded. There is room for SUM_BLOCKS rows of matrices, M by $columns, in f32, and for
+// HALF_BLOCKS in f16; `block` counts them through the workgroup. A lane's numbers all lie in one row, four at a time in
+// one vector, and the lanes of a row are neighbours (MatrixLayout::rows in src/elements.rs).
 //
 // The barriers between are the caller's, and workgroupBarrier: what naga writes for subgroupBarrier orders no memory.
-// Rows are eight elements longer than KEYS, which keeps them on different banks.
+// Rows are eight elements longer than $columns, which keeps them on different banks.
 #include "common/matrix_layout.wgsl"
 
 alias Lane = array<f32, ELEMENTS>;
-const EXCHANGE_STRIDE = (KEYS + 8u) / WIDTH;
+const EXCHANGE_STRIDE = ($columns + 8u) / WIDTH;
 const EXCHANGE_SIZE = M * EXCHANGE_STRIDE;
-var<workgroup> sums: array<Sums, SUBGROUPS * ROW_MATRICES * EXCHANGE_SIZE>;
-var<workgroup> halves: array<Halves, SUBGROUPS * ROW_MATRICES * EXCHANGE_SIZE>;
+var<workgroup> sums: array<Sums, SUM_BLOCKS * EXCHANGE_SIZE>;
+var<workgroup> halves: array<Halves, HALF_BLOCKS * EXCHANGE_SIZE>;
 
 // Matrix c of a block, from and to whole matrices.
 fn put_accumulator(x: Accumulator, block: u32, c: u32) {

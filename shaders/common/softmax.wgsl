@@ -4,6 +4,10 @@ const LOG2_E = 1.4426950408889634;
 // so far above MASKED that exp2(MASKED - LOWEST) vanishes, and below every score.
 const MASKED = -2.0e38;
 const LOWEST = -1.0e38;
+// Where the coop kernels' maxima start: below every score and above every masked one. So no row takes its maximum from
+// masked scores, whose product with the factor is rounded: exp2 of that rounding error, of a number as large as 1e15,
+// may overflow.
+const EMPTY = -1.0e14;
 // What the backward pass takes for lse where a row sees no key: exp of any score less this vanishes.
 const NO_KEYS = 1.0e38;
 

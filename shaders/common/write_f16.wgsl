@@ -1,22 +1,23 @@
-// Stores x as elements d .. d + 8 of the row of $tensor that starts at element `start` and has `dim` elements, as far as
-// they are in the row.
-fn write_$tensor(start: u32, d: u32, dim: u32, x: Eight) {
+// Stores eight numbers as elements d .. d + 8 of the row of $tensor that starts at element `start` and has `dim`
+// elements, as far as they are in the row; with ACCUMULATE, adds them to what is there.
+fn write_$tensor(start: u32, d: u32, dim: u32, low: vec4f, high: vec4f) {
 #if ALIGNED
     let e = (start + d) / 8u * 2u;
 #if ACCUMULATE
-    $tensor[e] += x.low;
-    $tensor[e + 1u] += x.high;
+    $tensor[e] = vec4<f16>(vec4f($tensor[e]) + low);
+    $tensor[e + 1u] = vec4<f16>(vec4f($tensor[e + 1u]) + high);
 #else
-    $tensor[e] = x.low;
-    $tensor[e + 1u] = x.high;
+    $tensor[e] = vec4<f16>(low);
+    $tensor[e + 1u] = vec4<f16>(high);
 #endif
 #else
     for (var c = 0u; c < min(8u, dim - d); c++) {
-        let y = select(x.high[c % 4u], x.low[c % 4u], c < 4u);
+        let y = select(high[c % 4u], low[c % 4u], c < 4u);
+        let e = start + d + c;
 #if ACCUMULATE
-        $tensor[start + d + c] += y;
+        $tensor[e] = f16(f32($tensor[e]) + y);
 #else
-        $tensor[start + d + c] = y;
+        $tensor[e] = f16(y);
 #endif
     }
 #endif

@@ -1,41 +1,65 @@
-//! Host side of `shaders/backward_dkdv_coop.wgsl` and `shaders/backward_dq_coop.wgsl`, and of those for f32 and bf16,
-//! `shaders/backward_dkdv_coop_scaled.wgsl` and `shaders/backward_dq_coop_scaled.wgsl`.
+//! Host side of `shaders/backward_dkdv_coop.wgsl` and `shaders/backward_dq_coop.wgsl`, of those through workgroup memory,
+//! `shaders/backward_dkdv_coop_workgroup.wgsl` and `shaders/backward_dq_coop_workgroup.wgsl`, and of those for f32 and
+//! bf16, `shaders/backward_dkdv_coop_scaled.wgsl` and `shaders/backward_dq_coop_scaled.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS, workgroups_by_keys, workgroups_by_rows};
-use super::forward_coop::layout_constants;
+use super::forward_coop::{F16_ONLY, Matrices, NO_ACCESS, layout_constants, workgroup_switches};
 use super::forward_coop_scaled::parts;
-use super::{Pass, backward_switches, bindings};
+use super::{CoopForm, Pass, backward_switches, bindings};
 use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
 use crate::tune::{self, CoopBackwardTile};
-use crate::{ElementType, Problem, plan::Part};
+use crate::{ElementType, Error, Kernel, PlanOptions, Problem, plan::Part};
 
-/// The tiles for a problem, by the size of the device's matrices.
-pub(crate) fn tiles(problem: &Problem, size: u32) -> [CoopBackwardTile; 2] {
-    let shape = &problem.shape;
-    match problem.element_type {
-        ElementType::F16 => tune::coop_backward_tiles(size, shape.head_dim, shape.head_dim_v),
-        other => tune::coop_scaled_backward_tiles(size, other, shape.head_dim, shape.head_dim_v),
-    }
+/// How the gradients of a problem are computed on these matrices.
+pub(crate) struct Chosen {
+    pub form: CoopForm,
+    /// Why this form.
+    pub why: String,
+    pub passes: Vec<Pass>,
 }
 
-/// Why not, if these kernels do not compute the problem. Modules with matrices cannot have the atomics that `write.wgsl`
-/// stores single bf16 with: see `forward_coop_scaled.wgsl`.
-pub(crate) fn cannot(problem: &Problem) -> Option<&'static str> {
-    let single = problem.element_type == ElementType::BF16 && !problem.is_aligned(&Tensor::BACKWARD, 4);
-    single.then_some("its backward pass in bf16 takes rows that begin and end at multiples of 4 elements")
+pub(crate) fn choose(problem: &Problem, matrices: &Matrices, options: &PlanOptions) -> Result<Chosen, Error> {
+    let unsupported = |why| Error::Unsupported { kernel: Kernel::Coop, element_type: problem.element_type, why };
+    let (form, why) = matrices.form(options.coop_form);
+    let layout = matrices.layout(form).ok_or(unsupported(NO_ACCESS))?;
+    let (format, shape) = (matrices.format, problem.shape);
+    let widest = shape.head_dim.max(shape.head_dim_v);
+    let tiles = match (problem.element_type, form) {
+        (ElementType::F16, _) => {
+            let table = || tune::coop_backward_tiles(form, format.size, shape.head_dim, shape.head_dim_v);
+            let tiles = options.coop_backward_tiles.unwrap_or_else(table);
+            tiles.iter().try_for_each(|tile| tile.validate(format.size))?;
+            tiles
+        }
+        // Modules with matrices cannot have the atomics that `write.wgsl` stores single bf16 with: see
+        // `forward_coop_scaled.wgsl`.
+        (ElementType::BF16, CoopForm::Registers) if !problem.is_aligned(&Tensor::BACKWARD, 4) => {
+            let why = "its backward pass in bf16 takes rows that begin and end at multiples of 4 elements";
+            return Err(unsupported(why));
+        }
+        (other, CoopForm::Registers) => {
+            let table = || tune::coop_scaled_backward_tiles(format.size, other, shape.head_dim, shape.head_dim_v);
+            let tiles = options.coop_backward_tiles.unwrap_or_else(table);
+            tiles.iter().try_for_each(|tile| tile.validate_scaled(format.size, format.lanes, widest))?;
+            tiles
+        }
+        (_, CoopForm::WorkgroupMemory) => return Err(unsupported(F16_ONLY)),
+    };
+    Ok(Chosen { form, why, passes: passes(problem, form, tiles, format, &layout) })
 }
 
-/// The gradients of keys and values, then that of queries.
+/// The gradients of keys and values, then that of queries. f32 and bf16 have one form.
 pub(crate) fn passes(
     problem: &Problem,
+    form: CoopForm,
     tiles: [CoopBackwardTile; 2],
     format: MatrixFormat,
     layout: &MatrixLayout,
 ) -> Vec<Pass> {
     match problem.element_type {
-        ElementType::F16 => half_passes(problem, tiles, format, layout),
+        ElementType::F16 => half_passes(problem, form, tiles, format, layout),
         ElementType::F32 | ElementType::BF16 => scaled_passes(problem, tiles, format, layout),
     }
 }
@@ -99,6 +123,7 @@ fn scaled_passes(
 
 fn half_passes(
     problem: &Problem,
+    form: CoopForm,
     [dkdv, dq]: [CoopBackwardTile; 2],
     format: MatrixFormat,
     layout: &MatrixLayout,
@@ -106,11 +131,8 @@ fn half_passes(
     let shape = problem.shape;
     let group = shape.group() as u64;
     let size = format.size;
-    let specialization = |file, entry, names: [&'static str; 2], tile: CoopBackwardTile| {
+    let specialization = |[registers, workgroup]: [_; 2], entry, names: [_; 2], tile: CoopBackwardTile| {
         let mut switches = switches(problem, 8, size, tile);
-        if file == "backward_dkdv_coop.wgsl" && tile.holds_value(shape.head_dim, shape.head_dim_v) {
-            switches.push("HOLD_VALUE");
-        }
         let mut constants = vec![
             ("HEAD_DIM", shape.head_dim),
             ("HEAD_DIM_V", shape.head_dim_v),
@@ -120,6 +142,28 @@ fn half_passes(
             ("COLUMNS", tile.columns),
         ];
         constants.extend(layout_constants(layout));
+        let file = match form {
+            CoopForm::Registers => {
+                // Only this kernel has V for the whole loop.
+                if entry == "dkdv" && tile.holds_value(shape.head_dim, shape.head_dim_v) {
+                    switches.push("HOLD_VALUE");
+                }
+                registers
+            }
+            CoopForm::WorkgroupMemory => {
+                switches.extend(workgroup_switches(size));
+                let matrices = |dim: u32| dim.div_ceil(size);
+                constants.extend([
+                    // Matrices across the step, the head dimension, the values' dimension, and a block of each.
+                    ("CM", tile.step / size),
+                    ("DM", matrices(shape.head_dim)),
+                    ("VM", matrices(shape.head_dim_v)),
+                    ("DBM", matrices(shape.head_dim.min(tile.columns))),
+                    ("VBM", matrices(shape.head_dim_v.min(tile.columns))),
+                ]);
+                workgroup
+            }
+        };
         Specialization { file, entry, switches, constants }
     };
     let of_keys = move |part: &Part| {
@@ -133,19 +177,29 @@ fn half_passes(
     };
     vec![
         Pass {
-            specialization: specialization("backward_dkdv_coop.wgsl", "dkdv", ["KEY_MATRICES", "ROWS"], dkdv),
+            specialization: specialization(
+                ["backward_dkdv_coop.wgsl", "backward_dkdv_coop_workgroup.wgsl"],
+                "dkdv",
+                ["KEY_MATRICES", "ROWS"],
+                dkdv,
+            ),
             bindings: bindings(problem, DKDV_BINDINGS),
-            element_access: true,
+            element_access: form == CoopForm::Registers,
             threads: dkdv.subgroups * format.lanes,
-            workgroup_bytes: dkdv.dkdv_bytes(size, shape.head_dim, shape.head_dim_v),
+            workgroup_bytes: dkdv.dkdv_bytes(form, size, shape.head_dim, shape.head_dim_v),
             workgroups: Box::new(of_keys),
         },
         Pass {
-            specialization: specialization("backward_dq_coop.wgsl", "dq", ["ROW_MATRICES", "KEYS"], dq),
+            specialization: specialization(
+                ["backward_dq_coop.wgsl", "backward_dq_coop_workgroup.wgsl"],
+                "dq",
+                ["ROW_MATRICES", "KEYS"],
+                dq,
+            ),
             bindings: bindings(problem, DQ_BINDINGS),
-            element_access: true,
+            element_access: form == CoopForm::Registers,
             threads: dq.subgroups * format.lanes,
-            workgroup_bytes: dq.dq_bytes(size, shape.head_dim, shape.head_dim_v),
+            workgroup_bytes: dq.dq_bytes(form, size, shape.head_dim, shape.head_dim_v),
             workgroups: Box::new(of_rows),
         },
     ]

@@ -33,6 +33,20 @@ pub(crate) struct Matrices {
 }
 
 impl Matrices {
+    /// The form that is asked for, or else the faster of those that the device allows, and why.
+    pub fn form(&self, asked: Option<CoopForm>) -> (CoopForm, String) {
+        match (asked, &self.elements) {
+            (Some(form), _) => (form, "asked for".into()),
+            (None, Ok(_)) => (CoopForm::Registers, "the device gives access to the elements of matrices".into()),
+            (None, Err(why)) => (CoopForm::WorkgroupMemory, format!("no access to the elements of matrices: {why}")),
+        }
+    }
+
+    /// Whether the kernels for f32 and bf16 can run, which have only the form in registers.
+    pub fn in_registers(&self, asked: Option<CoopForm>) -> bool {
+        self.form(asked).0 == CoopForm::Registers && self.elements.is_ok()
+    }
+
     /// How a lane's numbers lie in this form; `None` where the device does not give it.
     pub fn layout(&self, form: CoopForm) -> Option<MatrixLayout> {
         match form {
@@ -40,6 +54,14 @@ impl Matrices {
             CoopForm::WorkgroupMemory => Some(MatrixLayout::rows(self.format)),
         }
     }
+}
+
+/// The switches of a form through workgroup memory.
+pub(crate) fn workgroup_switches(size: u32) -> Vec<&'static str> {
+    let mut on = vec!["NO_ELEMENT_ACCESS", "UNROLL"];
+    // Metal has matrices of 8 by 8, and its functions take pointers to numbers only.
+    on.extend((size == 8).then_some("SCALARS"));
+    on
 }
 
 /// The elements of a matrix in a lane for which the kernels in registers are written.
@@ -67,6 +89,10 @@ pub(crate) fn layout_constants(layout: &MatrixLayout) -> Vec<(&'static str, u32)
     constants
 }
 
+/// Why a form does not do.
+pub(crate) const NO_ACCESS: &str = "in registers it needs access to the elements of matrices";
+pub(crate) const F16_ONLY: &str = "through workgroup memory it takes f16 only";
+
 /// How a problem is computed on these matrices.
 pub(crate) struct Chosen {
     pub form: CoopForm,
@@ -78,13 +104,8 @@ pub(crate) struct Chosen {
 
 pub(crate) fn choose(problem: &Problem, matrices: &Matrices, options: &PlanOptions) -> Result<Chosen, Error> {
     let unsupported = |why| Error::Unsupported { kernel: Kernel::Coop, element_type: problem.element_type, why };
-    let (form, why) = match (options.coop_form, &matrices.elements) {
-        (Some(form), _) => (form, "asked for".into()),
-        (None, Ok(_)) => (CoopForm::Registers, "the device gives access to the elements of matrices".into()),
-        (None, Err(why)) => (CoopForm::WorkgroupMemory, format!("no access to the elements of matrices: {why}")),
-    };
-    let layout =
-        matrices.layout(form).ok_or(unsupported("in registers it needs access to the elements of matrices"))?;
+    let (form, why) = matrices.form(options.coop_form);
+    let layout = matrices.layout(form).ok_or(unsupported(NO_ACCESS))?;
     let (format, shape) = (matrices.format, problem.shape);
     let (tile, pass) = match (problem.element_type, form) {
         (ElementType::F16, _) => {
@@ -99,7 +120,7 @@ pub(crate) fn choose(problem: &Problem, matrices: &Matrices, options: &PlanOptio
             tile.validate_scaled(format.size, format.lanes)?;
             (tile, forward_coop_scaled::pass(problem, tile, format, &layout))
         }
-        (_, CoopForm::WorkgroupMemory) => return Err(unsupported("through workgroup memory it takes f16 only")),
+        (_, CoopForm::WorkgroupMemory) => return Err(unsupported(F16_ONLY)),
     };
     Ok(Chosen { form, why, tile, pass })
 }
@@ -116,18 +137,16 @@ pub(crate) fn pass(
     let MatrixFormat { size, lanes } = format;
     let rows = tile.rows(size);
     let mut on = switches(problem, 8);
-    on.push("UNROLL");
     if size == 16 {
         on.push("MATRIX16");
     }
     let file = match form {
-        CoopForm::Registers => "forward_coop.wgsl",
+        CoopForm::Registers => {
+            on.push("UNROLL");
+            "forward_coop.wgsl"
+        }
         CoopForm::WorkgroupMemory => {
-            on.push("NO_ELEMENT_ACCESS");
-            // Metal has matrices of 8 by 8, and its functions take pointers to numbers only.
-            if size == 8 {
-                on.push("SCALARS");
-            }
+            on.extend(workgroup_switches(size));
             "forward_coop_workgroup.wgsl"
         }
     };

@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::elements::{Bit, MatrixFormat, MatrixLayout};
-use wgpu_flash_attention::{Context, HeadlessOptions};
+use wgpu_flash_attention::specialize::Specialization;
+use wgpu_flash_attention::{Context, ElementType, HeadlessOptions, PlanOptions, wgpu};
 
 /// Past the test harness, which keeps what passing tests print to itself.
 pub fn skipped(why: &str) {
@@ -22,6 +24,38 @@ pub fn context() -> Option<&'static Context> {
         Context::headless_with(&options).inspect_err(|why| skipped(&format!("coop tests: {why}"))).ok()
     };
     CONTEXT.get_or_init(open).as_ref()
+}
+
+/// A context of a device with these features, and WebGPU's limits but for its workgroup memory.
+#[allow(unsafe_code)]
+pub fn small_device(features: wgpu::Features, workgroup_bytes: u32) -> Option<Context> {
+    context()?;
+    let instance = wgpu::Instance::default();
+    let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
+    let descriptor = wgpu::DeviceDescriptor {
+        required_features: features,
+        required_limits: wgpu::Limits { max_compute_workgroup_storage_size: workgroup_bytes, ..Default::default() },
+        // SAFETY: a test; the features are what it is about.
+        experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
+        ..Default::default()
+    };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
+    Some(pollster::block_on(Context::new(&device, &queue).with_cooperative_matrices(&adapter)).unwrap())
+}
+
+pub fn in_form(form: CoopForm, options: PlanOptions) -> PlanOptions {
+    PlanOptions { coop_form: Some(form), ..options }
+}
+
+/// Each way in each form that takes the type.
+pub fn in_forms<'a>(
+    element_type: ElementType,
+    ways: &[(&'a str, &'a Context, PlanOptions)],
+) -> Vec<(&'a str, &'a Context, PlanOptions)> {
+    let forms = if element_type == ElementType::F16 { &[Registers, WorkgroupMemory][..] } else { &[Registers] };
+    let with =
+        |&form: &CoopForm| ways.iter().map(move |&(name, context, options)| (name, context, in_form(form, options)));
+    forms.iter().flat_map(with).collect()
 }
 
 /// The matrices that are known to exist: of an H100 and of lavapipe.
@@ -62,4 +96,40 @@ pub fn spirv_error(validator: &Path, name: &str, words: &[u32]) -> Option<String
     // Not Vulkan's rules on top, one of which naga breaks for every workgroup array (gfx-rs/wgpu#7696).
     let output = Command::new(validator).args(["--target-env", "spv1.6"]).arg(&file).output().unwrap();
     (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Matrices that devices without access to elements may have: of 2, 4 and 8 elements a lane.
+pub const WGSL_FORMATS: [MatrixFormat; 4] = [
+    MatrixFormat { size: 8, lanes: 8 },
+    // Metal's.
+    MatrixFormat { size: 8, lanes: 32 },
+    MatrixFormat { size: 16, lanes: 32 },
+    MatrixFormat { size: 16, lanes: 64 },
+];
+
+/// naga takes the module, of a form through workgroup memory, with no more than its features, and writes it as SPIR-V,
+/// which the validator takes, and, where matrices are as Metal has them, as MSL. Its workgroup memory is what the tile says.
+pub fn check_wgsl(specialization: &Specialization, format: MatrixFormat, said: u32, spirv_val: Option<&Path>) {
+    use naga::back::{msl, spv};
+    use naga::valid::{Capabilities, ValidationFlags, Validator};
+    let text = specialization.source().unwrap().text;
+    assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
+    let fail = |error: &str| -> ! { panic!("{specialization:?}: {error}") };
+    let module = naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
+    let capabilities = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
+    let mut validator = Validator::new(ValidationFlags::all(), capabilities);
+    let info = validator.validate(&module).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
+    // As wgpu writes it for Vulkan 1.3.
+    let options = spv::Options { lang_version: (1, 6), ..Default::default() };
+    let words = spv::write_vec(&module, &info, &options, None).unwrap_or_else(|e| fail(&e.to_string()));
+    let name = format!("{}.spv", specialization.file);
+    if let Some(error) = spirv_val.and_then(|v| spirv_error(v, &name, &words)) {
+        fail(&error);
+    }
+    let options = msl::Options { lang_version: (2, 3), ..Default::default() };
+    if (format.size, format.lanes) == (8, 32)
+        && let Err(error) = msl::write_string(&module, &info, &options, &Default::default())
+    {
+        fail(&error.to_string());
+    }
 }
