@@ -98,13 +98,24 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
         (None, Some(_), ElementType::F32 | ElementType::BF16) if !in_registers => {
             (Kernel::Tile, "without access to the elements of matrices the coop kernel takes f16 only")
         }
-        (None, Some(_), ElementType::F32 | ElementType::BF16) => {
-            (Kernel::Tile, "the backward pass of the coop kernel has no figures for f32 and bf16 yet: ask for it")
-        }
-        (None, Some(_), ElementType::F16) if coop_fits().is_none() => {
+        (None, Some(_), ElementType::F32 | ElementType::BF16) if shape.head_dim.max(shape.head_dim_v) > 128 => (
+            Kernel::Tile,
+            "the coop kernel's backward pass in f32 and bf16 has no figures above a head dim of 128: ask for it",
+        ),
+        (None, Some(_), ElementType::BF16) if !kernel::backward_coop::bf16_in_vectors(problem) => (
+            Kernel::Tile,
+            "the coop kernel's backward pass in bf16 takes rows that begin and end at multiples of 4 elements",
+        ),
+        (None, Some(_), _) if coop_fits().is_none() => {
             (Kernel::Tile, "the device's limits are too small for the tile of the coop kernel")
         }
+        (None, Some(_), ElementType::F32) => {
+            (Kernel::Coop, "the device has cooperative matrices; f32 is multiplied in two parts of f16")
+        }
         (None, Some(_), ElementType::F16) => (Kernel::Coop, "the device has cooperative matrices for f16"),
+        (None, Some(_), ElementType::BF16) => {
+            (Kernel::Coop, "the device has cooperative matrices; bf16 is scaled to f16")
+        }
         (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
     };
     let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };

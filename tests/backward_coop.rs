@@ -198,9 +198,11 @@ fn plans_choose_it() {
     for (element_type, dim, kernel) in [
         (ElementType::F16, 16, Kernel::Coop),
         (ElementType::F16, 7, Kernel::Coop),
-        // Not timed yet on a GPU.
-        (ElementType::F32, 16, Kernel::Tile),
-        (ElementType::BF16, 16, Kernel::Tile),
+        (ElementType::F32, 16, Kernel::Coop),
+        (ElementType::F32, 7, Kernel::Coop),
+        (ElementType::F32, 136, Kernel::Tile),
+        (ElementType::BF16, 16, Kernel::Coop),
+        (ElementType::BF16, 7, Kernel::Tile),
     ] {
         let plan = context.plan(&problem(element_type, dim)).unwrap();
         assert_eq!(plan.backward_kernel(), Some(kernel), "{element_type} {dim}");

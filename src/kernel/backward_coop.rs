@@ -33,9 +33,7 @@ pub(crate) fn choose(problem: &Problem, matrices: &Matrices, options: &PlanOptio
             tiles.iter().try_for_each(|tile| tile.validate(format.size))?;
             tiles
         }
-        // Modules with matrices cannot have the atomics that `write.wgsl` stores single bf16 with: see
-        // `forward_coop_scaled.wgsl`.
-        (ElementType::BF16, CoopForm::Registers) if !problem.is_aligned(&Tensor::BACKWARD, 4) => {
+        (ElementType::BF16, CoopForm::Registers) if !bf16_in_vectors(problem) => {
             let why = "its backward pass in bf16 takes rows that begin and end at multiples of 4 elements";
             return Err(unsupported(why));
         }
@@ -48,6 +46,12 @@ pub(crate) fn choose(problem: &Problem, matrices: &Matrices, options: &PlanOptio
         (_, CoopForm::WorkgroupMemory) => return Err(unsupported(F16_ONLY)),
     };
     Ok(Chosen { form, why, passes: passes(problem, form, tiles, format, &layout) })
+}
+
+/// Whether bf16 is moved four elements at a time only. Modules with matrices cannot have the atomics that `write.wgsl` stores
+/// single ones with: see `forward_coop_scaled.wgsl`.
+pub(crate) fn bf16_in_vectors(problem: &Problem) -> bool {
+    problem.is_aligned(&Tensor::BACKWARD, 4)
 }
 
 /// The gradients of keys and values, then that of queries. f32 and bf16 have one form.
