@@ -44,7 +44,7 @@ pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) ->
         specialization: Specialization {
             file,
             entry,
-            switches: backward_switches(problem, 4),
+            switches: [backward_switches(problem, 4), vec!["UNROLL"]].concat(),
             constants: vec![
                 ("HEAD_DIM", shape.head_dim),
                 ("HEAD_DIM_V", shape.head_dim_v),
@@ -54,6 +54,9 @@ pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) ->
                 ("THREADS_X", tile.threads_x),
                 ("CHUNK", tile.chunk),
                 ("BLOCK", tile.block),
+                // Trips of the loops that are written out.
+                ("CHUNK4", tile.chunk / 4),
+                ("BLOCK4", tile.block / 4),
             ],
         },
         bindings: bindings(problem, used),

@@ -11,7 +11,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
         specialization: Specialization {
             file: "forward_tile.wgsl",
             entry: "forward",
-            switches: switches(problem, 4),
+            switches: [switches(problem, 4), vec!["UNROLL"]].concat(),
             constants: vec![
                 ("HEAD_DIM", shape.head_dim),
                 ("HEAD_DIM_V", shape.head_dim_v),
@@ -21,6 +21,10 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
                 ("THREADS_X", tile.threads_x),
                 ("CHUNK", tile.chunk),
                 ("VALUE_KEYS", tile.value_keys),
+                // Trips of the loops that are written out.
+                ("CHUNK4", tile.chunk / 4),
+                ("PIECES", tile.keys / tile.piece()),
+                ("VALUE_KEYS4", tile.value_keys / 4),
             ],
         },
         bindings: bindings(problem, FORWARD_BINDINGS),
