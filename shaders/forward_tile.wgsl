@@ -14,7 +14,8 @@
 // ty, ty + THREADS_Y, ... : the scores of keys 4(tx + THREADS_X c) .. + 4, and output columns 4(tx + THREADS_X u) .. + 4.
 // Workgroup memory holds Q and K (CHUNK columns at a time), P (PIECE keys at a time), and V (VALUE_KEYS rows at a time),
 // all as f32. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are differences of
-// scores times `factor`: one multiplication a score.
+// scores times `factor`: one multiplication a score. Large tiles have their products written out, so that loads of the next
+// vectors are among the products of these.
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"
@@ -192,8 +193,9 @@ fn forward(
             if CHUNKS > 1u {
                 query_next = load_query(query_start, row0, d1, thread);
             }
-            // Written out, so that loads of the next vectors are among the products of these.
+#if LARGE
 #unroll
+#endif
             for (var d = 0u; d < CHUNK4; d++) {
                 var k: array<vec4f, TC>;
                 for (var c = 0u; c < TC; c++) {
@@ -279,7 +281,9 @@ fn forward(
                 store_value(value_next, thread);
                 workgroupBarrier();
                 value_next = load_value(value_start, u32(j0) + c * PIECE + v0 + VALUE_KEYS, last, thread);
+#if LARGE
 #unroll
+#endif
                 for (var j4 = 0u; j4 < VALUE_KEYS4; j4++) {
                     var v: array<array<vec4f, TV>, 4>;
                     for (var jj = 0u; jj < 4u; jj++) {
