@@ -327,7 +327,7 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
         }
         tile
     };
-    // docs/rejected.md has the figures.
+    // On an H100 in f32, TFLOP/s: the first 22.8 at D = 64 and 20.9 at D = 128; docs/rejected.md has the others.
     let both = match (memory >> 10, widest) {
         (48.., 0..=128) => fitted(128, 64, (16, 16), 16, 16),
         (32.., _) => fitted(64, 64, (16, 16), 32, 32),
@@ -509,6 +509,8 @@ const fn row(
     Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
 }
 
+// On an H100 in f32, TFLOP/s: the first row 34.9 at D = 64, the second 36.5 at D = 128, where 128 keys give 35.5;
+// docs/rejected.md has the others.
 #[rustfmt::skip]
 const TILES: &[Row] = &[
     //  D,    memory, rows, keys,     grid, chunk, value_keys
