@@ -59,9 +59,9 @@ fn dq(
     let first = u32(range.x / i32(STEP) * i32(STEP));
     var query_next = load_chunk_query(query_start, i0, i1 - 1u, 0u, HEAD_DIM, thread);
     var grad_next = load_chunk_grad_out(grad_start, i0, i1 - 1u, 0u, HEAD_DIM_V, thread);
-    var key_next: array<Elements4, STEP_LOADS>;
-    var value_next: array<Elements4, STEP_LOADS>;
-    var key_rows: array<Elements4, LOADS_key>;
+    var key_next: Chunk_key;
+    var value_next: Chunk_value;
+    var key_rows: Block_key;
     if range.x < range.y {
         key_next = load_chunk_key(key_start, first, last_key, 0u, HEAD_DIM, thread);
         value_next = load_chunk_value(value_start, first, last_key, 0u, HEAD_DIM_V, thread);

@@ -1,8 +1,10 @@
-// Rows of $tensor: loaded to registers while what is in workgroup memory is in use, then stored there. Rows past `last` are
-// that one over again, columns past `dim` are 0. A chunk is CHUNK columns from d0 on of $count rows, a block all columns of
-// BLOCK rows, with $columns vectors of columns a thread.
-fn load_chunk_$tensor(start: u32, first: u32, last: u32, d0: u32, dim: u32, thread: u32) -> array<Elements4, $count_LOADS> {
-    var x: array<Elements4, $count_LOADS>;
+// Rows of $tensor: loaded to registers while what is in workgroup memory is in use, then stored there. Rows past `last`
+// are that one over again, columns past `dim` are 0. A chunk is CHUNK columns from d0 on of $count rows, a block all
+// columns of BLOCK rows, with $columns vectors of columns a thread.
+alias Chunk_$tensor = array<Elements4, $count_LOADS>;
+
+fn load_chunk_$tensor(start: u32, first: u32, last: u32, d0: u32, dim: u32, thread: u32) -> Chunk_$tensor {
+    var x: Chunk_$tensor;
     for (var n = 0u; n < $count_LOADS; n++) {
         let t = thread + n * THREADS;
         x[n] = read_$tensor(start + min(first + t / CHUNK4, last) * problem.$tensor.row, d0 + 4u * (t % CHUNK4), dim);
@@ -10,9 +12,9 @@ fn load_chunk_$tensor(start: u32, first: u32, last: u32, d0: u32, dim: u32, thre
     return x;
 }
 
-// Row n goes to place (n % spread) · ($count / spread) + n / spread: with spread 1 it stays, with TC a thread finds its rows
-// THREADS_X apart, so that neighbours read neighbours.
-fn store_chunk_$tensor(x: array<Elements4, $count_LOADS>, place: u32, spread: u32, d0: u32, dim: u32, thread: u32) {
+// Row n goes to place (n % spread) · ($count / spread) + n / spread: with spread 1 it stays, with TC a thread finds its
+// rows THREADS_X apart, so that neighbours read neighbours.
+fn store_chunk_$tensor(x: Chunk_$tensor, place: u32, spread: u32, d0: u32, dim: u32, thread: u32) {
     for (var n = 0u; n < $count_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < $count * CHUNK4 {
@@ -25,10 +27,11 @@ fn store_chunk_$tensor(x: array<Elements4, $count_LOADS>, place: u32, spread: u3
 }
 
 const LOADS_$tensor = (BLOCK * $columns * THREADS_X + THREADS - 1u) / THREADS;
+alias Block_$tensor = array<Elements4, LOADS_$tensor>;
 
-fn load_block_$tensor(start: u32, first: u32, last: u32, dim: u32, thread: u32) -> array<Elements4, LOADS_$tensor> {
+fn load_block_$tensor(start: u32, first: u32, last: u32, dim: u32, thread: u32) -> Block_$tensor {
     const width = $columns * THREADS_X;
-    var x: array<Elements4, LOADS_$tensor>;
+    var x: Block_$tensor;
     for (var n = 0u; n < LOADS_$tensor; n++) {
         let t = thread + n * THREADS;
         x[n] = read_$tensor(start + min(first + t / width, last) * problem.$tensor.row, 4u * (t % width), dim);
@@ -36,7 +39,7 @@ fn load_block_$tensor(start: u32, first: u32, last: u32, dim: u32, thread: u32) 
     return x;
 }
 
-fn store_block_$tensor(x: array<Elements4, LOADS_$tensor>, dim: u32, thread: u32) {
+fn store_block_$tensor(x: Block_$tensor, dim: u32, thread: u32) {
     const width = $columns * THREADS_X;
     for (var n = 0u; n < LOADS_$tensor; n++) {
         let t = thread + n * THREADS;

@@ -138,8 +138,8 @@ impl ElementType {
     }
 }
 
-/// Whether a tile is for a GPU with more workgroup memory than most: its loops are written out. Software Vulkan, which has
-/// 32 KiB, would take several times as long to compile all tiles so.
+/// Whether a tile is for a GPU with more workgroup memory than most: its loops are written out. Software Vulkan, which
+/// has 32 KiB, would take several times as long to compile its tiles so.
 pub(crate) const fn is_large(workgroup_bytes: u32) -> bool {
     workgroup_bytes > 32 << 10
 }
