@@ -29,10 +29,10 @@
 #include "common/write.wgsl" tensor=grad_key
 #include "common/write.wgsl" tensor=grad_value
 #include "common/tile_products.wgsl"
-#include "common/tile_load.wgsl" tensor=query
-#include "common/tile_load.wgsl" tensor=key
-#include "common/tile_load.wgsl" tensor=value
-#include "common/tile_load.wgsl" tensor=grad_out
+#include "common/tile_load.wgsl" tensor=query count=STEP columns=TK
+#include "common/tile_load.wgsl" tensor=key count=OWN columns=TK
+#include "common/tile_load.wgsl" tensor=value count=OWN columns=TV
+#include "common/tile_load.wgsl" tensor=grad_out count=STEP columns=TV
 #include "common/tile_result.wgsl" columns=TK
 #include "common/tile_result.wgsl" columns=TV
 
@@ -52,27 +52,47 @@ fn dkdv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
 
     var dk: array<array<vec4f, TK>, TR>;
     var dv: array<array<vec4f, TV>, TR>;
-    for (var head = head_kv * problem.group; head < (head_kv + 1u) * problem.group; head++) {
+    // Where no row sees a key there is nothing to load.
+    let heads = select(0u, problem.group, range.x < range.y);
+    for (var head = head_kv * problem.group; head < head_kv * problem.group + heads; head++) {
         let query_start = head_start(problem.query, at.batch, head);
         let grad_start = head_start(problem.grad_out, at.batch, head);
         let rows_start = (at.batch * problem.heads + head) * problem.seqlen_q;
+        let first = u32(range.x / i32(STEP) * i32(STEP));
+        var key_next = load_chunk_key(key_start, j0, last_key, 0u, HEAD_DIM, thread);
+        var query_next = load_chunk_query(query_start, first, last_row, 0u, HEAD_DIM, thread);
+        var value_next = load_chunk_value(value_start, j0, last_key, 0u, HEAD_DIM_V, thread);
+        var grad_next = load_chunk_grad_out(grad_start, first, last_row, 0u, HEAD_DIM_V, thread);
+        var grad_rows = load_block_grad_out(grad_start, first, last_row, HEAD_DIM_V, thread);
+        var query_rows = load_block_query(query_start, first, last_row, HEAD_DIM, thread);
         for (var step = range.x / i32(STEP) * i32(STEP); step < range.y; step += i32(STEP)) {
             let i0 = u32(step);
             // S^T = K Q^T, dP^T = V dO^T
             var s: Scores;
             for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
                 workgroupBarrier();
-                load_chunk_key(0u, OWN, 1u, key_start, j0, last_key, d0, HEAD_DIM, thread);
-                load_chunk_query(STEP_AT, STEP, TC, query_start, i0, last_row, d0, HEAD_DIM, thread);
+                store_chunk_key(key_next, 0u, 1u, d0, HEAD_DIM, thread);
+                store_chunk_query(query_next, STEP_AT, TC, d0, HEAD_DIM, thread);
                 workgroupBarrier();
+                // The next chunk: of this tile, or the first of the next tile.
+                let more = d0 + CHUNK < HEAD_DIM;
+                let d1 = select(0u, d0 + CHUNK, more);
+                key_next = load_chunk_key(key_start, j0, last_key, d1, HEAD_DIM, thread);
+                let i1 = select(i0 + STEP, i0, more);
+                query_next = load_chunk_query(query_start, i1, last_row, d1, HEAD_DIM, thread);
                 add_scores(&s, ty, tx);
             }
             var ds: Scores;
             for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
                 workgroupBarrier();
-                load_chunk_value(0u, OWN, 1u, value_start, j0, last_key, d0, HEAD_DIM_V, thread);
-                load_chunk_grad_out(STEP_AT, STEP, TC, grad_start, i0, last_row, d0, HEAD_DIM_V, thread);
+                store_chunk_value(value_next, 0u, 1u, d0, HEAD_DIM_V, thread);
+                store_chunk_grad_out(grad_next, STEP_AT, TC, d0, HEAD_DIM_V, thread);
                 workgroupBarrier();
+                let more = d0 + CHUNK < HEAD_DIM_V;
+                let d1 = select(0u, d0 + CHUNK, more);
+                value_next = load_chunk_value(value_start, j0, last_key, d1, HEAD_DIM_V, thread);
+                let i1 = select(i0 + STEP, i0, more);
+                grad_next = load_chunk_grad_out(grad_start, i1, last_row, d1, HEAD_DIM_V, thread);
                 add_scores(&ds, ty, tx);
             }
 
@@ -95,9 +115,12 @@ fn dkdv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
             workgroupBarrier();
             store_scores(s, ty, tx);
             for (var n = 0u; n < STEP; n += BLOCK) {
+                if n > 0u {
+                    workgroupBarrier();
+                }
+                store_block_grad_out(grad_rows, HEAD_DIM_V, thread);
                 workgroupBarrier();
-                load_block_grad_out(grad_start, i0 + n, last_row, HEAD_DIM_V, TV * THREADS_X, thread);
-                workgroupBarrier();
+                grad_rows = load_block_grad_out(grad_start, i0 + n + BLOCK, last_row, HEAD_DIM_V, thread);
                 add_result_TV(&dv, n, ty, tx);
             }
 
@@ -105,9 +128,12 @@ fn dkdv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) th
             workgroupBarrier();
             store_scores(ds, ty, tx);
             for (var n = 0u; n < STEP; n += BLOCK) {
+                if n > 0u {
+                    workgroupBarrier();
+                }
+                store_block_query(query_rows, HEAD_DIM, thread);
                 workgroupBarrier();
-                load_block_query(query_start, i0 + n, last_row, HEAD_DIM, TK * THREADS_X, thread);
-                workgroupBarrier();
+                query_rows = load_block_query(query_start, i0 + n + BLOCK, last_row, HEAD_DIM, thread);
                 add_result_TK(&dk, n, ty, tx);
             }
         }

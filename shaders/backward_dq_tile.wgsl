@@ -25,10 +25,10 @@
 #include "common/read.wgsl" tensor=grad_out
 #include "common/write.wgsl" tensor=grad_query
 #include "common/tile_products.wgsl"
-#include "common/tile_load.wgsl" tensor=query
-#include "common/tile_load.wgsl" tensor=key
-#include "common/tile_load.wgsl" tensor=value
-#include "common/tile_load.wgsl" tensor=grad_out
+#include "common/tile_load.wgsl" tensor=query count=OWN columns=TK
+#include "common/tile_load.wgsl" tensor=key count=STEP columns=TK
+#include "common/tile_load.wgsl" tensor=value count=STEP columns=TV
+#include "common/tile_load.wgsl" tensor=grad_out count=OWN columns=TV
 #include "common/tile_result.wgsl" columns=TK
 
 @compute @workgroup_size(THREADS)
@@ -56,23 +56,43 @@ fn dq(
     }
 
     var dq: array<array<vec4f, TK>, TR>;
+    let first = u32(range.x / i32(STEP) * i32(STEP));
+    var query_next = load_chunk_query(query_start, i0, i1 - 1u, 0u, HEAD_DIM, thread);
+    var grad_next = load_chunk_grad_out(grad_start, i0, i1 - 1u, 0u, HEAD_DIM_V, thread);
+    var key_next: Chunk_key;
+    var value_next: Chunk_value;
+    var key_rows: Block_key;
+    if range.x < range.y {
+        key_next = load_chunk_key(key_start, first, last_key, 0u, HEAD_DIM, thread);
+        value_next = load_chunk_value(value_start, first, last_key, 0u, HEAD_DIM_V, thread);
+        key_rows = load_block_key(key_start, first, last_key, HEAD_DIM, thread);
+    }
     for (var step = range.x / i32(STEP) * i32(STEP); step < range.y; step += i32(STEP)) {
         let j0 = u32(step);
         // S = Q K^T, dP = dO V^T
         var s: Scores;
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
             workgroupBarrier();
-            load_chunk_query(0u, OWN, 1u, query_start, i0, i1 - 1u, d0, HEAD_DIM, thread);
-            load_chunk_key(STEP_AT, STEP, TC, key_start, j0, last_key, d0, HEAD_DIM, thread);
+            store_chunk_query(query_next, 0u, 1u, d0, HEAD_DIM, thread);
+            store_chunk_key(key_next, STEP_AT, TC, d0, HEAD_DIM, thread);
             workgroupBarrier();
+            // The next chunk: of this tile, or the first of the next tile.
+            let more = d0 + CHUNK < HEAD_DIM;
+            let d1 = select(0u, d0 + CHUNK, more);
+            query_next = load_chunk_query(query_start, i0, i1 - 1u, d1, HEAD_DIM, thread);
+            key_next = load_chunk_key(key_start, select(j0 + STEP, j0, more), last_key, d1, HEAD_DIM, thread);
             add_scores(&s, ty, tx);
         }
         var ds: Scores;
         for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
             workgroupBarrier();
-            load_chunk_grad_out(0u, OWN, 1u, grad_start, i0, i1 - 1u, d0, HEAD_DIM_V, thread);
-            load_chunk_value(STEP_AT, STEP, TC, value_start, j0, last_key, d0, HEAD_DIM_V, thread);
+            store_chunk_grad_out(grad_next, 0u, 1u, d0, HEAD_DIM_V, thread);
+            store_chunk_value(value_next, STEP_AT, TC, d0, HEAD_DIM_V, thread);
             workgroupBarrier();
+            let more = d0 + CHUNK < HEAD_DIM_V;
+            let d1 = select(0u, d0 + CHUNK, more);
+            grad_next = load_chunk_grad_out(grad_start, i0, i1 - 1u, d1, HEAD_DIM_V, thread);
+            value_next = load_chunk_value(value_start, select(j0 + STEP, j0, more), last_key, d1, HEAD_DIM_V, thread);
             add_scores(&ds, ty, tx);
         }
 
@@ -91,9 +111,12 @@ fn dq(
         workgroupBarrier();
         store_scores(ds, ty, tx);
         for (var n = 0u; n < STEP; n += BLOCK) {
+            if n > 0u {
+                workgroupBarrier();
+            }
+            store_block_key(key_rows, HEAD_DIM, thread);
             workgroupBarrier();
-            load_block_key(key_start, j0 + n, last_key, HEAD_DIM, TK * THREADS_X, thread);
-            workgroupBarrier();
+            key_rows = load_block_key(key_start, j0 + n + BLOCK, last_key, HEAD_DIM, thread);
             add_result_TK(&dq, n, ty, tx);
         }
     }

@@ -11,8 +11,11 @@
 //     O = O / l,  lse = m + ln l
 //
 // Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) keeps, in registers, for rows
-// ty, ty + THREADS_Y, ... : the scores of keys tx·TC .. tx·TC + TC, and the output columns 4(tx + THREADS_X u) .. + 4.
-// Workgroup memory holds Q and K (CHUNK columns at a time), P, and V (VALUE_KEYS rows at a time), all as f32.
+// ty, ty + THREADS_Y, ... : the scores of keys 4(tx + THREADS_X c) .. + 4, output columns 4(tx + THREADS_X u) .. + 4.
+// Workgroup memory holds Q and K (CHUNK columns at a time), P (PIECE keys at a time), V (VALUE_KEYS rows at a time),
+// all as f32. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are differences of
+// scores times `factor`: one multiplication a score. Large tiles have their products written out, so that loads of
+// the next vectors are among the products of these.
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"
@@ -31,15 +34,15 @@
 #include "common/write.wgsl" tensor=out
 
 const THREADS = THREADS_X * THREADS_Y;
-// What one thread holds: TR rows by TC4 vectors of scores, TR rows by TV vectors of output.
+// What one thread holds: TR rows by PIECES vectors of scores, TR rows by TV vectors of output.
+const PIECE = 4u * THREADS_X;
 const TR = ROWS / THREADS_Y;
-const TC4 = KEYS / THREADS_X / 4u;
-const TC = 4u * TC4;
-const TV = (HEAD_DIM_V + 4u * THREADS_X - 1u) / (4u * THREADS_X);
+const TC = 4u * PIECES;
+const TV = (HEAD_DIM_V + PIECE - 1u) / PIECE;
 // Row lengths in workgroup memory, in vectors. An odd length spreads a column over all banks.
-const CHUNK4 = CHUNK / 4u;
 const CHUNK_STRIDE = CHUNK4 | 1u;
-const P_STRIDE = (KEYS / 4u) | 1u;
+const P_STRIDE = THREADS_X | 1u;
+const PARTIAL_STRIDE = (THREADS_X / 4u) | 1u;
 const V_STRIDE = TV * THREADS_X;
 const CHUNKS = (HEAD_DIM + CHUNK - 1u) / CHUNK;
 // Q stays when one chunk holds it. P takes the place of what is not needed once S is there.
@@ -47,11 +50,11 @@ const Q_AT = 0u;
 const K_AT = Q_AT + ROWS * CHUNK_STRIDE;
 const P_AT = select(Q_AT, K_AT, CHUNKS == 1u);
 const V_AT = P_AT + ROWS * P_STRIDE;
-const TILES = max(K_AT + KEYS * CHUNK_STRIDE, V_AT + VALUE_KEYS * V_STRIDE);
-
-var<workgroup> tiles: array<vec4f, TILES>;
-// One value of each thread for each of its rows, to be reduced over a row of threads.
-var<workgroup> partial: array<array<f32, THREADS_X>, ROWS>;
+// A number of each thread for each of its rows, to be reduced over a row of threads: beside K, where V is not yet.
+const PARTIAL_AT = max(V_AT, K_AT + KEYS * CHUNK_STRIDE);
+var<workgroup> tiles: array<vec4f, max(PARTIAL_AT + ROWS * PARTIAL_STRIDE, V_AT + VALUE_KEYS * V_STRIDE)>;
+// Of each row: m, and exp(m - m') by which its sums shrink.
+var<workgroup> maxima: array<vec2f, ROWS>;
 
 // What each thread moves of a tile: loaded to registers while the tile before is in use, then stored.
 const QUERY_LOADS = (ROWS * CHUNK4 + THREADS - 1u) / THREADS;
@@ -73,7 +76,7 @@ fn store_query(x: array<Elements4, QUERY_LOADS>, d0: u32, thread: u32) {
     for (var n = 0u; n < QUERY_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < ROWS * CHUNK4 {
-            var q = unpack4(x[n]);
+            var q = unpack4(x[n]) * score_sign();
             if HEAD_DIM % CHUNK > 0u {
                 let d = d0 + 4u * (t % CHUNK4);
                 q = first_elements(q, max(d, HEAD_DIM) - d);
@@ -93,13 +96,14 @@ fn load_key(start: u32, j0: u32, last: u32, d0: u32, thread: u32) -> array<Eleme
     return x;
 }
 
-// Key j of the tile goes where thread j / TC finds its keys THREADS_X rows apart: neighbours read neighbours.
+// Key j of the tile goes where a thread finds its keys THREADS_X rows apart: neighbours read neighbours.
 fn store_key(x: array<Elements4, KEY_LOADS>, thread: u32) {
     for (var n = 0u; n < KEY_LOADS; n++) {
         let t = thread + n * THREADS;
         let j = t / CHUNK4;
         if t < KEYS * CHUNK4 {
-            tiles[K_AT + ((j % TC) * THREADS_X + j / TC) * CHUNK_STRIDE + t % CHUNK4] = unpack4(x[n]);
+            let row = (j / PIECE * 4u + j % 4u) * THREADS_X + j / 4u % THREADS_X;
+            tiles[K_AT + row * CHUNK_STRIDE + t % CHUNK4] = unpack4(x[n]);
         }
     }
 }
@@ -127,6 +131,10 @@ fn max4(x: vec4f) -> f32 {
     return max(max(x.x, x.y), max(x.z, x.w));
 }
 
+fn store_partial(x: f32, row: u32, tx: u32) {
+    tiles[PARTIAL_AT + row * PARTIAL_STRIDE + tx / 4u][tx % 4u] = x;
+}
+
 @compute @workgroup_size(THREADS)
 fn forward(
     @builtin(workgroup_id) group: vec3u,
@@ -143,15 +151,16 @@ fn forward(
     let key_start = head_start(problem.key, at.batch, at.head_kv);
     let value_start = head_start(problem.value, at.batch, at.head_kv);
 
+    // Not 0, so that a masked score vanishes with a scale of 0 as well.
+    let factor = max(score_factor(), 1.0e-30);
+    // MASKED and LOWEST of scores, of which differences times factor are finite.
+    let masked = MASKED / max(factor, 1.0);
+    let lowest = LOWEST / max(factor, 1.0);
+
     var o: array<array<vec4f, TV>, TR>;
-    var m: array<f32, TR>;
     var l: array<f32, TR>;
-    for (var r = 0u; r < TR; r++) {
-        m[r] = LOWEST;
-        l[r] = 0.0;
-        for (var u = 0u; u < TV; u++) {
-            o[r][u] = vec4f();
-        }
+    if thread < ROWS {
+        maxima[thread] = vec2f(lowest, 1.0);
     }
 
     let range = key_range(at, i32(row0), i32(row1));
@@ -169,12 +178,7 @@ fn forward(
     }
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         // S = Q K^T
-        var s: array<array<vec4f, TC4>, TR>;
-        for (var r = 0u; r < TR; r++) {
-            for (var c = 0u; c < TC4; c++) {
-                s[r][c] = vec4f();
-            }
-        }
+        var s: array<array<vec4f, PIECES>, TR>;
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
             workgroupBarrier();
             store_key(key_next, thread);
@@ -189,6 +193,9 @@ fn forward(
             if CHUNKS > 1u {
                 query_next = load_query(query_start, row0, d1, thread);
             }
+#if LARGE
+#unroll
+#endif
             for (var d = 0u; d < CHUNK4; d++) {
                 var k: array<vec4f, TC>;
                 for (var c = 0u; c < TC; c++) {
@@ -196,7 +203,7 @@ fn forward(
                 }
                 for (var r = 0u; r < TR; r++) {
                     let q = tiles[Q_AT + (r * THREADS_Y + ty) * CHUNK_STRIDE + d];
-                    for (var c = 0u; c < TC4; c++) {
+                    for (var c = 0u; c < PIECES; c++) {
                         s[r][c] = dot4(q, k[4u * c], k[4u * c + 1u], k[4u * c + 2u], k[4u * c + 3u], s[r][c]);
                     }
                 }
@@ -204,82 +211,94 @@ fn forward(
         }
 
         // What each score is, and whether it counts
+#if SOFTCAP
         for (var r = 0u; r < TR; r++) {
-            let i = i32(row0 + r * THREADS_Y + ty);
-            for (var c = 0u; c < TC4; c++) {
-                let j = j0 + i32(tx * TC + 4u * c);
+            for (var c = 0u; c < PIECES; c++) {
                 let x = s[r][c];
-                s[r][c] = vec4f(score(x.x, at, i, j), score(x.y, at, i, j + 1), score(x.z, at, i, j + 2), score(x.w, at, i, j + 3));
+                s[r][c] = vec4f(score_shape(x.x), score_shape(x.y), score_shape(x.z), score_shape(x.w));
             }
         }
+#endif
         if !tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS)) {
             for (var r = 0u; r < TR; r++) {
                 let i = i32(row0 + r * THREADS_Y + ty);
-                for (var c = 0u; c < TC4; c++) {
-                    let j = j0 + i32(tx * TC + 4u * c);
+                for (var c = 0u; c < PIECES; c++) {
+                    let j = j0 + i32(c * PIECE + 4u * tx);
                     let kept = vec4<bool>(keep(at, i, j), keep(at, i, j + 1), keep(at, i, j + 2), keep(at, i, j + 3));
-                    s[r][c] = select(vec4f(MASKED), s[r][c], kept);
+                    s[r][c] = select(vec4f(masked), s[r][c], kept);
                 }
             }
         }
 
-        // m' = max(m, rowmax S)
+        // m' = max(m, rowmax S). One thread a row reduces: if all threads of a row did, each would read what all have.
         for (var r = 0u; r < TR; r++) {
             var most = s[r][0];
-            for (var c = 1u; c < TC4; c++) {
+            for (var c = 1u; c < PIECES; c++) {
                 most = max(most, s[r][c]);
             }
-            partial[r * THREADS_Y + ty][tx] = max4(most);
+            store_partial(max4(most), r * THREADS_Y + ty, tx);
+        }
+        workgroupBarrier();
+        if thread < ROWS {
+            let m = maxima[thread].x;
+            var most = vec4f(m);
+            for (var x = 0u; x < THREADS_X / 4u; x++) {
+                most = max(most, tiles[PARTIAL_AT + thread * PARTIAL_STRIDE + x]);
+            }
+            let larger = max4(most);
+            maxima[thread] = vec2f(larger, exp2((m - larger) * factor));
         }
         workgroupBarrier();
 
         // P = exp(S - m'),  l = exp(m - m') l + rowsum P
         var shrink: array<f32, TR>;
         for (var r = 0u; r < TR; r++) {
-            let row = r * THREADS_Y + ty;
-            var most = m[r];
-            for (var x = 0u; x < THREADS_X; x++) {
-                most = max(most, partial[row][x]);
-            }
-            shrink[r] = exp_difference(m[r], most);
-            m[r] = most;
+            let most = maxima[r * THREADS_Y + ty];
+            shrink[r] = most.y;
             var sum = vec4f();
-            for (var c = 0u; c < TC4; c++) {
-                let p = exp2((s[r][c] - vec4f(most)) * LOG2_E);
-                tiles[P_AT + row * P_STRIDE + tx * TC4 + c] = p;
-                sum += p;
+            for (var c = 0u; c < PIECES; c++) {
+                s[r][c] = exp2((s[r][c] - vec4f(most.x)) * factor);
+                sum += s[r][c];
             }
             l[r] = fma(l[r], shrink[r], sum4(sum));
         }
 
         // O = exp(m - m') O + P V. P V is summed by itself first: a sum of sums loses less than one long sum does.
         var pv: array<array<vec4f, TV>, TR>;
-        for (var r = 0u; r < TR; r++) {
-            for (var u = 0u; u < TV; u++) {
-                pv[r][u] = vec4f();
-            }
-        }
-        for (var v0 = 0u; v0 < KEYS; v0 += VALUE_KEYS) {
-            if v0 > 0u {
+        // Written out, since c must be a constant for S to be in registers.
+#unroll
+        for (var c = 0u; c < PIECES; c++) {
+            if c > 0u {
                 workgroupBarrier();
             }
-            store_value(value_next, thread);
-            workgroupBarrier();
-            value_next = load_value(value_start, u32(j0) + v0 + VALUE_KEYS, last, thread);
-            for (var j4 = 0u; j4 < VALUE_KEYS / 4u; j4++) {
-                var v: array<array<vec4f, TV>, 4>;
-                for (var jj = 0u; jj < 4u; jj++) {
-                    for (var u = 0u; u < TV; u++) {
-                        v[jj][u] = tiles[V_AT + (4u * j4 + jj) * V_STRIDE + u * THREADS_X + tx];
-                    }
+            for (var r = 0u; r < TR; r++) {
+                tiles[P_AT + (r * THREADS_Y + ty) * P_STRIDE + tx] = s[r][c];
+            }
+            for (var v0 = 0u; v0 < PIECE; v0 += VALUE_KEYS) {
+                if v0 > 0u {
+                    workgroupBarrier();
                 }
-                for (var r = 0u; r < TR; r++) {
-                    let p = tiles[P_AT + (r * THREADS_Y + ty) * P_STRIDE + v0 / 4u + j4];
-                    for (var u = 0u; u < TV; u++) {
-                        let a = fma(vec4f(p.x), v[0][u], pv[r][u]);
-                        let b = fma(vec4f(p.y), v[1][u], a);
-                        let c = fma(vec4f(p.z), v[2][u], b);
-                        pv[r][u] = fma(vec4f(p.w), v[3][u], c);
+                store_value(value_next, thread);
+                workgroupBarrier();
+                value_next = load_value(value_start, u32(j0) + c * PIECE + v0 + VALUE_KEYS, last, thread);
+#if LARGE
+#unroll
+#endif
+                for (var j4 = 0u; j4 < VALUE_KEYS4; j4++) {
+                    var v: array<array<vec4f, TV>, 4>;
+                    for (var jj = 0u; jj < 4u; jj++) {
+                        for (var u = 0u; u < TV; u++) {
+                            v[jj][u] = tiles[V_AT + (4u * j4 + jj) * V_STRIDE + u * THREADS_X + tx];
+                        }
+                    }
+                    for (var r = 0u; r < TR; r++) {
+                        let p = tiles[P_AT + (r * THREADS_Y + ty) * P_STRIDE + v0 / 4u + j4];
+                        for (var u = 0u; u < TV; u++) {
+                            let x = fma(vec4f(p.x), v[0][u], pv[r][u]);
+                            let y = fma(vec4f(p.y), v[1][u], x);
+                            let z = fma(vec4f(p.z), v[2][u], y);
+                            pv[r][u] = fma(vec4f(p.w), v[3][u], z);
+                        }
                     }
                 }
             }
@@ -294,15 +313,16 @@ fn forward(
     // l of a row is spread over its threads.
     workgroupBarrier();
     for (var r = 0u; r < TR; r++) {
-        partial[r * THREADS_Y + ty][tx] = l[r];
+        store_partial(l[r], r * THREADS_Y + ty, tx);
     }
     workgroupBarrier();
     for (var r = 0u; r < TR; r++) {
         let row = r * THREADS_Y + ty;
-        var sum = 0.0;
-        for (var x = 0u; x < THREADS_X; x++) {
-            sum += partial[row][x];
+        var sums = vec4f();
+        for (var x = 0u; x < THREADS_X / 4u; x++) {
+            sums += tiles[PARTIAL_AT + row * PARTIAL_STRIDE + x];
         }
+        let sum = sum4(sums);
         let i = row0 + row;
         if i < row1 {
             let inverse = inverse_sum(sum);
@@ -312,7 +332,8 @@ fn forward(
             }
 #if LSE
             if tx == 0u {
-                lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits(m[r], sum);
+                let m = score_size() * maxima[row].x;
+                lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits(m, sum);
             }
 #endif
         }

@@ -40,7 +40,7 @@ fn plans() {
         problem
     };
     let with_tile = |found: Tile| PlanOptions { tile: Some(found), ..tile() };
-    let fine = Tile { rows: 8, keys: 16, threads_y: 4, threads_x: 2, chunk: 8, value_keys: 4 };
+    let fine = Tile { rows: 8, keys: 16, threads_y: 4, threads_x: 4, chunk: 8, value_keys: 4 };
     let head_dim = |argument, found| Error::HeadDim { argument, found };
     let seqlen = |argument, found| Error::Seqlen { argument, found };
     let far = Layout { offset: 0, batch: u64::MAX / 2, head: u64::MAX / 2, row: 8 };
@@ -99,7 +99,7 @@ fn devices() {
         assert_eq!((found_kernel, limit, found), (kernel, name, has), "{text}");
         assert!(needed > found && text.contains(name) && text.contains(&needed.to_string()), "{text}");
     };
-    let large = tiled(64, 64, (8, 8), 64, 64);
+    let large = tiled(64, 64, (8, 8), 64, 32);
     check(refused(|_| {}, large), Kernel::Tile, "max_compute_workgroup_storage_size", 16 << 10);
     let error = refused(|limits| limits.max_compute_workgroup_storage_size = 1 << 10, tile());
     check(error, Kernel::Tile, "max_compute_workgroup_storage_size", 1 << 10);

@@ -10,8 +10,10 @@ const TC = 4u * TC4;
 const TK = (HEAD_DIM + 4u * THREADS_X - 1u) / (4u * THREADS_X);
 const TV = (HEAD_DIM_V + 4u * THREADS_X - 1u) / (4u * THREADS_X);
 // Row lengths in workgroup memory, in vectors. An odd length spreads a column over all banks.
-const CHUNK4 = CHUNK / 4u;
 const CHUNK_STRIDE = CHUNK4 | 1u;
+// Loads a thread does of a chunk.
+const OWN_LOADS = (OWN * CHUNK4 + THREADS - 1u) / THREADS;
+const STEP_LOADS = (STEP * CHUNK4 + THREADS - 1u) / THREADS;
 const P_STRIDE = (STEP / 4u) | 1u;
 // For the scores: CHUNK columns of the owned rows, and of the step's. For the results: OWN x STEP probabilities or score
 // gradients, and BLOCK rows of the step.
@@ -23,6 +25,8 @@ alias Scores = array<array<vec4f, TC4>, TR>;
 
 // scores += the owned rows times the step's, transposed, over the columns that are there.
 fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
+    // Written out in large tiles, so that loads of the next vectors are among the products of these.
+#unroll
     for (var d = 0u; d < CHUNK4; d++) {
         var b: array<vec4f, TC>;
         for (var c = 0u; c < TC; c++) {

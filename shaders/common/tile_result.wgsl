@@ -1,7 +1,8 @@
 // result += scores in workgroup memory, of rows first .. first + BLOCK of the step, times those rows, with $columns vectors
 // of columns a thread.
 fn add_result_$columns(result: ptr<function, array<array<vec4f, $columns>, TR>>, first: u32, ty: u32, tx: u32) {
-    for (var k = 0u; k < BLOCK / 4u; k++) {
+#unroll
+    for (var k = 0u; k < BLOCK4; k++) {
         var b: array<array<vec4f, $columns>, 4>;
         for (var n = 0u; n < 4u; n++) {
             for (var u = 0u; u < $columns; u++) {

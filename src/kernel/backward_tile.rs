@@ -1,6 +1,6 @@
 //! Host side of `shaders/backward_dkdv_tile.wgsl` and `shaders/backward_dq_tile.wgsl`.
 
-use super::{Access, Pass, Slot, Workgroups, backward_switches, bindings};
+use super::{Access, Pass, Slot, Workgroups, backward_switches, bindings, is_large};
 use crate::specialize::Specialization;
 use crate::tune::BackwardTile;
 use crate::{Problem, plan::Part};
@@ -40,27 +40,37 @@ pub(crate) fn workgroups_by_rows(own: u32) -> Workgroups {
 
 pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) -> Vec<Pass> {
     let shape = problem.shape;
-    let pass = |file, entry, tile: BackwardTile, used, workgroups| Pass {
-        specialization: Specialization {
-            file,
-            entry,
-            switches: backward_switches(problem, 4),
-            constants: vec![
-                ("HEAD_DIM", shape.head_dim),
-                ("HEAD_DIM_V", shape.head_dim_v),
-                ("OWN", tile.own),
-                ("STEP", tile.step),
-                ("THREADS_Y", tile.threads_y),
-                ("THREADS_X", tile.threads_x),
-                ("CHUNK", tile.chunk),
-                ("BLOCK", tile.block),
-            ],
-        },
-        bindings: bindings(problem, used),
-        element_access: false,
-        threads: tile.threads(),
-        workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
-        workgroups,
+    let pass = |file, entry, tile: BackwardTile, used, workgroups| {
+        let workgroup_bytes = tile.workgroup_bytes(shape.head_dim, shape.head_dim_v);
+        let mut on = backward_switches(problem, 4);
+        if is_large(workgroup_bytes) {
+            on.push("UNROLL");
+        }
+        Pass {
+            specialization: Specialization {
+                file,
+                entry,
+                switches: on,
+                constants: vec![
+                    ("HEAD_DIM", shape.head_dim),
+                    ("HEAD_DIM_V", shape.head_dim_v),
+                    ("OWN", tile.own),
+                    ("STEP", tile.step),
+                    ("THREADS_Y", tile.threads_y),
+                    ("THREADS_X", tile.threads_x),
+                    ("CHUNK", tile.chunk),
+                    ("BLOCK", tile.block),
+                    // Trips of the loops that are written out.
+                    ("CHUNK4", tile.chunk / 4),
+                    ("BLOCK4", tile.block / 4),
+                ],
+            },
+            bindings: bindings(problem, used),
+            element_access: false,
+            threads: tile.threads(),
+            workgroup_bytes,
+            workgroups,
+        }
     };
     vec![
         pass("backward_dkdv_tile.wgsl", "dkdv", dkdv, DKDV_BINDINGS, workgroups_by_keys(problem, dkdv.own)),

@@ -1,17 +1,23 @@
 //! Host side of `shaders/forward_tile.wgsl`.
 
-use super::{FORWARD_BINDINGS, Pass, bindings, switches};
+use super::{FORWARD_BINDINGS, Pass, bindings, is_large, switches};
 use crate::specialize::Specialization;
 use crate::tune::Tile;
 use crate::{Problem, plan::Part};
 
 pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     let shape = problem.shape;
+    let workgroup_bytes = tile.workgroup_bytes(shape.head_dim, shape.head_dim_v);
+    let mut on = switches(problem, 4);
+    on.push("UNROLL");
+    if is_large(workgroup_bytes) {
+        on.push("LARGE");
+    }
     Pass {
         specialization: Specialization {
             file: "forward_tile.wgsl",
             entry: "forward",
-            switches: switches(problem, 4),
+            switches: on,
             constants: vec![
                 ("HEAD_DIM", shape.head_dim),
                 ("HEAD_DIM_V", shape.head_dim_v),
@@ -21,12 +27,16 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
                 ("THREADS_X", tile.threads_x),
                 ("CHUNK", tile.chunk),
                 ("VALUE_KEYS", tile.value_keys),
+                // Trips of the loops that are written out.
+                ("CHUNK4", tile.chunk / 4),
+                ("PIECES", tile.keys / tile.piece()),
+                ("VALUE_KEYS4", tile.value_keys / 4),
             ],
         },
         bindings: bindings(problem, FORWARD_BINDINGS),
         element_access: false,
         threads: tile.threads(),
-        workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+        workgroup_bytes,
         workgroups: Box::new(move |part: &Part| {
             [part.row_count().div_ceil(tile.rows as u64), part.head_count(), part.batch_count()]
         }),
