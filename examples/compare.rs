@@ -44,10 +44,10 @@ struct Args {
     #[arg(long, value_enum, value_delimiter = ',', default_value = "naive,tile")]
     kernels: Vec<KernelName>,
     /// Times this tile in place of the tuned one; may be repeated
-    #[arg(long, value_name = "ROWS,KEYS,TY,TX,CHUNK,VALUE_KEYS", value_parser = parse_tile)]
+    #[arg(long, value_name = "ROWS,KEYS,TY,TX,CHUNK,VALUE_KEYS,WRITTEN_OUT", value_parser = parse_tile)]
     tile: Vec<Tile>,
     /// Times the backward pass with this tile in place of the tuned ones; may be repeated
-    #[arg(long, value_name = "OWN,STEP,TY,TX,CHUNK,BLOCK", value_parser = parse_backward_tile)]
+    #[arg(long, value_name = "OWN,STEP,TY,TX,CHUNK,BLOCK,WRITTEN_OUT", value_parser = parse_backward_tile)]
     backward_tile: Vec<BackwardTile>,
     /// Times the coop kernel with this tile in place of the tuned one; may be repeated
     #[arg(long, value_name = "SUBGROUPS,ROW_MATRICES,KEYS,BUFFERS", value_parser = parse_coop_tile)]
@@ -161,13 +161,13 @@ fn parse_coop_tile(text: &str) -> std::result::Result<CoopTile, String> {
 }
 
 fn parse_tile(text: &str) -> std::result::Result<Tile, String> {
-    let [rows, keys, threads_y, threads_x, chunk, value_keys] = numbers(text)?;
-    Ok(Tile { rows, keys, threads_y, threads_x, chunk, value_keys })
+    let [rows, keys, threads_y, threads_x, chunk, value_keys, written_out] = numbers(text)?;
+    Ok(Tile { rows, keys, threads_y, threads_x, chunk, value_keys, written_out: written_out > 0 })
 }
 
 fn parse_backward_tile(text: &str) -> std::result::Result<BackwardTile, String> {
-    let [own, step, threads_y, threads_x, chunk, block] = numbers(text)?;
-    Ok(BackwardTile { own, step, threads_y, threads_x, chunk, block })
+    let [own, step, threads_y, threads_x, chunk, block, written_out] = numbers(text)?;
+    Ok(BackwardTile { own, step, threads_y, threads_x, chunk, block, written_out: written_out > 0 })
 }
 
 fn parse_coop_backward_tiles(text: &str) -> std::result::Result<[CoopBackwardTile; 2], String> {
@@ -226,12 +226,12 @@ impl std::fmt::Display for Candidate {
             write!(f, "[{subgroups} {matrices} {step} {columns} {}]", u32::from(ahead))?;
         }
         if let Some(t) = self.tile {
-            let Tile { rows, keys, threads_y, threads_x, chunk, value_keys } = t;
-            write!(f, "[{rows} {keys} {threads_y} {threads_x} {chunk} {value_keys}]")?;
+            let Tile { rows, keys, threads_y, threads_x, chunk, value_keys, written_out } = t;
+            write!(f, "[{rows} {keys} {threads_y} {threads_x} {chunk} {value_keys} {}]", u32::from(written_out))?;
         }
         if let Some(t) = self.backward_tile {
-            let BackwardTile { own, step, threads_y, threads_x, chunk, block } = t;
-            write!(f, "[{own} {step} {threads_y} {threads_x} {chunk} {block}]")?;
+            let BackwardTile { own, step, threads_y, threads_x, chunk, block, written_out } = t;
+            write!(f, "[{own} {step} {threads_y} {threads_x} {chunk} {block} {}]", u32::from(written_out))?;
         }
         if let Some(DecodeTile { rows, threads, key_threads, thread_keys }) = self.decode_tile {
             write!(f, "[{rows} {threads} {key_threads} {thread_keys}]")?;

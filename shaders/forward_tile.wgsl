@@ -193,7 +193,7 @@ fn forward(
             if CHUNKS > 1u {
                 query_next = load_query(query_start, row0, d1, thread);
             }
-#if LARGE
+#if WRITTEN_OUT
 #unroll
 #endif
             for (var d = 0u; d < CHUNK4; d++) {
@@ -281,7 +281,7 @@ fn forward(
                 store_value(value_next, thread);
                 workgroupBarrier();
                 value_next = load_value(value_start, u32(j0) + c * PIECE + v0 + VALUE_KEYS, last, thread);
-#if LARGE
+#if WRITTEN_OUT
 #unroll
 #endif
                 for (var j4 = 0u; j4 < VALUE_KEYS4; j4++) {

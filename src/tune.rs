@@ -17,6 +17,9 @@ pub struct Tile {
     pub chunk: u32,
     /// Rows of V in workgroup memory at a time; a multiple of 4 that divides `4 · threads_x`.
     pub value_keys: u32,
+    /// Whether the loops of the products are written out, as the compilers of GPUs do not all do by themselves. On software
+    /// Vulkan such a kernel takes several times as long to compile.
+    pub written_out: bool,
 }
 
 impl Tile {
@@ -274,6 +277,9 @@ pub struct BackwardTile {
     pub chunk: u32,
     /// Rows of the step in workgroup memory at a time, for the gradients; a multiple of 4 that divides `step`.
     pub block: u32,
+    /// Whether the loops of the products are written out, as the compilers of GPUs do not all do by themselves. On software
+    /// Vulkan such a kernel takes several times as long to compile.
+    pub written_out: bool,
 }
 
 impl BackwardTile {
@@ -318,11 +324,11 @@ impl BackwardTile {
 pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> [BackwardTile; 2] {
     let memory = limits.max_compute_workgroup_storage_size;
     let widest = head_dim.max(head_dim_v);
-    let fitted = |own, step, (threads_y, threads_x), chunk: u32, block| {
+    let fitted = |own, step, (threads_y, threads_x), chunk: u32, block, written_out| {
         // Equal chunks, as those of `tile`.
         let chunks = widest.div_ceil(chunk);
         let chunk = widest.div_ceil(chunks).next_multiple_of(4);
-        let mut tile = BackwardTile { own, step, threads_y, threads_x, chunk, block };
+        let mut tile = BackwardTile { own, step, threads_y, threads_x, chunk, block, written_out };
         while tile.block > 4 && tile.workgroup_bytes(head_dim, head_dim_v) > memory {
             tile.block /= 2;
         }
@@ -330,11 +336,11 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
     };
     // On an H100 in f32, TFLOP/s: the first 22.8 at D = 64 and 20.9 at D = 128; docs/rejected.md has the others.
     let both = match (memory >> 10, widest) {
-        (48.., 0..=128) => fitted(128, 64, (16, 16), 16, 16),
-        (32.., _) => fitted(64, 64, (16, 16), 32, 32),
-        (_, 0..=64) => fitted(32, 32, (8, 8), 32, 32),
+        (48.., 0..=128) => fitted(128, 64, (16, 16), 16, 16, true),
+        (32.., _) => fitted(64, 64, (16, 16), 32, 32, false),
+        (_, 0..=64) => fitted(32, 32, (8, 8), 32, 32, false),
         // More threads, so that each has fewer columns.
-        (_, _) => fitted(32, 64, (16, 16), 32, 16),
+        (_, _) => fitted(32, 64, (16, 16), 32, 16, false),
     };
     [both; 2]
 }
@@ -534,7 +540,9 @@ const fn row(
     value_keys: u32,
 ) -> Row {
     let (threads_y, threads_x) = grid;
-    let tile = Tile { rows, keys, threads_y, threads_x, chunk, value_keys };
+    // Memory that software Vulkan does not have.
+    let written_out = workgroup_bytes > 32 << 10;
+    let tile = Tile { rows, keys, threads_y, threads_x, chunk, value_keys, written_out };
     Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
 }
 

@@ -40,7 +40,7 @@ fn plans() {
         problem
     };
     let with_tile = |found: Tile| PlanOptions { tile: Some(found), ..tile() };
-    let fine = Tile { rows: 8, keys: 16, threads_y: 4, threads_x: 4, chunk: 8, value_keys: 4 };
+    let fine = Tile { rows: 8, keys: 16, threads_y: 4, threads_x: 4, chunk: 8, value_keys: 4, written_out: false };
     let head_dim = |argument, found| Error::HeadDim { argument, found };
     let seqlen = |argument, found| Error::Seqlen { argument, found };
     let far = Layout { offset: 0, batch: u64::MAX / 2, head: u64::MAX / 2, row: 8 };

@@ -115,7 +115,7 @@ fn both_limits_at_once() {
 
 /// Backward passes: as [`check_split`].
 fn check_backward_split(context: &Context, kernel: Kernel, least: usize, cases: &[(&str, Case)]) {
-    let tile = BackwardTile { own: 8, step: 8, threads_y: 4, threads_x: 2, chunk: 8, block: 8 };
+    let tile = BackwardTile { own: 8, step: 8, threads_y: 4, threads_x: 2, chunk: 8, block: 8, written_out: false };
     let options = PlanOptions { backward_tile: Some(tile), ..backward(kernel) };
     for (name, case) in cases {
         for element_type in TYPES {

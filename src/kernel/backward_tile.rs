@@ -1,6 +1,6 @@
 //! Host side of `shaders/backward_dkdv_tile.wgsl` and `shaders/backward_dq_tile.wgsl`.
 
-use super::{Access, Pass, Slot, Workgroups, backward_switches, bindings, is_large};
+use super::{Access, Pass, Slot, Workgroups, backward_switches, bindings};
 use crate::specialize::Specialization;
 use crate::tune::BackwardTile;
 use crate::{Problem, plan::Part};
@@ -43,7 +43,7 @@ pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) ->
     let pass = |file, entry, tile: BackwardTile, used, workgroups| {
         let workgroup_bytes = tile.workgroup_bytes(shape.head_dim, shape.head_dim_v);
         let mut on = backward_switches(problem, 4);
-        if is_large(workgroup_bytes) {
+        if tile.written_out {
             on.push("UNROLL");
         }
         Pass {

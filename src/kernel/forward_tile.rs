@@ -1,6 +1,6 @@
 //! Host side of `shaders/forward_tile.wgsl`.
 
-use super::{FORWARD_BINDINGS, Pass, bindings, is_large, switches};
+use super::{FORWARD_BINDINGS, Pass, bindings, switches};
 use crate::specialize::Specialization;
 use crate::tune::Tile;
 use crate::{Problem, plan::Part};
@@ -10,8 +10,8 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     let workgroup_bytes = tile.workgroup_bytes(shape.head_dim, shape.head_dim_v);
     let mut on = switches(problem, 4);
     on.push("UNROLL");
-    if is_large(workgroup_bytes) {
-        on.push("LARGE");
+    if tile.written_out {
+        on.push("WRITTEN_OUT");
     }
     Pass {
         specialization: Specialization {

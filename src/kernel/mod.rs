@@ -138,12 +138,6 @@ impl ElementType {
     }
 }
 
-/// Whether a tile is for a GPU with more workgroup memory than most: its loops are written out. Software Vulkan, which
-/// has 32 KiB, would take several times as long to compile its tiles so.
-pub(crate) const fn is_large(workgroup_bytes: u32) -> bool {
-    workgroup_bytes > 32 << 10
-}
-
 /// The switches that follow from the problem, for a forward kernel that moves `vector` elements at a time where they lie so.
 pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
     switches_of(problem, &Tensor::FORWARD, vector)

@@ -28,9 +28,11 @@ pub fn tile() -> PlanOptions {
     PlanOptions { kernel: Some(Kernel::Tile), ..Default::default() }
 }
 
-/// The tile kernel with this tile: rows, keys, grid of threads (y, x), chunk, value_keys.
+/// The tile kernel with this tile: rows, keys, grid of threads (y, x), chunk, value_keys; its loops are written out, which those
+/// of the table's tiles for software Vulkan are not.
 pub fn tiled(rows: u32, keys: u32, grid: (u32, u32), chunk: u32, value_keys: u32) -> PlanOptions {
-    let of_tile = Tile { rows, keys, threads_y: grid.0, threads_x: grid.1, chunk, value_keys };
+    let (threads_y, threads_x) = grid;
+    let of_tile = Tile { rows, keys, threads_y, threads_x, chunk, value_keys, written_out: true };
     PlanOptions { tile: Some(of_tile), ..tile() }
 }
 
