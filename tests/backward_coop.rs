@@ -67,7 +67,7 @@ fn named<const N: usize>(cases: [(&str, Case); N]) -> [(String, Case); N] {
 #[test]
 fn all_cases() {
     let Some(context) = context() else { return };
-    let ways = [("coop", context, backward(Kernel::Coop)), ("small tile", context, small())];
+    let ways = [("coop", context, backward(Kernel::Coop))];
     check_all(&prepare(cases(), ElementType::F16, Ask::default()), &in_forms(ElementType::F16, &ways));
 }
 
@@ -76,7 +76,7 @@ fn all_cases_scaled() {
     let Some(context) = context() else { return };
     for (element_type, most) in [(ElementType::F32, 0), (ElementType::BF16, 10)] {
         let all = cases();
-        let ways = [("coop", context, backward(Kernel::Coop)), ("small tile", context, small_scaled())];
+        let ways = [("coop", context, backward(Kernel::Coop))];
         let count = all.len();
         let taken = taken(all, element_type, Ask::default());
         assert!(count - taken.len() <= most, "{} of {count} in {element_type}", taken.len());
