@@ -43,10 +43,10 @@ struct Args {
     /// Kernels to time; coop opens the device with cooperative matrices, which wgpu calls experimental
     #[arg(long, value_enum, value_delimiter = ',', default_value = "naive,tile")]
     kernels: Vec<KernelName>,
-    /// Times this tile in place of the tuned one; may be repeated
+    /// Times this tile in place of the tuned one, its loops written out (1) or not (0); may be repeated
     #[arg(long, value_name = "ROWS,KEYS,TY,TX,CHUNK,VALUE_KEYS,WRITTEN_OUT", value_parser = parse_tile)]
     tile: Vec<Tile>,
-    /// Times the backward pass with this tile in place of the tuned ones; may be repeated
+    /// Times the backward pass with this tile in place of the tuned ones, its loops written out (1) or not (0); may be repeated
     #[arg(long, value_name = "OWN,STEP,TY,TX,CHUNK,BLOCK,WRITTEN_OUT", value_parser = parse_backward_tile)]
     backward_tile: Vec<BackwardTile>,
     /// Times the coop kernel with this tile in place of the tuned one; may be repeated

@@ -14,8 +14,8 @@
 // ty, ty + THREADS_Y, ... : the scores of keys 4(tx + THREADS_X c) .. + 4, output columns 4(tx + THREADS_X u) .. + 4.
 // Workgroup memory holds Q and K (CHUNK columns at a time), P (PIECE keys at a time), V (VALUE_KEYS rows at a time),
 // all as f32. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are differences of
-// scores times `factor`: one multiplication a score. Large tiles have their products written out, so that loads of
-// the next vectors are among the products of these.
+// scores times `factor`: one multiplication a score. If the tile says so, the products are written out, so that loads
+// of the next vectors are among the products of these.
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"

@@ -3,7 +3,7 @@
 use wgpu::BufferBinding;
 
 use crate::forward::{BoundPass, check_buffers};
-use crate::kernel::{self, Access, Slot, backward_delta};
+use crate::kernel::{self, Access, Slot, backward_delta, forward_coop};
 use crate::plan::{Cut, Part, Recipe, check_limits};
 use crate::problem::Tensor;
 use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tune};
@@ -96,7 +96,7 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
     let (kernel, reason) = match (options.backward, matrices, problem.element_type) {
         (Some(kernel), _, _) => (kernel, "asked for"),
         (None, Some(_), ElementType::F32 | ElementType::BF16) if !in_registers => {
-            (Kernel::Tile, "without access to the elements of matrices the coop kernel takes f16 only")
+            (Kernel::Tile, forward_coop::HALF_WITHOUT_ACCESS)
         }
         (None, Some(_), ElementType::F32 | ElementType::BF16) if shape.head_dim.max(shape.head_dim_v) > 128 => (
             Kernel::Tile,
@@ -106,16 +106,8 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
             Kernel::Tile,
             "the coop kernel's backward pass in bf16 takes rows that begin and end at multiples of 4 elements",
         ),
-        (None, Some(_), _) if coop_fits().is_none() => {
-            (Kernel::Tile, "the device's limits are too small for the tile of the coop kernel")
-        }
-        (None, Some(_), ElementType::F32) => {
-            (Kernel::Coop, "the device has cooperative matrices; f32 is multiplied in two parts of f16")
-        }
-        (None, Some(_), ElementType::F16) => (Kernel::Coop, "the device has cooperative matrices for f16"),
-        (None, Some(_), ElementType::BF16) => {
-            (Kernel::Coop, "the device has cooperative matrices; bf16 is scaled to f16")
-        }
+        (None, Some(_), _) if coop_fits().is_none() => (Kernel::Tile, forward_coop::LIMITS_TOO_SMALL),
+        (None, Some(_), element_type) => (Kernel::Coop, forward_coop::reason(element_type)),
         (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
     };
     let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };

@@ -415,21 +415,13 @@ impl Plan {
                 (Kernel::Decode, "few queries and many keys: splits of the keys fill the device")
             }
             (None, Some(_), ElementType::F32 | ElementType::BF16) if !in_registers => {
-                (Kernel::Tile, "without access to the elements of matrices the coop kernel takes f16 only")
+                (Kernel::Tile, forward_coop::HALF_WITHOUT_ACCESS)
             }
             (None, Some(_), ElementType::F32) if shape.head_dim.max(shape.head_dim_v) > 128 => {
                 (Kernel::Tile, "registers do not hold the rows of the coop kernel in f32 at this head dim")
             }
-            (None, Some(_), _) if coop_fits().is_none() => {
-                (Kernel::Tile, "the device's limits are too small for the tile of the coop kernel")
-            }
-            (None, Some(_), ElementType::F32) => {
-                (Kernel::Coop, "the device has cooperative matrices; f32 is multiplied in two parts of f16")
-            }
-            (None, Some(_), ElementType::F16) => (Kernel::Coop, "the device has cooperative matrices for f16"),
-            (None, Some(_), ElementType::BF16) => {
-                (Kernel::Coop, "the device has cooperative matrices; bf16 is scaled to f16")
-            }
+            (None, Some(_), _) if coop_fits().is_none() => (Kernel::Tile, forward_coop::LIMITS_TOO_SMALL),
+            (None, Some(_), element_type) => (Kernel::Coop, forward_coop::reason(element_type)),
             (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
         };
         let mut tile = None;

@@ -25,7 +25,7 @@ alias Scores = array<array<vec4f, TC4>, TR>;
 
 // scores += the owned rows times the step's, transposed, over the columns that are there.
 fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
-    // Written out in large tiles, so that loads of the next vectors are among the products of these.
+    // Written out if the tile says so: loads of the next vectors are then among the products of these.
 #unroll
     for (var d = 0u; d < CHUNK4; d++) {
         var b: array<vec4f, TC>;

@@ -41,7 +41,6 @@ pub(crate) fn workgroups_by_rows(own: u32) -> Workgroups {
 pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) -> Vec<Pass> {
     let shape = problem.shape;
     let pass = |file, entry, tile: BackwardTile, used, workgroups| {
-        let workgroup_bytes = tile.workgroup_bytes(shape.head_dim, shape.head_dim_v);
         let mut on = backward_switches(problem, 4);
         if tile.written_out {
             on.push("UNROLL");
@@ -68,7 +67,7 @@ pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) ->
             bindings: bindings(problem, used),
             element_access: false,
             threads: tile.threads(),
-            workgroup_bytes,
+            workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
             workgroups,
         }
     };

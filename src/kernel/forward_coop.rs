@@ -81,13 +81,27 @@ pub(crate) fn layout_constants(layout: &MatrixLayout) -> Vec<(&'static str, u32)
     let row_bits = layout.row_element_bits();
     constants.push(("ELEMENT_ROW_BITS", row_bits.iter().map(|n| 1 << n).sum()));
     constants.push(("LANE_COLUMN_BITS", layout.row_shuffles().iter().sum()));
-    let is_element = |bit: &&Bit| matches!(bit, Bit::Element(_));
-    let column_bits = layout.column.iter().filter(is_element).count();
+    // The other bits of a column's number are lane bits.
+    let column_bits = layout.column.len() - layout.row_shuffles().len();
     constants.push(("LANE_ROWS", 1 << row_bits.len()));
     constants.push(("LANE_COLUMNS", 1 << column_bits));
     constants.push(("ELEMENTS", 1 << (row_bits.len() + column_bits)));
     constants
 }
+
+/// Why a plan takes the coop kernel for a type.
+pub(crate) const fn reason(element_type: ElementType) -> &'static str {
+    match element_type {
+        ElementType::F32 => "the device has cooperative matrices; f32 is multiplied in two parts of f16",
+        ElementType::F16 => "the device has cooperative matrices for f16",
+        ElementType::BF16 => "the device has cooperative matrices; bf16 is scaled to f16",
+    }
+}
+
+/// Why a plan takes the tile kernel instead.
+pub(crate) const HALF_WITHOUT_ACCESS: &str =
+    "without access to the elements of matrices the coop kernel takes f16 only";
+pub(crate) const LIMITS_TOO_SMALL: &str = "the device's limits are too small for the tile of the coop kernel";
 
 /// Why a form does not do.
 pub(crate) const NO_ACCESS: &str = "in registers it needs access to the elements of matrices";
