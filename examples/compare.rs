@@ -63,7 +63,7 @@ struct Args {
     #[arg(long)]
     splits: Vec<u32>,
     /// Times the decode kernel with this tile in place of the tuned one
-    #[arg(long, value_name = "ROWS,THREADS,KEY_THREADS,THREAD_KEYS", value_parser = parse_decode_tile)]
+    #[arg(long, value_name = "ROWS,THREADS,KEY_THREADS,THREAD_KEYS,LANES", value_parser = parse_decode_tile)]
     decode_tile: Option<DecodeTile>,
     /// The adapter whose name holds this text
     #[arg(long)]
@@ -151,8 +151,8 @@ fn parse_shape(text: &str) -> std::result::Result<Shape, String> {
 }
 
 fn parse_decode_tile(text: &str) -> std::result::Result<DecodeTile, String> {
-    let [rows, threads, key_threads, thread_keys] = numbers(text)?;
-    Ok(DecodeTile { rows, threads, key_threads, thread_keys })
+    let [rows, threads, key_threads, thread_keys, lanes] = numbers(text)?;
+    Ok(DecodeTile { rows, threads, key_threads, thread_keys, lanes })
 }
 
 fn parse_coop_tile(text: &str) -> std::result::Result<CoopTile, String> {
@@ -233,8 +233,8 @@ impl std::fmt::Display for Candidate {
             let BackwardTile { own, step, threads_y, threads_x, chunk, block, written_out } = t;
             write!(f, "[{own} {step} {threads_y} {threads_x} {chunk} {block} {}]", u32::from(written_out))?;
         }
-        if let Some(DecodeTile { rows, threads, key_threads, thread_keys }) = self.decode_tile {
-            write!(f, "[{rows} {threads} {key_threads} {thread_keys}]")?;
+        if let Some(DecodeTile { rows, threads, key_threads, thread_keys, lanes }) = self.decode_tile {
+            write!(f, "[{rows} {threads} {key_threads} {thread_keys} {lanes}]")?;
         }
         self.splits.map_or(Ok(()), |splits| write!(f, " {splits} splits"))
     }

@@ -13,8 +13,9 @@
 //
 // A vec4f holds one number of each of four rows. Loads of K and V cover a tile at once and need no barrier:
 // - S: KEY_THREADS neighbours share THREAD_KEYS keys. Thread kx takes vectors kx, kx + KEY_THREADS, ... of each key, and
-//   the neighbours' partial dot products are summed through workgroup memory, for four rows at a time.
-// - softmax: one thread a key.
+//   the neighbours' partial dot products are summed, for four rows at a time, by subgroup operations or through
+//   workgroup memory.
+// - softmax: one thread a key, its own.
 // - O: thread (slice, column) keeps four columns of all rows, over every SLICES-th key of the tile. The slices are summed
 //   once, after the last tile.
 #include "common/problem.wgsl"
@@ -45,13 +46,20 @@ const Q_STRIDE = 4u * KEY_VECTORS * KEY_THREADS;
 // Keys that threads without a key of their own read as well: probability 0.
 const P_STRIDE = (THREADS - 1u) / COLUMNS + SLICES * (SLICE_KEYS - 1u) + 1u;
 const PARTIAL_STRIDE = KEYS + 1u;
+// Among how many threads numbers of all keys are reduced before every thread reads what they have.
+#if SUBGROUPS
+const PARTIALS = THREADS / LANES;
+const DOTS = 0u;
+#else
 const PARTIALS = 8u;
+const DOTS = KEY_THREADS * PARTIAL_STRIDE;
+#endif
 
 var<workgroup> q: array<vec4f, ROWS4 * Q_STRIDE>;
 // S, then P.
 var<workgroup> p: array<vec4f, ROWS4 * P_STRIDE>;
 // Dot products of each thread of a key; after the last tile, O of each thread.
-var<workgroup> partial: array<vec4f, max(KEY_THREADS * PARTIAL_STRIDE, 4u * THREADS)>;
+var<workgroup> partial: array<vec4f, max(DOTS, 4u * THREADS)>;
 var<workgroup> partial_of_keys: array<vec4f, ROWS4 * PARTIALS>;
 
 // The rows of a tile: row r is query r % queries of head r / queries of the group. Rows past the last repeat it.
@@ -113,6 +121,79 @@ fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, S
     return x;
 }
 
+// The thread's own key in a tile, and whether it has one.
+struct OwnKey {
+    number: u32,
+    there: bool,
+}
+
+#if SUBGROUPS
+// Neighbours are in one subgroup: LANES threads in a row are, and KEY_THREADS divides that.
+fn own_key(thread: u32) -> OwnKey {
+    let kx = thread % KEY_THREADS;
+    return OwnKey(thread / KEY_THREADS + kx * KEY_GROUPS, kx < THREAD_KEYS);
+}
+
+// Of four rows and the thread's own key: the sum over the neighbours.
+fn sum_of_neighbours(dots: array<vec4f, THREAD_KEYS>, r4: u32, thread: u32) -> vec4f {
+    var own: vec4f;
+    for (var n = 0u; n < THREAD_KEYS; n++) {
+        var sum = dots[n];
+        for (var k = 1u; k < KEY_THREADS; k *= 2u) {
+            sum += subgroupShuffleXor(sum, k);
+        }
+        own = select(own, sum, thread % KEY_THREADS == n);
+    }
+    return own;
+}
+
+// To partial_of_keys: the maxima of s, of four rows.
+fn store_maxima(s: vec4f, own: OwnKey, r4: u32, thread: u32) {
+    var most = s;
+    for (var k = 1u; k < LANES; k *= 2u) {
+        most = max(most, subgroupShuffleXor(most, k));
+    }
+    if thread % LANES == 0u {
+        partial_of_keys[r4 * PARTIALS + thread / LANES] = most;
+    }
+}
+#else
+fn own_key(thread: u32) -> OwnKey {
+    return OwnKey(thread, thread < KEYS);
+}
+
+fn sum_of_neighbours(dots: array<vec4f, THREAD_KEYS>, r4: u32, thread: u32) -> vec4f {
+    if r4 > 0u {
+        workgroupBarrier();
+    }
+    for (var n = 0u; n < THREAD_KEYS; n++) {
+        partial[thread % KEY_THREADS * PARTIAL_STRIDE + thread / KEY_THREADS + n * KEY_GROUPS] = dots[n];
+    }
+    workgroupBarrier();
+    var sum: vec4f;
+    if thread < KEYS {
+        for (var kx = 0u; kx < KEY_THREADS; kx++) {
+            sum += partial[kx * PARTIAL_STRIDE + thread];
+        }
+    }
+    return sum;
+}
+
+fn store_maxima(s: vec4f, own: OwnKey, r4: u32, thread: u32) {
+    if own.there {
+        p[r4 * P_STRIDE + own.number] = s;
+    }
+    workgroupBarrier();
+    if thread < PARTIALS {
+        var most = vec4f(MASKED);
+        for (var j = thread; j < KEYS; j += PARTIALS) {
+            most = max(most, p[r4 * P_STRIDE + j]);
+        }
+        partial_of_keys[r4 * PARTIALS + thread] = most;
+    }
+}
+#endif
+
 @compute @workgroup_size(THREADS)
 fn decode_split(
     @builtin(workgroup_id) group: vec3u,
@@ -144,6 +225,7 @@ fn decode_split(
     let begin = range.x + i32(group.x * share);
     let end = min(begin + i32(share), range.y);
 
+    let own = own_key(thread);
     load_query(at, rows, thread);
     for (var t = thread; t < ROWS4 * P_STRIDE; t += THREADS) {
         p[t] = vec4f();
@@ -167,11 +249,9 @@ fn decode_split(
         let full = tile_is_full(at, row0, row1, j0, j0 + i32(KEYS));
 
         // S = Q K^T, what each score is, and whether it counts
+        var s: array<vec4f, ROWS4>;
         for (var r4 = 0u; r4 < ROWS4; r4++) {
-            var s: array<vec4f, THREAD_KEYS>;
-            for (var n = 0u; n < THREAD_KEYS; n++) {
-                s[n] = vec4f();
-            }
+            var dots: array<vec4f, THREAD_KEYS>;
             for (var c = 0u; c < KEY_VECTORS; c++) {
                 let place = r4 * Q_STRIDE + c * 4u * KEY_THREADS + thread % KEY_THREADS;
                 let q0 = q[place];
@@ -180,46 +260,21 @@ fn decode_split(
                 let q3 = q[place + 3u * KEY_THREADS];
                 for (var n = 0u; n < THREAD_KEYS; n++) {
                     let x = unpack4(k[n][c]);
-                    s[n] = fma(q3, vec4f(x.w), fma(q2, vec4f(x.z), fma(q1, vec4f(x.y), fma(q0, vec4f(x.x), s[n]))));
+                    dots[n] = fma(q3, vec4f(x.w), fma(q2, vec4f(x.z), fma(q1, vec4f(x.y), fma(q0, vec4f(x.x), dots[n]))));
                 }
             }
-            if r4 > 0u {
-                workgroupBarrier();
+            let dot = sum_of_neighbours(dots, r4, thread);
+            let j = j0 + i32(own.number);
+            for (var r = 0u; r < 4u; r++) {
+                let i = position(rows, 4u * r4 + r);
+                let counts = own.there && (full || keep(at, i, j));
+                s[r4][r] = select(MASKED, score(dot[r], at, i, j), counts);
             }
-            for (var n = 0u; n < THREAD_KEYS; n++) {
-                partial[thread % KEY_THREADS * PARTIAL_STRIDE + thread / KEY_THREADS + n * KEY_GROUPS] = s[n];
-            }
-            workgroupBarrier();
-            if thread < KEYS {
-                var dot = vec4f();
-                for (var kx = 0u; kx < KEY_THREADS; kx++) {
-                    dot += partial[kx * PARTIAL_STRIDE + thread];
-                }
-                let j = j0 + i32(thread);
-                var x: vec4f;
-                for (var r = 0u; r < 4u; r++) {
-                    let i = position(rows, 4u * r4 + r);
-                    x[r] = score(dot[r], at, i, j);
-                    if !full {
-                        x[r] = select(MASKED, x[r], keep(at, i, j));
-                    }
-                }
-                p[r4 * P_STRIDE + thread] = x;
-            }
+            store_maxima(s[r4], own, r4, thread);
         }
         workgroupBarrier();
 
-        // m' = max(m, rowmax S)
-        for (var t = thread; t < ROWS4 * PARTIALS; t += THREADS) {
-            var most = vec4f(MASKED);
-            for (var j = t % PARTIALS; j < KEYS; j += PARTIALS) {
-                most = max(most, p[t / PARTIALS * P_STRIDE + j]);
-            }
-            partial_of_keys[t] = most;
-        }
-        workgroupBarrier();
-
-        // P = exp(S - m'),  l = exp(m - m') l + rowsum P,  O = exp(m - m') O
+        // m' = max(m, rowmax S),  P = exp(S - m'),  l = exp(m - m') l + rowsum P,  O = exp(m - m') O
         for (var r4 = 0u; r4 < ROWS4; r4++) {
             var most = m[r4];
             for (var x = 0u; x < PARTIALS; x++) {
@@ -227,9 +282,9 @@ fn decode_split(
             }
             let shrink = exp2((m[r4] - most) * LOG2_E);
             m[r4] = most;
-            if thread < KEYS {
-                let x = exp2((p[r4 * P_STRIDE + thread] - most) * LOG2_E);
-                p[r4 * P_STRIDE + thread] = x;
+            if own.there {
+                let x = exp2((s[r4] - most) * LOG2_E);
+                p[r4 * P_STRIDE + own.number] = x;
                 l[r4] = fma(l[r4], shrink, x);
             }
             o[4u * r4] *= shrink.x;
@@ -254,9 +309,9 @@ fn decode_split(
 
     // l is spread over the threads with a key.
     workgroupBarrier();
-    if thread < KEYS {
+    if own.there {
         for (var r4 = 0u; r4 < ROWS4; r4++) {
-            p[r4 * P_STRIDE + thread] = l[r4];
+            p[r4 * P_STRIDE + own.number] = l[r4];
         }
     }
     workgroupBarrier();

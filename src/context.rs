@@ -90,6 +90,15 @@ impl Context {
         &self.queue
     }
 
+    /// Lanes of the smallest subgroup there is, on devices made with subgroup operations. A browser would want `enable
+    /// subgroups`, which naga does not know.
+    pub(crate) fn lanes(&self) -> Option<u32> {
+        let info = self.device.adapter_info();
+        let has =
+            self.device.features().contains(wgpu::Features::SUBGROUP) && info.backend != wgpu::Backend::BrowserWebGpu;
+        has.then_some(info.subgroup_min_size)
+    }
+
     pub(crate) fn limits(&self) -> &wgpu::Limits {
         &self.limits
     }

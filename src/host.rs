@@ -109,7 +109,7 @@ impl Context {
                 }
             }
         };
-        let mut useful = wgpu::Features::TIMESTAMP_QUERY;
+        let mut useful = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP;
         let (mut wanted, mut experimental) = (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled());
         if options.cooperative_matrices {
             useful |= wgpu::Features::PASSTHROUGH_SHADERS;

@@ -443,9 +443,13 @@ impl Plan {
             Kernel::Decode => {
                 let rows = shape.group() as u64 * shape.seqlen_q as u64;
                 let chosen = options.decode_tile.unwrap_or_else(|| {
-                    tune::decode_tile(rows, shape.head_dim, shape.head_dim_v, problem.element_type.bytes(), limits)
+                    let bytes = problem.element_type.bytes();
+                    tune::decode_tile(rows, shape.head_dim, shape.head_dim_v, bytes, context.lanes(), limits)
                 });
                 chosen.validate(shape.head_dim_v)?;
+                if chosen.lanes > context.lanes().unwrap_or(0) {
+                    return Err(Error::Tile("lanes must be at most those of the device's smallest subgroup"));
+                }
                 let workgroups = shape.batch as u64 * shape.heads_kv as u64 * rows.div_ceil(chosen.rows as u64);
                 let tiles = problem.keys_in_sight().div_ceil(chosen.keys()) as u64;
                 let split = options.splits.unwrap_or_else(|| tune::decode_splits(workgroups, tiles));

@@ -196,6 +196,9 @@ pub struct DecodeTile {
     pub key_threads: u32,
     /// Keys of a tile that a thread takes part in; at most `key_threads`.
     pub thread_keys: u32,
+    /// Neighbouring threads whose numbers subgroup operations reduce; divides `threads`, and `key_threads` divides it. 0:
+    /// workgroup memory does, as on devices without subgroups.
+    pub lanes: u32,
 }
 
 impl DecodeTile {
@@ -210,9 +213,12 @@ impl DecodeTile {
         let columns = head_dim_v.div_ceil(4);
         let slices = if self.threads / columns < self.keys() { self.threads / columns } else { self.keys() };
         let p = (self.threads - 1) / columns + slices * (self.keys().div_ceil(slices) - 1) + 1;
-        let dots = self.key_threads * (self.keys() + 1);
+        let (partials, dots) = match self.lanes {
+            0 => (8, self.key_threads * (self.keys() + 1)),
+            lanes => (self.threads / lanes, 0),
+        };
         let partial = if dots > 4 * self.threads { dots } else { 4 * self.threads };
-        16 * (self.rows / 4 * (q + p + 8) + partial)
+        16 * (self.rows / 4 * (q + p + partials) + partial)
     }
 
     /// Checks that the tile divides as the shader needs it to.
@@ -230,6 +236,14 @@ impl DecodeTile {
         if self.thread_keys > self.key_threads {
             return Err(Error::Tile("thread_keys must be at most key_threads"));
         }
+        let divides = |n: u32| self.lanes.is_multiple_of(n);
+        if self.lanes > 0
+            && !(self.lanes.is_power_of_two() && divides(self.key_threads) && self.threads % self.lanes == 0)
+        {
+            return Err(Error::Tile(
+                "lanes must be 0, or a power of two that divides threads and that key_threads divides",
+            ));
+        }
         if self.threads < head_dim_v.div_ceil(4) {
             return Err(Error::Tile("threads must be at least a quarter of head_dim_v"));
         }
@@ -237,13 +251,23 @@ impl DecodeTile {
     }
 }
 
-/// The tile of the decode kernel for a problem with so many rows a key-value head, `element_bytes` bytes an element.
-pub fn decode_tile(rows: u64, head_dim: u32, head_dim_v: u32, element_bytes: u64, limits: &wgpu::Limits) -> DecodeTile {
+/// The tile of the decode kernel for a problem with so many rows a key-value head, `element_bytes` bytes an element, on a
+/// device whose subgroups have at least so many lanes, if it has any.
+pub fn decode_tile(
+    rows: u64,
+    head_dim: u32,
+    head_dim_v: u32,
+    element_bytes: u64,
+    lanes: Option<u32>,
+    limits: &wgpu::Limits,
+) -> DecodeTile {
     // A thread loads four vectors of each key or fewer; 128 bytes of K at once, and as much of V.
     let key_threads = (head_dim.max(head_dim_v).div_ceil(4).next_power_of_two() / 4).clamp(4, 16);
     let thread_keys = if element_bytes == 2 { 4 } else { 2 };
     let rows = rows.next_multiple_of(4).clamp(4, 16) as u32;
-    let mut tile = DecodeTile { rows, threads: 128, key_threads, thread_keys };
+    let threads = 128;
+    let lanes = lanes.filter(|&lanes| lanes >= key_threads).map_or(0, |lanes| lanes.min(threads));
+    let mut tile = DecodeTile { rows, threads, key_threads, thread_keys, lanes };
     while tile.rows > 4 && tile.workgroup_bytes(head_dim, head_dim_v) > limits.max_compute_workgroup_storage_size {
         tile.rows -= 4;
     }
@@ -615,10 +639,12 @@ mod tests {
         for bytes in [16 << 10, 32 << 10, 48 << 10] {
             for (head_dim, rows) in (1..=256).flat_map(|d| [1, 4, 7, 16, 100].map(|rows| (d, rows))) {
                 for (head_dim_v, element_bytes) in [(1, 2), (64, 4), (128, 2), (256, 4), (head_dim, 2)] {
-                    let tile = decode_tile(rows, head_dim, head_dim_v, element_bytes, &limits(bytes, 256));
-                    tile.validate(head_dim_v).unwrap();
-                    let used = tile.workgroup_bytes(head_dim, head_dim_v);
-                    assert!(used <= bytes, "{head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
+                    for lanes in [None, Some(4), Some(8), Some(32), Some(64)] {
+                        let tile = decode_tile(rows, head_dim, head_dim_v, element_bytes, lanes, &limits(bytes, 256));
+                        tile.validate(head_dim_v).unwrap();
+                        let used = tile.workgroup_bytes(head_dim, head_dim_v);
+                        assert!(used <= bytes, "{head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
+                    }
                 }
             }
         }

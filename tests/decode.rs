@@ -17,8 +17,17 @@ fn decode() -> PlanOptions {
 
 /// So many splits of the keys, in tiles of 16 keys and 4 rows.
 fn small(splits: u32) -> PlanOptions {
-    let tile = DecodeTile { rows: 4, threads: 64, key_threads: 8, thread_keys: 2 };
+    let tile = DecodeTile { rows: 4, threads: 64, key_threads: 8, thread_keys: 2, lanes: 0 };
     PlanOptions { decode_tile: Some(tile), splits: Some(splits), ..decode() }
+}
+
+/// The same with subgroup operations, where the adapter has them.
+fn small_in_subgroups(splits: u32) -> PlanOptions {
+    let device = full().device();
+    let has = device.features().contains(wgpu::Features::SUBGROUP) && device.adapter_info().subgroup_min_size >= 8;
+    let options = small(splits);
+    let tile = options.decode_tile.map(|tile| DecodeTile { lanes: if has { 8 } else { 0 }, ..tile });
+    PlanOptions { decode_tile: tile, ..options }
 }
 
 /// Cases in which there is more than one tile a split, empty splits, and a tail.
@@ -65,8 +74,10 @@ fn long_cases() -> Vec<(String, Case)> {
 fn run(element_type: ElementType) {
     let [chosen, split] = [("decode", webgpu(), decode()), ("3 splits", full(), small(3))];
     check_all(&prepare(cases(), element_type), &[split]);
-    let others = [("1 split", full(), small(1)), ("100 splits", full(), small(100))];
-    check_all(&prepare(long_cases(), element_type), &[chosen, split, others[0], others[1]]);
+    let long = prepare(long_cases(), element_type);
+    check_all(&long, &[chosen, split, ("1 split", full(), small(1)), ("100 splits", full(), small(100))]);
+    let in_subgroups = [1, 100].map(|splits| ("subgroups", full(), small_in_subgroups(splits)));
+    check_all(&long, &[("decode on this adapter", full(), decode()), in_subgroups[0], in_subgroups[1]]);
 }
 
 #[test]
@@ -161,7 +172,7 @@ fn splits_are_as_asked_for() {
     let problem = case(1, [8, 2], [1, 4096], [64, 64]).problem;
     let plan = full().plan_with(&problem, &PlanOptions { splits: Some(7), ..decode() }).unwrap();
     assert!(plan.to_string().contains("splits of the keys: 7\n"), "{plan}");
-    let bad = DecodeTile { rows: 6, threads: 64, key_threads: 8, thread_keys: 2 };
+    let bad = DecodeTile { rows: 6, threads: 64, key_threads: 8, thread_keys: 2, lanes: 0 };
     let error = full().plan_with(&problem, &PlanOptions { decode_tile: Some(bad), ..decode() }).unwrap_err();
     assert_eq!(error, Error::Tile("rows must be a multiple of 4"));
 }

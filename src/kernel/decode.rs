@@ -38,21 +38,22 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
             [splits as u64, part.head_count() / group * tiles, part.batch_count()]
         }
     };
+    // Its lse goes to the workspace in any case.
+    let mut on: Vec<_> = switches(problem, 4).into_iter().filter(|&name| name != "LSE").collect();
+    let mut constants = vec![
+        ("HEAD_DIM", shape.head_dim),
+        ("HEAD_DIM_V", shape.head_dim_v),
+        ("ROWS", tile.rows),
+        ("THREADS", tile.threads),
+        ("KEY_THREADS", tile.key_threads),
+        ("THREAD_KEYS", tile.thread_keys),
+    ];
+    if tile.lanes > 0 {
+        on.push("SUBGROUPS");
+        constants.push(("LANES", tile.lanes));
+    }
     let split = Pass {
-        specialization: Specialization {
-            file: "decode_split.wgsl",
-            entry: "decode_split",
-            // Its lse goes to the workspace in any case.
-            switches: switches(problem, 4).into_iter().filter(|&name| name != "LSE").collect(),
-            constants: vec![
-                ("HEAD_DIM", shape.head_dim),
-                ("HEAD_DIM_V", shape.head_dim_v),
-                ("ROWS", tile.rows),
-                ("THREADS", tile.threads),
-                ("KEY_THREADS", tile.key_threads),
-                ("THREAD_KEYS", tile.thread_keys),
-            ],
-        },
+        specialization: Specialization { file: "decode_split.wgsl", entry: "decode_split", switches: on, constants },
         bindings: bindings(
             problem,
             &[
