@@ -14,6 +14,7 @@
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"
 #include "common/elements.wgsl"
+#include "common/tile_threads.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
@@ -38,8 +39,8 @@
 
 @compute @workgroup_size(THREADS)
 fn dkdv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
-    let tx = thread % THREADS_X;
-    let ty = thread / THREADS_X;
+    let tx = thread_x(thread);
+    let ty = thread_y(thread);
     let j0 = group.x * OWN;
     let head_kv = group.y;
     // Masks and lengths are the same for all heads of the group.

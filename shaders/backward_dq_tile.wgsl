@@ -12,6 +12,7 @@
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"
 #include "common/elements.wgsl"
+#include "common/tile_threads.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
@@ -37,8 +38,8 @@ fn dq(
     @builtin(num_workgroups) groups: vec3u,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let tx = thread % THREADS_X;
-    let ty = thread / THREADS_X;
+    let tx = thread_x(thread);
+    let ty = thread_y(thread);
     let at = sequence(group.z, group.y);
     // The last rows first: with a causal mask they take longest.
     let i0 = (groups.x - 1u - group.x) * OWN;

@@ -13,13 +13,14 @@
 // Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) keeps, in registers, for rows
 // ty, ty + THREADS_Y, ... : the scores of keys 4(tx + THREADS_X c) .. + 4, output columns 4(tx + THREADS_X u) .. + 4.
 // Workgroup memory holds Q and K (CHUNK columns at a time), P (PIECE keys at a time), V (VALUE_KEYS rows at a time),
-// all as f32. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are differences of
+// all as f32. Threads are numbered in blocks of 2 x 2: common/tile_threads.wgsl. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are differences of
 // scores times `factor`: one multiplication a score. If the tile says so, the products are written out, so that loads
 // of the next vectors are among the products of these.
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"
 #include "common/elements.wgsl"
+#include "common/tile_threads.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
@@ -141,8 +142,8 @@ fn forward(
     @builtin(num_workgroups) groups: vec3u,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let tx = thread % THREADS_X;
-    let ty = thread / THREADS_X;
+    let tx = thread_x(thread);
+    let ty = thread_y(thread);
     let at = sequence(group.z, group.y);
     // The last rows first: with a causal mask they take longest.
     let row0 = problem.row_begin + (groups.x - 1u - group.x) * ROWS;

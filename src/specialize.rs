@@ -45,6 +45,7 @@ const FILES: &[(&str, &str)] = &[
     ("common/score.wgsl", include_str!("../shaders/common/score.wgsl")),
     ("common/softmax.wgsl", include_str!("../shaders/common/softmax.wgsl")),
     ("common/tile_load.wgsl", include_str!("../shaders/common/tile_load.wgsl")),
+    ("common/tile_threads.wgsl", include_str!("../shaders/common/tile_threads.wgsl")),
     ("common/tile_products.wgsl", include_str!("../shaders/common/tile_products.wgsl")),
     ("common/tile_result.wgsl", include_str!("../shaders/common/tile_result.wgsl")),
     ("common/write.wgsl", include_str!("../shaders/common/write.wgsl")),

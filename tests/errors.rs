@@ -66,7 +66,12 @@ fn plans() {
         (Problem { out: Layout { row: 3, ..good().out }, ..good() }, tile(), overlap.clone(), "out"),
         (Problem { out: Layout { head: 0, ..good().out }, ..good() }, naive(), overlap.clone(), "out"),
         (Problem { out: Layout { batch: 95, ..good().out }, ..good() }, naive(), overlap, "out"),
-        (good(), with_tile(Tile { threads_y: 3, ..fine }), Error::Tile("threads_y must divide rows"), "tile"),
+        (
+            good(),
+            with_tile(Tile { threads_y: 3, ..fine }),
+            Error::Tile("threads_y must be even and divide rows"),
+            "tile",
+        ),
         (good(), with_tile(Tile { chunk: 6, ..fine }), Error::Tile("chunk must be a multiple of 4"), "tile"),
     ];
     for (problem, options, expected, named) in refused {
