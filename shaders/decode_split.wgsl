@@ -243,8 +243,12 @@ fn decode_split(
     }
     workgroupBarrier();
 
+    // K is loaded a tile ahead, so that there are loads under way while V is in use.
+    var k: array<array<Elements4, KEY_VECTORS>, THREAD_KEYS>;
+    if begin < end {
+        k = load_key(key_start, u32(begin), last, thread);
+    }
     for (var j0 = begin; j0 < end; j0 += i32(KEYS)) {
-        let k = load_key(key_start, u32(j0), last, thread);
         let v = load_value(value_start, u32(j0), last, thread);
         let full = tile_is_full(at, row0, row1, j0, j0 + i32(KEYS));
 
@@ -274,6 +278,9 @@ fn decode_split(
         }
         workgroupBarrier();
 
+        if j0 + i32(KEYS) < end {
+            k = load_key(key_start, u32(j0) + KEYS, last, thread);
+        }
         // m' = max(m, rowmax S),  P = exp(S - m'),  l = exp(m - m') l + rowsum P,  O = exp(m - m') O
         for (var r4 = 0u; r4 < ROWS4; r4++) {
             var most = m[r4];
