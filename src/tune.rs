@@ -9,7 +9,7 @@ pub struct Tile {
     pub rows: u32,
     /// Keys a step of the loop takes.
     pub keys: u32,
-    /// Rows of the grid of threads; divides `rows`.
+    /// Rows of the grid of threads; even, and divides `rows`.
     pub threads_y: u32,
     /// Columns of the grid of threads, a multiple of 4; `4 · threads_x` divides `keys`.
     pub threads_x: u32,
@@ -53,8 +53,8 @@ impl Tile {
         if all.iter().any(|&n| n == 0 || n > 1024) {
             return Err(Error::Tile("every size must be from 1 to 1024"));
         }
-        if !self.rows.is_multiple_of(self.threads_y) {
-            return Err(Error::Tile("threads_y must divide rows"));
+        if !self.threads_y.is_multiple_of(2) || !self.rows.is_multiple_of(self.threads_y) {
+            return Err(Error::Tile("threads_y must be even and divide rows"));
         }
         if self.rows > self.threads() {
             return Err(Error::Tile("rows must be at most threads_y · threads_x"));
@@ -149,14 +149,17 @@ impl CoopTile {
     }
 }
 
-/// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
+/// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices; `length` queries, or more,
+/// see `length` keys, or more.
 ///
-/// With matrices of 16 up to a head dim of 128 they were measured on an H100 (docs/performance.md, docs/rejected.md). Larger
+/// With matrices of 16 up to a head dim of 128 they were measured on an H100 (docs/performance.md, docs/rejected.md). At
+/// a length of 16,384 and a head dim of 64 it is the card's power that limits: 256 rows read K and V half as often. Larger
 /// ones follow from counting: as many rows and keys as fit 48 KiB. Matrices of 8 with access to their elements only a processor
 /// is known to have, which takes its time to compile large tiles; the other form has what fits 32 KiB.
-pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
+pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32, length: u32) -> CoopTile {
     let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };
     match (form, size, head_dim.max(head_dim_v)) {
+        (CoopForm::Registers, 16, 0..=64) if length >= 16384 => tile(8, 2, 64, 1),
         (CoopForm::Registers, 16, 0..=64) => tile(4, 2, 32, 1),
         (CoopForm::Registers, 16, 65..=128) => tile(8, 1, 64, 1),
         (CoopForm::Registers, 16, _) => tile(4, 1, 16, 2),
@@ -238,7 +241,7 @@ impl DecodeTile {
         }
         let divides = |n: u32| self.lanes.is_multiple_of(n);
         if self.lanes > 0
-            && !(self.lanes.is_power_of_two() && divides(self.key_threads) && self.threads % self.lanes == 0)
+            && !(self.lanes.is_power_of_two() && divides(self.key_threads) && self.threads.is_multiple_of(self.lanes))
         {
             return Err(Error::Tile(
                 "lanes must be 0, or a power of two that divides threads and that key_threads divides",
@@ -293,9 +296,9 @@ pub struct BackwardTile {
     pub own: u32,
     /// Queries, or keys, that a step of the loop takes.
     pub step: u32,
-    /// Rows of the grid of threads; divides `own`.
+    /// Rows of the grid of threads; even, and divides `own`.
     pub threads_y: u32,
-    /// Columns of the grid of threads; `4 · threads_x` divides `step`.
+    /// Columns of the grid of threads; even, and `4 · threads_x` divides `step`.
     pub threads_x: u32,
     /// Columns of the scores' operands in workgroup memory at a time; a multiple of 4.
     pub chunk: u32,
@@ -328,11 +331,11 @@ impl BackwardTile {
         if all.iter().any(|&n| n == 0 || n > 1024) {
             return Err(Error::Tile("every size must be from 1 to 1024"));
         }
-        if !self.own.is_multiple_of(self.threads_y) {
-            return Err(Error::Tile("threads_y must divide own"));
+        if !self.threads_y.is_multiple_of(2) || !self.own.is_multiple_of(self.threads_y) {
+            return Err(Error::Tile("threads_y must be even and divide own"));
         }
-        if !self.step.is_multiple_of(4 * self.threads_x) {
-            return Err(Error::Tile("4 · threads_x must divide step"));
+        if !self.threads_x.is_multiple_of(2) || !self.step.is_multiple_of(4 * self.threads_x) {
+            return Err(Error::Tile("threads_x must be even, and 4 · threads_x divide step"));
         }
         if !self.chunk.is_multiple_of(4) {
             return Err(Error::Tile("chunk must be a multiple of 4"));
@@ -515,7 +518,7 @@ pub fn coop_backward_tiles(form: CoopForm, size: u32, head_dim: u32, head_dim_v:
         (CoopForm::Registers, _, 0..=128) => [tile(4, 2, 16, 128, true), tile(4, 2, 16, 128, true)],
         (CoopForm::Registers, _, _) => [tile(2, 1, 8, 64, false), tile(2, 1, 8, 128, false)],
         (CoopForm::WorkgroupMemory, 16, 0..=64) => [tile(4, 2, 16, 64, true), tile(4, 2, 16, 64, true)],
-        (CoopForm::WorkgroupMemory, 16, 65..=128) => [tile(4, 1, 16, 128, true), tile(4, 1, 16, 128, true)],
+        (CoopForm::WorkgroupMemory, 16, 65..=128) => [tile(4, 1, 16, 128, false), tile(4, 1, 16, 128, false)],
         (CoopForm::WorkgroupMemory, 16, _) => [tile(2, 1, 16, 64, false), tile(2, 1, 16, 128, false)],
         (CoopForm::WorkgroupMemory, _, 0..=64) => [tile(4, 2, 16, 64, true), tile(4, 2, 16, 64, true)],
         (CoopForm::WorkgroupMemory, _, 65..=128) => [tile(4, 1, 16, 128, true), tile(4, 1, 16, 128, true)],
@@ -687,10 +690,12 @@ mod tests {
             (CoopForm::WorkgroupMemory, 8, 32 << 10),
         ] {
             for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [1, 64, 128, 256, d].map(|dv| (d, dv))) {
-                let tile = coop_tile(form, size, head_dim, head_dim_v);
-                tile.validate(form, size).unwrap();
-                let used = tile.workgroup_bytes(form, size, head_dim, head_dim_v);
-                assert!(used <= bytes, "{form} {size} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
+                for length in [100, 100_000] {
+                    let tile = coop_tile(form, size, head_dim, head_dim_v, length);
+                    tile.validate(form, size).unwrap();
+                    let used = tile.workgroup_bytes(form, size, head_dim, head_dim_v);
+                    assert!(used <= bytes, "{form} {size} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
+                }
             }
         }
     }

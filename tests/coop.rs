@@ -228,7 +228,10 @@ fn tiles(form: CoopForm, format: MatrixFormat, problem: &Problem) -> Vec<(CoopTi
         ElementType::BF16 => (tile, tile.scaled_workgroup_bytes(size, 1, shape.head_dim, shape.head_dim_v)),
     };
     let mut tiles = match problem.element_type {
-        ElementType::F16 => vec![tune::coop_tile(form, size, shape.head_dim, shape.head_dim_v), small(1)],
+        ElementType::F16 => {
+            let table = |length| tune::coop_tile(form, size, shape.head_dim, shape.head_dim_v, length);
+            vec![table(100), table(100_000), small(1)]
+        }
         other => vec![tune::coop_scaled_tile(size, other, shape.head_dim, shape.head_dim_v), small(1)],
     };
     tiles.extend((form == Registers && problem.element_type == ElementType::F16).then(|| small(2)));

@@ -123,7 +123,11 @@ pub(crate) fn choose(problem: &Problem, matrices: &Matrices, options: &PlanOptio
     let (format, shape) = (matrices.format, problem.shape);
     let (tile, pass) = match (problem.element_type, form) {
         (ElementType::F16, _) => {
-            let table = || tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v);
+            let table = || {
+                let (first, end) = problem.key_interval(shape.seqlen_q.saturating_sub(1), shape.seqlen_k);
+                let length = shape.seqlen_q.min(end.saturating_sub(first));
+                tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v, length)
+            };
             let tile = options.coop_tile.unwrap_or_else(table);
             tile.validate(form, format.size)?;
             (tile, pass(problem, form, tile, format, &layout))
