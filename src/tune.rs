@@ -361,9 +361,10 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
         }
         tile
     };
-    // On an H100 in f32, TFLOP/s: the first 22.8 at D = 64 and 20.9 at D = 128; docs/rejected.md has the others.
+    // On an H100 in f32, TFLOP/s: the first 26.2 at D = 64, the second 25.5 at D = 128; docs/rejected.md has the others.
     let both = match (memory >> 10, widest) {
-        (48.., 0..=128) => fitted(128, 64, (16, 16), 16, 16, true),
+        (48.., 0..=64) => fitted(64, 64, (16, 16), 64, 64, true),
+        (48.., 65..=128) => fitted(64, 64, (16, 16), 32, 32, true),
         (32.., _) => fitted(64, 64, (16, 16), 32, 32, false),
         (_, 0..=64) => fitted(32, 32, (8, 8), 32, 32, false),
         // More threads, so that each has fewer columns.
@@ -573,13 +574,13 @@ const fn row(
     Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
 }
 
-// On an H100 in f32, TFLOP/s: the first row 34.9 at D = 64, the second 36.5 at D = 128, where 128 keys give 35.5;
+// On an H100 in f32, TFLOP/s: the first row 38.2 at D = 64, the second 38.4 at D = 128, where 128 keys give 36.7;
 // docs/rejected.md has the others.
 #[rustfmt::skip]
 const TILES: &[Row] = &[
     //  D,    memory, rows, keys,     grid, chunk, value_keys
-    row( 64, 48 << 10,  128,  128, (16, 16),    32,  16),
-    row(256, 48 << 10,  128,   64, (16, 16),    16,  16),
+    row( 64, 48 << 10,  128,  128, (16, 16),    32,  32),
+    row(256, 48 << 10,  128,   64, (16, 16),    32,  16),
     row(128, 32 << 10,   64,   64,  (16, 8),    32,  16),
     row(256, 32 << 10,   64,   64, (16, 16),    32,  16),
     // WebGPU's default limits: 16 KiB, 256 invocations.
