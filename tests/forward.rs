@@ -33,8 +33,9 @@ fn run_cases(element_type: ElementType) {
     check_all(&prepare(cases(), element_type), &ways);
 }
 
+/// Naive and one tile; that of 16-bit types, or the first one.
 fn run_dims(element_type: ElementType) {
-    check_all(&prepare(dims(), element_type), &ways(element_type));
+    check_all(&prepare(dims(), element_type), &ways(element_type)[..2]);
 }
 
 #[test]
