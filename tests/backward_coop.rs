@@ -4,9 +4,10 @@
 mod common;
 
 use common::backward::{Ask, PreparedBackward, backward, check_all, prepare};
-use common::cases::{cases, dims};
+use common::cases::cases;
 use common::coop::{
-    WGSL_FORMATS, check_wgsl, context, in_forms, known_matrices, small_device, spirv_error, validator, workgroup_bytes,
+    WGSL_FORMATS, check_wgsl, context, dims_of, in_forms, is_software, known_matrices, matrix_size, small_device,
+    spirv_error, validator, workgroup_bytes,
 };
 use common::{Case, TYPES, case, full};
 use wgpu_flash_attention::Causal::BottomRight;
@@ -14,7 +15,7 @@ use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::elements::{self, ElementModule, MatrixLayout};
 use wgpu_flash_attention::specialize::coop_backward_modules;
 use wgpu_flash_attention::tune::{self, CoopBackwardTile};
-use wgpu_flash_attention::{ElementType, Error, Kernel, PlanOptions, Problem, Shape, wgpu};
+use wgpu_flash_attention::{Context, ElementType, Error, Kernel, PlanOptions, Problem, Shape};
 
 fn tile(subgroups: u32, matrices: u32, step: u32, columns: u32, ahead: bool) -> CoopBackwardTile {
     CoopBackwardTile { subgroups, matrices, step, columns, ahead }
@@ -24,29 +25,25 @@ fn tiled(tiles: [CoopBackwardTile; 2]) -> PlanOptions {
     PlanOptions { coop_backward_tiles: Some(tiles), ..backward(Kernel::Coop) }
 }
 
-/// One subgroup. 16 is a multiple of every size that matrices have.
-fn small() -> PlanOptions {
-    tiled([tile(1, 1, 16, 128, true); 2])
-}
-
-/// The same for f32 and bf16: one pair of subgroups.
-fn small_scaled() -> PlanOptions {
-    tiled([tile(2, 1, 16, 256, true); 2])
+/// The table's tiles or, on a processor, in all types two pairs of subgroups with a matrix each.
+fn usual(context: &Context) -> PlanOptions {
+    if is_software(context) { tiled([tile(4, 1, 8, 256, true); 2]) } else { backward(Kernel::Coop) }
 }
 
 /// Several pairs of subgroups, several matrices of keys and rows and of a step, no loads ahead.
-fn large_scaled() -> PlanOptions {
-    tiled([tile(4, 2, 32, 64, false), tile(6, 2, 16, 64, false)])
+fn large_scaled(context: &Context) -> PlanOptions {
+    let size = matrix_size(context);
+    tiled([tile(4, 2, 2 * size, 64, false), tile(6, 2, size, 64, false)])
 }
 
 /// The cases that the coop kernel takes: in bf16, those of rows of multiples of 4 elements.
 fn taken(
+    context: &Context,
     cases: impl IntoIterator<Item = (String, Case)>,
     element_type: ElementType,
     ask: Ask,
 ) -> Vec<(String, PreparedBackward)> {
     let mut cases = prepare(cases, element_type, ask);
-    let context = context().unwrap();
     let refused = |error| {
         let bf16 = ElementType::BF16;
         matches!(error, Error::Unsupported { element_type, .. } if element_type == bf16)
@@ -55,9 +52,10 @@ fn taken(
     cases
 }
 
-/// Gradients in blocks of 16 columns, V in registers, several matrices of keys and rows, no loads ahead.
-fn blocks() -> PlanOptions {
-    tiled([tile(2, 2, 32, 16, false); 2])
+/// Gradients in blocks of one matrix of columns, V in registers, several matrices of keys and rows, no loads ahead.
+fn blocks(context: &Context) -> PlanOptions {
+    let size = matrix_size(context);
+    tiled([tile(2, 2, 2 * size, size, false); 2])
 }
 
 fn named<const N: usize>(cases: [(&str, Case); N]) -> [(String, Case); N] {
@@ -67,7 +65,7 @@ fn named<const N: usize>(cases: [(&str, Case); N]) -> [(String, Case); N] {
 #[test]
 fn all_cases() {
     let Some(context) = context() else { return };
-    let ways = [("coop", context, backward(Kernel::Coop))];
+    let ways = [("coop", &context, usual(&context))];
     check_all(&prepare(cases(), ElementType::F16, Ask::default()), &in_forms(ElementType::F16, &ways));
 }
 
@@ -76,9 +74,9 @@ fn all_cases_scaled() {
     let Some(context) = context() else { return };
     for (element_type, most) in [(ElementType::F32, 0), (ElementType::BF16, 10)] {
         let all = cases();
-        let ways = [("coop", context, backward(Kernel::Coop))];
+        let ways = [("coop", &context, usual(&context))];
         let count = all.len();
-        let taken = taken(all, element_type, Ask::default());
+        let taken = taken(&context, all, element_type, Ask::default());
         assert!(count - taken.len() <= most, "{} of {count} in {element_type}", taken.len());
         check_all(&taken, &ways);
     }
@@ -100,26 +98,19 @@ fn magnitudes() {
         [1.0, 1.0, 0.0],
     ];
     let cases = cases.map(|factors| (format!("q, k, v times {factors:?}"), square.clone().times(factors)));
-    let ways = [("small tile", context, small_scaled()), ("large tile", context, large_scaled())];
+    let ways = [("coop", &context, usual(&context)), ("large tile", &context, large_scaled(&context))];
     check_all(&prepare(cases, ElementType::F32, Ask::default()), &ways);
 }
 
-/// On a processor, only head dims up to 64 and the smallest tile: software Vulkan takes minutes to compile larger ones.
+/// On a processor, only head dims of a few matrices.
 #[test]
 fn all_dims() {
     let Some(context) = context() else { return };
-    let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
-    let mut dims = dims();
-    dims.retain(|(_, case)| {
-        let shape = &case.problem.shape;
-        !software || shape.head_dim.max(shape.head_dim_v) <= 64
-    });
-    let options = if software { tiled([tile(1, 1, 8, 128, true); 2]) } else { backward(Kernel::Coop) };
-    let ways = in_forms(ElementType::F16, &[("coop", context, options)]);
-    check_all(&prepare(dims.clone(), ElementType::F16, Ask::default()), &ways);
-    let options = if software { tiled([tile(2, 1, 8, 256, true); 2]) } else { backward(Kernel::Coop) };
+    let dims = dims_of(&context);
+    let ways = [("coop", &context, usual(&context))];
+    check_all(&prepare(dims.clone(), ElementType::F16, Ask::default()), &in_forms(ElementType::F16, &ways));
     for element_type in [ElementType::F32, ElementType::BF16] {
-        check_all(&taken(dims.clone(), element_type, Ask::default()), &[("coop", context, options)]);
+        check_all(&taken(&context, dims.clone(), element_type, Ask::default()), &ways);
     }
 }
 
@@ -127,12 +118,13 @@ fn all_dims() {
 #[test]
 fn blocks_of_columns() {
     let Some(context) = context() else { return };
+    let size = matrix_size(&context);
     let cases = named([
-        ("both head dims", case(2, [2, 1], [37, 70], [40, 33]).causal(BottomRight)),
-        ("head dim of the values", case(1, [2, 2], [70, 37], [16, 40]).softcap(2.0)),
-        ("head dim", case(1, [2, 1], [20, 20], [33, 7]).odd()),
+        ("both head dims", case(2, [2, 1], [37, 70], [5 * size / 2, 2 * size + 1]).causal(BottomRight)),
+        ("head dim of the values", case(1, [2, 2], [70, 37], [size, 5 * size / 2]).softcap(2.0)),
+        ("head dim", case(1, [2, 1], [20, 20], [2 * size + 1, 7]).odd()),
     ]);
-    let ways = in_forms(ElementType::F16, &[("blocks", context, blocks())]);
+    let ways = in_forms(ElementType::F16, &[("blocks", &context, blocks(&context))]);
     check_all(&prepare(cases, ElementType::F16, Ask::default()), &ways);
 }
 
@@ -145,50 +137,55 @@ fn many_keys_and_rows() {
         ("many rows", case(1, [2, 1], [1000, 70], [16, 12]).window(300, -1)),
         ("huge scores", case(1, [2, 1], [300, 300], [16, 12]).scale(1.0).integers(40)),
     ]);
-    let ways = in_forms(ElementType::F16, &[("coop", context, backward(Kernel::Coop))]);
+    let ways = in_forms(ElementType::F16, &[("coop", &context, backward(Kernel::Coop))]);
     check_all(&prepare(cases.clone(), ElementType::F16, Ask::default()), &ways);
     for element_type in [ElementType::F32, ElementType::BF16] {
-        let ways = [("coop", context, backward(Kernel::Coop)), ("large tile", context, large_scaled())];
+        let ways = [("coop", &context, backward(Kernel::Coop)), ("large tile", &context, large_scaled(&context))];
         check_all(&prepare(cases.clone(), element_type, Ask::default()), &ways);
     }
 }
 
 fn few() -> [(String, Case); 5] {
     named([
-        ("aligned", case(2, [4, 2], [37, 45], [16, 12]).causal(BottomRight)),
+        ("aligned", case(2, [4, 2], [37, 45], [16, 8]).causal(BottomRight)),
         ("odd", case(2, [2, 1], [19, 23], [7, 5]).odd().seqlens(&[23, 4]).softcap(2.0)),
-        ("packed", case(2, [4, 2], [35, 35], [8, 4]).packed().window(5, 3)),
-        ("no keys", case(1, [1, 1], [3, 0], [16, 12])),
-        ("no queries", case(1, [2, 1], [0, 3], [16, 12])),
+        ("packed", case(2, [4, 2], [35, 35], [16, 8]).packed().window(5, 3)),
+        ("no keys", case(1, [1, 1], [3, 0], [16, 8])),
+        ("no queries", case(1, [2, 1], [0, 3], [16, 8])),
     ])
 }
 
 #[test]
 fn gradients_of_lse_and_sums_with_what_is_there() {
     let Some(context) = context() else { return };
+    let ways = [("coop", &context, usual(&context))];
     for (grad_lse, accumulate) in [(true, false), (false, true), (true, true)] {
-        let ways = [("coop", context, backward(Kernel::Coop)), ("blocks", context, blocks())];
-        let half = ElementType::F16;
-        check_all(&prepare(few(), half, Ask { grad_lse, accumulate }), &in_forms(half, &ways));
-        let ways = [("small tile", context, small_scaled()), ("large tile", context, large_scaled())];
-        for element_type in [ElementType::F32, ElementType::BF16] {
-            check_all(&taken(few(), element_type, Ask { grad_lse, accumulate }), &ways);
+        for element_type in TYPES {
+            let cases = taken(&context, few(), element_type, Ask { grad_lse, accumulate });
+            check_all(&cases, &in_forms(element_type, &ways));
         }
     }
 }
 
 /// With bounds checks, which would turn an access past a binding into a wrong result.
+fn check_within_bounds(element_types: &[ElementType], other: fn(&Context) -> PlanOptions) {
+    let Some(context) = context() else { return };
+    let context = context.checked();
+    let ways = [("coop", &context, usual(&context)), ("other tile", &context, other(&context))];
+    for &element_type in element_types {
+        let cases = taken(&context, few(), element_type, Ask { grad_lse: true, accumulate: true });
+        check_all(&cases, &in_forms(element_type, &ways));
+    }
+}
+
 #[test]
 fn within_bounds() {
-    let Some(context) = context() else { return };
-    let context = context.clone().checked();
-    let ways = [("coop", &context, small()), ("blocks", &context, blocks())];
-    let half = ElementType::F16;
-    check_all(&prepare(few(), half, Ask { grad_lse: true, accumulate: true }), &in_forms(half, &ways));
-    let ways = [("small tile", &context, small_scaled()), ("large tile", &context, large_scaled())];
-    for element_type in [ElementType::F32, ElementType::BF16] {
-        check_all(&taken(few(), element_type, Ask { grad_lse: true, accumulate: true }), &ways);
-    }
+    check_within_bounds(&[ElementType::F16], blocks);
+}
+
+#[test]
+fn within_bounds_scaled() {
+    check_within_bounds(&[ElementType::F32, ElementType::BF16], large_scaled);
 }
 
 #[test]
@@ -249,7 +246,7 @@ fn small_limits_fall_back_to_the_tile_kernel() {
     assert!(plan.to_string().contains("backward kernel: tile (the device's limits are too small"), "{plan}");
     let error = context.plan_with(&problem, &backward(Kernel::Coop)).unwrap_err();
     assert!(matches!(error, Error::DeviceLimit { kernel: Kernel::Coop, .. }), "{error}");
-    let plan = context.plan_with(&problem, &small()).unwrap();
+    let plan = context.plan_with(&problem, &tiled([tile(1, 1, 16, 128, true); 2])).unwrap();
     assert_eq!(plan.backward_kernel(), Some(Kernel::Coop));
 }
 

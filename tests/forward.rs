@@ -7,9 +7,17 @@ use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::{Context, ElementType, PlanOptions};
 
-/// Every kernel as a plan chooses it.
-fn ways() -> Vec<(&'static str, &'static Context, PlanOptions)> {
-    vec![("naive", full(), naive()), ("tile", full(), tile()), ("tile within WebGPU's limits", webgpu(), tile())]
+/// Every kernel as a plan chooses it. 16-bit types differ only in how elements are read, so each goes through one of the
+/// table's two tiles: each switch and pair of head dims is a module to compile.
+fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanOptions)> {
+    let mut ways = vec![("naive", full(), naive())];
+    if element_type != ElementType::BF16 {
+        ways.push(("tile", full(), tile()));
+    }
+    if element_type != ElementType::F16 {
+        ways.push(("tile within WebGPU's limits", webgpu(), tile()));
+    }
+    ways
 }
 
 /// Smaller than the cases, so that there are several.
@@ -18,15 +26,16 @@ fn small_tile() -> PlanOptions {
 }
 
 fn run_cases(element_type: ElementType) {
-    let mut ways = ways();
+    let mut ways = ways(element_type);
     ways.push(("tile of 8 by 16", full(), small_tile()));
     // Rows and columns are no powers of two; two pieces of P.
     ways.push(("tile of 12 by 32", full(), tiled(12, 32, (12, 4), 12, 8)));
     check_all(&prepare(cases(), element_type), &ways);
 }
 
+/// Naive and one tile; that of 16-bit types, or the first one.
 fn run_dims(element_type: ElementType) {
-    check_all(&prepare(dims(), element_type), &ways());
+    check_all(&prepare(dims(), element_type), &ways(element_type)[..2]);
 }
 
 #[test]
@@ -67,7 +76,7 @@ fn within_bounds() {
         [
             ("aligned", case(2, [4, 2], [37, 45], [16, 12]).causal(BottomRight)),
             ("odd", case(2, [2, 1], [19, 23], [7, 5]).odd().seqlens(&[23, 4]).softcap(2.0)),
-            ("packed", case(2, [4, 2], [35, 35], [8, 4]).packed().window(5, 3)),
+            ("packed", case(2, [4, 2], [35, 35], [16, 12]).packed().window(5, 3)),
             ("no keys", case(1, [1, 1], [3, 0], [16, 12])),
         ]
     };

@@ -3,12 +3,13 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
 
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::elements::{Bit, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::Specialization;
 use wgpu_flash_attention::{Context, ElementType, HeadlessOptions, PlanOptions, wgpu};
+
+use super::{Case, cases::dims};
 
 /// Past the test harness, which keeps what passing tests print to itself.
 pub fn skipped(why: &str) {
@@ -16,14 +17,31 @@ pub fn skipped(why: &str) {
     writeln!(terminal, "SKIPPED: {why}").unwrap();
 }
 
-/// A context with cooperative matrices.
-pub fn context() -> Option<&'static Context> {
-    static CONTEXT: OnceLock<Option<Context>> = OnceLock::new();
-    let open = || {
-        let options = HeadlessOptions { cooperative_matrices: true, ..Default::default() };
-        Context::headless_with(&options).inspect_err(|why| skipped(&format!("coop tests: {why}"))).ok()
-    };
-    CONTEXT.get_or_init(open).as_ref()
+/// A context with cooperative matrices, on a device of its own: software Vulkan compiles the pipelines of a device one by one,
+/// those of several tests at once.
+pub fn context() -> Option<Context> {
+    let options = HeadlessOptions { cooperative_matrices: true, ..Default::default() };
+    Context::headless_with(&options).inspect_err(|why| skipped(&format!("coop tests: {why}"))).ok()
+}
+
+/// Whether a processor does the work of the device. It takes minutes to compile large tiles.
+pub fn is_software(context: &Context) -> bool {
+    context.device().adapter_info().device_type == wgpu::DeviceType::Cpu
+}
+
+/// Rows and columns of the context's matrices: of software Vulkan, and of GPUs that these tests have run on.
+pub fn matrix_size(context: &Context) -> u32 {
+    if is_software(context) { 8 } else { 16 }
+}
+
+/// A case for each pair of head dims; on a processor, of those that take a few matrices.
+pub fn dims_of(context: &Context) -> Vec<(String, Case)> {
+    let mut dims = dims();
+    dims.retain(|(_, case)| {
+        let shape = &case.problem.shape;
+        !is_software(context) || shape.head_dim.max(shape.head_dim_v) <= 33
+    });
+    dims
 }
 
 /// A context of a device with these features, and WebGPU's limits but for its workgroup memory.

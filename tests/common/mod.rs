@@ -9,7 +9,6 @@ pub mod cases;
 pub mod coop;
 
 use std::fmt::Write;
-use std::sync::OnceLock;
 
 use half::{bf16, f16};
 use wgpu_flash_attention::wgpu::{self, BufferBinding};
@@ -36,16 +35,20 @@ pub fn tiled(rows: u32, keys: u32, grid: (u32, u32), chunk: u32, value_keys: u32
     PlanOptions { tile: Some(of_tile), ..tile() }
 }
 
-/// The system's adapter with all its limits.
+thread_local! {
+    static FULL: &'static Context = Box::leak(Box::new(Context::headless().unwrap()));
+    static WEBGPU: &'static Context = Box::leak(Box::new(with_limits(|_| {})));
+}
+
+/// The system's adapter with all its limits. A device for each test: software Vulkan compiles the pipelines of a device one by
+/// one, those of several tests at once.
 pub fn full() -> &'static Context {
-    static CONTEXT: OnceLock<Context> = OnceLock::new();
-    CONTEXT.get_or_init(|| Context::headless().unwrap())
+    FULL.with(|context| *context)
 }
 
 /// The same adapter with no more than every WebGPU device has.
 pub fn webgpu() -> &'static Context {
-    static CONTEXT: OnceLock<Context> = OnceLock::new();
-    CONTEXT.get_or_init(|| with_limits(|_| {}))
+    WEBGPU.with(|context| *context)
 }
 
 /// WebGPU's default limits, changed by `lower`.
