@@ -46,19 +46,19 @@ const Q_STRIDE = 4u * KEY_VECTORS * KEY_THREADS;
 // Keys that threads without a key of their own read as well: probability 0.
 const P_STRIDE = (THREADS - 1u) / COLUMNS + SLICES * (SLICE_KEYS - 1u) + 1u;
 const PARTIAL_STRIDE = KEYS + 1u;
-// Among how many threads numbers of all keys are reduced before every thread reads what they have.
-#if SUBGROUPS
+// Maxima (at the end, sums) of all keys that are left after a first reduction. Every thread reduces these.
+#if SHUFFLES
 const PARTIALS = THREADS / LANES;
 const DOTS = 0u;
 #else
-const PARTIALS = 8u;
+const PARTIALS = min(8u, THREADS);
 const DOTS = KEY_THREADS * PARTIAL_STRIDE;
 #endif
 
 var<workgroup> q: array<vec4f, ROWS4 * Q_STRIDE>;
-// S, then P.
+// S if there are no subgroup operations, then P; after the last tile, l of each key.
 var<workgroup> p: array<vec4f, ROWS4 * P_STRIDE>;
-// Dot products of each thread of a key; after the last tile, O of each thread.
+// If there are no subgroup operations, dot products of each thread of a key; after the last tile, O of each thread.
 var<workgroup> partial: array<vec4f, max(DOTS, 4u * THREADS)>;
 var<workgroup> partial_of_keys: array<vec4f, ROWS4 * PARTIALS>;
 
@@ -127,24 +127,25 @@ struct OwnKey {
     there: bool,
 }
 
-#if SUBGROUPS
-// Neighbours are in one subgroup: LANES threads in a row are, and KEY_THREADS divides that.
+#if SHUFFLES
+// LANES threads in a row are taken to be in one subgroup, in their order, as drivers number them (seen on NVIDIA and software
+// Vulkan; WGSL does not say). KEY_THREADS divides LANES, so neighbours are.
 fn own_key(thread: u32) -> OwnKey {
     let kx = thread % KEY_THREADS;
     return OwnKey(thread / KEY_THREADS + kx * KEY_GROUPS, kx < THREAD_KEYS);
 }
 
 // Of four rows and the thread's own key: the sum over the neighbours.
-fn sum_of_neighbours(dots: array<vec4f, THREAD_KEYS>, r4: u32, thread: u32) -> vec4f {
-    var own: vec4f;
+fn sum_of_neighbours(dots: array<vec4f, THREAD_KEYS>, thread: u32) -> vec4f {
+    var mine: vec4f;
     for (var n = 0u; n < THREAD_KEYS; n++) {
         var sum = dots[n];
         for (var k = 1u; k < KEY_THREADS; k *= 2u) {
             sum += subgroupShuffleXor(sum, k);
         }
-        own = select(own, sum, thread % KEY_THREADS == n);
+        mine = select(mine, sum, thread % KEY_THREADS == n);
     }
-    return own;
+    return mine;
 }
 
 // To partial_of_keys: the maxima of s, of four rows.
@@ -162,10 +163,7 @@ fn own_key(thread: u32) -> OwnKey {
     return OwnKey(thread, thread < KEYS);
 }
 
-fn sum_of_neighbours(dots: array<vec4f, THREAD_KEYS>, r4: u32, thread: u32) -> vec4f {
-    if r4 > 0u {
-        workgroupBarrier();
-    }
+fn sum_of_neighbours(dots: array<vec4f, THREAD_KEYS>, thread: u32) -> vec4f {
     for (var n = 0u; n < THREAD_KEYS; n++) {
         partial[thread % KEY_THREADS * PARTIAL_STRIDE + thread / KEY_THREADS + n * KEY_GROUPS] = dots[n];
     }
@@ -267,7 +265,7 @@ fn decode_split(
                     dots[n] = fma(q3, vec4f(x.w), fma(q2, vec4f(x.z), fma(q1, vec4f(x.y), fma(q0, vec4f(x.x), dots[n]))));
                 }
             }
-            let dot = sum_of_neighbours(dots, r4, thread);
+            let dot = sum_of_neighbours(dots, thread);
             let j = j0 + i32(own.number);
             for (var r = 0u; r < 4u; r++) {
                 let i = position(rows, 4u * r4 + r);
@@ -281,6 +279,7 @@ fn decode_split(
         if j0 + i32(KEYS) < end {
             k = load_key(key_start, u32(j0) + KEYS, last, thread);
         }
+
         // m' = max(m, rowmax S),  P = exp(S - m'),  l = exp(m - m') l + rowsum P,  O = exp(m - m') O
         for (var r4 = 0u; r4 < ROWS4; r4++) {
             var most = m[r4];

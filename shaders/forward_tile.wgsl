@@ -13,7 +13,7 @@
 // Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) keeps, in registers, for rows
 // ty, ty + THREADS_Y, ... : the scores of keys 4(tx + THREADS_X c) .. + 4, output columns 4(tx + THREADS_X u) .. + 4.
 // Workgroup memory holds Q and K (CHUNK columns at a time), P (PIECE keys at a time), V (VALUE_KEYS rows at a time),
-// all as f32. Threads are numbered in blocks of 2 x 2: common/tile_threads.wgsl. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are differences of
+// all as f32. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are differences of
 // scores times `factor`: one multiplication a score. If the tile says so, the products are written out, so that loads
 // of the next vectors are among the products of these.
 #include "common/problem.wgsl"

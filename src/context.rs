@@ -30,7 +30,8 @@ pub(crate) struct Pipeline {
 }
 
 impl Context {
-    /// Uses the caller's device as it is: any features, any limits. Decoding is somewhat faster with `Features::SUBGROUP`.
+    /// Uses the caller's device as it is: any features, any limits. Decoding uses
+    /// `Features::SUBGROUP` where the device was made with it.
     pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
         Context {
             limits: device.limits(),

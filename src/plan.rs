@@ -404,7 +404,7 @@ impl Plan {
         let shape = &problem.shape;
         let coop_fits = || {
             let matrices = context.matrices.as_ref()?;
-            let chosen = forward_coop::choose(problem, matrices, options).ok()?;
+            let chosen = forward_coop::choose(problem, matrices, options, limits).ok()?;
             check_limits(Kernel::Coop, std::slice::from_ref(&chosen.pass), limits).ok()
         };
         // What f32 and bf16 need.
@@ -435,7 +435,7 @@ impl Plan {
                     .matrices
                     .as_ref()
                     .ok_or(unsupported("the context was made without with_cooperative_matrices"))?;
-                let chosen = forward_coop::choose(problem, matrices, options)?;
+                let chosen = forward_coop::choose(problem, matrices, options, limits)?;
                 rows_and_keys = Some((chosen.tile.rows(matrices.format.size), chosen.tile.keys));
                 coop_form = Some((chosen.form, chosen.why));
                 vec![chosen.pass]
@@ -448,7 +448,9 @@ impl Plan {
                 });
                 chosen.validate(shape.head_dim_v)?;
                 if chosen.lanes > context.lanes().unwrap_or(0) {
-                    return Err(Error::Tile("lanes must be at most those of the device's smallest subgroup"));
+                    return Err(Error::Tile(
+                        "lanes must be at most those of the device's smallest subgroup, and 0 without Features::SUBGROUP",
+                    ));
                 }
                 let workgroups = shape.batch as u64 * shape.heads_kv as u64 * rows.div_ceil(chosen.rows as u64);
                 let tiles = problem.keys_in_sight().div_ceil(chosen.keys()) as u64;

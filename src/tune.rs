@@ -149,17 +149,14 @@ impl CoopTile {
     }
 }
 
-/// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices; `length` queries, or more,
-/// see `length` keys, or more.
+/// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
 ///
-/// With matrices of 16 up to a head dim of 128 they were measured on an H100 (docs/performance.md, docs/rejected.md). At
-/// a length of 16,384 and a head dim of 64 it is the card's power that limits: 256 rows read K and V half as often. Larger
+/// With matrices of 16 up to a head dim of 128 they were measured on an H100 (docs/performance.md, docs/rejected.md). Larger
 /// ones follow from counting: as many rows and keys as fit 48 KiB. Matrices of 8 with access to their elements only a processor
 /// is known to have, which takes its time to compile large tiles; the other form has what fits 32 KiB.
-pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32, length: u32) -> CoopTile {
+pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };
     match (form, size, head_dim.max(head_dim_v)) {
-        (CoopForm::Registers, 16, 0..=64) if length >= 16384 => tile(8, 2, 64, 1),
         (CoopForm::Registers, 16, 0..=64) => tile(4, 2, 32, 1),
         (CoopForm::Registers, 16, 65..=128) => tile(8, 1, 64, 1),
         (CoopForm::Registers, 16, _) => tile(4, 1, 16, 2),
@@ -171,6 +168,16 @@ pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32, leng
         (CoopForm::WorkgroupMemory, _, 0..=128) => tile(4, 2, 16, 1),
         (CoopForm::WorkgroupMemory, _, _) => tile(2, 2, 16, 1),
     }
+}
+
+/// Queries and keys from which on plans take [`long_coop_tile`], if it gives the device enough workgroups.
+pub(crate) const LONG: u32 = 16384;
+
+/// The same for long rows, where there is a better one. An H100 then is at its limit of power, and 256 rows read K and V half
+/// as often as 128 do: with them 1·16·16384·64 has 297 to 300 TFLOP/s, without 273 to 318 (docs/performance.md).
+pub fn long_coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> Option<CoopTile> {
+    let measured = (form, size) == (CoopForm::Registers, 16) && head_dim.max(head_dim_v) <= 64;
+    measured.then_some(CoopTile { subgroups: 8, row_matrices: 2, keys: 64, buffers: 1 })
 }
 
 /// The same for elements that are made f16, `shaders/forward_coop_scaled.wgsl`.
@@ -199,8 +206,8 @@ pub struct DecodeTile {
     pub key_threads: u32,
     /// Keys of a tile that a thread takes part in; at most `key_threads`.
     pub thread_keys: u32,
-    /// Neighbouring threads whose numbers subgroup operations reduce; divides `threads`, and `key_threads` divides it. 0:
-    /// workgroup memory does, as on devices without subgroups.
+    /// Threads in a row that sum and compare by subgroup operations: a power of two that divides `threads` and is a
+    /// multiple of `key_threads`. 0: all do so through workgroup memory.
     pub lanes: u32,
 }
 
@@ -217,7 +224,7 @@ impl DecodeTile {
         let slices = if self.threads / columns < self.keys() { self.threads / columns } else { self.keys() };
         let p = (self.threads - 1) / columns + slices * (self.keys().div_ceil(slices) - 1) + 1;
         let (partials, dots) = match self.lanes {
-            0 => (8, self.key_threads * (self.keys() + 1)),
+            0 => (if self.threads < 8 { self.threads } else { 8 }, self.key_threads * (self.keys() + 1)),
             lanes => (self.threads / lanes, 0),
         };
         let partial = if dots > 4 * self.threads { dots } else { 4 * self.threads };
@@ -239,13 +246,11 @@ impl DecodeTile {
         if self.thread_keys > self.key_threads {
             return Err(Error::Tile("thread_keys must be at most key_threads"));
         }
-        let divides = |n: u32| self.lanes.is_multiple_of(n);
-        if self.lanes > 0
-            && !(self.lanes.is_power_of_two() && divides(self.key_threads) && self.threads.is_multiple_of(self.lanes))
-        {
-            return Err(Error::Tile(
-                "lanes must be 0, or a power of two that divides threads and that key_threads divides",
-            ));
+        if self.lanes > 0 && !(self.lanes.is_power_of_two() && self.threads.is_multiple_of(self.lanes)) {
+            return Err(Error::Tile("lanes must be 0, or a power of two that divides threads"));
+        }
+        if !self.lanes.is_multiple_of(self.key_threads) {
+            return Err(Error::Tile("lanes must be 0, or a multiple of key_threads"));
         }
         if self.threads < head_dim_v.div_ceil(4) {
             return Err(Error::Tile("threads must be at least a quarter of head_dim_v"));
@@ -254,8 +259,8 @@ impl DecodeTile {
     }
 }
 
-/// The tile of the decode kernel for a problem with so many rows a key-value head, `element_bytes` bytes an element, on a
-/// device whose subgroups have at least so many lanes, if it has any.
+/// The tile of the decode kernel for a problem with so many rows a key-value head, `element_bytes` bytes an element.
+/// `lanes`: those of the device's smallest subgroup, if it may use subgroup operations.
 pub fn decode_tile(
     rows: u64,
     head_dim: u32,
@@ -269,7 +274,8 @@ pub fn decode_tile(
     let thread_keys = if element_bytes == 2 { 4 } else { 2 };
     let rows = rows.next_multiple_of(4).clamp(4, 16) as u32;
     let threads = 128;
-    let lanes = lanes.filter(|&lanes| lanes >= key_threads).map_or(0, |lanes| lanes.min(threads));
+    // Fewer would leave every thread more to read than workgroup memory does.
+    let lanes = lanes.filter(|&lanes| lanes >= key_threads.max(threads / 8)).map_or(0, |lanes| lanes.min(threads));
     let mut tile = DecodeTile { rows, threads, key_threads, thread_keys, lanes };
     while tile.rows > 4 && tile.workgroup_bytes(head_dim, head_dim_v) > limits.max_compute_workgroup_storage_size {
         tile.rows -= 4;
@@ -278,13 +284,13 @@ pub fn decode_tile(
 }
 
 /// Workgroups that fill a large device: two on each of the 132 multiprocessors of an H100. There 32,768 keys of 8 heads take
-/// 55.9 µs in 32 splits and 57.2 µs in 64, 4,096 keys 11.0 and 11.6 µs.
-const DECODE_WORKGROUPS: u64 = 264;
+/// 55.0 µs in 32 splits, 55.2 µs in 64, and 65.0 µs in 86.
+pub(crate) const FULL_DEVICE: u64 = 264;
 
 /// Into how many splits the keys go when `workgroups` take all of them, in `tiles` tiles each: as many as fill the
 /// device, and no more than whole tiles need.
 pub fn decode_splits(workgroups: u64, tiles: u64) -> u32 {
-    let most = (DECODE_WORKGROUPS / workgroups.max(1)).clamp(1, tiles.max(1));
+    let most = (FULL_DEVICE / workgroups.max(1)).clamp(1, tiles.max(1));
     let tiles_of_split = tiles.div_ceil(most).max(1);
     tiles.div_ceil(tiles_of_split).max(1) as u32
 }
@@ -361,7 +367,7 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
         }
         tile
     };
-    // On an H100 in f32, TFLOP/s: the first 26.2 at D = 64, the second 25.5 at D = 128; docs/rejected.md has the others.
+    // On an H100 in f32, TFLOP/s: the first 26.1 at D = 64, the second 25.5 at D = 128; docs/rejected.md has the others.
     let both = match (memory >> 10, widest) {
         (48.., 0..=64) => fitted(64, 64, (16, 16), 64, 64, true),
         (48.., 65..=128) => fitted(64, 64, (16, 16), 32, 32, true),
@@ -506,9 +512,9 @@ impl CoopBackwardTile {
 /// The tiles of the backward kernels on cooperative matrices, by the size of the device's matrices: of the gradients of keys
 /// and values, and of queries.
 ///
-/// Those in registers with matrices of 16 were measured on an H100 (docs/rejected.md). Those through workgroup memory
-/// follow from counting and have no figure yet: K, V, dK and dV of a subgroup take 192 registers a lane with matrices of
-/// 16, half as many with Metal's of 8, and steps are as long as 48 and 32 KiB then allow.
+/// Those with matrices of 16 were measured on an H100 (docs/rejected.md), through workgroup memory up to a head dim of 128. The
+/// others follow from counting: K, V, dK and dV of a subgroup take 192 registers a lane with matrices of 16, half as many
+/// with Metal's of 8, and steps are as long as 48 and 32 KiB then allow.
 pub fn coop_backward_tiles(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> [CoopBackwardTile; 2] {
     let tile =
         |subgroups, matrices, step, columns, ahead| CoopBackwardTile { subgroups, matrices, step, columns, ahead };
@@ -574,7 +580,7 @@ const fn row(
     Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
 }
 
-// On an H100 in f32, TFLOP/s: the first row 38.2 at D = 64, the second 38.4 at D = 128, where 128 keys give 36.7;
+// On an H100 in f32, TFLOP/s: the first row 38.2 at D = 64, the second 38.3 at D = 128, where 128 keys give 36.7;
 // docs/rejected.md has the others.
 #[rustfmt::skip]
 const TILES: &[Row] = &[
@@ -691,8 +697,13 @@ mod tests {
             (CoopForm::WorkgroupMemory, 8, 32 << 10),
         ] {
             for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [1, 64, 128, 256, d].map(|dv| (d, dv))) {
-                for length in [100, 100_000] {
-                    let tile = coop_tile(form, size, head_dim, head_dim_v, length);
+                for tile in [
+                    Some(coop_tile(form, size, head_dim, head_dim_v)),
+                    long_coop_tile(form, size, head_dim, head_dim_v),
+                ]
+                .into_iter()
+                .flatten()
+                {
                     tile.validate(form, size).unwrap();
                     let used = tile.workgroup_bytes(form, size, head_dim, head_dim_v);
                     assert!(used <= bytes, "{form} {size} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");

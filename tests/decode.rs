@@ -3,6 +3,7 @@
 mod common;
 
 use common::cases::{cases, dims, prepare};
+use common::coop::skipped;
 use common::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::tune::DecodeTile;
@@ -21,13 +22,15 @@ fn small(splits: u32) -> PlanOptions {
     PlanOptions { decode_tile: Some(tile), splits: Some(splits), ..decode() }
 }
 
-/// The same with subgroup operations, where the adapter has them.
-fn small_in_subgroups(splits: u32) -> PlanOptions {
+/// The same by subgroup operations, with so many threads a key, where the adapter has them.
+fn in_subgroups(splits: u32, key_threads: u32) -> Option<PlanOptions> {
     let device = full().device();
-    let has = device.features().contains(wgpu::Features::SUBGROUP) && device.adapter_info().subgroup_min_size >= 8;
-    let options = small(splits);
-    let tile = options.decode_tile.map(|tile| DecodeTile { lanes: if has { 8 } else { 0 }, ..tile });
-    PlanOptions { decode_tile: tile, ..options }
+    if !device.features().contains(wgpu::Features::SUBGROUP) || device.adapter_info().subgroup_min_size < 8 {
+        skipped("decoding by subgroup operations: the adapter lacks subgroups of 8 lanes");
+        return None;
+    }
+    let tile = DecodeTile { rows: 4, threads: 64, key_threads, thread_keys: 2, lanes: 8 };
+    Some(PlanOptions { decode_tile: Some(tile), ..small(splits) })
 }
 
 /// Cases in which there is more than one tile a split, empty splits, and a tail.
@@ -76,8 +79,8 @@ fn run(element_type: ElementType) {
     check_all(&prepare(cases(), element_type), &[split]);
     let long = prepare(long_cases(), element_type);
     check_all(&long, &[chosen, split, ("1 split", full(), small(1)), ("100 splits", full(), small(100))]);
-    let in_subgroups = [1, 100].map(|splits| ("subgroups", full(), small_in_subgroups(splits)));
-    check_all(&long, &[("decode on this adapter", full(), decode()), in_subgroups[0], in_subgroups[1]]);
+    let by_subgroups = [in_subgroups(1, 8), in_subgroups(100, 4)].into_iter().flatten();
+    check_all(&long, &by_subgroups.map(|options| ("by subgroups", full(), options)).collect::<Vec<_>>());
 }
 
 #[test]
@@ -106,7 +109,8 @@ fn head_dims() {
 #[test]
 fn within_bounds() {
     let context = full().clone().checked();
-    let ways = [("decode", &context, decode()), ("small", &context, small(3))];
+    let mut ways = vec![("decode", &context, decode()), ("small", &context, small(3))];
+    ways.extend(in_subgroups(3, 8).map(|options| ("by subgroups", &context, options)));
     for element_type in TYPES {
         let some = long_cases().into_iter().step_by(4);
         check_all(&prepare(some, element_type), &ways);
@@ -172,9 +176,36 @@ fn splits_are_as_asked_for() {
     let problem = case(1, [8, 2], [1, 4096], [64, 64]).problem;
     let plan = full().plan_with(&problem, &PlanOptions { splits: Some(7), ..decode() }).unwrap();
     assert!(plan.to_string().contains("splits of the keys: 7\n"), "{plan}");
-    let bad = DecodeTile { rows: 6, threads: 64, key_threads: 8, thread_keys: 2, lanes: 0 };
-    let error = full().plan_with(&problem, &PlanOptions { decode_tile: Some(bad), ..decode() }).unwrap_err();
-    assert_eq!(error, Error::Tile("rows must be a multiple of 4"));
+}
+
+#[test]
+fn tiles_that_do_not_divide_are_refused() {
+    let problem = case(1, [8, 2], [1, 4096], [64, 64]).problem;
+    let fine = DecodeTile { rows: 4, threads: 64, key_threads: 8, thread_keys: 2, lanes: 0 };
+    for (tile, why) in [
+        (DecodeTile { rows: 6, ..fine }, "rows must be a multiple of 4"),
+        (DecodeTile { threads: 0, ..fine }, "every size must be from 1 to 1024"),
+        (DecodeTile { lanes: 24, ..fine }, "lanes must be 0, or a power of two that divides threads"),
+        (DecodeTile { lanes: 128, ..fine }, "lanes must be 0, or a power of two that divides threads"),
+        (DecodeTile { lanes: 4, ..fine }, "lanes must be 0, or a multiple of key_threads"),
+        (
+            DecodeTile { lanes: 8, ..fine },
+            "lanes must be at most those of the device's smallest subgroup, and 0 without Features::SUBGROUP",
+        ),
+    ] {
+        let error = webgpu().plan_with(&problem, &PlanOptions { decode_tile: Some(tile), ..decode() }).unwrap_err();
+        assert_eq!(error, Error::Tile(why));
+    }
+}
+
+/// Fewer threads than maxima are first reduced to, and rows whose only score is far below 0.
+#[test]
+fn the_smallest_tile() {
+    let tile = DecodeTile { rows: 4, threads: 4, key_threads: 4, thread_keys: 1, lanes: 0 };
+    let options = PlanOptions { decode_tile: Some(tile), ..decode() };
+    let cases = [case(4, [8, 2], [1, 1], [1, 4]), case(2, [4, 2], [2, 30], [4, 16])];
+    let cases = cases.map(|case| ("smallest tile".to_string(), case.scale(1.0).integers(40)));
+    check_all(&prepare(cases, ElementType::F32), &[("4 threads", full(), options)]);
 }
 
 /// o and lse, o as values of its type.

@@ -3,7 +3,7 @@
 mod common;
 
 use common::*;
-use wgpu_flash_attention::tune::Tile;
+use wgpu_flash_attention::tune::{BackwardTile, Tile};
 use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferSize, BufferUsages, ErrorFilter};
 use wgpu_flash_attention::{
     BackwardBuffers, Context, ElementType, Error, ForwardBuffers, Gradients, HeadlessOptions, Kernel, Layout,
@@ -41,6 +41,8 @@ fn plans() {
     };
     let with_tile = |found: Tile| PlanOptions { tile: Some(found), ..tile() };
     let fine = Tile { rows: 8, keys: 16, threads_y: 4, threads_x: 4, chunk: 8, value_keys: 4, written_out: false };
+    let bad = BackwardTile { own: 9, step: 8, threads_y: 3, threads_x: 2, chunk: 8, block: 8, written_out: false };
+    let backward = PlanOptions { backward: Some(Kernel::Tile), backward_tile: Some(bad), ..tile() };
     let head_dim = |argument, found| Error::HeadDim { argument, found };
     let seqlen = |argument, found| Error::Seqlen { argument, found };
     let far = Layout { offset: 0, batch: u64::MAX / 2, head: u64::MAX / 2, row: 8 };
@@ -73,6 +75,7 @@ fn plans() {
             "tile",
         ),
         (good(), with_tile(Tile { chunk: 6, ..fine }), Error::Tile("chunk must be a multiple of 4"), "tile"),
+        (good().with_gradients(), backward, Error::Tile("threads_y must be even and divide own"), "tile"),
     ];
     for (problem, options, expected, named) in refused {
         let error = without_device_error(full(), || full().plan_with(&problem, &options)).unwrap_err();

@@ -76,9 +76,10 @@ fn validate(specialization: &Specialization) -> (Module, ModuleInfo) {
         let line = error.location(&source.text).map(|location| location.line_number);
         panic!("{}: {}", place(specialization, &source, line), error.emit_to_string(&source.text))
     });
-    // What WebGPU has without any feature; naga counts unpack2x16float among what a device may lack.
+    // What WebGPU has without any feature; naga counts unpack2x16float among what a device may lack. One form of decoding
+    // wants a feature.
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-    capabilities.set(Capabilities::SUBGROUP, specialization.switches.contains(&"SUBGROUPS"));
+    capabilities.set(Capabilities::SUBGROUP, specialization.switches.contains(&"SHUFFLES"));
     let info = Validator::new(ValidationFlags::all(), capabilities).validate(&module).unwrap_or_else(|error| {
         let line = error.location(&source.text).map(|location| location.line_number);
         panic!("{}: {}", place(specialization, &source, line), error.emit_to_string(&source.text))
@@ -216,7 +217,9 @@ fn decode_within_the_default_limits() {
     let limits = wgpu::Limits::default();
     let mut seen = HashSet::new();
     for problem in problems() {
-        for (rows, splits, lanes) in [(1, 3, None), (7, 64, None), (1, 64, Some(32)), (7, 3, Some(8))] {
+        for (rows, splits, lanes) in
+            [(1, 3, None), (7, 64, None), (1, 64, Some(32)), (7, 3, Some(16)), (7, 3, Some(64))]
+        {
             let (d, dv) = (problem.shape.head_dim, problem.shape.head_dim_v);
             let tile = decode_tile(rows, d, dv, problem.element_type.bytes(), lanes, &limits);
             for specialization in decode_modules(&problem, tile, splits) {

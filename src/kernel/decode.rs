@@ -49,7 +49,7 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
         ("THREAD_KEYS", tile.thread_keys),
     ];
     if tile.lanes > 0 {
-        on.push("SUBGROUPS");
+        on.push("SHUFFLES");
         constants.push(("LANES", tile.lanes));
     }
     let split = Pass {

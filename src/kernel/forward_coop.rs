@@ -116,18 +116,22 @@ pub(crate) struct Chosen {
     pub pass: Pass,
 }
 
-pub(crate) fn choose(problem: &Problem, matrices: &Matrices, options: &PlanOptions) -> Result<Chosen, Error> {
+pub(crate) fn choose(
+    problem: &Problem,
+    matrices: &Matrices,
+    options: &PlanOptions,
+    limits: &wgpu::Limits,
+) -> Result<Chosen, Error> {
     let unsupported = |why| Error::Unsupported { kernel: Kernel::Coop, element_type: problem.element_type, why };
     let (form, why) = matrices.form(options.coop_form);
     let layout = matrices.layout(form).ok_or(unsupported(NO_ACCESS))?;
     let (format, shape) = (matrices.format, problem.shape);
     let (tile, pass) = match (problem.element_type, form) {
         (ElementType::F16, _) => {
-            let table = || {
-                let (first, end) = problem.key_interval(shape.seqlen_q.saturating_sub(1), shape.seqlen_k);
-                let length = shape.seqlen_q.min(end.saturating_sub(first));
-                tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v, length)
-            };
+            let (head_dim, head_dim_v) = (shape.head_dim, shape.head_dim_v);
+            let long = tune::long_coop_tile(form, format.size, head_dim, head_dim_v)
+                .filter(|&tile| is_long(problem, tile, format, limits));
+            let table = || long.unwrap_or_else(|| tune::coop_tile(form, format.size, head_dim, head_dim_v));
             let tile = options.coop_tile.unwrap_or_else(table);
             tile.validate(form, format.size)?;
             (tile, pass(problem, form, tile, format, &layout))
@@ -141,6 +145,18 @@ pub(crate) fn choose(problem: &Problem, matrices: &Matrices, options: &PlanOptio
         (_, CoopForm::WorkgroupMemory) => return Err(unsupported(F16_ONLY)),
     };
     Ok(Chosen { form, why, tile, pass })
+}
+
+/// Whether a tile for long rows is one for this problem and device.
+fn is_long(problem: &Problem, tile: CoopTile, format: MatrixFormat, limits: &wgpu::Limits) -> bool {
+    let shape = &problem.shape;
+    let (first, end) = problem.key_interval(shape.seqlen_q.saturating_sub(1), shape.seqlen_k);
+    let rows = shape.seqlen_q.div_ceil(tile.rows(format.size)) as u64;
+    let bytes = tile.workgroup_bytes(CoopForm::Registers, format.size, shape.head_dim, shape.head_dim_v);
+    shape.seqlen_q.min(end.saturating_sub(first)) >= tune::LONG
+        && rows * shape.batch as u64 * shape.heads_q as u64 >= tune::FULL_DEVICE
+        && bytes <= limits.max_compute_workgroup_storage_size
+        && tile.subgroups * format.lanes <= limits.max_compute_invocations_per_workgroup
 }
 
 /// In the form that has a layout of elements, or through workgroup memory.
@@ -194,5 +210,28 @@ pub(crate) fn pass(
         workgroups: Box::new(move |part: &Part| {
             [part.row_count().div_ceil(rows as u64), part.head_count(), part.batch_count()]
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Causal, Shape};
+
+    #[test]
+    fn long_rows_have_their_own_tile_where_it_fits() {
+        let format = MatrixFormat { size: 16, lanes: 32 };
+        let tile = tune::long_coop_tile(CoopForm::Registers, 16, 64, 64).unwrap();
+        let large = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() };
+        let problem = |heads, seqlen| Problem::new(Shape::square(1, heads, seqlen, 64), ElementType::F16);
+        let long = problem(16, 16384);
+        assert!(is_long(&long, tile, format, &large));
+        assert!(is_long(&long.clone().causal(Causal::BottomRight), tile, format, &large));
+        assert!(!is_long(&problem(16, 16383), tile, format, &large));
+        assert!(!is_long(&long.clone().window(Some(1000), Some(0)), tile, format, &large));
+        assert!(!is_long(&problem(4, 16384), tile, format, &large), "too few workgroups");
+        let small = wgpu::Limits { max_compute_workgroup_storage_size: 32 << 10, ..Default::default() };
+        assert!(!is_long(&long, tile, format, &small));
+        assert!(!is_long(&long, tile, MatrixFormat { lanes: 64, ..format }, &large), "too many invocations");
     }
 }
