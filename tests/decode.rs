@@ -79,8 +79,14 @@ fn run(element_type: ElementType) {
     check_all(&prepare(cases(), element_type), &[split]);
     let long = prepare(long_cases(), element_type);
     check_all(&long, &[chosen, split, ("1 split", full(), small(1)), ("100 splits", full(), small(100))]);
-    let by_subgroups = [in_subgroups(1, 8), in_subgroups(100, 4)].into_iter().flatten();
-    check_all(&long, &by_subgroups.map(|options| ("by subgroups", full(), options)).collect::<Vec<_>>());
+    // 16-bit types differ only in how elements are read; each tile is a module to compile for every pair of head dims.
+    let by_subgroups = match element_type {
+        ElementType::F32 => vec![in_subgroups(1, 8), in_subgroups(100, 4)],
+        ElementType::F16 => vec![in_subgroups(1, 8)],
+        ElementType::BF16 => vec![in_subgroups(100, 4)],
+    };
+    let by_subgroups = by_subgroups.into_iter().flatten().map(|options| ("by subgroups", full(), options));
+    check_all(&long, &by_subgroups.collect::<Vec<_>>());
 }
 
 #[test]
