@@ -46,7 +46,8 @@ struct Args {
     /// Times this tile in place of the tuned one, its loops written out (1) or not (0); may be repeated
     #[arg(long, value_name = "ROWS,KEYS,TY,TX,CHUNK,VALUE_KEYS,WRITTEN_OUT", value_parser = parse_tile)]
     tile: Vec<Tile>,
-    /// Times the backward pass with this tile in place of the tuned ones, its loops written out (1) or not (0); may be repeated
+    /// Times the backward pass with this tile in place of the tuned ones, its loops written out (1) or not (0); may be
+    /// repeated
     #[arg(long, value_name = "OWN,STEP,TY,TX,CHUNK,BLOCK,WRITTEN_OUT", value_parser = parse_backward_tile)]
     backward_tile: Vec<BackwardTile>,
     /// Times the coop kernel with this tile in place of the tuned one; may be repeated

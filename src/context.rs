@@ -17,6 +17,8 @@ pub struct Context {
     device: wgpu::Device,
     queue: wgpu::Queue,
     limits: wgpu::Limits,
+    /// Lanes of the smallest subgroup there is, on devices that may use subgroup operations.
+    pub(crate) lanes: Option<u32>,
     checked: bool,
     cache: Option<wgpu::PipelineCache>,
     pub(crate) matrices: Option<Matrices>,
@@ -30,11 +32,16 @@ pub(crate) struct Pipeline {
 }
 
 impl Context {
-    /// Uses the caller's device as it is: any features, any limits. Decoding uses
-    /// `Features::SUBGROUP` where the device was made with it.
+    /// Uses the caller's device as it is: any features, any limits. Decoding uses `Features::SUBGROUP` where the device
+    /// was made with it.
     pub fn new(device: &wgpu::Device, queue: &wgpu::Queue) -> Self {
+        let info = device.adapter_info();
+        // A browser would want `enable subgroups`, which naga does not know.
+        let subgroups =
+            device.features().contains(wgpu::Features::SUBGROUP) && info.backend != wgpu::Backend::BrowserWebGpu;
         Context {
             limits: device.limits(),
+            lanes: subgroups.then_some(info.subgroup_min_size),
             device: device.clone(),
             queue: queue.clone(),
             checked: false,
@@ -89,15 +96,6 @@ impl Context {
     /// The device's queue.
     pub fn queue(&self) -> &wgpu::Queue {
         &self.queue
-    }
-
-    /// Lanes of the smallest subgroup there is, on devices made with subgroup operations. A browser would want `enable
-    /// subgroups`, which naga does not know.
-    pub(crate) fn lanes(&self) -> Option<u32> {
-        let info = self.device.adapter_info();
-        let has =
-            self.device.features().contains(wgpu::Features::SUBGROUP) && info.backend != wgpu::Backend::BrowserWebGpu;
-        has.then_some(info.subgroup_min_size)
     }
 
     pub(crate) fn limits(&self) -> &wgpu::Limits {

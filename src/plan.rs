@@ -444,10 +444,10 @@ impl Plan {
                 let rows = shape.group() as u64 * shape.seqlen_q as u64;
                 let chosen = options.decode_tile.unwrap_or_else(|| {
                     let bytes = problem.element_type.bytes();
-                    tune::decode_tile(rows, shape.head_dim, shape.head_dim_v, bytes, context.lanes(), limits)
+                    tune::decode_tile(rows, shape.head_dim, shape.head_dim_v, bytes, context.lanes, limits)
                 });
                 chosen.validate(shape.head_dim_v)?;
-                if chosen.lanes > context.lanes().unwrap_or(0) {
+                if chosen.lanes > context.lanes.unwrap_or(0) {
                     return Err(Error::Tile(
                         "lanes must be at most those of the device's smallest subgroup, and 0 without Features::SUBGROUP",
                     ));

@@ -2,9 +2,10 @@
 
 use super::{FORWARD_BINDINGS, Pass, bindings, forward_coop_scaled, switches};
 use crate::elements::{Bit, MatrixFormat, MatrixLayout, NoElementAccess};
+use crate::plan::{Part, check_limits};
 use crate::specialize::Specialization;
 use crate::tune::{self, CoopTile};
-use crate::{ElementType, Error, Kernel, PlanOptions, Problem, plan::Part};
+use crate::{ElementType, Error, Kernel, PlanOptions, Problem};
 
 /// Where the coop kernel keeps scores and probabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -128,11 +129,9 @@ pub(crate) fn choose(
     let (format, shape) = (matrices.format, problem.shape);
     let (tile, pass) = match (problem.element_type, form) {
         (ElementType::F16, _) => {
-            let (head_dim, head_dim_v) = (shape.head_dim, shape.head_dim_v);
-            let long = tune::long_coop_tile(form, format.size, head_dim, head_dim_v)
-                .filter(|&tile| is_long(problem, tile, format, limits));
-            let table = || long.unwrap_or_else(|| tune::coop_tile(form, format.size, head_dim, head_dim_v));
-            let tile = options.coop_tile.unwrap_or_else(table);
+            let table = || tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v);
+            let long = || long_tile(problem, form, format, &layout, limits);
+            let tile = options.coop_tile.or_else(long).unwrap_or_else(table);
             tile.validate(form, format.size)?;
             (tile, pass(problem, form, tile, format, &layout))
         }
@@ -147,16 +146,22 @@ pub(crate) fn choose(
     Ok(Chosen { form, why, tile, pass })
 }
 
-/// Whether a tile for long rows is one for this problem and device.
-fn is_long(problem: &Problem, tile: CoopTile, format: MatrixFormat, limits: &wgpu::Limits) -> bool {
+/// The tile for long rows, if the problem has such rows, and enough of them, and the device's limits are large enough.
+fn long_tile(
+    problem: &Problem,
+    form: CoopForm,
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+    limits: &wgpu::Limits,
+) -> Option<CoopTile> {
     let shape = &problem.shape;
+    let tile = tune::long_coop_tile(form, format.size, shape.head_dim, shape.head_dim_v)?;
     let (first, end) = problem.key_interval(shape.seqlen_q.saturating_sub(1), shape.seqlen_k);
-    let rows = shape.seqlen_q.div_ceil(tile.rows(format.size)) as u64;
-    let bytes = tile.workgroup_bytes(CoopForm::Registers, format.size, shape.head_dim, shape.head_dim_v);
-    shape.seqlen_q.min(end.saturating_sub(first)) >= tune::LONG
-        && rows * shape.batch as u64 * shape.heads_q as u64 >= tune::FULL_DEVICE
-        && bytes <= limits.max_compute_workgroup_storage_size
-        && tile.subgroups * format.lanes <= limits.max_compute_invocations_per_workgroup
+    let blocks = shape.seqlen_q.div_ceil(tile.rows(format.size)) as u64;
+    let suits = shape.seqlen_q.min(end.saturating_sub(first)) >= tune::LONG
+        && blocks * shape.batch as u64 * shape.heads_q as u64 >= tune::FULL_DEVICE;
+    let fits = || check_limits(Kernel::Coop, &[pass(problem, form, tile, format, layout)], limits).is_ok();
+    (suits && fits()).then_some(tile)
 }
 
 /// In the form that has a layout of elements, or through workgroup memory.
@@ -221,17 +226,20 @@ mod tests {
     #[test]
     fn long_rows_have_their_own_tile_where_it_fits() {
         let format = MatrixFormat { size: 16, lanes: 32 };
-        let tile = tune::long_coop_tile(CoopForm::Registers, 16, 64, 64).unwrap();
+        let chosen = |problem: &Problem, format, limits| {
+            long_tile(problem, CoopForm::Registers, format, &MatrixLayout::rows(format), limits)
+        };
         let large = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() };
         let problem = |heads, seqlen| Problem::new(Shape::square(1, heads, seqlen, 64), ElementType::F16);
         let long = problem(16, 16384);
-        assert!(is_long(&long, tile, format, &large));
-        assert!(is_long(&long.clone().causal(Causal::BottomRight), tile, format, &large));
-        assert!(!is_long(&problem(16, 16383), tile, format, &large));
-        assert!(!is_long(&long.clone().window(Some(1000), Some(0)), tile, format, &large));
-        assert!(!is_long(&problem(4, 16384), tile, format, &large), "too few workgroups");
+        assert_eq!(chosen(&long, format, &large), tune::long_coop_tile(CoopForm::Registers, 16, 64, 64));
+        assert!(chosen(&long, format, &large).is_some());
+        assert!(chosen(&long.clone().causal(Causal::BottomRight), format, &large).is_some());
+        assert!(chosen(&problem(16, 16383), format, &large).is_none());
+        assert!(chosen(&long.clone().window(Some(1000), Some(0)), format, &large).is_none());
+        assert!(chosen(&problem(4, 16384), format, &large).is_none(), "too few workgroups");
         let small = wgpu::Limits { max_compute_workgroup_storage_size: 32 << 10, ..Default::default() };
-        assert!(!is_long(&long, tile, format, &small));
-        assert!(!is_long(&long, tile, MatrixFormat { lanes: 64, ..format }, &large), "too many invocations");
+        assert!(chosen(&long, format, &small).is_none());
+        assert!(chosen(&long, MatrixFormat { lanes: 64, ..format }, &large).is_none(), "too many invocations");
     }
 }
