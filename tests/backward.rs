@@ -4,22 +4,13 @@ mod common;
 
 use common::backward::{Ask, backward, check_all, prepare};
 use common::cases::{cases, dims};
-use common::{TYPES, case, full, webgpu};
+use common::{TYPES, case, every_kernel, full};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::tune::BackwardTile;
 use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions};
 
-/// Every kernel as a plan chooses it. 16-bit types differ only in how elements are read, so each goes through one of the
-/// table's two tiles: each switch and pair of head dims is several modules to compile.
 fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanOptions)> {
-    let mut ways = vec![("naive", full(), backward(Kernel::Naive))];
-    if element_type != ElementType::BF16 {
-        ways.push(("tile", full(), backward(Kernel::Tile)));
-    }
-    if element_type != ElementType::F16 {
-        ways.push(("tile within WebGPU's limits", webgpu(), backward(Kernel::Tile)));
-    }
-    ways
+    every_kernel(element_type, backward(Kernel::Naive), backward(Kernel::Tile))
 }
 
 /// Smaller than the cases, so that there are several; no size but the grid's is a power of two. Its loops are written out, which
@@ -35,9 +26,8 @@ fn run_cases(element_type: ElementType) {
     check_all(&prepare(cases(), element_type, Ask::default()), &ways);
 }
 
-/// Naive and one tile; that of 16-bit types, or the first one.
 fn run_dims(element_type: ElementType) {
-    check_all(&prepare(dims(), element_type, Ask::default()), &ways(element_type)[..2]);
+    check_all(&prepare(dims(), element_type, Ask::default()), &ways(element_type));
 }
 
 #[test]

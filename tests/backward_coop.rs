@@ -102,7 +102,7 @@ fn magnitudes() {
     check_all(&prepare(cases, ElementType::F32, Ask::default()), &ways);
 }
 
-/// On a processor, only head dims of a few matrices.
+/// On a processor, only head dims up to 64.
 #[test]
 fn all_dims() {
     let Some(context) = context() else { return };

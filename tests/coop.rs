@@ -43,7 +43,7 @@ fn all_cases() {
     }
 }
 
-/// On a processor, only head dims of a few matrices.
+/// On a processor, only head dims up to 64.
 #[test]
 fn all_dims() {
     let Some(context) = context() else { return };

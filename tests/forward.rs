@@ -7,17 +7,8 @@ use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::{Context, ElementType, PlanOptions};
 
-/// Every kernel as a plan chooses it. 16-bit types differ only in how elements are read, so each goes through one of the
-/// table's two tiles: each switch and pair of head dims is a module to compile.
 fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanOptions)> {
-    let mut ways = vec![("naive", full(), naive())];
-    if element_type != ElementType::BF16 {
-        ways.push(("tile", full(), tile()));
-    }
-    if element_type != ElementType::F16 {
-        ways.push(("tile within WebGPU's limits", webgpu(), tile()));
-    }
-    ways
+    every_kernel(element_type, naive(), tile())
 }
 
 /// Smaller than the cases, so that there are several.
@@ -33,9 +24,8 @@ fn run_cases(element_type: ElementType) {
     check_all(&prepare(cases(), element_type), &ways);
 }
 
-/// Naive and one tile; that of 16-bit types, or the first one.
 fn run_dims(element_type: ElementType) {
-    check_all(&prepare(dims(), element_type), &ways(element_type)[..2]);
+    check_all(&prepare(dims(), element_type), &ways(element_type));
 }
 
 #[test]

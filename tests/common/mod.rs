@@ -65,6 +65,24 @@ pub fn with_limits(lower: impl FnOnce(&mut wgpu::Limits)) -> Context {
     Context::new(&device, &queue)
 }
 
+/// Every kernel as a plan chooses it, with options that ask for the naive kernel and for the tile kernel. 16-bit types differ
+/// only in how elements are read, so each goes through one of the table's two tiles: each switch and pair of head dims is a
+/// module to compile.
+pub fn every_kernel(
+    element_type: ElementType,
+    naive: PlanOptions,
+    tile: PlanOptions,
+) -> Vec<(&'static str, &'static Context, PlanOptions)> {
+    let mut ways = vec![("naive", full(), naive)];
+    if element_type != ElementType::BF16 {
+        ways.push(("tile", full(), tile));
+    }
+    if element_type != ElementType::F16 {
+        ways.push(("tile within WebGPU's limits", webgpu(), tile));
+    }
+    ways
+}
+
 /// What q and k hold; v is random in either case.
 #[derive(Clone, Copy, Debug)]
 pub enum Inputs {
