@@ -158,11 +158,13 @@ fn store_tile(x: Tile, i0: u32, thread: u32) {
 
 @compute @workgroup_size(THREADS)
 fn dkdv(
-    @builtin(workgroup_id) group: vec3u,
+    @builtin(workgroup_id) workgroup_id: vec3u,
+    @builtin(num_workgroups) workgroups: vec3u,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
+    let group = in_order(workgroup_id, workgroups);
     let at = sequence(group.z, group.y * problem.group);
     let key0 = group.x / BLOCKS * KEYS;
     let mine = subgroup * KEY_MATRICES * M;

@@ -38,7 +38,12 @@
 #include "common/tile_result.wgsl" columns=TV
 
 @compute @workgroup_size(THREADS)
-fn dkdv(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
+fn dkdv(
+    @builtin(workgroup_id) workgroup_id: vec3u,
+    @builtin(num_workgroups) workgroups: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    let group = in_order(workgroup_id, workgroups);
     let tx = thread_x(thread);
     let ty = thread_y(thread);
     let j0 = group.x * OWN;

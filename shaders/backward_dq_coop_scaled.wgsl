@@ -45,15 +45,16 @@ const SUM_MATRICES = ((HEAD_DIM + M - 1u) / M + 1u) / 2u;
 
 @compute @workgroup_size(THREADS)
 fn dq(
-    @builtin(workgroup_id) group: vec3u,
-    @builtin(num_workgroups) groups: vec3u,
+    @builtin(workgroup_id) workgroup_id: vec3u,
+    @builtin(num_workgroups) workgroups: vec3u,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
+    let group = in_order(workgroup_id, workgroups);
     let at = sequence(group.z, group.y);
     // The last rows first: with a causal mask they take longest.
-    let row0 = (groups.x - 1u - group.x) * OWN;
+    let row0 = (workgroups.x - 1u - group.x) * OWN;
     let row1 = min(row0 + OWN, problem.seqlen_q);
     let pair = subgroup % PAIRS;
     let half = subgroup / PAIRS;

@@ -34,15 +34,16 @@
 
 @compute @workgroup_size(THREADS)
 fn dq(
-    @builtin(workgroup_id) group: vec3u,
-    @builtin(num_workgroups) groups: vec3u,
+    @builtin(workgroup_id) workgroup_id: vec3u,
+    @builtin(num_workgroups) workgroups: vec3u,
     @builtin(local_invocation_index) thread: u32,
 ) {
+    let group = in_order(workgroup_id, workgroups);
     let tx = thread_x(thread);
     let ty = thread_y(thread);
     let at = sequence(group.z, group.y);
     // The last rows first: with a causal mask they take longest.
-    let i0 = (groups.x - 1u - group.x) * OWN;
+    let i0 = (workgroups.x - 1u - group.x) * OWN;
     let i1 = min(i0 + OWN, problem.seqlen_q);
     let range = key_range(at, i32(i0), i32(i1));
     let last_key = u32(max(at.keys, 1) - 1);

@@ -60,15 +60,16 @@ var<workgroup> tiles: array<Halves, TILES>;
 
 @compute @workgroup_size(THREADS)
 fn forward(
-    @builtin(workgroup_id) group: vec3u,
-    @builtin(num_workgroups) groups: vec3u,
+    @builtin(workgroup_id) workgroup_id: vec3u,
+    @builtin(num_workgroups) workgroups: vec3u,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
+    let group = in_order(workgroup_id, workgroups);
     let at = sequence(group.z, group.y);
     // The last rows first: with a causal mask they take longest.
-    let row0 = problem.row_begin + (groups.x - 1u - group.x) * ROWS;
+    let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
     let mine = subgroup * ROW_MATRICES * M;
     let query_start = head_start(problem.query, at.batch, at.head_q);

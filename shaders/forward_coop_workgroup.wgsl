@@ -80,15 +80,16 @@ fn write_elements(start: u32, column: u32, lane: u32, x: Lane) {
 
 @compute @workgroup_size(THREADS)
 fn forward(
-    @builtin(workgroup_id) group: vec3u,
-    @builtin(num_workgroups) groups: vec3u,
+    @builtin(workgroup_id) workgroup_id: vec3u,
+    @builtin(num_workgroups) workgroups: vec3u,
     @builtin(local_invocation_index) thread: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
+    let group = in_order(workgroup_id, workgroups);
     let at = sequence(group.z, group.y);
     // The last rows first: with a causal mask they take longest.
-    let row0 = problem.row_begin + (groups.x - 1u - group.x) * ROWS;
+    let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
     // The first row of matrices of this subgroup; and a lane's row there, of which the others are M further.
     let mine = subgroup * ROW_MATRICES;

@@ -38,6 +38,8 @@ struct Problem {
     // Results over parts of the keys that decode_combine.wgsl merges, and rows of each.
     splits: u32,
     split_rows: u32,
+    // Whether workgroups go by heads first: see in_order.
+    heads_first: u32,
 }
 
 @group(0) @binding(0) var<uniform> problem: Problem;
@@ -66,4 +68,14 @@ fn sequence(batch: u32, head: u32) -> Sequence {
 // First element of row 0 of a head.
 fn head_start(t: Tensor, batch: u32, head: u32) -> u32 {
     return t.base + batch * t.batch + head * t.head;
+}
+
+// The tile, head and batch entry of a workgroup, numbered as they start. A kernel's tiles of one head follow one another,
+// which read the same keys and values. But where a mask makes some tiles longer than others, the first tiles of all heads
+// come first, the longest ones, and short ones fill the device at the end.
+fn in_order(group: vec3u, groups: vec3u) -> vec3u {
+    let heads = groups.y * groups.z;
+    let n = (group.z * groups.y + group.y) * groups.x + group.x;
+    let head = n % heads;
+    return select(group, vec3u(n / heads, head % groups.y, head / groups.y), problem.heads_first != 0u);
 }
