@@ -305,9 +305,10 @@ pub struct Time {
 pub fn measure(context: &Context, bound: &[BoundPass<'_>]) -> Result<Time, Error> {
     // A processor needs no warming up, and takes its time as it is.
     let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
-    // Somewhat more of both, since the estimate may come from a device that was still getting faster.
-    let (warm_up, passes) = if software { (0.0, 5) } else { (0.4, 15) };
-    let times = |estimate: f64, passes| -> Result<Vec<f64>, Error> {
+    // Somewhat more of both, since the estimate comes from a device that may still be getting faster. No more than that:
+    // one at its limit of power soon slows down.
+    let (warm_up, passes) = if software { (0.0, 5) } else { (0.3, 15) };
+    let times = |estimate: f64, warm_up: f64, passes| -> Result<Vec<f64>, Error> {
         let runs = (0.003 / estimate).ceil();
         let warm = (warm_up / (runs * estimate)).ceil() as u32;
         let all = pass_times(context, bound, runs as u32, warm + passes)?;
@@ -316,8 +317,8 @@ pub fn measure(context: &Context, bound: &[BoundPass<'_>]) -> Result<Time, Error
     // No pass is that short; a clock may be that coarse.
     let shortest = 1e-6;
     let cold = pass_times(context, bound, 1, 1)?[0].max(shortest);
-    let estimate = times(cold, 1)?[0].max(shortest);
-    let mut times = times(estimate, passes)?;
+    let estimate = times(cold, warm_up / 6.0, 1)?[0].max(shortest);
+    let mut times = times(estimate, warm_up, passes)?;
     times.sort_by(f64::total_cmp);
     Ok(Time { median: times[times.len() / 2], min: times[0], passes: times.len() })
 }
