@@ -10,12 +10,13 @@
 //         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V
 //     O = O / l,  lse = m + ln l
 //
-// Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) keeps, in registers, for rows
-// ty, ty + THREADS_Y, ... : the scores of keys 4(tx + THREADS_X c) .. + 4, output columns 4(tx + THREADS_X u) .. + 4.
-// Workgroup memory holds Q and K (CHUNK columns at a time), P (PIECE keys at a time), V (VALUE_KEYS rows at a time),
-// all as f32. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are differences of
-// scores times `factor`: one multiplication a score. If the tile says so, the products are written out, so that loads
-// of the next vectors are among the products of these.
+// Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) keeps, in registers, of rows 4(ty + THREADS_Y r) .. + 4 the
+// scores with keys 4(tx + THREADS_X c) .. + 4, and output columns 4(tx + THREADS_X u) .. + 4. Both products are sums of outer
+// products, of a vector of four that a thread finds in workgroup memory and the elements of another: 16 multiply-adds for two
+// loads. So Q, K and P lie there in columns, V in rows: Q and K CHUNK columns at a time, P PIECE keys at a time, V VALUE_KEYS
+// rows at a time, all as f32. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are
+// differences of scores times `factor`: one multiplication a score. If the tile says so, the products are written out, so
+// that loads of the next vectors are among the products of these.
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"
@@ -35,32 +36,44 @@
 #include "common/write.wgsl" tensor=out
 
 const THREADS = THREADS_X * THREADS_Y;
-// What one thread holds: TR rows by PIECES vectors of scores, TR rows by TV vectors of output.
+// What one thread holds: TR vectors of four rows by TC keys of scores, 4 TR rows by TV vectors of output.
 const PIECE = 4u * THREADS_X;
-const TR = ROWS / THREADS_Y;
+const TR = ROWS / (4u * THREADS_Y);
 const TC = 4u * PIECES;
 const TV = (HEAD_DIM_V + PIECE - 1u) / PIECE;
-// Row lengths in workgroup memory, in vectors. An odd length spreads a column over all banks.
-const CHUNK_STRIDE = CHUNK4 | 1u;
-const P_STRIDE = THREADS_X | 1u;
-const PARTIAL_STRIDE = (THREADS_X / 4u) | 1u;
+// Lengths in vectors: of a column of Q and of K, from one column of P to the next, which four threads that store to
+// neighbouring columns must find in other banks, and of a row of V.
+const ROWS4 = ROWS / 4u;
+const KEYS4 = KEYS / 4u;
+const P_STRIDE = (ROWS4 + 5u) / 8u * 8u + 2u;
 const V_STRIDE = TV * THREADS_X;
 const CHUNKS = (HEAD_DIM + CHUNK - 1u) / CHUNK;
 // Q stays when one chunk holds it. P takes the place of what is not needed once S is there.
 const Q_AT = 0u;
-const K_AT = Q_AT + ROWS * CHUNK_STRIDE;
+const K_AT = Q_AT + CHUNK * ROWS4;
 const P_AT = select(Q_AT, K_AT, CHUNKS == 1u);
-const V_AT = P_AT + ROWS * P_STRIDE;
-// A number of each thread for each of its rows, to be reduced over a row of threads: beside K, where V is not yet.
-const PARTIAL_AT = max(V_AT, K_AT + KEYS * CHUNK_STRIDE);
-var<workgroup> tiles: array<vec4f, max(PARTIAL_AT + ROWS * PARTIAL_STRIDE, V_AT + VALUE_KEYS * V_STRIDE)>;
+const V_AT = P_AT + PIECE * P_STRIDE;
+// Four numbers of each thread for each of its vectors of rows, to be reduced over a row of threads: beside K, where V is not yet.
+const PARTIAL_AT = max(V_AT, K_AT + CHUNK * KEYS4);
+var<workgroup> tiles: array<vec4f, max(PARTIAL_AT + THREADS_X * ROWS4, V_AT + VALUE_KEYS * V_STRIDE)>;
 // Of each row: m, and exp(m - m') by which its sums shrink.
-var<workgroup> maxima: array<vec2f, ROWS>;
+var<workgroup> maxima: array<vec4f, ROWS4>;
+var<workgroup> shrinks: array<vec4f, ROWS4>;
+
+alias Output = array<array<vec4f, TV>, 4u * TR>;
 
 // What each thread moves of a tile: loaded to registers while the tile before is in use, then stored.
 const QUERY_LOADS = (ROWS * CHUNK4 + THREADS - 1u) / THREADS;
 const KEY_LOADS = (KEYS * CHUNK4 + THREADS - 1u) / THREADS;
 const VALUE_LOADS = (VALUE_KEYS * V_STRIDE + THREADS - 1u) / THREADS;
+
+// Where vector n of a column, of `count` vectors, is in it. Threads that store to one place of several columns, four of each
+// vector, would meet in a bank; so those of each next four are changed around.
+fn place(n: u32, column4: u32, count: u32) -> u32 {
+    const SPREAD = max(8u / CHUNK4, 1u);
+    let most = min(count & (~count + 1u), 8u) - 1u;
+    return n ^ ((column4 * SPREAD) & most);
+}
 
 fn load_query(start: u32, row0: u32, d0: u32, thread: u32) -> array<Elements4, QUERY_LOADS> {
     var x: array<Elements4, QUERY_LOADS>;
@@ -82,7 +95,10 @@ fn store_query(x: array<Elements4, QUERY_LOADS>, d0: u32, thread: u32) {
                 let d = d0 + 4u * (t % CHUNK4);
                 q = first_elements(q, max(d, HEAD_DIM) - d);
             }
-            tiles[Q_AT + t / CHUNK4 * CHUNK_STRIDE + t % CHUNK4] = q;
+            for (var e = 0u; e < 4u; e++) {
+                let column = Q_AT + (4u * (t % CHUNK4) + e) * ROWS4;
+                tiles[column + place(t / CHUNK4 / 4u, t % CHUNK4, ROWS4)][t / CHUNK4 % 4u] = q[e];
+            }
         }
     }
 }
@@ -97,23 +113,28 @@ fn load_key(start: u32, j0: u32, last: u32, d0: u32, thread: u32) -> array<Eleme
     return x;
 }
 
-// Key j of the tile goes where a thread finds its keys THREADS_X rows apart: neighbours read neighbours.
 fn store_key(x: array<Elements4, KEY_LOADS>, thread: u32) {
     for (var n = 0u; n < KEY_LOADS; n++) {
         let t = thread + n * THREADS;
-        let j = t / CHUNK4;
         if t < KEYS * CHUNK4 {
-            let row = (j / PIECE * 4u + j % 4u) * THREADS_X + j / 4u % THREADS_X;
-            tiles[K_AT + row * CHUNK_STRIDE + t % CHUNK4] = unpack4(x[n]);
+            let k = unpack4(x[n]);
+            for (var e = 0u; e < 4u; e++) {
+                let column = K_AT + (4u * (t % CHUNK4) + e) * KEYS4;
+                tiles[column + place(t / CHUNK4 / 4u, t % CHUNK4, KEYS4)][t / CHUNK4 % 4u] = k[e];
+            }
         }
     }
 }
 
-fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, VALUE_LOADS> {
+// Rows v0 .. v0 + VALUE_KEYS of V, in the order in which the columns of P lie: key 4 tx + e of a piece is column
+// e THREADS_X + tx.
+fn load_value(start: u32, j0: u32, v0: u32, last: u32, thread: u32) -> array<Elements4, VALUE_LOADS> {
     var x: array<Elements4, VALUE_LOADS>;
     for (var n = 0u; n < VALUE_LOADS; n++) {
         let t = thread + n * THREADS;
-        let j = min(j0 + t / V_STRIDE, last);
+        let column = (v0 + t / V_STRIDE) % PIECE;
+        let piece = (v0 + t / V_STRIDE) / PIECE * PIECE;
+        let j = min(j0 + piece + 4u * (column % THREADS_X) + column / THREADS_X, last);
         x[n] = read_value(start + j * problem.value.row, 4u * (t % V_STRIDE), HEAD_DIM_V);
     }
     return x;
@@ -128,25 +149,18 @@ fn store_value(x: array<Elements4, VALUE_LOADS>, thread: u32) {
     }
 }
 
-fn max4(x: vec4f) -> f32 {
-    return max(max(x.x, x.y), max(x.z, x.w));
-}
-
-fn store_partial(x: f32, row: u32, tx: u32) {
-    tiles[PARTIAL_AT + row * PARTIAL_STRIDE + tx / 4u][tx % 4u] = x;
-}
-
 @compute @workgroup_size(THREADS)
 fn forward(
-    @builtin(workgroup_id) group: vec3u,
-    @builtin(num_workgroups) groups: vec3u,
+    @builtin(workgroup_id) workgroup_id: vec3u,
+    @builtin(num_workgroups) workgroups: vec3u,
     @builtin(local_invocation_index) thread: u32,
 ) {
+    let group = in_order(workgroup_id, workgroups);
     let tx = thread_x(thread);
     let ty = thread_y(thread);
     let at = sequence(group.z, group.y);
     // The last rows first: with a causal mask they take longest.
-    let row0 = problem.row_begin + (groups.x - 1u - group.x) * ROWS;
+    let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
     let query_start = head_start(problem.query, at.batch, at.head_q);
     let key_start = head_start(problem.key, at.batch, at.head_kv);
@@ -158,10 +172,10 @@ fn forward(
     let masked = MASKED / max(factor, 1.0);
     let lowest = LOWEST / max(factor, 1.0);
 
-    var o: array<array<vec4f, TV>, TR>;
-    var l: array<f32, TR>;
-    if thread < ROWS {
-        maxima[thread] = vec2f(lowest, 1.0);
+    var o: Output;
+    var l: array<vec4f, TR>;
+    if thread < ROWS / 4u {
+        maxima[thread] = vec4f(lowest);
     }
 
     let range = key_range(at, i32(row0), i32(row1));
@@ -172,14 +186,14 @@ fn forward(
     var value_next: array<Elements4, VALUE_LOADS>;
     if range.x < range.y {
         key_next = load_key(key_start, u32(first), last, 0u, thread);
-        value_next = load_value(value_start, u32(first), last, thread);
+        value_next = load_value(value_start, u32(first), 0u, last, thread);
     }
     if CHUNKS == 1u {
         store_query(query_next, 0u, thread);
     }
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         // S = Q K^T
-        var s: array<array<vec4f, PIECES>, TR>;
+        var s: array<array<vec4f, TR>, TC>;
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
             workgroupBarrier();
             store_key(key_next, thread);
@@ -197,15 +211,17 @@ fn forward(
 #if WRITTEN_OUT
 #unroll
 #endif
-            for (var d = 0u; d < CHUNK4; d++) {
-                var k: array<vec4f, TC>;
-                for (var c = 0u; c < TC; c++) {
-                    k[c] = tiles[K_AT + (c * THREADS_X + tx) * CHUNK_STRIDE + d];
-                }
+            for (var d = 0u; d < CHUNK; d++) {
+                var q: array<vec4f, TR>;
                 for (var r = 0u; r < TR; r++) {
-                    let q = tiles[Q_AT + (r * THREADS_Y + ty) * CHUNK_STRIDE + d];
-                    for (var c = 0u; c < PIECES; c++) {
-                        s[r][c] = dot4(q, k[4u * c], k[4u * c + 1u], k[4u * c + 2u], k[4u * c + 3u], s[r][c]);
+                    q[r] = tiles[Q_AT + d * ROWS4 + place(r * THREADS_Y + ty, d / 4u, ROWS4)];
+                }
+                for (var c = 0u; c < PIECES; c++) {
+                    let k = tiles[K_AT + d * KEYS4 + place(c * THREADS_X + tx, d / 4u, KEYS4)];
+                    for (var e = 0u; e < 4u; e++) {
+                        for (var r = 0u; r < TR; r++) {
+                            s[4u * c + e][r] = fma(vec4f(k[e]), q[r], s[4u * c + e][r]);
+                        }
                     }
                 }
             }
@@ -213,67 +229,79 @@ fn forward(
 
         // What each score is, and whether it counts
 #if SOFTCAP
-        for (var r = 0u; r < TR; r++) {
-            for (var c = 0u; c < PIECES; c++) {
-                let x = s[r][c];
-                s[r][c] = vec4f(score_shape(x.x), score_shape(x.y), score_shape(x.z), score_shape(x.w));
+        for (var c = 0u; c < TC; c++) {
+            for (var r = 0u; r < TR; r++) {
+                let x = s[c][r];
+                s[c][r] = vec4f(score_shape(x.x), score_shape(x.y), score_shape(x.z), score_shape(x.w));
             }
         }
 #endif
         if !tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS)) {
-            for (var r = 0u; r < TR; r++) {
-                let i = i32(row0 + r * THREADS_Y + ty);
-                for (var c = 0u; c < PIECES; c++) {
-                    let j = j0 + i32(c * PIECE + 4u * tx);
-                    let kept = vec4<bool>(keep(at, i, j), keep(at, i, j + 1), keep(at, i, j + 2), keep(at, i, j + 3));
-                    s[r][c] = select(vec4f(masked), s[r][c], kept);
+            for (var c = 0u; c < TC; c++) {
+                let j = j0 + i32(c / 4u * PIECE + 4u * tx + c % 4u);
+                for (var r = 0u; r < TR; r++) {
+                    let i = i32(row0 + 4u * (r * THREADS_Y + ty));
+                    let kept = vec4<bool>(keep(at, i, j), keep(at, i + 1, j), keep(at, i + 2, j), keep(at, i + 3, j));
+                    s[c][r] = select(vec4f(masked), s[c][r], kept);
                 }
             }
         }
 
         // m' = max(m, rowmax S). One thread a row reduces: if all threads of a row did, each would read what all have.
         for (var r = 0u; r < TR; r++) {
-            var most = s[r][0];
-            for (var c = 1u; c < PIECES; c++) {
-                most = max(most, s[r][c]);
+            var most = s[0][r];
+            for (var c = 1u; c < TC; c++) {
+                most = max(most, s[c][r]);
             }
-            store_partial(max4(most), r * THREADS_Y + ty, tx);
+            tiles[PARTIAL_AT + tx * ROWS4 + r * THREADS_Y + ty] = most;
         }
         workgroupBarrier();
         if thread < ROWS {
-            let m = maxima[thread].x;
-            var most = vec4f(m);
-            for (var x = 0u; x < THREADS_X / 4u; x++) {
-                most = max(most, tiles[PARTIAL_AT + thread * PARTIAL_STRIDE + x]);
+            let m = maxima[thread / 4u][thread % 4u];
+            var larger = m;
+            for (var x = 0u; x < THREADS_X; x++) {
+                larger = max(larger, tiles[PARTIAL_AT + x * ROWS4 + thread / 4u][thread % 4u]);
             }
-            let larger = max4(most);
-            maxima[thread] = vec2f(larger, exp2((m - larger) * factor));
+            maxima[thread / 4u][thread % 4u] = larger;
+            shrinks[thread / 4u][thread % 4u] = exp2((m - larger) * factor);
         }
         workgroupBarrier();
 
         // P = exp(S - m'),  l = exp(m - m') l + rowsum P
-        var shrink: array<f32, TR>;
+        var shrink: array<vec4f, TR>;
         for (var r = 0u; r < TR; r++) {
             let most = maxima[r * THREADS_Y + ty];
-            shrink[r] = most.y;
+            shrink[r] = shrinks[r * THREADS_Y + ty];
             var sum = vec4f();
-            for (var c = 0u; c < PIECES; c++) {
-                s[r][c] = exp2((s[r][c] - vec4f(most.x)) * factor);
-                sum += s[r][c];
+            for (var c = 0u; c < TC; c++) {
+                s[c][r] = exp2((s[c][r] - most) * factor);
+                sum += s[c][r];
             }
-            l[r] = fma(l[r], shrink[r], sum4(sum));
+            l[r] = fma(l[r], shrink[r], sum);
         }
 
-        // O = exp(m - m') O + P V. P V is summed by itself first: a sum of sums loses less than one long sum does.
-        var pv: array<array<vec4f, TV>, TR>;
+        // O = exp(m - m') O + P V. In f32 P V is summed by itself first: a sum of sums loses less than one long sum does.
+#if ELEMENT_F32
+        var pv: Output;
+        let sum = &pv;
+#else
+        for (var r = 0u; r < 4u * TR; r++) {
+            for (var u = 0u; u < TV; u++) {
+                o[r][u] *= shrink[r / 4u][r % 4u];
+            }
+        }
+        let sum = &o;
+#endif
         // Written out, since c must be a constant for S to be in registers.
 #unroll
         for (var c = 0u; c < PIECES; c++) {
             if c > 0u {
                 workgroupBarrier();
             }
-            for (var r = 0u; r < TR; r++) {
-                tiles[P_AT + (r * THREADS_Y + ty) * P_STRIDE + tx] = s[r][c];
+            for (var e = 0u; e < 4u; e++) {
+                for (var r = 0u; r < TR; r++) {
+                    tiles[P_AT + (e * THREADS_X + tx) * P_STRIDE + r * THREADS_Y + ty] = s[4u * c + e][r];
+                }
             }
             for (var v0 = 0u; v0 < PIECE; v0 += VALUE_KEYS) {
                 if v0 > 0u {
@@ -281,62 +309,63 @@ fn forward(
                 }
                 store_value(value_next, thread);
                 workgroupBarrier();
-                value_next = load_value(value_start, u32(j0) + c * PIECE + v0 + VALUE_KEYS, last, thread);
+                value_next = load_value(value_start, u32(j0) + c * PIECE, v0 + VALUE_KEYS, last, thread);
 #if WRITTEN_OUT
 #unroll
 #endif
-                for (var j4 = 0u; j4 < VALUE_KEYS4; j4++) {
-                    var v: array<array<vec4f, TV>, 4>;
-                    for (var jj = 0u; jj < 4u; jj++) {
-                        for (var u = 0u; u < TV; u++) {
-                            v[jj][u] = tiles[V_AT + (4u * j4 + jj) * V_STRIDE + u * THREADS_X + tx];
-                        }
+                for (var j = 0u; j < VALUE_KEYS; j++) {
+                    var v: array<vec4f, TV>;
+                    for (var u = 0u; u < TV; u++) {
+                        v[u] = tiles[V_AT + j * V_STRIDE + u * THREADS_X + tx];
                     }
                     for (var r = 0u; r < TR; r++) {
-                        let p = tiles[P_AT + (r * THREADS_Y + ty) * P_STRIDE + v0 / 4u + j4];
-                        for (var u = 0u; u < TV; u++) {
-                            let x = fma(vec4f(p.x), v[0][u], pv[r][u]);
-                            let y = fma(vec4f(p.y), v[1][u], x);
-                            let z = fma(vec4f(p.z), v[2][u], y);
-                            pv[r][u] = fma(vec4f(p.w), v[3][u], z);
+                        let p = tiles[P_AT + (v0 + j) * P_STRIDE + r * THREADS_Y + ty];
+                        for (var e = 0u; e < 4u; e++) {
+                            for (var u = 0u; u < TV; u++) {
+                                (*sum)[4u * r + e][u] = fma(vec4f(p[e]), v[u], (*sum)[4u * r + e][u]);
+                            }
                         }
                     }
                 }
             }
         }
-        for (var r = 0u; r < TR; r++) {
+#if ELEMENT_F32
+        for (var r = 0u; r < 4u * TR; r++) {
             for (var u = 0u; u < TV; u++) {
-                o[r][u] = fma(o[r][u], vec4f(shrink[r]), pv[r][u]);
+                o[r][u] = fma(o[r][u], vec4f(shrink[r / 4u][r % 4u]), pv[r][u]);
             }
         }
+#endif
     }
 
     // l of a row is spread over its threads.
     workgroupBarrier();
     for (var r = 0u; r < TR; r++) {
-        store_partial(l[r], r * THREADS_Y + ty, tx);
+        tiles[PARTIAL_AT + tx * ROWS4 + r * THREADS_Y + ty] = l[r];
     }
     workgroupBarrier();
     for (var r = 0u; r < TR; r++) {
-        let row = r * THREADS_Y + ty;
+        let place = r * THREADS_Y + ty;
         var sums = vec4f();
-        for (var x = 0u; x < THREADS_X / 4u; x++) {
-            sums += tiles[PARTIAL_AT + row * PARTIAL_STRIDE + x];
+        for (var x = 0u; x < THREADS_X; x++) {
+            sums += tiles[PARTIAL_AT + x * ROWS4 + place];
         }
-        let sum = sum4(sums);
-        let i = row0 + row;
-        if i < row1 {
-            let inverse = inverse_sum(sum);
-            let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
-            for (var u = 0u; u < TV; u++) {
-                write_out(start, 4u * (u * THREADS_X + tx), HEAD_DIM_V, o[r][u] * inverse);
-            }
+        for (var e = 0u; e < 4u; e++) {
+            let sum = sums[e];
+            let i = row0 + 4u * place + e;
+            if i < row1 {
+                let inverse = inverse_sum(sum);
+                let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
+                for (var u = 0u; u < TV; u++) {
+                    write_out(start, 4u * (u * THREADS_X + tx), HEAD_DIM_V, o[4u * r + e][u] * inverse);
+                }
 #if LSE
-            if tx == 0u {
-                let m = score_size() * maxima[row].x;
-                lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits(m, sum);
-            }
+                if tx == 0u {
+                    let m = score_size() * maxima[place][e];
+                    lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits(m, sum);
+                }
 #endif
+            }
         }
     }
 }

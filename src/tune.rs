@@ -9,9 +9,9 @@ pub struct Tile {
     pub rows: u32,
     /// Keys a step of the loop takes.
     pub keys: u32,
-    /// Rows of the grid of threads; even, and divides `rows`.
+    /// Rows of the grid of threads; even, and `4 · threads_y` divides `rows`.
     pub threads_y: u32,
-    /// Columns of the grid of threads, a multiple of 4; `4 · threads_x` divides `keys`.
+    /// Columns of the grid of threads; even, and `4 · threads_x` divides `keys`.
     pub threads_x: u32,
     /// Columns of Q and K in workgroup memory at a time; a multiple of 4.
     pub chunk: u32,
@@ -35,14 +35,14 @@ impl Tile {
 
     /// Workgroup memory in bytes. The same sums as the constants of the shader.
     pub const fn workgroup_bytes(&self, head_dim: u32, head_dim_v: u32) -> u32 {
-        let chunk_stride = (self.chunk / 4) | 1;
-        let query = self.rows * chunk_stride;
-        let scores = query + self.keys * chunk_stride;
+        let rows = self.rows / 4;
+        let query = self.chunk * rows;
+        let scores = query + self.chunk * (self.keys / 4);
         let p_at = if self.chunk >= head_dim { query } else { 0 };
-        let value_at = p_at + self.rows * (self.threads_x | 1);
+        let value_at = p_at + self.piece() * ((rows + 5) / 8 * 8 + 2);
         let value = value_at + self.value_keys * head_dim_v.div_ceil(self.piece()) * self.threads_x;
         let partial_at = if value_at > scores { value_at } else { scores };
-        let partial = partial_at + self.rows * ((self.threads_x / 4) | 1);
+        let partial = partial_at + self.threads_x * rows;
         16 * (if partial > value { partial } else { value }) + 8 * self.rows
     }
 
@@ -53,14 +53,14 @@ impl Tile {
         if all.iter().any(|&n| n == 0 || n > 1024) {
             return Err(Error::Tile("every size must be from 1 to 1024"));
         }
-        if !self.threads_y.is_multiple_of(2) || !self.rows.is_multiple_of(self.threads_y) {
-            return Err(Error::Tile("threads_y must be even and divide rows"));
+        if !self.threads_y.is_multiple_of(2) || !self.rows.is_multiple_of(4 * self.threads_y) {
+            return Err(Error::Tile("threads_y must be even, and 4 · threads_y divide rows"));
         }
         if self.rows > self.threads() {
             return Err(Error::Tile("rows must be at most threads_y · threads_x"));
         }
-        if !self.threads_x.is_multiple_of(4) || !self.keys.is_multiple_of(self.piece()) {
-            return Err(Error::Tile("threads_x must be a multiple of 4, and 4 · threads_x divide keys"));
+        if !self.threads_x.is_multiple_of(2) || !self.keys.is_multiple_of(self.piece()) {
+            return Err(Error::Tile("threads_x must be even, and 4 · threads_x divide keys"));
         }
         if !self.chunk.is_multiple_of(4) {
             return Err(Error::Tile("chunk must be a multiple of 4"));
@@ -585,8 +585,8 @@ const fn row(
 #[rustfmt::skip]
 const TILES: &[Row] = &[
     //  D,    memory, rows, keys,     grid, chunk, value_keys
-    row( 64, 48 << 10,  128,  128, (16, 16),    32,  32),
-    row(256, 48 << 10,  128,   64, (16, 16),    32,  16),
+    row( 64, 48 << 10,  128,  128, (16, 16),    16,  32),
+    row(256, 48 << 10,  128,  128, (16, 16),    32,  16),
     row(128, 32 << 10,   64,   64,  (16, 8),    32,  16),
     row(256, 32 << 10,   64,   64, (16, 16),    32,  16),
     // WebGPU's default limits: 16 KiB, 256 invocations.
@@ -738,7 +738,7 @@ mod tests {
         for bad in [
             Tile { rows: 33, ..good },
             Tile { rows: 128, ..good },
-            Tile { threads_x: 2, ..good },
+            Tile { threads_x: 3, ..good },
             Tile { keys: 36, ..good },
             Tile { chunk: 30, ..good },
             Tile { value_keys: 6, ..good },

@@ -40,7 +40,7 @@ fn plans() {
         problem
     };
     let with_tile = |found: Tile| PlanOptions { tile: Some(found), ..tile() };
-    let fine = Tile { rows: 8, keys: 16, threads_y: 4, threads_x: 4, chunk: 8, value_keys: 4, written_out: false };
+    let fine = Tile { rows: 8, keys: 16, threads_y: 2, threads_x: 4, chunk: 8, value_keys: 4, written_out: false };
     let bad = BackwardTile { own: 9, step: 8, threads_y: 3, threads_x: 2, chunk: 8, block: 8, written_out: false };
     let backward = PlanOptions { backward: Some(Kernel::Tile), backward_tile: Some(bad), ..tile() };
     let head_dim = |argument, found| Error::HeadDim { argument, found };
@@ -71,7 +71,7 @@ fn plans() {
         (
             good(),
             with_tile(Tile { threads_y: 3, ..fine }),
-            Error::Tile("threads_y must be even and divide rows"),
+            Error::Tile("threads_y must be even, and 4 · threads_y divide rows"),
             "tile",
         ),
         (good(), with_tile(Tile { chunk: 6, ..fine }), Error::Tile("chunk must be a multiple of 4"), "tile"),

@@ -13,14 +13,14 @@ fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanO
 
 /// Smaller than the cases, so that there are several.
 fn small_tile() -> PlanOptions {
-    tiled(8, 16, (8, 4), 4, 8)
+    tiled(8, 16, (2, 4), 4, 8)
 }
 
 fn run_cases(element_type: ElementType) {
     let mut ways = ways(element_type);
     ways.push(("tile of 8 by 16", full(), small_tile()));
     // Rows and columns are no powers of two; two pieces of P.
-    ways.push(("tile of 12 by 32", full(), tiled(12, 32, (12, 4), 12, 8)));
+    ways.push(("tile of 24 by 32", full(), tiled(24, 32, (6, 4), 12, 8)));
     check_all(&prepare(cases(), element_type), &ways);
 }
 

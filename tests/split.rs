@@ -62,7 +62,7 @@ fn cases() -> Vec<(&'static str, Case)> {
 }
 
 fn small() -> PlanOptions {
-    tiled(8, 16, (8, 4), 4, 8)
+    tiled(8, 16, (2, 4), 4, 8)
 }
 
 #[test]

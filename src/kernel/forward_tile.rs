@@ -25,11 +25,9 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
                 ("THREADS_Y", tile.threads_y),
                 ("THREADS_X", tile.threads_x),
                 ("CHUNK", tile.chunk),
-                ("VALUE_KEYS", tile.value_keys),
-                // Trips of the loops that are written out.
                 ("CHUNK4", tile.chunk / 4),
+                ("VALUE_KEYS", tile.value_keys),
                 ("PIECES", tile.keys / tile.piece()),
-                ("VALUE_KEYS4", tile.value_keys / 4),
             ],
         },
         bindings: bindings(problem, FORWARD_BINDINGS),
