@@ -47,12 +47,9 @@ const ROWS4 = ROWS / 4u;
 const KEYS4 = KEYS / 4u;
 const P_STRIDE = (ROWS4 + 5u) / 8u * 8u + 2u;
 const V_STRIDE = TV * THREADS_X;
-const CHUNKS = (HEAD_DIM + CHUNK - 1u) / CHUNK;
-// Q stays when one chunk holds it. P takes the place of what is not needed once S is there.
-const Q_AT = 0u;
-const K_AT = Q_AT + CHUNK * ROWS4;
-const P_AT = select(Q_AT, K_AT, CHUNKS == 1u);
-const V_AT = P_AT + PIECE * P_STRIDE;
+// Q, and P in its place once S is there; then K, and V behind P.
+const K_AT = CHUNK * ROWS4;
+const V_AT = PIECE * P_STRIDE;
 // Four numbers of each thread for each of its vectors of rows, to be reduced over a row of threads: beside K, where V is not yet.
 const PARTIAL_AT = max(V_AT, K_AT + CHUNK * KEYS4);
 var<workgroup> tiles: array<vec4f, max(PARTIAL_AT + THREADS_X * ROWS4, V_AT + VALUE_KEYS * V_STRIDE)>;
@@ -96,7 +93,7 @@ fn store_query(x: array<Elements4, QUERY_LOADS>, d0: u32, thread: u32) {
                 q = first_elements(q, max(d, HEAD_DIM) - d);
             }
             for (var e = 0u; e < 4u; e++) {
-                let column = Q_AT + (4u * (t % CHUNK4) + e) * ROWS4;
+                let column = (4u * (t % CHUNK4) + e) * ROWS4;
                 tiles[column + place(t / CHUNK4 / 4u, t % CHUNK4, ROWS4)][t / CHUNK4 % 4u] = q[e];
             }
         }
@@ -188,33 +185,26 @@ fn forward(
         key_next = load_key(key_start, u32(first), last, 0u, thread);
         value_next = load_value(value_start, u32(first), 0u, last, thread);
     }
-    if CHUNKS == 1u {
-        store_query(query_next, 0u, thread);
-    }
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         // S = Q K^T
         var s: array<array<vec4f, TR>, TC>;
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
             workgroupBarrier();
             store_key(key_next, thread);
-            if CHUNKS > 1u {
-                store_query(query_next, d0, thread);
-            }
+            store_query(query_next, d0, thread);
             workgroupBarrier();
             // The next chunk: of this tile, or the first of the next tile.
-            let more = CHUNKS > 1u && d0 + CHUNK < HEAD_DIM;
+            let more = d0 + CHUNK < HEAD_DIM;
             let d1 = select(0u, d0 + CHUNK, more);
             key_next = load_key(key_start, select(u32(j0) + KEYS, u32(j0), more), last, d1, thread);
-            if CHUNKS > 1u {
-                query_next = load_query(query_start, row0, d1, thread);
-            }
+            query_next = load_query(query_start, row0, d1, thread);
 #if WRITTEN_OUT
 #unroll
 #endif
             for (var d = 0u; d < CHUNK; d++) {
                 var q: array<vec4f, TR>;
                 for (var r = 0u; r < TR; r++) {
-                    q[r] = tiles[Q_AT + d * ROWS4 + place(r * THREADS_Y + ty, d / 4u, ROWS4)];
+                    q[r] = tiles[d * ROWS4 + place(r * THREADS_Y + ty, d / 4u, ROWS4)];
                 }
                 for (var c = 0u; c < PIECES; c++) {
                     let k = tiles[K_AT + d * KEYS4 + place(c * THREADS_X + tx, d / 4u, KEYS4)];
@@ -300,7 +290,7 @@ fn forward(
             }
             for (var e = 0u; e < 4u; e++) {
                 for (var r = 0u; r < TR; r++) {
-                    tiles[P_AT + (e * THREADS_X + tx) * P_STRIDE + r * THREADS_Y + ty] = s[4u * c + e][r];
+                    tiles[(e * THREADS_X + tx) * P_STRIDE + r * THREADS_Y + ty] = s[4u * c + e][r];
                 }
             }
             for (var v0 = 0u; v0 < PIECE; v0 += VALUE_KEYS) {
@@ -319,7 +309,7 @@ fn forward(
                         v[u] = tiles[V_AT + j * V_STRIDE + u * THREADS_X + tx];
                     }
                     for (var r = 0u; r < TR; r++) {
-                        let p = tiles[P_AT + (v0 + j) * P_STRIDE + r * THREADS_Y + ty];
+                        let p = tiles[(v0 + j) * P_STRIDE + r * THREADS_Y + ty];
                         for (var e = 0u; e < 4u; e++) {
                             for (var u = 0u; u < TV; u++) {
                                 (*sum)[4u * r + e][u] = fma(vec4f(p[e]), v[u], (*sum)[4u * r + e][u]);

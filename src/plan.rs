@@ -462,7 +462,8 @@ impl Plan {
             }
             Kernel::Naive => kernel::naive::passes(problem),
             Kernel::Tile => {
-                let chosen = options.tile.unwrap_or_else(|| tune::tile(shape.head_dim, shape.head_dim_v, limits));
+                let tuned = || tune::tile(problem.element_type, shape.head_dim, shape.head_dim_v, limits);
+                let chosen = options.tile.unwrap_or_else(tuned);
                 chosen.validate()?;
                 tile = Some(chosen);
                 rows_and_keys = Some((chosen.rows, chosen.keys));

@@ -34,12 +34,10 @@ impl Tile {
     }
 
     /// Workgroup memory in bytes. The same sums as the constants of the shader.
-    pub const fn workgroup_bytes(&self, head_dim: u32, head_dim_v: u32) -> u32 {
+    pub const fn workgroup_bytes(&self, head_dim_v: u32) -> u32 {
         let rows = self.rows / 4;
-        let query = self.chunk * rows;
-        let scores = query + self.chunk * (self.keys / 4);
-        let p_at = if self.chunk >= head_dim { query } else { 0 };
-        let value_at = p_at + self.piece() * ((rows + 5) / 8 * 8 + 2);
+        let scores = self.chunk * (rows + self.keys / 4);
+        let value_at = self.piece() * ((rows + 5) / 8 * 8 + 2);
         let value = value_at + self.value_keys * head_dim_v.div_ceil(self.piece()) * self.threads_x;
         let partial_at = if value_at > scores { value_at } else { scores };
         let partial = partial_at + self.threads_x * rows;
@@ -562,6 +560,8 @@ struct Row {
     invocations: u32,
     /// `chunk` and `value_keys` are upper bounds here: see [`tile`].
     tile: Tile,
+    /// `chunk` for f16 and bf16, of which the next chunk takes half the registers.
+    half_chunk: u32,
 }
 
 const fn row(
@@ -570,39 +570,42 @@ const fn row(
     rows: u32,
     keys: u32,
     grid: (u32, u32),
-    chunk: u32,
+    chunks: (u32, u32),
     value_keys: u32,
 ) -> Row {
     let (threads_y, threads_x) = grid;
+    let (chunk, half_chunk) = chunks;
     // Memory that software Vulkan does not have.
     let written_out = workgroup_bytes > 32 << 10;
     let tile = Tile { rows, keys, threads_y, threads_x, chunk, value_keys, written_out };
-    Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
+    Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile, half_chunk }
 }
 
-// On an H100 in f32, TFLOP/s: the first row 38.2 at D = 64, the second 38.3 at D = 128, where 128 keys give 36.7;
+// TFLOP/s on an H100 or H200 in f32: the first row 40.4 at D = 64, the second 40.6 at D = 128, the third 37.7 at D = 256;
 // docs/rejected.md has the others.
 #[rustfmt::skip]
 const TILES: &[Row] = &[
-    //  D,    memory, rows, keys,     grid, chunk, value_keys
-    row( 64, 48 << 10,  128,  128, (16, 16),    16,  32),
-    row(256, 48 << 10,  128,  128, (16, 16),    32,  16),
-    row(128, 32 << 10,   64,   64,  (16, 8),    32,  16),
-    row(256, 32 << 10,   64,   64, (16, 16),    32,  16),
+    //  D,    memory, rows, keys,     grid,   chunk, value_keys
+    row( 64, 48 << 10,  128,  128, (16, 16), (16, 32),  32),
+    row(128, 48 << 10,  128,  128, (16, 16), (32, 32),  16),
+    row(256, 48 << 10,   64,  128, (16, 16), (32, 32),  16),
+    row(128, 32 << 10,   64,   64,  (16, 8), (32, 32),  16),
+    row(256, 32 << 10,   64,   64, (16, 16), (32, 32),  16),
     // WebGPU's default limits: 16 KiB, 256 invocations.
-    row(256,        0,   32,   32,   (8, 8),    32,  32),
+    row(256,        0,   32,   32,   (8, 8), (32, 32),  32),
 ];
 
 /// The tile for a problem on a device: the table's, with `chunk` and `value_keys` made to fit head dimension and
 /// memory.
-pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
+pub fn tile(element_type: ElementType, head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
     let memory = limits.max_compute_workgroup_storage_size;
     let fitted = |row: &Row| {
         let mut tile = row.tile;
+        let most = if element_type == ElementType::F32 { tile.chunk } else { row.half_chunk };
         // Equal chunks: 80 columns in chunks of at most 32 are three of 28.
-        let chunks = head_dim.div_ceil(tile.chunk);
+        let chunks = head_dim.div_ceil(most);
         tile.chunk = head_dim.div_ceil(chunks).next_multiple_of(4);
-        while tile.value_keys > 4 && tile.workgroup_bytes(head_dim, head_dim_v) > memory {
+        while tile.value_keys > 4 && tile.workgroup_bytes(head_dim_v) > memory {
             tile.value_keys /= 2;
         }
         tile
@@ -611,7 +614,7 @@ pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
         head_dim.max(head_dim_v) <= row.head_dim
             && memory >= row.workgroup_bytes
             && limits.max_compute_invocations_per_workgroup >= row.invocations
-            && fitted(row).workgroup_bytes(head_dim, head_dim_v) <= memory
+            && fitted(row).workgroup_bytes(head_dim_v) <= memory
     };
     // Where not even the last row fits, the plan's check of the device's limits says so.
     fitted(TILES.iter().find(|row| suits(row)).unwrap_or(&TILES[TILES.len() - 1]))
@@ -634,9 +637,9 @@ mod tests {
         for (bytes, invocations) in [(16 << 10, 256), (32 << 10, 256), (48 << 10, 1024)] {
             for head_dim in 1..=256 {
                 for head_dim_v in [1, 7, 32, 64, 100, 128, 200, 256, head_dim] {
-                    let tile = tile(head_dim, head_dim_v, &limits(bytes, invocations));
+                    let tile = tile(ElementType::F32, head_dim, head_dim_v, &limits(bytes, invocations));
                     tile.validate().unwrap();
-                    let used = tile.workgroup_bytes(head_dim, head_dim_v);
+                    let used = tile.workgroup_bytes(head_dim_v);
                     assert!(used <= bytes, "{head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
                     assert!(tile.threads() <= invocations);
                 }
@@ -721,20 +724,20 @@ mod tests {
 
     #[test]
     fn larger_limits_give_larger_tiles() {
-        let small = tile(64, 64, &limits(16 << 10, 256));
-        let large = tile(64, 64, &limits(48 << 10, 1024));
+        let small = tile(ElementType::F32, 64, 64, &limits(16 << 10, 256));
+        let large = tile(ElementType::F32, 64, 64, &limits(48 << 10, 1024));
         assert!(large.rows * large.keys > small.rows * small.keys);
     }
 
     #[test]
     fn head_dims_are_cut_into_equal_chunks() {
-        assert_eq!(tile(80, 80, &limits(16 << 10, 256)).chunk, 28);
-        assert_eq!(tile(1, 1, &limits(16 << 10, 256)).chunk, 4);
+        assert_eq!(tile(ElementType::F32, 80, 80, &limits(16 << 10, 256)).chunk, 28);
+        assert_eq!(tile(ElementType::F32, 1, 1, &limits(16 << 10, 256)).chunk, 4);
     }
 
     #[test]
     fn a_tile_that_does_not_divide_is_refused() {
-        let good = tile(64, 64, &limits(16 << 10, 256));
+        let good = tile(ElementType::F32, 64, 64, &limits(16 << 10, 256));
         for bad in [
             Tile { rows: 33, ..good },
             Tile { rows: 128, ..good },

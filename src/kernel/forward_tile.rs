@@ -33,7 +33,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
         bindings: bindings(problem, FORWARD_BINDINGS),
         element_access: false,
         threads: tile.threads(),
-        workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+        workgroup_bytes: tile.workgroup_bytes(shape.head_dim_v),
         workgroups: Box::new(move |part: &Part| {
             [part.row_count().div_ceil(tile.rows as u64), part.head_count(), part.batch_count()]
         }),
