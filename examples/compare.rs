@@ -11,7 +11,7 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use wgpu_flash_attention::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, Tile};
+use wgpu_flash_attention::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use wgpu_flash_attention::{
     Causal, Context, CoopForm, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, reference,
 };
@@ -50,6 +50,10 @@ struct Args {
     /// repeated
     #[arg(long, value_name = "OWN,STEP,TY,TX,CHUNK,BLOCK,WRITTEN_OUT", value_parser = parse_backward_tile)]
     backward_tile: Vec<BackwardTile>,
+    /// Times the backward pass in f32 that computes all gradients at once with this tile in place of the tuned one, its loops
+    /// written out (1) or not (0); may be repeated
+    #[arg(long, value_name = "OWN,STEP,TY,TX,CHUNK,LINES,BLOCK_KEYS,BLOCK_ROWS,WRITTEN_OUT", value_parser = parse_fused_tile)]
+    fused_tile: Vec<FusedTile>,
     /// Times the coop kernel with this tile in place of the tuned one; may be repeated
     #[arg(long, value_name = "SUBGROUPS,ROW_MATRICES,KEYS,BUFFERS", value_parser = parse_coop_tile)]
     coop_tile: Vec<CoopTile>,
@@ -171,6 +175,12 @@ fn parse_backward_tile(text: &str) -> std::result::Result<BackwardTile, String> 
     Ok(BackwardTile { own, step, threads_y, threads_x, chunk, block, written_out: written_out > 0 })
 }
 
+fn parse_fused_tile(text: &str) -> std::result::Result<FusedTile, String> {
+    let [own, step, threads_y, threads_x, chunk, lines, block_keys, block_rows, written_out] = numbers(text)?;
+    let written_out = written_out > 0;
+    Ok(FusedTile { own, step, threads_y, threads_x, chunk, lines, block_keys, block_rows, written_out })
+}
+
 fn parse_coop_backward_tiles(text: &str) -> std::result::Result<[CoopBackwardTile; 2], String> {
     let (dkdv, dq) = text.split_once('/').ok_or("two tiles separated by '/' are expected")?;
     let tile = |text| {
@@ -191,6 +201,7 @@ struct Candidate {
     kernel: Kernel,
     tile: Option<Tile>,
     backward_tile: Option<BackwardTile>,
+    fused_tile: Option<FusedTile>,
     coop_tile: Option<CoopTile>,
     coop_backward_tiles: Option<[CoopBackwardTile; 2]>,
     coop_form: Option<CoopForm>,
@@ -204,6 +215,7 @@ impl Candidate {
             kernel,
             tile: None,
             backward_tile: None,
+            fused_tile: None,
             coop_tile: None,
             coop_backward_tiles: None,
             coop_form: None,
@@ -233,6 +245,14 @@ impl std::fmt::Display for Candidate {
         if let Some(t) = self.backward_tile {
             let BackwardTile { own, step, threads_y, threads_x, chunk, block, written_out } = t;
             write!(f, "[{own} {step} {threads_y} {threads_x} {chunk} {block} {}]", u32::from(written_out))?;
+        }
+        if let Some(t) = self.fused_tile {
+            let FusedTile { own, step, threads_y, threads_x, chunk, lines, block_keys, block_rows, written_out } = t;
+            write!(
+                f,
+                "[{own} {step} {threads_y} {threads_x} {chunk} {lines} {block_keys} {block_rows} {}]",
+                u32::from(written_out)
+            )?;
         }
         if let Some(DecodeTile { rows, threads, key_threads, thread_keys, lanes }) = self.decode_tile {
             write!(f, "[{rows} {threads} {key_threads} {thread_keys} {lanes}]")?;
@@ -272,10 +292,17 @@ fn candidates(args: &Args, op: Op) -> Vec<Candidate> {
             KernelName::Tile => {
                 // Of the pass that is not timed the table's.
                 let tiles = or_none(if op == Op::Backward { &[] } else { &args.tile });
-                let backward_tiles = or_none(if op == Op::Forward { &[] } else { &args.backward_tile });
+                let (split, fused) = match op {
+                    Op::Forward => (vec![], vec![]),
+                    _ => (args.backward_tile.clone(), args.fused_tile.clone()),
+                };
                 for tile in tiles {
                     let tile = Candidate { tile, ..Candidate::of(Kernel::Tile) };
-                    all.extend(backward_tiles.iter().map(|&backward_tile| Candidate { backward_tile, ..tile }));
+                    if split.is_empty() && fused.is_empty() {
+                        all.push(tile);
+                    }
+                    all.extend(split.iter().map(|&t| Candidate { backward_tile: Some(t), ..tile }));
+                    all.extend(fused.iter().map(|&t| Candidate { fused_tile: Some(t), ..tile }));
                 }
             }
         }
@@ -478,6 +505,7 @@ fn compare_one<T: Number>(
         splits: candidate.splits,
         backward: Some(candidate.kernel),
         backward_tile: candidate.backward_tile,
+        fused_tile: candidate.fused_tile,
     };
     let problem = match op {
         Op::Forward => problem.clone(),

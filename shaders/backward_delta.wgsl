@@ -4,7 +4,7 @@
 //     delta_i = sum over d of dO[i, d] O[i, d], less dlse_i where lse has a gradient of its own
 //     rows_i = (lse_i, delta_i), lse_i being NO_KEYS for a row that sees no key
 //
-// ROW_THREADS threads share a row.
+// ROW_THREADS threads share a row. With CLEAR, the gradient of queries is set to 0, for backward_fused_tile.wgsl to add to.
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/elements.wgsl"
@@ -15,6 +15,10 @@
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 #if GRAD_LSE
 @group(0) @binding(12) var<storage, read> grad_lse: array<f32>;
+#endif
+#if CLEAR
+@group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
+#include "common/write.wgsl" tensor=grad_query
 #endif
 #include "common/read.wgsl" tensor=out
 #include "common/read.wgsl" tensor=grad_out
@@ -32,6 +36,14 @@ fn delta(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) t
         let x = unpack4(read_out(out_start, d, HEAD_DIM_V)) * unpack4(read_grad_out(grad_start, d, HEAD_DIM_V));
         sum += first_elements(x, HEAD_DIM_V - d);
     }
+#if CLEAR
+    if row < problem.seqlen_q {
+        let start = head_start(problem.grad_query, group.z, group.y) + i * problem.grad_query.row;
+        for (var d = 4u * (thread % ROW_THREADS); d < HEAD_DIM; d += 4u * ROW_THREADS) {
+            write_grad_query(start, d, HEAD_DIM, vec4f());
+        }
+    }
+#endif
     partial[thread] = sum4(sum);
     workgroupBarrier();
     if thread % ROW_THREADS == 0u && row < problem.seqlen_q {

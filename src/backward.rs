@@ -6,6 +6,7 @@ use crate::forward::{BoundPass, check_buffers};
 use crate::kernel::{self, Access, Slot, backward_delta, forward_coop};
 use crate::plan::{Cut, Part, Recipe, check_limits};
 use crate::problem::Tensor;
+use crate::tune::FusedTile;
 use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tune};
 
 /// The buffers of a backward pass. What [`ForwardBuffers`](crate::ForwardBuffers) says of usages, offsets and sizes holds here
@@ -112,9 +113,17 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
     };
     let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
     let mut coop_form = None;
-    let mut passes = vec![backward_delta::pass(problem)];
+    let fused = match kernel {
+        Kernel::Tile => fused_tile(problem, options, limits)?,
+        _ => None,
+    };
+    let accumulate = problem.gradients.is_some_and(|gradients| gradients.accumulate);
+    let mut passes = vec![backward_delta::pass(problem, fused.is_some() && !accumulate)];
     match kernel {
         Kernel::Naive => passes.extend(kernel::backward_naive::passes(problem)),
+        Kernel::Tile if fused.is_some() => {
+            passes.extend(fused.map(|tile| kernel::backward_fused::pass(problem, tile)));
+        }
         Kernel::Tile => {
             let [dkdv, dq] = match options.backward_tile {
                 Some(tile) => [tile; 2],
@@ -140,4 +149,28 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
         all
     };
     Ok(Recipe { kernel, reason, coop_form, passes, workspaces: Box::new(workspaces), cut: Cut::Groups, splits: 0 })
+}
+
+/// The tile of the kernel that computes all gradients at once, if that is the one: in f32 it adds them up in place.
+fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -> Result<Option<FusedTile>, Error> {
+    let is_f32 = problem.element_type == ElementType::F32;
+    // Without queries there is no gradient of them to bind.
+    if problem.shape.seqlen_q == 0 {
+        return Ok(None);
+    }
+    if let Some(tile) = options.fused_tile {
+        tile.validate()?;
+        let unsupported = || Error::Unsupported {
+            kernel: Kernel::Tile,
+            element_type: problem.element_type,
+            why: "all gradients at once are computed in f32 only",
+        };
+        return is_f32.then_some(Some(tile)).ok_or_else(unsupported);
+    }
+    if options.backward_tile.is_some() || !is_f32 {
+        return Ok(None);
+    }
+    let fits =
+        |tile: &FusedTile| check_limits(Kernel::Tile, &[kernel::backward_fused::pass(problem, *tile)], limits).is_ok();
+    Ok(tune::fused_tile(&problem.shape, problem.rows_grow(), limits).filter(fits))
 }

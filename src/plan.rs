@@ -8,7 +8,7 @@ use crate::forward::bind_launch;
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{self, CoopForm, Kernel, Pass, Slot, forward_coop};
 use crate::problem::{Layout, Tensor};
-use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, Tile};
+use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use crate::{ElementType, Error, Problem};
 
 /// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes.
@@ -28,8 +28,11 @@ pub struct PlanOptions {
     pub splits: Option<u32>,
     /// The kernel of the backward pass; `None` lets the plan choose.
     pub backward: Option<Kernel>,
-    /// The tile of the backward pass' tile kernels; `None` takes [`tune::backward_tiles`].
+    /// The tile of the backward pass' tile kernels, of which each computes the scores; `None` takes [`tune::backward_tiles`].
     pub backward_tile: Option<BackwardTile>,
+    /// The tile of the backward pass' tile kernel that computes all gradients at once, in f32; `None` takes
+    /// [`tune::fused_tile`], or the other kernels where there is a `backward_tile`.
+    pub fused_tile: Option<FusedTile>,
     /// The tiles of the backward pass' coop kernels, of the gradients of keys and values and of queries; `None` takes
     /// [`tune::coop_backward_tiles`], or [`tune::coop_scaled_backward_tiles`] for f32 and bf16.
     pub coop_backward_tiles: Option<[CoopBackwardTile; 2]>,
@@ -60,6 +63,8 @@ pub(crate) struct Schedule {
     pub reason: &'static str,
     /// The coop kernel's form, and why.
     pub coop_form: Option<(CoopForm, String)>,
+    /// Of blocks of rows and keys, in a kernel that is dispatched once for each.
+    pub diagonals: Option<u32>,
     pub workgroup_bytes: u32,
     pub workspace_bytes: u64,
     pub parts: usize,
@@ -261,6 +266,7 @@ impl Schedule {
             kernel: recipe.kernel,
             reason: recipe.reason,
             coop_form: recipe.coop_form.clone(),
+            diagonals: recipe.passes.iter().find_map(|pass| pass.diagonals),
             workgroup_bytes: recipe.passes.iter().map(|pass| pass.workgroup_bytes).max().unwrap_or(0),
             workspace_bytes: 0,
             parts: 0,
@@ -299,13 +305,19 @@ impl Schedule {
 
         let uniform_bytes = size_of::<ProblemUniform>() as u64;
         let uniform_step = uniform_bytes.next_multiple_of(limits.min_uniform_buffer_offset_alignment as u64);
-        let mut uniforms = vec![0u8; uniform_step as usize * parts.len()];
+        // Of each part one for each diagonal.
+        let diagonals = schedule.diagonals.unwrap_or(1);
+        let mut uniforms = vec![0u8; uniform_step as usize * diagonals as usize * parts.len()];
         for (n, part) in parts.iter().enumerate() {
             let (ranges, mut uniform) = bind(part);
             uniform.splits = recipe.splits;
             uniform.split_rows = kernel::decode::rows(part) as u32;
-            let uniform_offset = n as u64 * uniform_step;
-            uniforms[uniform_offset as usize..][..uniform_bytes as usize].copy_from_slice(bytemuck::bytes_of(&uniform));
+            let uniform_offset = |diagonal: u32| (n as u64 * diagonals as u64 + diagonal as u64) * uniform_step;
+            for diagonal in 0..diagonals {
+                uniform.diagonal = diagonal;
+                let slice = &mut uniforms[uniform_offset(diagonal) as usize..][..uniform_bytes as usize];
+                slice.copy_from_slice(bytemuck::bytes_of(&uniform));
+            }
             for (pass, pipeline) in recipe.passes.iter().zip(&pipelines) {
                 // split() has shown that each is at most a u32 limit.
                 let workgroups = (pass.workgroups)(part).map(|n| n as u32);
@@ -314,12 +326,12 @@ impl Schedule {
                     continue;
                 }
                 let bound = |slot| ranges.iter().copied().find(|&(s, _, _)| s == slot);
-                schedule.launches.push(Launch {
+                schedule.launches.extend((0..pass.diagonals.unwrap_or(1)).map(|diagonal| Launch {
                     pipeline: pipeline.clone(),
                     ranges: pass.bindings.iter().filter_map(|&(slot, _)| bound(slot)).collect(),
-                    uniform_offset,
+                    uniform_offset: uniform_offset(diagonal),
                     workgroups,
-                });
+                }));
             }
         }
         schedule.uniforms = Some(uniform_buffer(context.device(), &uniforms));
@@ -685,6 +697,9 @@ impl std::fmt::Display for Plan {
             write!(f, "\nbackward kernel: {} ({})", backward.kernel, backward.reason)?;
             if let Some((form, why)) = &backward.coop_form {
                 write!(f, "\nbackward form: {form} ({why})")?;
+            }
+            if let Some(diagonals) = backward.diagonals {
+                write!(f, "\nbackward gradients: all at once, in dispatches for {diagonals} diagonals of blocks")?;
             }
             write!(f, "\n{backward}")?;
         }

@@ -460,6 +460,11 @@ impl Problem {
         self.key_interval(s.seqlen_q.saturating_sub(1), s.seqlen_k).1.saturating_sub(first)
     }
 
+    /// Whether a mask lets rows see more keys the later they are, as a causal one does.
+    pub(crate) fn rows_grow(&self) -> bool {
+        (self.causal.is_some() || self.window_right.is_some()) && self.window_left.is_none()
+    }
+
     /// The keys that query `i` may see when `keys` of them are valid: first, and one past the last.
     /// The same arithmetic as `key_interval` in `shaders/common/score.wgsl`.
     pub fn key_interval(&self, i: u32, keys: u32) -> (u32, u32) {

@@ -9,10 +9,10 @@
 
 use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::kernel::{
-    backward_coop, backward_delta, backward_naive, backward_tile, decode, forward_coop, forward_coop_scaled,
-    forward_tile, naive,
+    backward_coop, backward_delta, backward_fused, backward_naive, backward_tile, decode, forward_coop,
+    forward_coop_scaled, forward_tile, naive,
 };
-use crate::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, Tile};
+use crate::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use crate::{CoopForm, ElementType, MergeProblem, Problem};
 
 /// Every shader file, by its path under `shaders/`.
@@ -26,6 +26,7 @@ const FILES: &[(&str, &str)] = &[
     ("backward_dq_coop_scaled.wgsl", include_str!("../shaders/backward_dq_coop_scaled.wgsl")),
     ("backward_dq_coop_workgroup.wgsl", include_str!("../shaders/backward_dq_coop_workgroup.wgsl")),
     ("backward_dq_tile.wgsl", include_str!("../shaders/backward_dq_tile.wgsl")),
+    ("backward_fused_tile.wgsl", include_str!("../shaders/backward_fused_tile.wgsl")),
     ("common/coop_step.wgsl", include_str!("../shaders/common/coop_step.wgsl")),
     ("common/coop_tiles.wgsl", include_str!("../shaders/common/coop_tiles.wgsl")),
     ("common/elements.wgsl", include_str!("../shaders/common/elements.wgsl")),
@@ -44,7 +45,9 @@ const FILES: &[(&str, &str)] = &[
     ("common/read_f16.wgsl", include_str!("../shaders/common/read_f16.wgsl")),
     ("common/score.wgsl", include_str!("../shaders/common/score.wgsl")),
     ("common/softmax.wgsl", include_str!("../shaders/common/softmax.wgsl")),
+    ("common/tile_lines.wgsl", include_str!("../shaders/common/tile_lines.wgsl")),
     ("common/tile_load.wgsl", include_str!("../shaders/common/tile_load.wgsl")),
+    ("common/tile_outer.wgsl", include_str!("../shaders/common/tile_outer.wgsl")),
     ("common/tile_products.wgsl", include_str!("../shaders/common/tile_products.wgsl")),
     ("common/tile_result.wgsl", include_str!("../shaders/common/tile_result.wgsl")),
     ("common/tile_threads.wgsl", include_str!("../shaders/common/tile_threads.wgsl")),
@@ -257,11 +260,18 @@ impl Specialization {
 
 /// The modules of the backward pass with these tiles of keys and of queries or, without them, of the naive one.
 pub fn backward_modules(problem: &Problem, tiles: Option<[BackwardTile; 2]>) -> Vec<Specialization> {
-    let mut passes = vec![backward_delta::pass(problem)];
+    let mut passes = vec![backward_delta::pass(problem, false)];
     passes.extend(match tiles {
         Some([dkdv, dq]) => backward_tile::passes(problem, dkdv, dq),
         None => backward_naive::passes(problem),
     });
+    passes.into_iter().map(|pass| pass.specialization).collect()
+}
+
+/// The modules of the backward pass that computes all gradients at once with this tile.
+pub fn fused_modules(problem: &Problem, tile: FusedTile) -> Vec<Specialization> {
+    let accumulate = problem.gradients.is_some_and(|gradients| gradients.accumulate);
+    let passes = [backward_delta::pass(problem, !accumulate), backward_fused::pass(problem, tile)];
     passes.into_iter().map(|pass| pass.specialization).collect()
 }
 

@@ -1,6 +1,6 @@
 //! Which tile a kernel uses, by head dimension and device. Pure: numbers in, numbers out.
 
-use crate::{CoopForm, ElementType, Error};
+use crate::{CoopForm, ElementType, Error, Shape};
 
 /// The tile of the forward kernel, `shaders/forward_tile.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -377,6 +377,120 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
     [both; 2]
 }
 
+/// The tile of the backward kernel that computes all gradients at once, in f32, `shaders/backward_fused_tile.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FusedTile {
+    /// Keys of a tile; a multiple of 32.
+    pub own: u32,
+    /// Queries of a tile; a multiple of 32.
+    pub step: u32,
+    /// Rows of the grid of threads; even, and `4 · threads_y` divides `own` and `step`.
+    pub threads_y: u32,
+    /// Columns of the grid of threads; even, and `4 · threads_x` divides `step`.
+    pub threads_x: u32,
+    /// Columns of the scores' operands in workgroup memory at a time; 4, 8, 16 or a multiple of 32.
+    pub chunk: u32,
+    /// Rows of the gradients' second operand in workgroup memory at a time; divides `4 · threads_y` and `4 · threads_x`.
+    pub lines: u32,
+    /// Keys of a block, of which a dispatch computes one diagonal; a multiple of `own`.
+    pub block_keys: u32,
+    /// Queries of a block; a multiple of `step`.
+    pub block_rows: u32,
+    /// Whether the loops of the products are written out, as the compilers of GPUs do not all do by themselves. On software
+    /// Vulkan such a kernel takes several times as long to compile.
+    pub written_out: bool,
+}
+
+impl FusedTile {
+    /// Threads in a workgroup.
+    pub const fn threads(&self) -> u32 {
+        self.threads_x * self.threads_y
+    }
+
+    /// Workgroup memory in bytes. The same sums as the constants of the shader.
+    pub const fn workgroup_bytes(&self, head_dim: u32, head_dim_v: u32) -> u32 {
+        let scores = self.chunk * (self.own + self.step) / 4;
+        let by_rows = 4 * self.threads_x * ((self.own / 4 + 5) / 8 * 8 + 2);
+        let by_keys = 4 * self.threads_y * ((self.step / 4 + 3) / 8 * 8 + 4);
+        let widest = if head_dim > head_dim_v { head_dim } else { head_dim_v };
+        let lines = self.lines * widest.div_ceil(4 * self.threads_x) * self.threads_x;
+        let results = lines + if by_rows > by_keys { by_rows } else { by_keys };
+        16 * if scores > results { scores } else { results }
+    }
+
+    /// Checks that the tile divides as the shader needs it to.
+    pub fn validate(&self) -> Result<(), Error> {
+        let all = [self.own, self.step, self.threads_y, self.threads_x, self.chunk, self.lines];
+        // Bounds the arithmetic of workgroup_bytes.
+        if all.iter().any(|&n| n == 0 || n > 1024) {
+            return Err(Error::Tile("every size must be from 1 to 1024"));
+        }
+        if !self.own.is_multiple_of(32) || !self.step.is_multiple_of(32) {
+            return Err(Error::Tile("own and step must be multiples of 32"));
+        }
+        let (of_y, of_x) = (4 * self.threads_y, 4 * self.threads_x);
+        if !of_y.is_multiple_of(8) || !self.own.is_multiple_of(of_y) || !self.step.is_multiple_of(of_y) {
+            return Err(Error::Tile("threads_y must be even, and 4 · threads_y divide own and step"));
+        }
+        if !of_x.is_multiple_of(8) || !self.step.is_multiple_of(of_x) {
+            return Err(Error::Tile("threads_x must be even, and 4 · threads_x divide step"));
+        }
+        if ![4, 8, 16].contains(&self.chunk) && !self.chunk.is_multiple_of(32) {
+            return Err(Error::Tile("chunk must be 4, 8, 16 or a multiple of 32"));
+        }
+        if !of_y.is_multiple_of(self.lines) || !of_x.is_multiple_of(self.lines) {
+            return Err(Error::Tile("lines must divide 4 · threads_y and 4 · threads_x"));
+        }
+        let blocks = [(self.block_keys, self.own), (self.block_rows, self.step)];
+        if blocks.iter().any(|&(block, of)| block == 0 || block > 1 << 24 || !block.is_multiple_of(of)) {
+            return Err(Error::Tile("block_keys must be a multiple of own, and block_rows of step, up to 2^24"));
+        }
+        Ok(())
+    }
+}
+
+/// Workgroups on one diagonal of blocks that fill a large device, each having a multiprocessor to itself: nearly the 132 of an
+/// H100.
+const FULL_DIAGONAL: u64 = 128;
+
+/// The tile of the backward kernel that computes all gradients at once, for a problem on a device; `uneven`: masks leave about
+/// half of the blocks of a diagonal empty. `None` where a diagonal has too few blocks for a large device, and where there are no
+/// figures, above a head dim of 128 and below 48 KiB: there two kernels do without diagonals.
+pub fn fused_tile(shape: &Shape, uneven: bool, limits: &wgpu::Limits) -> Option<FusedTile> {
+    let (head_dim, head_dim_v) = (shape.head_dim, shape.head_dim_v);
+    let widest = head_dim.max(head_dim_v);
+    let memory = limits.max_compute_workgroup_storage_size;
+    // On an H100, TFLOP/s: the first 35.7 at D = 64, the second 34.3 at D = 128; docs/rejected.md has the others.
+    let (own, step, (threads_y, threads_x), chunk, mut lines) = match (memory >> 10, widest) {
+        (48.., 0..=64) => (128, 64, (16, 16), 32, 32),
+        (48.., 65..=128) => (128, 64, (16, 16), 16, 16),
+        _ => return None,
+    };
+    let chunk = chunk.min(widest.next_power_of_two().max(4));
+    let tile = |lines, block_keys, block_rows| FusedTile {
+        own,
+        step,
+        threads_y,
+        threads_x,
+        chunk,
+        lines,
+        block_keys,
+        block_rows,
+        written_out: true,
+    };
+    while lines > 4 && tile(lines, own, step).workgroup_bytes(head_dim, head_dim_v) > memory {
+        lines /= 2;
+    }
+    // The largest blocks of which a diagonal fills the device: between diagonals all gradients go through memory.
+    let needed = if uneven { 2 * FULL_DIAGONAL } else { FULL_DIAGONAL };
+    let heads = shape.batch as u64 * shape.heads_kv as u64;
+    let fills = |&times: &u32| heads * shape.seqlen_k.div_ceil(own * times) as u64 >= needed;
+    let block_keys = own * [16, 8, 4, 2, 1].into_iter().find(fills)?;
+    // As many blocks of rows as of keys.
+    let block_rows = shape.seqlen_q.div_ceil(shape.seqlen_k.div_ceil(block_keys));
+    Some(tile(lines, block_keys, block_rows.max(1).next_multiple_of(step)))
+}
+
 /// The tile of a backward kernel on cooperative matrices, `shaders/backward_dkdv_coop.wgsl` or
 /// `shaders/backward_dq_coop.wgsl`, through workgroup memory `shaders/backward_dkdv_coop_workgroup.wgsl` or
 /// `shaders/backward_dq_coop_workgroup.wgsl`, or for f32 and bf16 `shaders/backward_dkdv_coop_scaled.wgsl` or
@@ -708,6 +822,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn blocks_of_a_diagonal_fill_the_device() {
+        let large = limits(48 << 10, 1024);
+        let blocks = |batch, heads, seqlen, uneven| {
+            let tile = fused_tile(&Shape::square(batch, heads, seqlen, 64), uneven, &large)?;
+            tile.validate().unwrap();
+            Some((tile.block_keys, tile.block_rows))
+        };
+        assert_eq!(blocks(4, 16, 4096, false), Some((2048, 2048)));
+        assert_eq!(blocks(4, 16, 4096, true), Some((1024, 1024)));
+        assert_eq!(blocks(2, 16, 4096, true), Some((512, 512)));
+        // Eight blocks of 128 keys for each of 16 heads.
+        assert_eq!(blocks(1, 16, 1024, false), Some((128, 128)));
+        assert_eq!(blocks(1, 16, 1024, true), None);
+        assert_eq!(fused_tile(&Shape::square(4, 16, 4096, 136), false, &large), None);
+        assert_eq!(fused_tile(&Shape::square(4, 16, 4096, 64), false, &limits(32 << 10, 1024)), None);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use common::backward::{Ask, backward, check_all, prepare};
 use common::cases::{cases, dims};
 use common::{TYPES, case, every_kernel, full};
 use wgpu_flash_attention::Causal::BottomRight;
-use wgpu_flash_attention::tune::BackwardTile;
+use wgpu_flash_attention::tune::{BackwardTile, FusedTile};
 use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions};
 
 fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanOptions)> {
@@ -20,14 +20,40 @@ fn small_tile() -> PlanOptions {
     PlanOptions { backward_tile: Some(tile), ..backward(Kernel::Tile) }
 }
 
+/// All gradients at once, in blocks smaller than the cases: several diagonals, with several tiles of keys, or of rows, in a block.
+fn fused(by_keys: bool) -> PlanOptions {
+    let (own, step) = if by_keys { (64, 32) } else { (32, 64) };
+    let (block_keys, block_rows) = if by_keys { (64, 32) } else { (32, 64) };
+    let tile = FusedTile {
+        own,
+        step,
+        threads_y: 8,
+        threads_x: 8,
+        chunk: 8,
+        lines: 16,
+        block_keys,
+        block_rows,
+        written_out: by_keys,
+    };
+    PlanOptions { fused_tile: Some(tile), ..backward(Kernel::Tile) }
+}
+
 fn run_cases(element_type: ElementType) {
     let mut ways = ways(element_type);
     ways.push(("tile of 12 by 24", full(), small_tile()));
+    if element_type == ElementType::F32 {
+        ways.push(("fused tile of 64 by 32", full(), fused(true)));
+        ways.push(("fused tile of 32 by 64", full(), fused(false)));
+    }
     check_all(&prepare(cases(), element_type, Ask::default()), &ways);
 }
 
 fn run_dims(element_type: ElementType) {
-    check_all(&prepare(dims(), element_type, Ask::default()), &ways(element_type));
+    let mut ways = ways(element_type);
+    if element_type == ElementType::F32 {
+        ways.push(("fused", full(), fused(false)));
+    }
+    check_all(&prepare(dims(), element_type, Ask::default()), &ways);
 }
 
 #[test]
@@ -75,10 +101,31 @@ fn few() -> Vec<(String, common::Case)> {
 #[test]
 fn gradients_of_lse_and_sums_with_what_is_there() {
     for element_type in TYPES {
+        let mut ways = ways(element_type);
+        if element_type == ElementType::F32 {
+            ways.push(("fused", full(), fused(false)));
+        }
         for (grad_lse, accumulate) in [(true, false), (false, true), (true, true)] {
-            check_all(&prepare(few(), element_type, Ask { grad_lse, accumulate }), &ways(element_type));
+            check_all(&prepare(few(), element_type, Ask { grad_lse, accumulate }), &ways);
         }
     }
+}
+
+/// Blocks of several tiles both ways, more blocks of keys than of rows, and the other way around.
+#[test]
+fn blocks_of_several_tiles() {
+    let all = [
+        ("more keys", case(2, [2, 1], [70, 300], [16, 12]).causal(BottomRight)),
+        ("more rows", case(1, [2, 2], [300, 70], [12, 16]).seqlens(&[66])),
+        ("window", case(1, [1, 1], [200, 200], [8, 8]).window(40, 3)),
+    ];
+    let cases: Vec<_> = all.into_iter().map(|(name, case)| (name.to_string(), case)).collect();
+    let options = |block_keys, block_rows| {
+        let mut options = fused(false);
+        options.fused_tile = options.fused_tile.map(|tile| FusedTile { block_keys, block_rows, ..tile });
+        ("fused", full(), options)
+    };
+    check_all(&prepare(cases, ElementType::F32, Ask::default()), &[options(96, 64), options(64, 128)]);
 }
 
 /// Each kernel in each type with wgpu's bounds checks, which would turn an access past a binding into a wrong result.
@@ -86,11 +133,14 @@ fn gradients_of_lse_and_sums_with_what_is_there() {
 fn within_bounds() {
     let context = full().clone().checked();
     for element_type in TYPES {
-        let ways = [
+        let mut ways = vec![
             ("naive", &context, backward(Kernel::Naive)),
             ("tile", &context, backward(Kernel::Tile)),
             ("small tile", &context, small_tile()),
         ];
+        if element_type == ElementType::F32 {
+            ways.push(("fused", &context, fused(true)));
+        }
         check_all(&prepare(few(), element_type, Ask { grad_lse: true, accumulate: true }), &ways);
     }
 }

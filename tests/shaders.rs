@@ -8,9 +8,9 @@ use naga::proc::Layouter;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, Module};
 use wgpu_flash_attention::specialize::{
-    Source, Specialization, backward_modules, decode_modules, merge_module, modules,
+    Source, Specialization, backward_modules, decode_modules, fused_modules, merge_module, modules,
 };
-use wgpu_flash_attention::tune::{Tile, backward_tiles, decode_tile, tile};
+use wgpu_flash_attention::tune::{Tile, backward_tiles, decode_tile, fused_tile, tile};
 use wgpu_flash_attention::{ElementType, MergeProblem, Problem, Shape, wgpu};
 
 const DIMS: &[[u32; 2]] = &[
@@ -211,6 +211,45 @@ fn backward_within_the_default_limits() {
 #[test]
 fn backward_with_48_kib() {
     check_backward(&wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() }, false);
+}
+
+#[test]
+fn fused_backward_with_48_kib() {
+    // As many buffers as the kernel has with key lengths; without them it has as many as every device.
+    let limits = wgpu::Limits {
+        max_compute_workgroup_storage_size: 48 << 10,
+        max_storage_buffers_per_shader_stage: 9,
+        ..Default::default()
+    };
+    let mut seen = HashSet::new();
+    for problem in problems_with_gradients().into_iter().filter(|p| p.element_type == ElementType::F32) {
+        let Shape { head_dim, head_dim_v, .. } = problem.shape;
+        for uneven in [false, true] {
+            let Some(tile) = fused_tile(&Shape { batch: 200, ..problem.shape }, uneven, &limits) else {
+                assert!(head_dim.max(head_dim_v) > 128);
+                continue;
+            };
+            tile.validate().unwrap();
+            for specialization in fused_modules(&problem, tile) {
+                if seen.insert(specialization.source().unwrap().text) {
+                    let (module, info) = validate(&specialization);
+                    write(&specialization, &module, &info);
+                    let buffers = if problem.seqlens_k { 9 } else { 8 };
+                    fits(&module, &wgpu::Limits { max_storage_buffers_per_shader_stage: buffers, ..limits.clone() });
+                    if specialization.entry == "fused" {
+                        let said = tile.workgroup_bytes(head_dim, head_dim_v);
+                        assert_eq!(
+                            workgroup_bytes(&module).iter().sum::<u32>(),
+                            said,
+                            "{tile:?} {head_dim} {head_dim_v}"
+                        );
+                        assert_eq!(module.entry_points[0].workgroup_size, [tile.threads(), 1, 1]);
+                    }
+                }
+            }
+        }
+    }
+    assert!(seen.len() >= 100, "only {} modules", seen.len());
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod common;
 use common::backward::{Ask, backward};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
-use wgpu_flash_attention::tune::BackwardTile;
+use wgpu_flash_attention::tune::{BackwardTile, FusedTile};
 use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Layout, Plan, PlanOptions, Problem, Shape};
 
 fn narrow(binding: u64, workgroups: u32) -> Context {
@@ -117,19 +117,48 @@ fn both_limits_at_once() {
 fn check_backward_split(context: &Context, kernel: Kernel, least: usize, cases: &[(&str, Case)]) {
     let tile = BackwardTile { own: 8, step: 8, threads_y: 4, threads_x: 2, chunk: 8, block: 8, written_out: false };
     let options = PlanOptions { backward_tile: Some(tile), ..backward(kernel) };
+    check_backward_split_with(context, &options, &TYPES, least, cases);
+}
+
+fn check_backward_split_with(
+    context: &Context,
+    options: &PlanOptions,
+    types: &[ElementType],
+    least: usize,
+    cases: &[(&str, Case)],
+) {
     for (name, case) in cases {
-        for element_type in TYPES {
+        for &element_type in types {
             let ask = Ask { grad_lse: true, accumulate: false };
             let prepared = case.clone().element_type(element_type).prepare_backward(ask);
-            let plan = context.plan_with(&prepared.problem, &options).unwrap_or_else(|error| panic!("{name}: {error}"));
+            let plan = context.plan_with(&prepared.problem, options).unwrap_or_else(|error| panic!("{name}: {error}"));
             let text = plan.to_string();
             let (_, of_backward) = text.split_once("backward kernel").expect("the plan explains its backward pass");
             assert!(parts_in(of_backward) >= least, "{name}, {element_type}: {plan}");
-            if let Err(error) = prepared.check(context, &options) {
+            if let Err(error) = prepared.check(context, options) {
                 panic!("{name}, {element_type}: {error}");
             }
         }
     }
+}
+
+/// Each part goes through all diagonals of its own heads.
+#[test]
+fn fused_backward_by_binding() {
+    let tile = FusedTile {
+        own: 32,
+        step: 32,
+        threads_y: 8,
+        threads_x: 8,
+        chunk: 16,
+        lines: 16,
+        block_keys: 32,
+        block_rows: 32,
+        written_out: false,
+    };
+    let options = PlanOptions { fused_tile: Some(tile), ..backward(Kernel::Tile) };
+    let cases = [("plain", case(7, [4, 2], [37, 40], [16, 12]))];
+    check_backward_split_with(&narrow(12 << 10, 65535), &options, &[ElementType::F32], 2, &cases);
 }
 
 #[test]

@@ -40,6 +40,8 @@ struct Problem {
     split_rows: u32,
     // Whether workgroups go by heads first: see in_order.
     heads_first: u32,
+    // Of the blocks of backward_fused_tile.wgsl, those that a dispatch computes.
+    diagonal: u32,
 }
 
 @group(0) @binding(0) var<uniform> problem: Problem;
@@ -74,8 +76,12 @@ fn head_start(t: Tensor, batch: u32, head: u32) -> u32 {
 // which read the same keys and values. But where a mask makes some tiles longer than others, the first tiles of all heads
 // come first, the longest ones, and short ones fill the device at the end.
 fn in_order(group: vec3u, groups: vec3u) -> vec3u {
+    return select(group, by_heads(group, groups), problem.heads_first != 0u);
+}
+
+fn by_heads(group: vec3u, groups: vec3u) -> vec3u {
     let heads = groups.y * groups.z;
     let n = (group.z * groups.y + group.y) * groups.x + group.x;
     let head = n % heads;
-    return select(group, vec3u(n / heads, head % groups.y, head / groups.y), problem.heads_first != 0u);
+    return vec3u(n / heads, head % groups.y, head / groups.y);
 }

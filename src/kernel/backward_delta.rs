@@ -9,7 +9,8 @@ pub(crate) fn workspace_bytes(part: &Part) -> u64 {
     part.batch_count().saturating_mul(part.head_count()).saturating_mul(part.row_count()).saturating_mul(8)
 }
 
-pub(crate) fn pass(problem: &Problem) -> Pass {
+/// With `clear`, the gradient of queries is set to 0.
+pub(crate) fn pass(problem: &Problem, clear: bool) -> Pass {
     const THREADS: u32 = 256;
     const ROW_THREADS: u32 = 16;
     const ROWS: u64 = (THREADS / ROW_THREADS) as u64;
@@ -17,28 +18,25 @@ pub(crate) fn pass(problem: &Problem) -> Pass {
     if problem.gradients.is_some_and(|gradients| gradients.lse) {
         on.push("GRAD_LSE");
     }
+    let mut used = vec![
+        (Slot::Out, Access::Read),
+        (Slot::GradOut, Access::Read),
+        (Slot::Lse, Access::Read),
+        (Slot::GradLse, Access::Read),
+        (Slot::Workspace, Access::ReadWrite),
+    ];
+    let mut constants =
+        vec![("HEAD_DIM_V", problem.shape.head_dim_v), ("THREADS", THREADS), ("ROW_THREADS", ROW_THREADS)];
+    if clear {
+        constants.push(("HEAD_DIM", problem.shape.head_dim));
+        on.push("CLEAR");
+        used.push((Slot::GradQuery, Access::ReadWrite));
+    }
     Pass {
-        specialization: Specialization {
-            file: "backward_delta.wgsl",
-            entry: "delta",
-            switches: on,
-            constants: vec![
-                ("HEAD_DIM_V", problem.shape.head_dim_v),
-                ("THREADS", THREADS),
-                ("ROW_THREADS", ROW_THREADS),
-            ],
-        },
-        bindings: bindings(
-            problem,
-            &[
-                (Slot::Out, Access::Read),
-                (Slot::GradOut, Access::Read),
-                (Slot::Lse, Access::Read),
-                (Slot::GradLse, Access::Read),
-                (Slot::Workspace, Access::ReadWrite),
-            ],
-        ),
+        specialization: Specialization { file: "backward_delta.wgsl", entry: "delta", switches: on, constants },
+        bindings: bindings(problem, &used),
         element_access: false,
+        diagonals: None,
         threads: THREADS,
         workgroup_bytes: 4 * THREADS,
         workgroups: Box::new(|part: &Part| [part.row_count().div_ceil(ROWS), part.head_count(), part.batch_count()]),

@@ -3,6 +3,7 @@
 
 pub(crate) mod backward_coop;
 pub(crate) mod backward_delta;
+pub(crate) mod backward_fused;
 pub(crate) mod backward_naive;
 pub(crate) mod backward_tile;
 pub(crate) mod decode;
@@ -106,12 +107,14 @@ pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
     (Slot::SeqlensK, Access::Read),
 ];
 
-/// One dispatch of a kernel.
+/// One dispatch of a kernel, or several in a row.
 pub(crate) struct Pass {
     pub specialization: Specialization,
     pub bindings: Vec<(Slot, Access)>,
     /// Whether the module has placeholders for `src/elements.rs` to fill.
     pub element_access: bool,
+    /// How often it is dispatched in a row, if each time for another `diagonal` of the uniform.
+    pub diagonals: Option<u32>,
     pub threads: u32,
     pub workgroup_bytes: u32,
     pub workgroups: Workgroups,

@@ -39,6 +39,8 @@ pub(crate) struct ProblemUniform {
     pub splits: u32,
     pub split_rows: u32,
     pub heads_first: u32,
+    pub diagonal: u32,
+    pub padding: [u32; 3],
 }
 
 /// An open side of a window: past every key, and far enough from the ends of i32 that adding a position cannot wrap.
@@ -49,7 +51,6 @@ impl ProblemUniform {
     pub(crate) fn of(problem: &Problem) -> Self {
         let side = |width: Option<u32>| width.map_or(OPEN, |w| w.min(OPEN as u32) as i32);
         let right = side(problem.window_right);
-        let ends = problem.causal.is_some() || problem.window_right.is_some();
         ProblemUniform {
             seqlen_q: problem.shape.seqlen_q,
             seqlen_k: problem.shape.seqlen_k,
@@ -59,8 +60,7 @@ impl ProblemUniform {
             top_left: if problem.causal == Some(Causal::TopLeft) { 0 } else { OPEN },
             scale: problem.effective_scale(),
             softcap: problem.softcap.unwrap_or(0.0),
-            // Rows that see ever more keys.
-            heads_first: (ends && problem.window_left.is_none()) as u32,
+            heads_first: problem.rows_grow() as u32,
             ..Default::default()
         }
     }

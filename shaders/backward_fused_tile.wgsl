@@ -1,0 +1,371 @@
+// All gradients at once, in tiles and in f32: five products where backward_dkdv_tile.wgsl and backward_dq_tile.wgsl together
+// do seven, for these compute the scores twice. Scores and their gradients never leave the chip.
+//
+// Rows and keys are cut into blocks of BLOCK_ROWS and BLOCK_KEYS. One dispatch computes one diagonal of blocks: each block
+// of keys with another block of rows. So no two workgroups of a dispatch add to the same gradient, and nothing is added up
+// by atomics: dispatch after dispatch, dQ, dK and dV add up in device memory in an order that is always the same.
+//
+//     for each tile of keys of the block:           OWN keys
+//         dK = 0, dV = 0
+//         for each query head of the group, for each tile of rows of the block that may see some key:
+//             S = score(Q K^T)                      STEP x OWN
+//             P = exp(S - lse)
+//             dP = dO V^T
+//             dS = P (dP - delta) score'
+//             dV = dV + P^T dO                      OWN x HEAD_DIM_V
+//             dK = dK + dS^T Q                      OWN x HEAD_DIM
+//             dQ in memory += dS K                  STEP x HEAD_DIM
+//         dK, dV in memory += dK, dV                on the first diagonal, = instead of +=
+//
+// Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) has, in registers, of vectors of four keys or rows: the scores
+// of keys ty, ty + THREADS_Y, ... with rows tx, tx + THREADS_X, ... ; dK and dV of keys ty, ty + THREADS_Y, ... ; dQ of rows
+// ty, ty + THREADS_Y, ... ; of these columns 4(tx + THREADS_X u) .. + 4. Each product is a sum of outer products, whose
+// operands workgroup memory holds so that a thread reads vectors of what it has: for the scores CHUNK columns of both
+// operands, for the gradients P or dS, and LINES rows of the other operand.
+#include "common/problem.wgsl"
+#include "common/softmax.wgsl"
+#include "common/score.wgsl"
+#include "common/elements.wgsl"
+#include "common/tile_threads.wgsl"
+
+@group(0) @binding(1) var<storage, read> query: InElements;
+@group(0) @binding(2) var<storage, read> key: InElements;
+@group(0) @binding(3) var<storage, read> value: InElements;
+@group(0) @binding(7) var<storage, read> rows: array<vec2f>;
+@group(0) @binding(11) var<storage, read> grad_out: InElements;
+@group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
+@group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
+@group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
+#include "common/read.wgsl" tensor=query
+#include "common/read.wgsl" tensor=key
+#include "common/read.wgsl" tensor=value
+#include "common/read.wgsl" tensor=grad_out
+#include "common/read.wgsl" tensor=grad_query
+#include "common/read.wgsl" tensor=grad_key
+#include "common/read.wgsl" tensor=grad_value
+#include "common/write.wgsl" tensor=grad_query
+#include "common/write.wgsl" tensor=grad_key
+#include "common/write.wgsl" tensor=grad_value
+
+const THREADS = THREADS_X * THREADS_Y;
+// Vectors of four rows that a thread has of dQ. Of four keys, of scores, dK and dV, it has KEY_PIECES, and of four rows of
+// scores ROW_PIECES.
+const QUERIES = STEP / (4u * THREADS_Y);
+// Vectors of columns that a thread has of a gradient with the head dim of K, and of V.
+const TK = (HEAD_DIM + 4u * THREADS_X - 1u) / (4u * THREADS_X);
+const TV = (HEAD_DIM_V + 4u * THREADS_X - 1u) / (4u * THREADS_X);
+// P and dS by rows are in workgroup memory a piece at a time, a line being a row, and dS by keys likewise. The lengths of
+// lines, in vectors, keep threads that store side by side in different banks.
+const ROW_PIECE = 4u * THREADS_X;
+const KEY_PIECE = 4u * THREADS_Y;
+const ROW_STRIDE = (OWN / 4u + 5u) / 8u * 8u + 2u;
+const KEY_STRIDE = (STEP / 4u + 3u) / 8u * 8u + 4u;
+const STEP_AT = CHUNK * OWN / 4u;
+const LINES_AT = max(ROW_PIECE * ROW_STRIDE, KEY_PIECE * KEY_STRIDE);
+var<workgroup> tiles: array<vec4f, max(STEP_AT + CHUNK * STEP / 4u, LINES_AT + LINES * max(TK, TV) * THREADS_X)>;
+
+// What a thread moves of a chunk, and of lines.
+const OWN_LOADS = (OWN * CHUNK4 + THREADS - 1u) / THREADS;
+const STEP_LOADS = (STEP * CHUNK4 + THREADS - 1u) / THREADS;
+const LINES_LOADS = (LINES * max(TK, TV) * THREADS_X + THREADS - 1u) / THREADS;
+alias Chunk_OWN = array<vec4f, OWN_LOADS>;
+alias Chunk_STEP = array<vec4f, STEP_LOADS>;
+alias Lines = array<vec4f, LINES_LOADS>;
+
+// The row and the vector of columns that are the t-th of a chunk: threads side by side load up to SPAN vectors of a row.
+const SPAN = min(CHUNK4, 8u);
+
+fn chunk_row(t: u32, count: u32) -> u32 {
+    return t / SPAN % count;
+}
+
+fn chunk_column(t: u32, count: u32) -> u32 {
+    return t / (SPAN * count) * SPAN + t % SPAN;
+}
+
+// Where four rows are in a column of a chunk: threads that store columns of one row meet in no bank.
+fn place(rows4: u32, column4: u32) -> u32 {
+    return rows4 ^ (column4 * (8u / SPAN) % 8u);
+}
+
+#include "common/tile_lines.wgsl" tensor=query count=STEP columns=TK
+#include "common/tile_lines.wgsl" tensor=key count=OWN columns=TK
+#include "common/tile_lines.wgsl" tensor=value count=OWN columns=TV
+#include "common/tile_lines.wgsl" tensor=grad_out count=STEP columns=TV
+#include "common/tile_outer.wgsl" result=dv vectors=KEY_PIECES columns=TV stride=ROW_STRIDE
+#include "common/tile_outer.wgsl" result=dk vectors=KEY_PIECES columns=TK stride=ROW_STRIDE
+#include "common/tile_outer.wgsl" result=dq vectors=QUERIES columns=TK stride=KEY_STRIDE
+
+// Of each row vectors of four keys.
+alias Scores = array<array<vec4f, KEY_PIECES>, 4u * ROW_PIECES>;
+
+// scores += the step's rows times the keys, over the columns that are there.
+fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
+#if WRITTEN_OUT
+#unroll
+#endif
+    for (var d = 0u; d < CHUNK; d++) {
+        var b: array<vec4f, KEY_PIECES>;
+        for (var r = 0u; r < KEY_PIECES; r++) {
+            b[r] = tiles[d * (OWN / 4u) + place(r * THREADS_Y + ty, d / 4u)];
+        }
+        for (var c = 0u; c < ROW_PIECES; c++) {
+            let a = tiles[STEP_AT + d * (STEP / 4u) + place(c * THREADS_X + tx, d / 4u)];
+            for (var e = 0u; e < 4u; e++) {
+                for (var r = 0u; r < KEY_PIECES; r++) {
+                    (*scores)[4u * c + e][r] = fma(vec4f(a[e]), b[r], (*scores)[4u * c + e][r]);
+                }
+            }
+        }
+    }
+}
+
+alias Queries = array<array<vec4f, TK>, 4u * QUERIES>;
+// What dQ has is loaded before the product that is added to it, if there are registers left for it.
+const OLD_AHEAD = TK == 1u;
+
+fn load_old(start: u32, i0: u32, last_row: u32, ty: u32, tx: u32) -> Queries {
+    var x: Queries;
+    for (var c = 0u; c < 4u * QUERIES; c++) {
+        let i = min(i0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u, last_row);
+        for (var u = 0u; u < TK; u++) {
+            x[c][u] = read_grad_query(start + i * problem.grad_query.row, 4u * (u * THREADS_X + tx), HEAD_DIM);
+        }
+    }
+    return x;
+}
+
+fn shape4(x: vec4f) -> vec4f {
+    return vec4f(score_shape(x.x), score_shape(x.y), score_shape(x.z), score_shape(x.w));
+}
+
+fn slope4(x: vec4f) -> vec4f {
+    return vec4f(score_slope(x.x), score_slope(x.y), score_slope(x.z), score_slope(x.w));
+}
+
+@compute @workgroup_size(THREADS)
+fn fused(
+    @builtin(workgroup_id) workgroup_id: vec3u,
+    @builtin(num_workgroups) workgroups: vec3u,
+    @builtin(local_invocation_index) thread: u32,
+) {
+    // Workgroups that run at the same time have blocks that take as long.
+    let group = by_heads(workgroup_id, workgroups);
+    let tx = thread_x(thread);
+    let ty = thread_y(thread);
+    let block = group.x;
+    let head_kv = group.y;
+    // Masks and lengths are the same for all heads of the group.
+    let at = sequence(group.z, head_kv * problem.group);
+    let diagonals = max(workgroups.x, (problem.seqlen_q + BLOCK_ROWS - 1u) / BLOCK_ROWS);
+    let row0 = (problem.diagonal + diagonals - block) % diagonals * BLOCK_ROWS;
+    let row1 = min(row0 + BLOCK_ROWS, problem.seqlen_q);
+    let key0 = block * BLOCK_KEYS;
+    let key1 = min(key0 + BLOCK_KEYS, problem.seqlen_k);
+    let last_key = u32(max(at.keys, 1) - 1);
+    let last_row = problem.seqlen_q - 1u;
+    let key_start = head_start(problem.key, at.batch, head_kv);
+    let value_start = head_start(problem.value, at.batch, head_kv);
+#if ADD_AT_FIRST
+    let add = true;
+#else
+    let add = problem.diagonal > 0u;
+#endif
+
+    for (var j0 = key0; j0 < key1; j0 += OWN) {
+        let range = row_range(at, i32(j0), i32(j0 + OWN));
+        let first = max(u32(range.x) / STEP * STEP, row0);
+        let end = min(u32(range.y), row1);
+        if first >= end && add {
+            continue;
+        }
+        var dk: array<array<vec4f, TK>, 4u * KEY_PIECES>;
+        var dv: array<array<vec4f, TV>, 4u * KEY_PIECES>;
+        // Where no row sees a key there is nothing to load.
+        let heads = select(0u, problem.group, first < end);
+        for (var head = head_kv * problem.group; head < head_kv * problem.group + heads; head++) {
+            let query_start = head_start(problem.query, at.batch, head);
+            let grad_start = head_start(problem.grad_out, at.batch, head);
+            let dq_start = head_start(problem.grad_query, at.batch, head);
+            let rows_start = (at.batch * problem.heads + head) * problem.seqlen_q;
+            // What workgroup memory holds next: while one product runs, the operands of the next are loaded.
+            var own_next = load_chunk_key(key_start, j0, last_key, 0u, HEAD_DIM, thread);
+            var step_next = load_chunk_query(query_start, first, last_row, 0u, HEAD_DIM, thread);
+            var lines_next: Lines;
+            for (var i0 = first; i0 < end; i0 += STEP) {
+                // S = Q K^T
+                var s: Scores;
+                for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
+                    workgroupBarrier();
+                    store_chunk_key(own_next, 0u, d0, HEAD_DIM, thread);
+                    store_chunk_query(step_next, STEP_AT, d0, HEAD_DIM, thread);
+                    workgroupBarrier();
+                    let d1 = d0 + CHUNK;
+                    if d1 < HEAD_DIM {
+                        own_next = load_chunk_key(key_start, j0, last_key, d1, HEAD_DIM, thread);
+                        step_next = load_chunk_query(query_start, i0, last_row, d1, HEAD_DIM, thread);
+                    } else {
+                        own_next = load_chunk_value(value_start, j0, last_key, 0u, HEAD_DIM_V, thread);
+                        step_next = load_chunk_grad_out(grad_start, i0, last_row, 0u, HEAD_DIM_V, thread);
+                    }
+                    add_scores(&s, ty, tx);
+                }
+
+                // dP = dO V^T
+                var ds: Scores;
+                for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
+                    workgroupBarrier();
+                    store_chunk_value(own_next, 0u, d0, HEAD_DIM_V, thread);
+                    store_chunk_grad_out(step_next, STEP_AT, d0, HEAD_DIM_V, thread);
+                    workgroupBarrier();
+                    let d1 = d0 + CHUNK;
+                    if d1 < HEAD_DIM_V {
+                        own_next = load_chunk_value(value_start, j0, last_key, d1, HEAD_DIM_V, thread);
+                        step_next = load_chunk_grad_out(grad_start, i0, last_row, d1, HEAD_DIM_V, thread);
+                    } else {
+                        lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, 0u, HEAD_DIM_V, thread);
+                    }
+                    add_scores(&ds, ty, tx);
+                }
+
+                // P and dS, 0 where a row does not see a key
+                let full = tile_is_full(at, i32(i0), i32(i0 + STEP), i32(j0), i32(j0 + OWN));
+                for (var c = 0u; c < 4u * ROW_PIECES; c++) {
+                    let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
+                    var row = rows[rows_start + min(i, last_row)];
+                    row.x = select(row.x, NO_KEYS, i > last_row);
+                    let interval = key_interval(at, i32(i));
+                    for (var r = 0u; r < KEY_PIECES; r++) {
+                        let shape = shape4(score_sign() * s[c][r]);
+                        var p = exp2((score_size() * shape - row.x) * LOG2_E);
+                        if !full {
+                            let j = vec4i(i32(j0 + r * KEY_PIECE + 4u * ty)) + vec4i(0, 1, 2, 3);
+                            p = select(vec4f(), p, (j >= vec4i(interval.x)) & (j < vec4i(interval.y)));
+                        }
+                        s[c][r] = p;
+                        ds[c][r] = p * (ds[c][r] - row.y) * slope4(shape);
+                    }
+                }
+
+                // dV = dV + P^T dO. Written out, since c must be a constant for P to be in registers; likewise below.
+#unroll
+                for (var c = 0u; c < ROW_PIECES; c++) {
+                    workgroupBarrier();
+                    for (var e = 0u; e < 4u; e++) {
+                        for (var r = 0u; r < KEY_PIECES; r++) {
+                            tiles[(e * THREADS_X + tx) * ROW_STRIDE + r * THREADS_Y + ty] = s[4u * c + e][r];
+                        }
+                    }
+                    for (var l = 0u; l < ROW_PIECE; l += LINES) {
+                        if l > 0u {
+                            workgroupBarrier();
+                        }
+                        store_lines_grad_out(lines_next, thread);
+                        workgroupBarrier();
+                        let l1 = c * ROW_PIECE + l + LINES;
+                        if l1 < STEP {
+                            lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, l1, HEAD_DIM_V, thread);
+                        } else {
+                            lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, 0u, HEAD_DIM, thread);
+                        }
+                        add_to_dv(&dv, l, ty, tx);
+                    }
+                }
+
+                // dK = dK + dS^T Q
+#unroll
+                for (var c = 0u; c < ROW_PIECES; c++) {
+                    workgroupBarrier();
+                    for (var e = 0u; e < 4u; e++) {
+                        for (var r = 0u; r < KEY_PIECES; r++) {
+                            tiles[(e * THREADS_X + tx) * ROW_STRIDE + r * THREADS_Y + ty] = ds[4u * c + e][r];
+                        }
+                    }
+                    for (var l = 0u; l < ROW_PIECE; l += LINES) {
+                        if l > 0u {
+                            workgroupBarrier();
+                        }
+                        store_lines_query(lines_next, thread);
+                        workgroupBarrier();
+                        let l1 = c * ROW_PIECE + l + LINES;
+                        if l1 < STEP {
+                            lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, l1, HEAD_DIM, thread);
+                        } else {
+                            lines_next = load_lines_key(key_start, j0, last_key, THREADS_Y, 0u, HEAD_DIM, thread);
+                        }
+                        add_to_dk(&dk, l, ty, tx);
+                    }
+                }
+
+                // dQ += dS K, in memory. A thread always has the same elements of it.
+                var dq: array<array<vec4f, TK>, 4u * QUERIES>;
+                var old: Queries;
+                if OLD_AHEAD {
+                    old = load_old(dq_start, i0, last_row, ty, tx);
+                }
+#unroll
+                for (var r = 0u; r < KEY_PIECES; r++) {
+                    workgroupBarrier();
+                    for (var e = 0u; e < 4u; e++) {
+                        for (var c = 0u; c < ROW_PIECES; c++) {
+                            let of_key = vec4f(ds[4u * c][r][e], ds[4u * c + 1u][r][e], ds[4u * c + 2u][r][e], ds[4u * c + 3u][r][e]);
+                            tiles[(e * THREADS_Y + ty) * KEY_STRIDE + c * THREADS_X + tx] = of_key;
+                        }
+                    }
+                    for (var l = 0u; l < KEY_PIECE; l += LINES) {
+                        if l > 0u {
+                            workgroupBarrier();
+                        }
+                        store_lines_key(lines_next, thread);
+                        workgroupBarrier();
+                        let l1 = r * KEY_PIECE + l + LINES;
+                        if l1 < OWN {
+                            lines_next = load_lines_key(key_start, j0, last_key, THREADS_Y, l1, HEAD_DIM, thread);
+                        } else {
+                            own_next = load_chunk_key(key_start, j0, last_key, 0u, HEAD_DIM, thread);
+                            step_next = load_chunk_query(query_start, i0 + STEP, last_row, 0u, HEAD_DIM, thread);
+                        }
+                        add_to_dq(&dq, l, ty, tx);
+                    }
+                }
+                if !OLD_AHEAD {
+                    old = load_old(dq_start, i0, last_row, ty, tx);
+                }
+                for (var c = 0u; c < 4u * QUERIES; c++) {
+                    let i = i0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u;
+                    if i <= last_row {
+                        for (var u = 0u; u < TK; u++) {
+                            let d = 4u * (u * THREADS_X + tx);
+                            let x = fma(dq[c][u], vec4f(problem.scale), old[c][u]);
+                            write_grad_query(dq_start + i * problem.grad_query.row, d, HEAD_DIM, x);
+                        }
+                    }
+                }
+            }
+        }
+
+        for (var c = 0u; c < 4u * KEY_PIECES; c++) {
+            let j = j0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u;
+            if j < problem.seqlen_k {
+                let dk_start = head_start(problem.grad_key, at.batch, head_kv) + j * problem.grad_key.row;
+                for (var u = 0u; u < TK; u++) {
+                    let d = 4u * (u * THREADS_X + tx);
+                    var x = dk[c][u] * problem.scale;
+                    if add {
+                        x += read_grad_key(dk_start, d, HEAD_DIM);
+                    }
+                    write_grad_key(dk_start, d, HEAD_DIM, x);
+                }
+                let dv_start = head_start(problem.grad_value, at.batch, head_kv) + j * problem.grad_value.row;
+                for (var u = 0u; u < TV; u++) {
+                    let d = 4u * (u * THREADS_X + tx);
+                    var x = dv[c][u];
+                    if add {
+                        x += read_grad_value(dv_start, d, HEAD_DIM_V);
+                    }
+                    write_grad_value(dv_start, d, HEAD_DIM_V, x);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! Host side of `shaders/backward_fused_tile.wgsl`.
+
+use super::{Access, Pass, Slot, backward_switches, bindings};
+use crate::specialize::Specialization;
+use crate::tune::FusedTile;
+use crate::{Problem, plan::Part};
+
+const BINDINGS: &[(Slot, Access)] = &[
+    (Slot::Query, Access::Read),
+    (Slot::Key, Access::Read),
+    (Slot::Value, Access::Read),
+    (Slot::SeqlensK, Access::Read),
+    (Slot::Workspace, Access::Read),
+    (Slot::GradOut, Access::Read),
+    (Slot::GradQuery, Access::ReadWrite),
+    (Slot::GradKey, Access::ReadWrite),
+    (Slot::GradValue, Access::ReadWrite),
+];
+
+pub(crate) fn pass(problem: &Problem, tile: FusedTile) -> Pass {
+    let shape = problem.shape;
+    let mut on = backward_switches(problem, 4);
+    // It adds to memory by itself, if only from the second diagonal on.
+    let accumulate = on.contains(&"ACCUMULATE");
+    on.retain(|&name| name != "ACCUMULATE");
+    on.push("UNROLL");
+    on.extend(accumulate.then_some("ADD_AT_FIRST"));
+    on.extend(tile.written_out.then_some("WRITTEN_OUT"));
+    let key_blocks = shape.seqlen_k.div_ceil(tile.block_keys);
+    let row_blocks = shape.seqlen_q.div_ceil(tile.block_rows);
+    Pass {
+        specialization: Specialization {
+            file: "backward_fused_tile.wgsl",
+            entry: "fused",
+            switches: on,
+            constants: vec![
+                ("HEAD_DIM", shape.head_dim),
+                ("HEAD_DIM_V", shape.head_dim_v),
+                ("OWN", tile.own),
+                ("STEP", tile.step),
+                ("THREADS_Y", tile.threads_y),
+                ("THREADS_X", tile.threads_x),
+                ("BLOCK_KEYS", tile.block_keys),
+                ("BLOCK_ROWS", tile.block_rows),
+                ("CHUNK4", tile.chunk / 4),
+                // Trips of the loops that are written out.
+                ("CHUNK", tile.chunk),
+                ("LINES", tile.lines),
+                ("KEY_PIECES", tile.own / (4 * tile.threads_y)),
+                ("ROW_PIECES", tile.step / (4 * tile.threads_x)),
+            ],
+        },
+        bindings: bindings(problem, BINDINGS),
+        element_access: false,
+        diagonals: Some(key_blocks.max(row_blocks)),
+        threads: tile.threads(),
+        workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+        workgroups: Box::new(move |part: &Part| {
+            [key_blocks.into(), part.head_count() / shape.group() as u64, part.batch_count()]
+        }),
+    }
+}
