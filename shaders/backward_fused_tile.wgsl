@@ -1,8 +1,8 @@
 // All gradients at once, in tiles and in f32: five products where backward_dkdv_tile.wgsl and backward_dq_tile.wgsl together
 // do seven, for these compute the scores twice. Scores and their gradients never leave the chip.
 //
-// Rows and keys are cut into blocks of BLOCK_ROWS and BLOCK_KEYS. One dispatch computes one diagonal of blocks: each block
-// of keys with another block of rows. So no two workgroups of a dispatch add to the same gradient, and nothing is added up
+// Rows and keys are cut into blocks of problem.block_rows and problem.block_keys. One dispatch computes one diagonal of blocks:
+// each block of keys with another block of rows. So no two workgroups of a dispatch add to the same gradient, and nothing is added up
 // by atomics: dispatch after dispatch, dQ, dK and dV add up in device memory in an order that is always the same.
 //
 //     for each tile of keys of the block:           OWN keys
@@ -27,6 +27,7 @@
 #include "common/score.wgsl"
 #include "common/elements.wgsl"
 #include "common/tile_threads.wgsl"
+#include "common/tile_columns.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
@@ -50,7 +51,7 @@
 const THREADS = THREADS_X * THREADS_Y;
 // Vectors of four rows that a thread has of dQ. Of four keys, of scores, dK and dV, it has KEY_PIECES, and of four rows of
 // scores ROW_PIECES.
-const QUERIES = STEP / (4u * THREADS_Y);
+const DQ_PIECES = STEP / (4u * THREADS_Y);
 // Vectors of columns that a thread has of a gradient with the head dim of K, and of V.
 const TK = (HEAD_DIM + 4u * THREADS_X - 1u) / (4u * THREADS_X);
 const TV = (HEAD_DIM_V + 4u * THREADS_X - 1u) / (4u * THREADS_X);
@@ -60,41 +61,50 @@ const ROW_PIECE = 4u * THREADS_X;
 const KEY_PIECE = 4u * THREADS_Y;
 const ROW_STRIDE = (OWN / 4u + 5u) / 8u * 8u + 2u;
 const KEY_STRIDE = (STEP / 4u + 3u) / 8u * 8u + 4u;
-const STEP_AT = CHUNK * OWN / 4u;
+const OWN4 = OWN / 4u;
+const STEP4 = STEP / 4u;
+const STEP_AT = CHUNK * OWN4;
 const LINES_AT = max(ROW_PIECE * ROW_STRIDE, KEY_PIECE * KEY_STRIDE);
-var<workgroup> tiles: array<vec4f, max(STEP_AT + CHUNK * STEP / 4u, LINES_AT + LINES * max(TK, TV) * THREADS_X)>;
+var<workgroup> tiles: array<vec4f, max(STEP_AT + CHUNK * STEP4, LINES_AT + LINES * max(TK, TV) * THREADS_X)>;
 
-// What a thread moves of a chunk, and of lines.
-const OWN_LOADS = (OWN * CHUNK4 + THREADS - 1u) / THREADS;
-const STEP_LOADS = (STEP * CHUNK4 + THREADS - 1u) / THREADS;
-const LINES_LOADS = (LINES * max(TK, TV) * THREADS_X + THREADS - 1u) / THREADS;
-alias Chunk_OWN = array<vec4f, OWN_LOADS>;
-alias Chunk_STEP = array<vec4f, STEP_LOADS>;
-alias Lines = array<vec4f, LINES_LOADS>;
-
-// The row and the vector of columns that are the t-th of a chunk: threads side by side load up to SPAN vectors of a row.
-const SPAN = min(CHUNK4, 8u);
-
-fn chunk_row(t: u32, count: u32) -> u32 {
-    return t / SPAN % count;
-}
-
-fn chunk_column(t: u32, count: u32) -> u32 {
-    return t / (SPAN * count) * SPAN + t % SPAN;
-}
-
-// Where four rows are in a column of a chunk: threads that store columns of one row meet in no bank.
-fn place(rows4: u32, column4: u32) -> u32 {
-    return rows4 ^ (column4 * (8u / SPAN) % 8u);
-}
-
-#include "common/tile_lines.wgsl" tensor=query count=STEP columns=TK
-#include "common/tile_lines.wgsl" tensor=key count=OWN columns=TK
-#include "common/tile_lines.wgsl" tensor=value count=OWN columns=TV
-#include "common/tile_lines.wgsl" tensor=grad_out count=STEP columns=TV
+#include "common/tile_chunks.wgsl" scores=s own=key step=query
+#include "common/tile_chunks.wgsl" scores=dp own=value step=grad_out
+#include "common/tile_lines.wgsl" tensor=grad_out columns=TV
+#include "common/tile_lines.wgsl" tensor=query columns=TK
+#include "common/tile_lines.wgsl" tensor=key columns=TK
 #include "common/tile_outer.wgsl" result=dv vectors=KEY_PIECES columns=TV stride=ROW_STRIDE
 #include "common/tile_outer.wgsl" result=dk vectors=KEY_PIECES columns=TK stride=ROW_STRIDE
-#include "common/tile_outer.wgsl" result=dq vectors=QUERIES columns=TK stride=KEY_STRIDE
+#include "common/tile_outer.wgsl" result=dq vectors=DQ_PIECES columns=TK stride=KEY_STRIDE
+
+// A chunk of both operands of scores: of each thread some vectors of four columns, each of four rows. In workgroup memory they
+// are vectors of four rows, since threads must not write to the same vector.
+const CHUNK_LOADS = ((OWN4 + STEP4) * CHUNK4 + THREADS - 1u) / THREADS;
+alias Chunks = array<array<vec4f, 4>, CHUNK_LOADS>;
+
+fn store_chunks(x: Chunks, d0: u32, dim: u32, thread: u32) {
+    for (var n = 0u; n < CHUNK_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < (OWN4 + STEP4) * CHUNK4 {
+            let is_own = t < OWN4 * CHUNK4;
+            let u = select(t - OWN4 * CHUNK4, t, is_own);
+            let column4 = u % CHUNK4;
+            let d = d0 + 4u * column4;
+            var y: array<vec4f, 4>;
+            for (var r = 0u; r < 4u; r++) {
+                y[r] = first_elements(x[n][r], select(4u, max(d, dim) - d, dim % CHUNK > 0u));
+            }
+            for (var e = 0u; e < 4u; e++) {
+                let of_own = (4u * column4 + e) * OWN4 + place(u / CHUNK4, column4, OWN4);
+                let of_step = STEP_AT + (4u * column4 + e) * STEP4 + place(u / CHUNK4, column4, STEP4);
+                tiles[select(of_step, of_own, is_own)] = vec4f(y[0][e], y[1][e], y[2][e], y[3][e]);
+            }
+        }
+    }
+}
+
+// Lines are whole rows.
+const LINES_LOADS = (LINES * max(TK, TV) * THREADS_X + THREADS - 1u) / THREADS;
+alias Lines = array<vec4f, LINES_LOADS>;
 
 // Of each row vectors of four keys.
 alias Scores = array<array<vec4f, KEY_PIECES>, 4u * ROW_PIECES>;
@@ -107,10 +117,10 @@ fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
     for (var d = 0u; d < CHUNK; d++) {
         var b: array<vec4f, KEY_PIECES>;
         for (var r = 0u; r < KEY_PIECES; r++) {
-            b[r] = tiles[d * (OWN / 4u) + place(r * THREADS_Y + ty, d / 4u)];
+            b[r] = tiles[d * OWN4 + place(r * THREADS_Y + ty, d / 4u, OWN4)];
         }
         for (var c = 0u; c < ROW_PIECES; c++) {
-            let a = tiles[STEP_AT + d * (STEP / 4u) + place(c * THREADS_X + tx, d / 4u)];
+            let a = tiles[STEP_AT + d * STEP4 + place(c * THREADS_X + tx, d / 4u, STEP4)];
             for (var e = 0u; e < 4u; e++) {
                 for (var r = 0u; r < KEY_PIECES; r++) {
                     (*scores)[4u * c + e][r] = fma(vec4f(a[e]), b[r], (*scores)[4u * c + e][r]);
@@ -120,13 +130,14 @@ fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
     }
 }
 
-alias Queries = array<array<vec4f, TK>, 4u * QUERIES>;
-// What dQ has is loaded before the product that is added to it, if there are registers left for it.
+alias OldQuery = array<array<vec4f, TK>, 4u * DQ_PIECES>;
+// What dQ has is loaded before the product that is added to it, if there are registers left for it. Past the head dim it is an
+// element of another thread's, which may have changed, and is not used.
 const OLD_AHEAD = TK == 1u;
 
-fn load_old(start: u32, i0: u32, last_row: u32, ty: u32, tx: u32) -> Queries {
-    var x: Queries;
-    for (var c = 0u; c < 4u * QUERIES; c++) {
+fn load_old(start: u32, i0: u32, last_row: u32, ty: u32, tx: u32) -> OldQuery {
+    var x: OldQuery;
+    for (var c = 0u; c < 4u * DQ_PIECES; c++) {
         let i = min(i0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u, last_row);
         for (var u = 0u; u < TK; u++) {
             x[c][u] = read_grad_query(start + i * problem.grad_query.row, 4u * (u * THREADS_X + tx), HEAD_DIM);
@@ -157,11 +168,13 @@ fn fused(
     let head_kv = group.y;
     // Masks and lengths are the same for all heads of the group.
     let at = sequence(group.z, head_kv * problem.group);
-    let diagonals = max(workgroups.x, (problem.seqlen_q + BLOCK_ROWS - 1u) / BLOCK_ROWS);
-    let row0 = (problem.diagonal + diagonals - block) % diagonals * BLOCK_ROWS;
-    let row1 = min(row0 + BLOCK_ROWS, problem.seqlen_q);
-    let key0 = block * BLOCK_KEYS;
-    let key1 = min(key0 + BLOCK_KEYS, problem.seqlen_k);
+    // Where there are more blocks of keys than of rows, some have none on this diagonal.
+    let row_blocks = (problem.seqlen_q + problem.block_rows - 1u) / problem.block_rows;
+    let diagonals = max(workgroups.x, row_blocks);
+    let row0 = min((problem.diagonal + diagonals - block) % diagonals, row_blocks) * problem.block_rows;
+    let row1 = min(row0 + problem.block_rows, problem.seqlen_q);
+    let key0 = block * problem.block_keys;
+    let key1 = min(key0 + problem.block_keys, problem.seqlen_k);
     let last_key = u32(max(at.keys, 1) - 1);
     let last_row = problem.seqlen_q - 1u;
     let key_start = head_start(problem.key, at.batch, head_kv);
@@ -175,7 +188,7 @@ fn fused(
     for (var j0 = key0; j0 < key1; j0 += OWN) {
         let range = row_range(at, i32(j0), i32(j0 + OWN));
         let first = max(u32(range.x) / STEP * STEP, row0);
-        let end = min(u32(range.y), row1);
+        let end = min(u32(max(range.y, 0)), row1);
         if first >= end && add {
             continue;
         }
@@ -189,24 +202,20 @@ fn fused(
             let dq_start = head_start(problem.grad_query, at.batch, head);
             let rows_start = (at.batch * problem.heads + head) * problem.seqlen_q;
             // What workgroup memory holds next: while one product runs, the operands of the next are loaded.
-            var own_next = load_chunk_key(key_start, j0, last_key, 0u, HEAD_DIM, thread);
-            var step_next = load_chunk_query(query_start, first, last_row, 0u, HEAD_DIM, thread);
+            var next = load_chunks_s(key_start, j0, last_key, query_start, first, last_row, 0u, HEAD_DIM, thread);
             var lines_next: Lines;
             for (var i0 = first; i0 < end; i0 += STEP) {
                 // S = Q K^T
                 var s: Scores;
                 for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
                     workgroupBarrier();
-                    store_chunk_key(own_next, 0u, d0, HEAD_DIM, thread);
-                    store_chunk_query(step_next, STEP_AT, d0, HEAD_DIM, thread);
+                    store_chunks(next, d0, HEAD_DIM, thread);
                     workgroupBarrier();
                     let d1 = d0 + CHUNK;
                     if d1 < HEAD_DIM {
-                        own_next = load_chunk_key(key_start, j0, last_key, d1, HEAD_DIM, thread);
-                        step_next = load_chunk_query(query_start, i0, last_row, d1, HEAD_DIM, thread);
+                        next = load_chunks_s(key_start, j0, last_key, query_start, i0, last_row, d1, HEAD_DIM, thread);
                     } else {
-                        own_next = load_chunk_value(value_start, j0, last_key, 0u, HEAD_DIM_V, thread);
-                        step_next = load_chunk_grad_out(grad_start, i0, last_row, 0u, HEAD_DIM_V, thread);
+                        next = load_chunks_dp(value_start, j0, last_key, grad_start, i0, last_row, 0u, HEAD_DIM_V, thread);
                     }
                     add_scores(&s, ty, tx);
                 }
@@ -215,13 +224,11 @@ fn fused(
                 var ds: Scores;
                 for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
                     workgroupBarrier();
-                    store_chunk_value(own_next, 0u, d0, HEAD_DIM_V, thread);
-                    store_chunk_grad_out(step_next, STEP_AT, d0, HEAD_DIM_V, thread);
+                    store_chunks(next, d0, HEAD_DIM_V, thread);
                     workgroupBarrier();
                     let d1 = d0 + CHUNK;
                     if d1 < HEAD_DIM_V {
-                        own_next = load_chunk_value(value_start, j0, last_key, d1, HEAD_DIM_V, thread);
-                        step_next = load_chunk_grad_out(grad_start, i0, last_row, d1, HEAD_DIM_V, thread);
+                        next = load_chunks_dp(value_start, j0, last_key, grad_start, i0, last_row, d1, HEAD_DIM_V, thread);
                     } else {
                         lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, 0u, HEAD_DIM_V, thread);
                     }
@@ -298,8 +305,8 @@ fn fused(
                 }
 
                 // dQ += dS K, in memory. A thread always has the same elements of it.
-                var dq: array<array<vec4f, TK>, 4u * QUERIES>;
-                var old: Queries;
+                var dq: array<array<vec4f, TK>, 4u * DQ_PIECES>;
+                var old: OldQuery;
                 if OLD_AHEAD {
                     old = load_old(dq_start, i0, last_row, ty, tx);
                 }
@@ -322,8 +329,7 @@ fn fused(
                         if l1 < OWN {
                             lines_next = load_lines_key(key_start, j0, last_key, THREADS_Y, l1, HEAD_DIM, thread);
                         } else {
-                            own_next = load_chunk_key(key_start, j0, last_key, 0u, HEAD_DIM, thread);
-                            step_next = load_chunk_query(query_start, i0 + STEP, last_row, 0u, HEAD_DIM, thread);
+                            next = load_chunks_s(key_start, j0, last_key, query_start, i0 + STEP, last_row, 0u, HEAD_DIM, thread);
                         }
                         add_to_dq(&dq, l, ty, tx);
                     }
@@ -331,7 +337,7 @@ fn fused(
                 if !OLD_AHEAD {
                     old = load_old(dq_start, i0, last_row, ty, tx);
                 }
-                for (var c = 0u; c < 4u * QUERIES; c++) {
+                for (var c = 0u; c < 4u * DQ_PIECES; c++) {
                     let i = i0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u;
                     if i <= last_row {
                         for (var u = 0u; u < TK; u++) {

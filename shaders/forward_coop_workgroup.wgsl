@@ -27,7 +27,8 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-@group(0) @binding(4) var<storage, read_write> out: OutElements;
+// Elements by themselves: lanes that have parts of a vector must not write to the same one.
+@group(0) @binding(4) var<storage, read_write> out: array<f16>;
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
@@ -69,11 +70,7 @@ fn write_elements(start: u32, column: u32, lane: u32, x: Lane) {
     for (var e = 0u; e < ELEMENTS; e++) {
         let d = column + column_of(lane, e);
         if d < HEAD_DIM_V {
-#if ALIGNED
-            out[(start + d) / 4u][(start + d) % 4u] = f16(x[e]);
-#else
             out[start + d] = f16(x[e]);
-#endif
         }
     }
 }

@@ -22,6 +22,7 @@
 #include "common/score.wgsl"
 #include "common/elements.wgsl"
 #include "common/tile_threads.wgsl"
+#include "common/tile_columns.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
@@ -54,70 +55,75 @@ const V_AT = PIECE * P_STRIDE;
 const PARTIAL_AT = max(V_AT, K_AT + CHUNK * KEYS4);
 var<workgroup> tiles: array<vec4f, max(PARTIAL_AT + THREADS_X * ROWS4, V_AT + VALUE_KEYS * V_STRIDE)>;
 // Of each row: m, and exp(m - m') by which its sums shrink.
-var<workgroup> maxima: array<vec4f, ROWS4>;
-var<workgroup> shrinks: array<vec4f, ROWS4>;
+var<workgroup> maxima: array<f32, ROWS>;
+var<workgroup> shrinks: array<f32, ROWS>;
 
 alias Output = array<array<vec4f, TV>, 4u * TR>;
 
-// What each thread moves of a tile: loaded to registers while the tile before is in use, then stored.
-const QUERY_LOADS = (ROWS * CHUNK4 + THREADS - 1u) / THREADS;
-const KEY_LOADS = (KEYS * CHUNK4 + THREADS - 1u) / THREADS;
+// What each thread moves of a tile: loaded to registers while the tile before is in use, then stored. Of Q and K it is vectors of
+// four columns, each of four rows, which become vectors of four rows: threads must not write to the same vector.
+const QUERY_LOADS = (ROWS4 * CHUNK4 + THREADS - 1u) / THREADS;
+const KEY_LOADS = (KEYS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const VALUE_LOADS = (VALUE_KEYS * V_STRIDE + THREADS - 1u) / THREADS;
+alias Queries = array<array<Elements4, 4>, QUERY_LOADS>;
+alias Keys = array<array<Elements4, 4>, KEY_LOADS>;
 
-// Where vector n of a column, of `count` vectors, is in it. Threads that store to one place of several columns, four of each
-// vector, would meet in a bank; so those of each next four are changed around.
-fn place(n: u32, column4: u32, count: u32) -> u32 {
-    const SPREAD = max(8u / CHUNK4, 1u);
-    let most = min(count & (~count + 1u), 8u) - 1u;
-    return n ^ ((column4 * SPREAD) & most);
-}
-
-fn load_query(start: u32, row0: u32, d0: u32, thread: u32) -> array<Elements4, QUERY_LOADS> {
-    var x: array<Elements4, QUERY_LOADS>;
+fn load_query(start: u32, row0: u32, d0: u32, thread: u32) -> Queries {
+    var x: Queries;
     for (var n = 0u; n < QUERY_LOADS; n++) {
         let t = thread + n * THREADS;
-        let i = min(row0 + t / CHUNK4, problem.row_end - 1u) - problem.row_begin;
-        x[n] = read_query(start + i * problem.query.row, d0 + 4u * (t % CHUNK4), HEAD_DIM);
+        for (var r = 0u; r < 4u; r++) {
+            let i = min(row0 + 4u * (t / CHUNK4) + r, problem.row_end - 1u) - problem.row_begin;
+            x[n][r] = read_query(start + i * problem.query.row, d0 + 4u * (t % CHUNK4), HEAD_DIM);
+        }
     }
     return x;
 }
 
 // Columns past the head dimension are 0 here, so that they add nothing to a score, whatever K has there.
-fn store_query(x: array<Elements4, QUERY_LOADS>, d0: u32, thread: u32) {
+fn store_query(x: Queries, d0: u32, thread: u32) {
     for (var n = 0u; n < QUERY_LOADS; n++) {
         let t = thread + n * THREADS;
-        if t < ROWS * CHUNK4 {
-            var q = unpack4(x[n]) * score_sign();
-            if HEAD_DIM % CHUNK > 0u {
-                let d = d0 + 4u * (t % CHUNK4);
-                q = first_elements(q, max(d, HEAD_DIM) - d);
+        if t < ROWS4 * CHUNK4 {
+            var q: array<vec4f, 4>;
+            for (var r = 0u; r < 4u; r++) {
+                q[r] = unpack4(x[n][r]) * score_sign();
+                if HEAD_DIM % CHUNK > 0u {
+                    let d = d0 + 4u * (t % CHUNK4);
+                    q[r] = first_elements(q[r], max(d, HEAD_DIM) - d);
+                }
             }
             for (var e = 0u; e < 4u; e++) {
                 let column = (4u * (t % CHUNK4) + e) * ROWS4;
-                tiles[column + place(t / CHUNK4 / 4u, t % CHUNK4, ROWS4)][t / CHUNK4 % 4u] = q[e];
+                tiles[column + place(t / CHUNK4, t % CHUNK4, ROWS4)] = vec4f(q[0][e], q[1][e], q[2][e], q[3][e]);
             }
         }
     }
 }
 
-fn load_key(start: u32, j0: u32, last: u32, d0: u32, thread: u32) -> array<Elements4, KEY_LOADS> {
-    var x: array<Elements4, KEY_LOADS>;
+fn load_key(start: u32, j0: u32, last: u32, d0: u32, thread: u32) -> Keys {
+    var x: Keys;
     for (var n = 0u; n < KEY_LOADS; n++) {
         let t = thread + n * THREADS;
-        let j = min(j0 + t / CHUNK4, last);
-        x[n] = read_key(start + j * problem.key.row, d0 + 4u * (t % CHUNK4), HEAD_DIM);
+        for (var r = 0u; r < 4u; r++) {
+            let j = min(j0 + 4u * (t / CHUNK4) + r, last);
+            x[n][r] = read_key(start + j * problem.key.row, d0 + 4u * (t % CHUNK4), HEAD_DIM);
+        }
     }
     return x;
 }
 
-fn store_key(x: array<Elements4, KEY_LOADS>, thread: u32) {
+fn store_key(x: Keys, thread: u32) {
     for (var n = 0u; n < KEY_LOADS; n++) {
         let t = thread + n * THREADS;
-        if t < KEYS * CHUNK4 {
-            let k = unpack4(x[n]);
+        if t < KEYS4 * CHUNK4 {
+            var k: array<vec4f, 4>;
+            for (var r = 0u; r < 4u; r++) {
+                k[r] = unpack4(x[n][r]);
+            }
             for (var e = 0u; e < 4u; e++) {
                 let column = K_AT + (4u * (t % CHUNK4) + e) * KEYS4;
-                tiles[column + place(t / CHUNK4 / 4u, t % CHUNK4, KEYS4)][t / CHUNK4 % 4u] = k[e];
+                tiles[column + place(t / CHUNK4, t % CHUNK4, KEYS4)] = vec4f(k[0][e], k[1][e], k[2][e], k[3][e]);
             }
         }
     }
@@ -171,15 +177,15 @@ fn forward(
 
     var o: Output;
     var l: array<vec4f, TR>;
-    if thread < ROWS / 4u {
-        maxima[thread] = vec4f(lowest);
+    if thread < ROWS {
+        maxima[thread] = lowest;
     }
 
     let range = key_range(at, i32(row0), i32(row1));
     let first = range.x / i32(KEYS) * i32(KEYS);
     let last = u32(max(at.keys, 1) - 1);
     var query_next = load_query(query_start, row0, 0u, thread);
-    var key_next: array<Elements4, KEY_LOADS>;
+    var key_next: Keys;
     var value_next: array<Elements4, VALUE_LOADS>;
     if range.x < range.y {
         key_next = load_key(key_start, u32(first), last, 0u, thread);
@@ -247,21 +253,24 @@ fn forward(
         }
         workgroupBarrier();
         if thread < ROWS {
-            let m = maxima[thread / 4u][thread % 4u];
+            let m = maxima[thread];
             var larger = m;
             for (var x = 0u; x < THREADS_X; x++) {
                 larger = max(larger, tiles[PARTIAL_AT + x * ROWS4 + thread / 4u][thread % 4u]);
             }
-            maxima[thread / 4u][thread % 4u] = larger;
-            shrinks[thread / 4u][thread % 4u] = exp2((m - larger) * factor);
+            maxima[thread] = larger;
+            shrinks[thread] = exp2((m - larger) * factor);
         }
         workgroupBarrier();
 
         // P = exp(S - m'),  l = exp(m - m') l + rowsum P
         var shrink: array<vec4f, TR>;
         for (var r = 0u; r < TR; r++) {
-            let most = maxima[r * THREADS_Y + ty];
-            shrink[r] = shrinks[r * THREADS_Y + ty];
+            var most: vec4f;
+            for (var e = 0u; e < 4u; e++) {
+                most[e] = maxima[4u * (r * THREADS_Y + ty) + e];
+                shrink[r][e] = shrinks[4u * (r * THREADS_Y + ty) + e];
+            }
             var sum = vec4f();
             for (var c = 0u; c < TC; c++) {
                 s[c][r] = exp2((s[c][r] - most) * factor);
@@ -335,14 +344,14 @@ fn forward(
     }
     workgroupBarrier();
     for (var r = 0u; r < TR; r++) {
-        let place = r * THREADS_Y + ty;
+        let rows4 = r * THREADS_Y + ty;
         var sums = vec4f();
         for (var x = 0u; x < THREADS_X; x++) {
-            sums += tiles[PARTIAL_AT + x * ROWS4 + place];
+            sums += tiles[PARTIAL_AT + x * ROWS4 + rows4];
         }
         for (var e = 0u; e < 4u; e++) {
             let sum = sums[e];
-            let i = row0 + 4u * place + e;
+            let i = row0 + 4u * rows4 + e;
             if i < row1 {
                 let inverse = inverse_sum(sum);
                 let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
@@ -351,7 +360,7 @@ fn forward(
                 }
 #if LSE
                 if tx == 0u {
-                    let m = score_size() * maxima[place][e];
+                    let m = score_size() * maxima[4u * rows4 + e];
                     lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits(m, sum);
                 }
 #endif

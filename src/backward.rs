@@ -117,13 +117,13 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
         Kernel::Tile => fused_tile(problem, options, limits)?,
         _ => None,
     };
-    let accumulate = problem.gradients.is_some_and(|gradients| gradients.accumulate);
-    let mut passes = vec![backward_delta::pass(problem, fused.is_some() && !accumulate)];
+    let mut passes = match fused {
+        Some(tile) => kernel::backward_fused::passes(problem, tile),
+        None => vec![backward_delta::pass(problem, false)],
+    };
     match kernel {
         Kernel::Naive => passes.extend(kernel::backward_naive::passes(problem)),
-        Kernel::Tile if fused.is_some() => {
-            passes.extend(fused.map(|tile| kernel::backward_fused::pass(problem, tile)));
-        }
+        Kernel::Tile if fused.is_some() => {}
         Kernel::Tile => {
             let [dkdv, dq] = match options.backward_tile {
                 Some(tile) => [tile; 2],
@@ -170,7 +170,11 @@ fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -
     if options.backward_tile.is_some() || !is_f32 {
         return Ok(None);
     }
+    // A window that moves along leaves most blocks of a diagonal empty.
+    if problem.window_left.is_some() {
+        return Ok(None);
+    }
     let fits =
-        |tile: &FusedTile| check_limits(Kernel::Tile, &[kernel::backward_fused::pass(problem, *tile)], limits).is_ok();
+        |tile: &FusedTile| check_limits(Kernel::Tile, &kernel::backward_fused::passes(problem, *tile), limits).is_ok();
     Ok(tune::fused_tile(&problem.shape, problem.rows_grow(), limits).filter(fits))
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::context::{Context, Pipeline};
 use crate::forward::bind_launch;
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
-use crate::kernel::{self, CoopForm, Kernel, Pass, Slot, forward_coop};
+use crate::kernel::{self, CoopForm, Diagonals, Kernel, Pass, Slot, forward_coop};
 use crate::problem::{Layout, Tensor};
 use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use crate::{ElementType, Error, Problem};
@@ -28,7 +28,8 @@ pub struct PlanOptions {
     pub splits: Option<u32>,
     /// The kernel of the backward pass; `None` lets the plan choose.
     pub backward: Option<Kernel>,
-    /// The tile of the backward pass' tile kernels, of which each computes the scores; `None` takes [`tune::backward_tiles`].
+    /// The tile of the backward pass' tile kernels, of which each computes the scores; `None` takes [`tune::backward_tiles`]
+    /// unless there is a `fused_tile`.
     pub backward_tile: Option<BackwardTile>,
     /// The tile of the backward pass' tile kernel that computes all gradients at once, in f32; `None` takes
     /// [`tune::fused_tile`], or the other kernels where there is a `backward_tile`.
@@ -64,7 +65,7 @@ pub(crate) struct Schedule {
     /// The coop kernel's form, and why.
     pub coop_form: Option<(CoopForm, String)>,
     /// Of blocks of rows and keys, in a kernel that is dispatched once for each.
-    pub diagonals: Option<u32>,
+    pub diagonals: Option<Diagonals>,
     pub workgroup_bytes: u32,
     pub workspace_bytes: u64,
     pub parts: usize,
@@ -306,13 +307,16 @@ impl Schedule {
         let uniform_bytes = size_of::<ProblemUniform>() as u64;
         let uniform_step = uniform_bytes.next_multiple_of(limits.min_uniform_buffer_offset_alignment as u64);
         // Of each part one for each diagonal.
-        let diagonals = schedule.diagonals.unwrap_or(1);
+        let diagonals = schedule.diagonals.map_or(1, |diagonals| diagonals.count);
         let mut uniforms = vec![0u8; uniform_step as usize * diagonals as usize * parts.len()];
         for (n, part) in parts.iter().enumerate() {
             let (ranges, mut uniform) = bind(part);
             uniform.splits = recipe.splits;
             uniform.split_rows = kernel::decode::rows(part) as u32;
             let uniform_offset = |diagonal: u32| (n as u64 * diagonals as u64 + diagonal as u64) * uniform_step;
+            if let Some(Diagonals { block_keys, block_rows, .. }) = schedule.diagonals {
+                (uniform.block_keys, uniform.block_rows) = (block_keys, block_rows);
+            }
             for diagonal in 0..diagonals {
                 uniform.diagonal = diagonal;
                 let slice = &mut uniforms[uniform_offset(diagonal) as usize..][..uniform_bytes as usize];
@@ -326,7 +330,7 @@ impl Schedule {
                     continue;
                 }
                 let bound = |slot| ranges.iter().copied().find(|&(s, _, _)| s == slot);
-                schedule.launches.extend((0..pass.diagonals.unwrap_or(1)).map(|diagonal| Launch {
+                schedule.launches.extend((0..pass.diagonals.map_or(1, |all| all.count)).map(|diagonal| Launch {
                     pipeline: pipeline.clone(),
                     ranges: pass.bindings.iter().filter_map(|&(slot, _)| bound(slot)).collect(),
                     uniform_offset: uniform_offset(diagonal),
@@ -474,8 +478,7 @@ impl Plan {
             }
             Kernel::Naive => kernel::naive::passes(problem),
             Kernel::Tile => {
-                let tuned = || tune::tile(problem.element_type, shape.head_dim, shape.head_dim_v, limits);
-                let chosen = options.tile.unwrap_or_else(tuned);
+                let chosen = options.tile.unwrap_or_else(|| tune::tile(shape.head_dim, shape.head_dim_v, limits));
                 chosen.validate()?;
                 tile = Some(chosen);
                 rows_and_keys = Some((chosen.rows, chosen.keys));
@@ -698,8 +701,12 @@ impl std::fmt::Display for Plan {
             if let Some((form, why)) = &backward.coop_form {
                 write!(f, "\nbackward form: {form} ({why})")?;
             }
-            if let Some(diagonals) = backward.diagonals {
-                write!(f, "\nbackward gradients: all at once, in dispatches for {diagonals} diagonals of blocks")?;
+            if let Some(Diagonals { block_keys, block_rows, count }) = backward.diagonals {
+                let blocks = format!("{block_rows} queries by {block_keys} keys");
+                write!(
+                    f,
+                    "\nbackward gradients: all at once, in {count} dispatches for the diagonals of blocks of {blocks}"
+                )?;
             }
             write!(f, "\n{backward}")?;
         }

@@ -45,6 +45,8 @@ const FILES: &[(&str, &str)] = &[
     ("common/read_f16.wgsl", include_str!("../shaders/common/read_f16.wgsl")),
     ("common/score.wgsl", include_str!("../shaders/common/score.wgsl")),
     ("common/softmax.wgsl", include_str!("../shaders/common/softmax.wgsl")),
+    ("common/tile_chunks.wgsl", include_str!("../shaders/common/tile_chunks.wgsl")),
+    ("common/tile_columns.wgsl", include_str!("../shaders/common/tile_columns.wgsl")),
     ("common/tile_lines.wgsl", include_str!("../shaders/common/tile_lines.wgsl")),
     ("common/tile_load.wgsl", include_str!("../shaders/common/tile_load.wgsl")),
     ("common/tile_outer.wgsl", include_str!("../shaders/common/tile_outer.wgsl")),
@@ -270,9 +272,7 @@ pub fn backward_modules(problem: &Problem, tiles: Option<[BackwardTile; 2]>) -> 
 
 /// The modules of the backward pass that computes all gradients at once with this tile.
 pub fn fused_modules(problem: &Problem, tile: FusedTile) -> Vec<Specialization> {
-    let accumulate = problem.gradients.is_some_and(|gradients| gradients.accumulate);
-    let passes = [backward_delta::pass(problem, !accumulate), backward_fused::pass(problem, tile)];
-    passes.into_iter().map(|pass| pass.specialization).collect()
+    backward_fused::passes(problem, tile).into_iter().map(|pass| pass.specialization).collect()
 }
 
 /// The modules of the tile kernel with this tile or, without one, of the naive kernel: what a plan compiles for a

@@ -380,15 +380,15 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
 /// The tile of the backward kernel that computes all gradients at once, in f32, `shaders/backward_fused_tile.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FusedTile {
-    /// Keys of a tile; a multiple of 32.
+    /// Keys of a tile.
     pub own: u32,
-    /// Queries of a tile; a multiple of 32.
+    /// Queries of a tile.
     pub step: u32,
     /// Rows of the grid of threads; even, and `4 · threads_y` divides `own` and `step`.
     pub threads_y: u32,
     /// Columns of the grid of threads; even, and `4 · threads_x` divides `step`.
     pub threads_x: u32,
-    /// Columns of the scores' operands in workgroup memory at a time; 4, 8, 16 or a multiple of 32.
+    /// Columns of the scores' operands in workgroup memory at a time; a multiple of 4.
     pub chunk: u32,
     /// Rows of the gradients' second operand in workgroup memory at a time; divides `4 · threads_y` and `4 · threads_x`.
     pub lines: u32,
@@ -425,9 +425,6 @@ impl FusedTile {
         if all.iter().any(|&n| n == 0 || n > 1024) {
             return Err(Error::Tile("every size must be from 1 to 1024"));
         }
-        if !self.own.is_multiple_of(32) || !self.step.is_multiple_of(32) {
-            return Err(Error::Tile("own and step must be multiples of 32"));
-        }
         let (of_y, of_x) = (4 * self.threads_y, 4 * self.threads_x);
         if !of_y.is_multiple_of(8) || !self.own.is_multiple_of(of_y) || !self.step.is_multiple_of(of_y) {
             return Err(Error::Tile("threads_y must be even, and 4 · threads_y divide own and step"));
@@ -435,8 +432,8 @@ impl FusedTile {
         if !of_x.is_multiple_of(8) || !self.step.is_multiple_of(of_x) {
             return Err(Error::Tile("threads_x must be even, and 4 · threads_x divide step"));
         }
-        if ![4, 8, 16].contains(&self.chunk) && !self.chunk.is_multiple_of(32) {
-            return Err(Error::Tile("chunk must be 4, 8, 16 or a multiple of 32"));
+        if !self.chunk.is_multiple_of(4) {
+            return Err(Error::Tile("chunk must be a multiple of 4"));
         }
         if !of_y.is_multiple_of(self.lines) || !of_x.is_multiple_of(self.lines) {
             return Err(Error::Tile("lines must divide 4 · threads_y and 4 · threads_x"));
@@ -460,35 +457,28 @@ pub fn fused_tile(shape: &Shape, uneven: bool, limits: &wgpu::Limits) -> Option<
     let (head_dim, head_dim_v) = (shape.head_dim, shape.head_dim_v);
     let widest = head_dim.max(head_dim_v);
     let memory = limits.max_compute_workgroup_storage_size;
-    // On an H100, TFLOP/s: the first 35.7 at D = 64, the second 34.3 at D = 128; docs/rejected.md has the others.
-    let (own, step, (threads_y, threads_x), chunk, mut lines) = match (memory >> 10, widest) {
-        (48.., 0..=64) => (128, 64, (16, 16), 32, 32),
-        (48.., 65..=128) => (128, 64, (16, 16), 16, 16),
+    // On an H100, TFLOP/s of the form that stored chunks by single elements: the first 35.7 at D = 64, the second 34.3 at D = 128;
+    // docs/rejected.md has the others.
+    let (own, step, chunk, lines) = match (memory >> 10, widest) {
+        (48.., 0..=64) => (128, 64, 32, 32),
+        (48.., 65..=128) => (128, 64, 16, 16),
         _ => return None,
     };
-    let chunk = chunk.min(widest.next_power_of_two().max(4));
-    let tile = |lines, block_keys, block_rows| FusedTile {
-        own,
-        step,
-        threads_y,
-        threads_x,
-        chunk,
-        lines,
-        block_keys,
-        block_rows,
-        written_out: true,
-    };
-    while lines > 4 && tile(lines, own, step).workgroup_bytes(head_dim, head_dim_v) > memory {
-        lines /= 2;
-    }
+    // Equal chunks, as those of `tile`.
+    let chunk = widest.div_ceil(widest.div_ceil(chunk)).next_multiple_of(4);
+    let (threads_y, threads_x, written_out) = (16, 16, true);
     // The largest blocks of which a diagonal fills the device: between diagonals all gradients go through memory.
     let needed = if uneven { 2 * FULL_DIAGONAL } else { FULL_DIAGONAL };
     let heads = shape.batch as u64 * shape.heads_kv as u64;
-    let fills = |&times: &u32| heads * shape.seqlen_k.div_ceil(own * times) as u64 >= needed;
-    let block_keys = own * [16, 8, 4, 2, 1].into_iter().find(fills)?;
-    // As many blocks of rows as of keys.
-    let block_rows = shape.seqlen_q.div_ceil(shape.seqlen_k.div_ceil(block_keys));
-    Some(tile(lines, block_keys, block_rows.max(1).next_multiple_of(step)))
+    [16, 8, 4, 2, 1].into_iter().find_map(|times| {
+        let block_keys = own * times;
+        let key_blocks = shape.seqlen_k.div_ceil(block_keys);
+        // As many blocks of rows as of keys.
+        let block_rows = shape.seqlen_q.div_ceil(key_blocks.max(1)).max(1).next_multiple_of(step);
+        let busy = heads * key_blocks.min(shape.seqlen_q.div_ceil(block_rows)) as u64;
+        let tile = FusedTile { own, step, threads_y, threads_x, chunk, lines, block_keys, block_rows, written_out };
+        (busy >= needed).then_some(tile)
+    })
 }
 
 /// The tile of a backward kernel on cooperative matrices, `shaders/backward_dkdv_coop.wgsl` or
@@ -674,8 +664,6 @@ struct Row {
     invocations: u32,
     /// `chunk` and `value_keys` are upper bounds here: see [`tile`].
     tile: Tile,
-    /// `chunk` for f16 and bf16, of which the next chunk takes half the registers.
-    half_chunk: u32,
 }
 
 const fn row(
@@ -684,40 +672,38 @@ const fn row(
     rows: u32,
     keys: u32,
     grid: (u32, u32),
-    chunks: (u32, u32),
+    chunk: u32,
     value_keys: u32,
 ) -> Row {
     let (threads_y, threads_x) = grid;
-    let (chunk, half_chunk) = chunks;
     // Memory that software Vulkan does not have.
     let written_out = workgroup_bytes > 32 << 10;
     let tile = Tile { rows, keys, threads_y, threads_x, chunk, value_keys, written_out };
-    Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile, half_chunk }
+    Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
 }
 
-// TFLOP/s on an H100 or H200 in f32: the first row 40.4 at D = 64, the second 40.6 at D = 128, the third 37.7 at D = 256;
-// docs/rejected.md has the others.
+// TFLOP/s on an H200 in f32 of the form that stored Q and K by single elements: the first row 39.7 at D = 64, the second 40.6
+// at D = 128, the third 37.7 at D = 256; docs/rejected.md has the others.
 #[rustfmt::skip]
 const TILES: &[Row] = &[
-    //  D,    memory, rows, keys,     grid,   chunk, value_keys
-    row( 64, 48 << 10,  128,  128, (16, 16), (16, 32),  32),
-    row(128, 48 << 10,  128,  128, (16, 16), (32, 32),  16),
-    row(256, 48 << 10,   64,  128, (16, 16), (32, 32),  16),
-    row(128, 32 << 10,   64,   64,  (16, 8), (32, 32),  16),
-    row(256, 32 << 10,   64,   64, (16, 16), (32, 32),  16),
+    //  D,    memory, rows, keys,     grid, chunk, value_keys
+    row( 64, 48 << 10,  128,  128, (16, 16),    32,  32),
+    row(128, 48 << 10,  128,  128, (16, 16),    32,  16),
+    row(256, 48 << 10,   64,  128, (16, 16),    32,  16),
+    row(128, 32 << 10,   64,   64,  (16, 8),    32,  16),
+    row(256, 32 << 10,   64,   64, (16, 16),    32,  16),
     // WebGPU's default limits: 16 KiB, 256 invocations.
-    row(256,        0,   32,   32,   (8, 8), (32, 32),  32),
+    row(256,        0,   32,   32,   (8, 8),    32,  32),
 ];
 
 /// The tile for a problem on a device: the table's, with `chunk` and `value_keys` made to fit head dimension and
 /// memory.
-pub fn tile(element_type: ElementType, head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
+pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
     let memory = limits.max_compute_workgroup_storage_size;
     let fitted = |row: &Row| {
         let mut tile = row.tile;
-        let most = if element_type == ElementType::F32 { tile.chunk } else { row.half_chunk };
         // Equal chunks: 80 columns in chunks of at most 32 are three of 28.
-        let chunks = head_dim.div_ceil(most);
+        let chunks = head_dim.div_ceil(tile.chunk);
         tile.chunk = head_dim.div_ceil(chunks).next_multiple_of(4);
         while tile.value_keys > 4 && tile.workgroup_bytes(head_dim_v) > memory {
             tile.value_keys /= 2;
@@ -751,7 +737,7 @@ mod tests {
         for (bytes, invocations) in [(16 << 10, 256), (32 << 10, 256), (48 << 10, 1024)] {
             for head_dim in 1..=256 {
                 for head_dim_v in [1, 7, 32, 64, 100, 128, 200, 256, head_dim] {
-                    let tile = tile(ElementType::F32, head_dim, head_dim_v, &limits(bytes, invocations));
+                    let tile = tile(head_dim, head_dim_v, &limits(bytes, invocations));
                     tile.validate().unwrap();
                     let used = tile.workgroup_bytes(head_dim_v);
                     assert!(used <= bytes, "{head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
@@ -838,6 +824,9 @@ mod tests {
         // Eight blocks of 128 keys for each of 16 heads.
         assert_eq!(blocks(1, 16, 1024, false), Some((128, 128)));
         assert_eq!(blocks(1, 16, 1024, true), None);
+        // One block of rows.
+        let few_rows = Shape { seqlen_q: 64, ..Shape::square(1, 16, 8192, 64) };
+        assert_eq!(fused_tile(&few_rows, false, &large), None);
         assert_eq!(fused_tile(&Shape::square(4, 16, 4096, 136), false, &large), None);
         assert_eq!(fused_tile(&Shape::square(4, 16, 4096, 64), false, &limits(32 << 10, 1024)), None);
     }
@@ -856,20 +845,20 @@ mod tests {
 
     #[test]
     fn larger_limits_give_larger_tiles() {
-        let small = tile(ElementType::F32, 64, 64, &limits(16 << 10, 256));
-        let large = tile(ElementType::F32, 64, 64, &limits(48 << 10, 1024));
+        let small = tile(64, 64, &limits(16 << 10, 256));
+        let large = tile(64, 64, &limits(48 << 10, 1024));
         assert!(large.rows * large.keys > small.rows * small.keys);
     }
 
     #[test]
     fn head_dims_are_cut_into_equal_chunks() {
-        assert_eq!(tile(ElementType::F32, 80, 80, &limits(16 << 10, 256)).chunk, 28);
-        assert_eq!(tile(ElementType::F32, 1, 1, &limits(16 << 10, 256)).chunk, 4);
+        assert_eq!(tile(80, 80, &limits(16 << 10, 256)).chunk, 28);
+        assert_eq!(tile(1, 1, &limits(16 << 10, 256)).chunk, 4);
     }
 
     #[test]
     fn a_tile_that_does_not_divide_is_refused() {
-        let good = tile(ElementType::F32, 64, 64, &limits(16 << 10, 256));
+        let good = tile(64, 64, &limits(16 << 10, 256));
         for bad in [
             Tile { rows: 33, ..good },
             Tile { rows: 128, ..good },

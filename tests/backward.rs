@@ -20,7 +20,8 @@ fn small_tile() -> PlanOptions {
     PlanOptions { backward_tile: Some(tile), ..backward(Kernel::Tile) }
 }
 
-/// All gradients at once, in blocks smaller than the cases: several diagonals, with several tiles of keys, or of rows, in a block.
+/// All gradients at once, in blocks of one tile, smaller than the cases, so that there are several diagonals. A thread has several
+/// vectors of keys, or of rows.
 fn fused(by_keys: bool) -> PlanOptions {
     let (own, step) = if by_keys { (64, 32) } else { (32, 64) };
     let (block_keys, block_rows) = if by_keys { (64, 32) } else { (32, 64) };
@@ -33,7 +34,7 @@ fn fused(by_keys: bool) -> PlanOptions {
         lines: 16,
         block_keys,
         block_rows,
-        written_out: by_keys,
+        written_out: false,
     };
     PlanOptions { fused_tile: Some(tile), ..backward(Kernel::Tile) }
 }
@@ -104,6 +105,9 @@ fn gradients_of_lse_and_sums_with_what_is_there() {
         let mut ways = ways(element_type);
         if element_type == ElementType::F32 {
             ways.push(("fused", full(), fused(false)));
+            let mut written_out = fused(true);
+            written_out.fused_tile = written_out.fused_tile.map(|tile| FusedTile { written_out: true, ..tile });
+            ways.push(("fused, written out", full(), written_out));
         }
         for (grad_lse, accumulate) in [(true, false), (false, true), (true, true)] {
             check_all(&prepare(few(), element_type, Ask { grad_lse, accumulate }), &ways);
@@ -116,6 +120,7 @@ fn gradients_of_lse_and_sums_with_what_is_there() {
 fn blocks_of_several_tiles() {
     let all = [
         ("more keys", case(2, [2, 1], [70, 300], [16, 12]).causal(BottomRight)),
+        ("wide, softcap", case(1, [2, 1], [70, 130], [40, 72]).softcap(3.0).scale(-0.4)),
         ("more rows", case(1, [2, 2], [300, 70], [12, 16]).seqlens(&[66])),
         ("window", case(1, [1, 1], [200, 200], [8, 8]).window(40, 3)),
     ];
@@ -125,7 +130,10 @@ fn blocks_of_several_tiles() {
         options.fused_tile = options.fused_tile.map(|tile| FusedTile { block_keys, block_rows, ..tile });
         ("fused", full(), options)
     };
-    check_all(&prepare(cases, ElementType::F32, Ask::default()), &[options(96, 64), options(64, 128)]);
+    for accumulate in [false, true] {
+        let prepared = prepare(cases.clone(), ElementType::F32, Ask { grad_lse: false, accumulate });
+        check_all(&prepared, &[options(96, 64), options(64, 128)]);
+    }
 }
 
 /// Each kernel in each type with wgpu's bounds checks, which would turn an access past a binding into a wrong result.

@@ -1,12 +1,16 @@
 //! Every module that a plan can build: naga accepts it, every backend can write it, and it keeps within what it says
 //! of itself and within WebGPU's default limits. Needs no GPU.
 
+#[path = "common/stores.rs"]
+mod stores;
+
 use std::collections::HashSet;
 
 use naga::back::{hlsl, msl, spv};
 use naga::proc::Layouter;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, Module};
+use stores::stores_components;
 use wgpu_flash_attention::specialize::{
     Source, Specialization, backward_modules, decode_modules, fused_modules, merge_module, modules,
 };
@@ -89,6 +93,7 @@ fn validate(specialization: &Specialization) -> (Module, ModuleInfo) {
 
 fn write(specialization: &Specialization, module: &Module, info: &ModuleInfo) {
     let failed = |backend: &str, error: &dyn std::error::Error| panic!("{backend}: {error}: {specialization:?}");
+    assert!(!stores_components(module, info), "a component of a shared vector is stored: {specialization:?}");
     if let Err(error) = spv::write_vec(module, info, &spv::Options::default(), None) {
         failed("SPIR-V", &error);
     }
@@ -145,8 +150,7 @@ fn naive() {
 }
 
 fn check_tile(limits: &wgpu::Limits) {
-    let chosen =
-        |problem: &Problem| tile(problem.element_type, problem.shape.head_dim, problem.shape.head_dim_v, limits);
+    let chosen = |problem: &Problem| tile(problem.shape.head_dim, problem.shape.head_dim_v, limits);
     let count = for_each_module(
         |problem| Some(chosen(problem)),
         |problem, module| {

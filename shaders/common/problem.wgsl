@@ -40,7 +40,9 @@ struct Problem {
     split_rows: u32,
     // Whether workgroups go by heads first: see in_order.
     heads_first: u32,
-    // Of the blocks of backward_fused_tile.wgsl, those that a dispatch computes.
+    // Of backward_fused_tile.wgsl: the blocks' sizes, and which of their diagonals a dispatch computes.
+    block_keys: u32,
+    block_rows: u32,
     diagonal: u32,
 }
 

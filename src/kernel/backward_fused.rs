@@ -1,6 +1,6 @@
 //! Host side of `shaders/backward_fused_tile.wgsl`.
 
-use super::{Access, Pass, Slot, backward_switches, bindings};
+use super::{Access, Diagonals, Pass, Slot, backward_delta, backward_switches, bindings};
 use crate::specialize::Specialization;
 use crate::tune::FusedTile;
 use crate::{Problem, plan::Part};
@@ -17,11 +17,16 @@ const BINDINGS: &[(Slot, Access)] = &[
     (Slot::GradValue, Access::ReadWrite),
 ];
 
-pub(crate) fn pass(problem: &Problem, tile: FusedTile) -> Pass {
+/// Deltas, dQ being set to 0 unless it is to be added to, and the kernel.
+pub(crate) fn passes(problem: &Problem, tile: FusedTile) -> Vec<Pass> {
+    let accumulate = problem.gradients.is_some_and(|gradients| gradients.accumulate);
+    vec![backward_delta::pass(problem, !accumulate), pass(problem, tile, accumulate)]
+}
+
+fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
     let shape = problem.shape;
     let mut on = backward_switches(problem, 4);
     // It adds to memory by itself, if only from the second diagonal on.
-    let accumulate = on.contains(&"ACCUMULATE");
     on.retain(|&name| name != "ACCUMULATE");
     on.push("UNROLL");
     on.extend(accumulate.then_some("ADD_AT_FIRST"));
@@ -40,8 +45,6 @@ pub(crate) fn pass(problem: &Problem, tile: FusedTile) -> Pass {
                 ("STEP", tile.step),
                 ("THREADS_Y", tile.threads_y),
                 ("THREADS_X", tile.threads_x),
-                ("BLOCK_KEYS", tile.block_keys),
-                ("BLOCK_ROWS", tile.block_rows),
                 ("CHUNK4", tile.chunk / 4),
                 // Trips of the loops that are written out.
                 ("CHUNK", tile.chunk),
@@ -52,7 +55,11 @@ pub(crate) fn pass(problem: &Problem, tile: FusedTile) -> Pass {
         },
         bindings: bindings(problem, BINDINGS),
         element_access: false,
-        diagonals: Some(key_blocks.max(row_blocks)),
+        diagonals: Some(Diagonals {
+            block_keys: tile.block_keys,
+            block_rows: tile.block_rows,
+            count: key_blocks.max(row_blocks),
+        }),
         threads: tile.threads(),
         workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
         workgroups: Box::new(move |part: &Part| {

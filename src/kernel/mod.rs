@@ -113,8 +113,8 @@ pub(crate) struct Pass {
     pub bindings: Vec<(Slot, Access)>,
     /// Whether the module has placeholders for `src/elements.rs` to fill.
     pub element_access: bool,
-    /// How often it is dispatched in a row, if each time for another `diagonal` of the uniform.
-    pub diagonals: Option<u32>,
+    /// For a kernel that is dispatched several times in a row, each time for another diagonal of blocks.
+    pub diagonals: Option<Diagonals>,
     pub threads: u32,
     pub workgroup_bytes: u32,
     pub workgroups: Workgroups,
@@ -125,6 +125,14 @@ impl Pass {
     pub(crate) fn binding_numbers(&self) -> Vec<u32> {
         std::iter::once(0).chain(self.bindings.iter().map(|&(slot, _)| slot as u32)).collect()
     }
+}
+
+/// Blocks of keys and of rows, and how many diagonals they have.
+#[derive(Clone, Copy)]
+pub(crate) struct Diagonals {
+    pub block_keys: u32,
+    pub block_rows: u32,
+    pub count: u32,
 }
 
 /// The workgroups that a part of the problem takes.

@@ -39,8 +39,10 @@ pub(crate) struct ProblemUniform {
     pub splits: u32,
     pub split_rows: u32,
     pub heads_first: u32,
+    pub block_keys: u32,
+    pub block_rows: u32,
     pub diagonal: u32,
-    pub padding: [u32; 3],
+    pub padding: u32,
 }
 
 /// An open side of a window: past every key, and far enough from the ends of i32 that adding a position cannot wrap.

@@ -144,6 +144,9 @@ pub fn check_wgsl(specialization: &Specialization, format: MatrixFormat, said: u
     if let Some(error) = spirv_val.and_then(|v| spirv_error(v, &name, &words)) {
         fail(&error);
     }
+    if super::stores::stores_components(&module, &info) {
+        fail("a component of a shared vector is stored");
+    }
     let options = msl::Options { lang_version: (2, 3), ..Default::default() };
     if (format.size, format.lanes) == (8, 32)
         && let Err(error) = msl::write_string(&module, &info, &options, &Default::default())
