@@ -67,37 +67,33 @@ const STEP_AT = CHUNK * OWN4;
 const LINES_AT = max(ROW_PIECE * ROW_STRIDE, KEY_PIECE * KEY_STRIDE);
 var<workgroup> tiles: array<vec4f, max(STEP_AT + CHUNK * STEP4, LINES_AT + LINES * max(TK, TV) * THREADS_X)>;
 
+// Of each row vectors of four keys.
+#include "common/tile_scores.wgsl" vectors=KEY_PIECES count4=OWN4 others=ROW_PIECES other_count4=STEP4 at=STEP_AT
 #include "common/tile_chunks.wgsl" scores=s own=key step=query
 #include "common/tile_chunks.wgsl" scores=dp own=value step=grad_out
 #include "common/tile_lines.wgsl" tensor=grad_out columns=TV
 #include "common/tile_lines.wgsl" tensor=query columns=TK
 #include "common/tile_lines.wgsl" tensor=key columns=TK
-#include "common/tile_outer.wgsl" result=dv vectors=KEY_PIECES columns=TV stride=ROW_STRIDE
-#include "common/tile_outer.wgsl" result=dk vectors=KEY_PIECES columns=TK stride=ROW_STRIDE
-#include "common/tile_outer.wgsl" result=dq vectors=DQ_PIECES columns=TK stride=KEY_STRIDE
+#include "common/tile_outer.wgsl" result=dv vectors=KEY_PIECES columns=TV stride=ROW_STRIDE lines=LINES at=LINES_AT
+#include "common/tile_outer.wgsl" result=dk vectors=KEY_PIECES columns=TK stride=ROW_STRIDE lines=LINES at=LINES_AT
+#include "common/tile_outer.wgsl" result=dq vectors=DQ_PIECES columns=TK stride=KEY_STRIDE lines=LINES at=LINES_AT
 
-// A chunk of both operands of scores: of each thread some vectors of four columns, each of four rows. In workgroup memory they
-// are vectors of four rows, since threads must not write to the same vector.
+// A chunk of both operands of scores: of each thread some vectors of four columns, each of four rows.
 const CHUNK_LOADS = ((OWN4 + STEP4) * CHUNK4 + THREADS - 1u) / THREADS;
 alias Chunks = array<array<vec4f, 4>, CHUNK_LOADS>;
 
 fn store_chunks(x: Chunks, d0: u32, dim: u32, thread: u32) {
     for (var n = 0u; n < CHUNK_LOADS; n++) {
         let t = thread + n * THREADS;
-        if t < (OWN4 + STEP4) * CHUNK4 {
-            let is_own = t < OWN4 * CHUNK4;
-            let u = select(t - OWN4 * CHUNK4, t, is_own);
-            let column4 = u % CHUNK4;
-            let d = d0 + 4u * column4;
-            var y: array<vec4f, 4>;
-            for (var r = 0u; r < 4u; r++) {
-                y[r] = first_elements(x[n][r], select(4u, max(d, dim) - d, dim % CHUNK > 0u));
-            }
-            for (var e = 0u; e < 4u; e++) {
-                let of_own = (4u * column4 + e) * OWN4 + place(u / CHUNK4, column4, OWN4);
-                let of_step = STEP_AT + (4u * column4 + e) * STEP4 + place(u / CHUNK4, column4, STEP4);
-                tiles[select(of_step, of_own, is_own)] = vec4f(y[0][e], y[1][e], y[2][e], y[3][e]);
-            }
+        let d = d0 + 4u * (t % CHUNK4);
+        var y: array<vec4f, 4>;
+        for (var r = 0u; r < 4u; r++) {
+            y[r] = first_elements(x[n][r], select(4u, max(d, dim) - d, dim % CHUNK > 0u));
+        }
+        if t < OWN4 * CHUNK4 {
+            store_columns(y, 0u, OWN4, t);
+        } else if t < (OWN4 + STEP4) * CHUNK4 {
+            store_columns(y, STEP_AT, STEP4, t - OWN4 * CHUNK4);
         }
     }
 }
@@ -105,30 +101,6 @@ fn store_chunks(x: Chunks, d0: u32, dim: u32, thread: u32) {
 // Lines are whole rows.
 const LINES_LOADS = (LINES * max(TK, TV) * THREADS_X + THREADS - 1u) / THREADS;
 alias Lines = array<vec4f, LINES_LOADS>;
-
-// Of each row vectors of four keys.
-alias Scores = array<array<vec4f, KEY_PIECES>, 4u * ROW_PIECES>;
-
-// scores += the step's rows times the keys, over the columns that are there.
-fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
-#if WRITTEN_OUT
-#unroll
-#endif
-    for (var d = 0u; d < CHUNK; d++) {
-        var b: array<vec4f, KEY_PIECES>;
-        for (var r = 0u; r < KEY_PIECES; r++) {
-            b[r] = tiles[d * OWN4 + place(r * THREADS_Y + ty, d / 4u, OWN4)];
-        }
-        for (var c = 0u; c < ROW_PIECES; c++) {
-            let a = tiles[STEP_AT + d * STEP4 + place(c * THREADS_X + tx, d / 4u, STEP4)];
-            for (var e = 0u; e < 4u; e++) {
-                for (var r = 0u; r < KEY_PIECES; r++) {
-                    (*scores)[4u * c + e][r] = fma(vec4f(a[e]), b[r], (*scores)[4u * c + e][r]);
-                }
-            }
-        }
-    }
-}
 
 alias OldQuery = array<array<vec4f, TK>, 4u * DQ_PIECES>;
 // What dQ has is loaded before the product that is added to it, if there are registers left for it. Past the head dim it is an

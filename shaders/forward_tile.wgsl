@@ -58,10 +58,12 @@ var<workgroup> tiles: array<vec4f, max(PARTIAL_AT + THREADS_X * ROWS4, V_AT + VA
 var<workgroup> maxima: array<f32, ROWS>;
 var<workgroup> shrinks: array<f32, ROWS>;
 
-alias Output = array<array<vec4f, TV>, 4u * TR>;
+// Of each key vectors of four rows.
+#include "common/tile_scores.wgsl" vectors=TR count4=ROWS4 others=PIECES other_count4=KEYS4 at=K_AT
+#include "common/tile_outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS at=V_AT
 
 // What each thread moves of a tile: loaded to registers while the tile before is in use, then stored. Of Q and K it is vectors of
-// four columns, each of four rows, which become vectors of four rows: threads must not write to the same vector.
+// four columns, each of four rows.
 const QUERY_LOADS = (ROWS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const KEY_LOADS = (KEYS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const VALUE_LOADS = (VALUE_KEYS * V_STRIDE + THREADS - 1u) / THREADS;
@@ -93,10 +95,7 @@ fn store_query(x: Queries, d0: u32, thread: u32) {
                     q[r] = first_elements(q[r], max(d, HEAD_DIM) - d);
                 }
             }
-            for (var e = 0u; e < 4u; e++) {
-                let column = (4u * (t % CHUNK4) + e) * ROWS4;
-                tiles[column + place(t / CHUNK4, t % CHUNK4, ROWS4)] = vec4f(q[0][e], q[1][e], q[2][e], q[3][e]);
-            }
+            store_columns(q, 0u, ROWS4, t);
         }
     }
 }
@@ -121,10 +120,7 @@ fn store_key(x: Keys, thread: u32) {
             for (var r = 0u; r < 4u; r++) {
                 k[r] = unpack4(x[n][r]);
             }
-            for (var e = 0u; e < 4u; e++) {
-                let column = K_AT + (4u * (t % CHUNK4) + e) * KEYS4;
-                tiles[column + place(t / CHUNK4, t % CHUNK4, KEYS4)] = vec4f(k[0][e], k[1][e], k[2][e], k[3][e]);
-            }
+            store_columns(k, K_AT, KEYS4, t);
         }
     }
 }
@@ -175,7 +171,7 @@ fn forward(
     let masked = MASKED / max(factor, 1.0);
     let lowest = LOWEST / max(factor, 1.0);
 
-    var o: Output;
+    var o: array<array<vec4f, TV>, 4u * TR>;
     var l: array<vec4f, TR>;
     if thread < ROWS {
         maxima[thread] = lowest;
@@ -193,7 +189,7 @@ fn forward(
     }
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         // S = Q K^T
-        var s: array<array<vec4f, TR>, TC>;
+        var s: Scores;
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
             workgroupBarrier();
             store_key(key_next, thread);
@@ -204,23 +200,7 @@ fn forward(
             let d1 = select(0u, d0 + CHUNK, more);
             key_next = load_key(key_start, select(u32(j0) + KEYS, u32(j0), more), last, d1, thread);
             query_next = load_query(query_start, row0, d1, thread);
-#if WRITTEN_OUT
-#unroll
-#endif
-            for (var d = 0u; d < CHUNK; d++) {
-                var q: array<vec4f, TR>;
-                for (var r = 0u; r < TR; r++) {
-                    q[r] = tiles[d * ROWS4 + place(r * THREADS_Y + ty, d / 4u, ROWS4)];
-                }
-                for (var c = 0u; c < PIECES; c++) {
-                    let k = tiles[K_AT + d * KEYS4 + place(c * THREADS_X + tx, d / 4u, KEYS4)];
-                    for (var e = 0u; e < 4u; e++) {
-                        for (var r = 0u; r < TR; r++) {
-                            s[4u * c + e][r] = fma(vec4f(k[e]), q[r], s[4u * c + e][r]);
-                        }
-                    }
-                }
-            }
+            add_scores(&s, ty, tx);
         }
 
         // What each score is, and whether it counts
@@ -281,7 +261,7 @@ fn forward(
 
         // O = exp(m - m') O + P V. In f32 P V is summed by itself first: a sum of sums loses less than one long sum does.
 #if ELEMENT_F32
-        var pv: Output;
+        var pv: array<array<vec4f, TV>, 4u * TR>;
         let sum = &pv;
 #else
         for (var r = 0u; r < 4u * TR; r++) {
@@ -309,23 +289,7 @@ fn forward(
                 store_value(value_next, thread);
                 workgroupBarrier();
                 value_next = load_value(value_start, u32(j0) + c * PIECE, v0 + VALUE_KEYS, last, thread);
-#if WRITTEN_OUT
-#unroll
-#endif
-                for (var j = 0u; j < VALUE_KEYS; j++) {
-                    var v: array<vec4f, TV>;
-                    for (var u = 0u; u < TV; u++) {
-                        v[u] = tiles[V_AT + j * V_STRIDE + u * THREADS_X + tx];
-                    }
-                    for (var r = 0u; r < TR; r++) {
-                        let p = tiles[(v0 + j) * P_STRIDE + r * THREADS_Y + ty];
-                        for (var e = 0u; e < 4u; e++) {
-                            for (var u = 0u; u < TV; u++) {
-                                (*sum)[4u * r + e][u] = fma(vec4f(p[e]), v[u], (*sum)[4u * r + e][u]);
-                            }
-                        }
-                    }
-                }
+                add_to_output(sum, v0, ty, tx);
             }
         }
 #if ELEMENT_F32

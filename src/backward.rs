@@ -155,19 +155,19 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
 fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -> Result<Option<FusedTile>, Error> {
     let is_f32 = problem.element_type == ElementType::F32;
     // Without queries there is no gradient of them to bind.
-    if problem.shape.seqlen_q == 0 {
-        return Ok(None);
-    }
+    let has_queries = problem.shape.seqlen_q > 0;
     if let Some(tile) = options.fused_tile {
         tile.validate()?;
-        let unsupported = || Error::Unsupported {
-            kernel: Kernel::Tile,
-            element_type: problem.element_type,
-            why: "all gradients at once are computed in f32 only",
-        };
-        return is_f32.then_some(Some(tile)).ok_or_else(unsupported);
+        if !is_f32 {
+            return Err(Error::Unsupported {
+                kernel: Kernel::Tile,
+                element_type: problem.element_type,
+                why: "all gradients at once are computed in f32 only",
+            });
+        }
+        return Ok(has_queries.then_some(tile));
     }
-    if options.backward_tile.is_some() || !is_f32 {
+    if options.backward_tile.is_some() || !is_f32 || !has_queries {
         return Ok(None);
     }
     // A window that moves along leaves most blocks of a diagonal empty.

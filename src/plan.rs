@@ -31,7 +31,7 @@ pub struct PlanOptions {
     /// The tile of the backward pass' tile kernels, of which each computes the scores; `None` takes [`tune::backward_tiles`]
     /// unless there is a `fused_tile`.
     pub backward_tile: Option<BackwardTile>,
-    /// The tile of the backward pass' tile kernel that computes all gradients at once, in f32; `None` takes
+    /// The tile of the backward pass' tile kernel that computes all gradients at once, in f32, whatever `backward_tile` is; `None` takes
     /// [`tune::fused_tile`], or the other kernels where there is a `backward_tile`.
     pub fused_tile: Option<FusedTile>,
     /// The tiles of the backward pass' coop kernels, of the gradients of keys and values and of queries; `None` takes

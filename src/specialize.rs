@@ -52,6 +52,7 @@ const FILES: &[(&str, &str)] = &[
     ("common/tile_outer.wgsl", include_str!("../shaders/common/tile_outer.wgsl")),
     ("common/tile_products.wgsl", include_str!("../shaders/common/tile_products.wgsl")),
     ("common/tile_result.wgsl", include_str!("../shaders/common/tile_result.wgsl")),
+    ("common/tile_scores.wgsl", include_str!("../shaders/common/tile_scores.wgsl")),
     ("common/tile_threads.wgsl", include_str!("../shaders/common/tile_threads.wgsl")),
     ("common/write.wgsl", include_str!("../shaders/common/write.wgsl")),
     ("common/write_f16.wgsl", include_str!("../shaders/common/write_f16.wgsl")),

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::backward::{Ask, backward, check_all, prepare};
+use common::backward::{Ask, backward, check_all, fused, prepare};
 use common::cases::{cases, dims};
 use common::{TYPES, case, every_kernel, full};
 use wgpu_flash_attention::Causal::BottomRight;
@@ -22,29 +22,20 @@ fn small_tile() -> PlanOptions {
 
 /// All gradients at once, in blocks of one tile, smaller than the cases, so that there are several diagonals. A thread has several
 /// vectors of keys, or of rows.
-fn fused(by_keys: bool) -> PlanOptions {
-    let (own, step) = if by_keys { (64, 32) } else { (32, 64) };
-    let (block_keys, block_rows) = if by_keys { (64, 32) } else { (32, 64) };
-    let tile = FusedTile {
-        own,
-        step,
-        threads_y: 8,
-        threads_x: 8,
-        chunk: 8,
-        lines: 16,
-        block_keys,
-        block_rows,
-        written_out: false,
-    };
-    PlanOptions { fused_tile: Some(tile), ..backward(Kernel::Tile) }
+fn by_keys() -> PlanOptions {
+    fused([64, 32], 8, 8, 16, [64, 32])
+}
+
+fn by_rows() -> PlanOptions {
+    fused([32, 64], 8, 8, 16, [32, 64])
 }
 
 fn run_cases(element_type: ElementType) {
     let mut ways = ways(element_type);
     ways.push(("tile of 12 by 24", full(), small_tile()));
     if element_type == ElementType::F32 {
-        ways.push(("fused tile of 64 by 32", full(), fused(true)));
-        ways.push(("fused tile of 32 by 64", full(), fused(false)));
+        ways.push(("fused tile of 64 by 32", full(), by_keys()));
+        ways.push(("fused tile of 32 by 64", full(), by_rows()));
     }
     check_all(&prepare(cases(), element_type, Ask::default()), &ways);
 }
@@ -52,7 +43,7 @@ fn run_cases(element_type: ElementType) {
 fn run_dims(element_type: ElementType) {
     let mut ways = ways(element_type);
     if element_type == ElementType::F32 {
-        ways.push(("fused", full(), fused(false)));
+        ways.push(("fused", full(), by_rows()));
     }
     check_all(&prepare(dims(), element_type, Ask::default()), &ways);
 }
@@ -104,8 +95,8 @@ fn gradients_of_lse_and_sums_with_what_is_there() {
     for element_type in TYPES {
         let mut ways = ways(element_type);
         if element_type == ElementType::F32 {
-            ways.push(("fused", full(), fused(false)));
-            let mut written_out = fused(true);
+            ways.push(("fused", full(), by_rows()));
+            let mut written_out = by_keys();
             written_out.fused_tile = written_out.fused_tile.map(|tile| FusedTile { written_out: true, ..tile });
             ways.push(("fused, written out", full(), written_out));
         }
@@ -125,11 +116,7 @@ fn blocks_of_several_tiles() {
         ("window", case(1, [1, 1], [200, 200], [8, 8]).window(40, 3)),
     ];
     let cases: Vec<_> = all.into_iter().map(|(name, case)| (name.to_string(), case)).collect();
-    let options = |block_keys, block_rows| {
-        let mut options = fused(false);
-        options.fused_tile = options.fused_tile.map(|tile| FusedTile { block_keys, block_rows, ..tile });
-        ("fused", full(), options)
-    };
+    let options = |block_keys, block_rows| ("fused", full(), fused([32, 64], 8, 8, 16, [block_keys, block_rows]));
     for accumulate in [false, true] {
         let prepared = prepare(cases.clone(), ElementType::F32, Ask { grad_lse: false, accumulate });
         check_all(&prepared, &[options(96, 64), options(64, 128)]);
@@ -147,7 +134,7 @@ fn within_bounds() {
             ("small tile", &context, small_tile()),
         ];
         if element_type == ElementType::F32 {
-            ways.push(("fused", &context, fused(true)));
+            ways.push(("fused", &context, by_keys()));
         }
         check_all(&prepare(few(), element_type, Ask { grad_lse: true, accumulate: true }), &ways);
     }

@@ -2,8 +2,9 @@
 
 mod common;
 
+use common::backward::fused;
 use common::*;
-use wgpu_flash_attention::tune::{BackwardTile, FusedTile, Tile};
+use wgpu_flash_attention::tune::{BackwardTile, Tile};
 use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferSize, BufferUsages, ErrorFilter};
 use wgpu_flash_attention::{
     BackwardBuffers, Context, ElementType, Error, ForwardBuffers, Gradients, HeadlessOptions, Kernel, Layout,
@@ -43,18 +44,6 @@ fn plans() {
     let fine = Tile { rows: 8, keys: 16, threads_y: 2, threads_x: 4, chunk: 8, value_keys: 4, written_out: false };
     let bad = BackwardTile { own: 9, step: 8, threads_y: 3, threads_x: 2, chunk: 8, block: 8, written_out: false };
     let backward = PlanOptions { backward: Some(Kernel::Tile), backward_tile: Some(bad), ..tile() };
-    let fused = FusedTile {
-        own: 32,
-        step: 32,
-        threads_y: 8,
-        threads_x: 8,
-        chunk: 16,
-        lines: 16,
-        block_keys: 32,
-        block_rows: 32,
-        written_out: false,
-    };
-    let with_fused = |found: FusedTile| PlanOptions { backward: Some(Kernel::Tile), fused_tile: Some(found), ..tile() };
     let head_dim = |argument, found| Error::HeadDim { argument, found };
     let seqlen = |argument, found| Error::Seqlen { argument, found };
     let far = Layout { offset: 0, batch: u64::MAX / 2, head: u64::MAX / 2, row: 8 };
@@ -90,13 +79,13 @@ fn plans() {
         (good().with_gradients(), backward, Error::Tile("threads_y must be even and divide own"), "tile"),
         (
             good().with_gradients(),
-            with_fused(FusedTile { block_keys: 48, ..fused }),
+            fused([32, 32], 8, 16, 16, [48, 32]),
             Error::Tile("block_keys must be a multiple of own, and block_rows of step, up to 2^24"),
             "tile",
         ),
         (
             Problem { element_type: ElementType::F16, ..good() }.with_gradients(),
-            with_fused(fused),
+            fused([32, 32], 8, 16, 16, [32, 32]),
             Error::Unsupported {
                 kernel: Kernel::Tile,
                 element_type: ElementType::F16,

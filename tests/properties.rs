@@ -4,12 +4,11 @@ mod common;
 
 use std::sync::OnceLock;
 
-use common::backward::{Ask, backward};
+use common::backward::{Ask, backward, fused};
 use common::*;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
-use wgpu_flash_attention::tune::FusedTile;
 use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions};
 
 /// WebGPU's limits, but so few workgroups that nearly everything is split.
@@ -121,18 +120,7 @@ fn any_gradients() {
 /// more buffers than every device has.
 #[test]
 fn any_gradients_at_once() {
-    let tile = FusedTile {
-        own: 16,
-        step: 16,
-        threads_y: 4,
-        threads_x: 4,
-        chunk: 8,
-        lines: 8,
-        block_keys: 32,
-        block_rows: 16,
-        written_out: false,
-    };
-    let options = PlanOptions { fused_tile: Some(tile), ..backward(Kernel::Tile) };
+    let options = fused([16, 16], 4, 8, 8, [32, 16]);
     let asks = (any::<bool>(), any::<bool>()).prop_map(|(grad_lse, accumulate)| Ask { grad_lse, accumulate });
     let cases = cases().prop_map(|case| case.element_type(ElementType::F32));
     run(100, (cases, asks), |case, ask| case.prepare_backward(*ask).check(full(), &options));

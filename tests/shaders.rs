@@ -116,10 +116,10 @@ fn workgroup_bytes(module: &Module) -> Vec<u32> {
 
 /// Validates and writes every module of the tile kernel with the tiles that `tile` gives, or of the naive kernel;
 /// `each` looks at it too. Returns how many there are.
-fn for_each_module(tile: impl Fn(&Problem) -> Option<Tile>, each: impl Fn(&Problem, &Module)) -> usize {
+fn for_each_module(tile: impl Fn(&Shape) -> Option<Tile>, each: impl Fn(&Problem, &Module)) -> usize {
     let mut seen = HashSet::new();
     for problem in problems() {
-        for specialization in modules(&problem, tile(&problem)) {
+        for specialization in modules(&problem, tile(&problem.shape)) {
             if seen.insert(specialization.source().unwrap().text) {
                 let (module, info) = validate(&specialization);
                 write(&specialization, &module, &info);
@@ -150,12 +150,12 @@ fn naive() {
 }
 
 fn check_tile(limits: &wgpu::Limits) {
-    let chosen = |problem: &Problem| tile(problem.shape.head_dim, problem.shape.head_dim_v, limits);
+    let chosen = |shape: &Shape| tile(shape.head_dim, shape.head_dim_v, limits);
     let count = for_each_module(
-        |problem| Some(chosen(problem)),
+        |shape| Some(chosen(shape)),
         |problem, module| {
             fits(module, limits);
-            let (shape, tile) = (&problem.shape, chosen(problem));
+            let (shape, tile) = (&problem.shape, chosen(&problem.shape));
             let said = tile.workgroup_bytes(shape.head_dim_v);
             assert_eq!(workgroup_bytes(module).iter().sum::<u32>(), said, "{tile:?} {shape:?}");
             assert_eq!(module.entry_points[0].workgroup_size, [tile.threads(), 1, 1]);

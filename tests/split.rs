@@ -2,10 +2,10 @@
 
 mod common;
 
-use common::backward::{Ask, backward};
+use common::backward::{Ask, backward, fused};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
-use wgpu_flash_attention::tune::{BackwardTile, FusedTile};
+use wgpu_flash_attention::tune::BackwardTile;
 use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Layout, Plan, PlanOptions, Problem, Shape};
 
 fn narrow(binding: u64, workgroups: u32) -> Context {
@@ -145,18 +145,7 @@ fn check_backward_split_with(
 /// Each part goes through all diagonals of its own heads.
 #[test]
 fn fused_backward_by_binding() {
-    let tile = FusedTile {
-        own: 32,
-        step: 32,
-        threads_y: 8,
-        threads_x: 8,
-        chunk: 16,
-        lines: 16,
-        block_keys: 32,
-        block_rows: 32,
-        written_out: false,
-    };
-    let options = PlanOptions { fused_tile: Some(tile), ..backward(Kernel::Tile) };
+    let options = fused([32, 32], 8, 16, 16, [32, 32]);
     let cases = [("plain", case(7, [4, 2], [37, 40], [16, 12]))];
     check_backward_split_with(&narrow(12 << 10, 65535), &options, &[ElementType::F32], 2, &cases);
 }

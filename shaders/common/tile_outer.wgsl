@@ -1,12 +1,13 @@
-// $result += what is in workgroup memory from line l0 on, times the lines there: 4 $vectors rows of $columns vectors a thread.
+// $result += what is in workgroup memory from line l0 on, times the $lines lines at $at: 4 $vectors rows of $columns vectors
+// a thread, as outer products.
 fn add_to_$result($result: ptr<function, array<array<vec4f, $columns>, 4u * $vectors>>, l0: u32, ty: u32, tx: u32) {
 #if WRITTEN_OUT
 #unroll
 #endif
-    for (var l = 0u; l < LINES; l++) {
+    for (var l = 0u; l < $lines; l++) {
         var b: array<vec4f, $columns>;
         for (var u = 0u; u < $columns; u++) {
-            b[u] = tiles[LINES_AT + l * $columns * THREADS_X + u * THREADS_X + tx];
+            b[u] = tiles[$at + l * $columns * THREADS_X + u * THREADS_X + tx];
         }
         for (var r = 0u; r < $vectors; r++) {
             let a = tiles[(l0 + l) * $stride + r * THREADS_Y + ty];

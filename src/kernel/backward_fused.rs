@@ -1,21 +1,10 @@
 //! Host side of `shaders/backward_fused_tile.wgsl`.
 
+use super::backward_tile::{DKDV_BINDINGS, workgroups_by_keys};
 use super::{Access, Diagonals, Pass, Slot, backward_delta, backward_switches, bindings};
+use crate::Problem;
 use crate::specialize::Specialization;
 use crate::tune::FusedTile;
-use crate::{Problem, plan::Part};
-
-const BINDINGS: &[(Slot, Access)] = &[
-    (Slot::Query, Access::Read),
-    (Slot::Key, Access::Read),
-    (Slot::Value, Access::Read),
-    (Slot::SeqlensK, Access::Read),
-    (Slot::Workspace, Access::Read),
-    (Slot::GradOut, Access::Read),
-    (Slot::GradQuery, Access::ReadWrite),
-    (Slot::GradKey, Access::ReadWrite),
-    (Slot::GradValue, Access::ReadWrite),
-];
 
 /// Deltas, dQ being set to 0 unless it is to be added to, and the kernel.
 pub(crate) fn passes(problem: &Problem, tile: FusedTile) -> Vec<Pass> {
@@ -31,8 +20,6 @@ fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
     on.push("UNROLL");
     on.extend(accumulate.then_some("ADD_AT_FIRST"));
     on.extend(tile.written_out.then_some("WRITTEN_OUT"));
-    let key_blocks = shape.seqlen_k.div_ceil(tile.block_keys);
-    let row_blocks = shape.seqlen_q.div_ceil(tile.block_rows);
     Pass {
         specialization: Specialization {
             file: "backward_fused_tile.wgsl",
@@ -53,17 +40,15 @@ fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
                 ("ROW_PIECES", tile.step / (4 * tile.threads_x)),
             ],
         },
-        bindings: bindings(problem, BINDINGS),
+        bindings: bindings(problem, &[DKDV_BINDINGS, &[(Slot::GradQuery, Access::ReadWrite)]].concat()),
         element_access: false,
         diagonals: Some(Diagonals {
             block_keys: tile.block_keys,
             block_rows: tile.block_rows,
-            count: key_blocks.max(row_blocks),
+            count: shape.seqlen_k.div_ceil(tile.block_keys).max(shape.seqlen_q.div_ceil(tile.block_rows)),
         }),
         threads: tile.threads(),
         workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
-        workgroups: Box::new(move |part: &Part| {
-            [key_blocks.into(), part.head_count() / shape.group() as u64, part.batch_count()]
-        }),
+        workgroups: workgroups_by_keys(problem, tile.block_keys),
     }
 }

@@ -1,5 +1,6 @@
 //! Backward passes by cases: as for the forward pass, gaps and poison everywhere, and every gradient compared with the oracle.
 
+use wgpu_flash_attention::tune::FusedTile;
 use wgpu_flash_attention::wgpu::{self, BufferBinding};
 use wgpu_flash_attention::{
     BackwardBuffers, Context, ElementType, Gradients, Kernel, Layout, Plan, PlanOptions, Problem, reference,
@@ -12,6 +13,14 @@ use super::{
 /// The plan's own choice of forward kernel, and this one for the backward pass.
 pub fn backward(kernel: Kernel) -> PlanOptions {
     PlanOptions { kernel: Some(Kernel::Tile), backward: Some(kernel), ..Default::default() }
+}
+
+/// The tile kernel that computes all gradients at once, with this tile: keys and rows of a tile, threads of a side of the grid,
+/// chunk, lines, keys and rows of a block.
+pub fn fused([own, step]: [u32; 2], threads: u32, chunk: u32, lines: u32, blocks: [u32; 2]) -> PlanOptions {
+    let ([block_keys, block_rows], threads_y, threads_x, written_out) = (blocks, threads, threads, false);
+    let tile = FusedTile { own, step, threads_y, threads_x, chunk, lines, block_keys, block_rows, written_out };
+    PlanOptions { fused_tile: Some(tile), ..backward(Kernel::Tile) }
 }
 
 /// What is asked of the gradients besides the case.

@@ -1,0 +1,23 @@
+// Scores of one side with the other, as outer products over CHUNK columns of both in workgroup memory: $vectors vectors of four
+// rows, of the $count4 vectors at 0, by four times $others rows, of the $other_count4 vectors at $at.
+alias Scores = array<array<vec4f, $vectors>, 4u * $others>;
+
+fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
+#if WRITTEN_OUT
+#unroll
+#endif
+    for (var d = 0u; d < CHUNK; d++) {
+        var b: array<vec4f, $vectors>;
+        for (var r = 0u; r < $vectors; r++) {
+            b[r] = tiles[d * $count4 + place(r * THREADS_Y + ty, d / 4u, $count4)];
+        }
+        for (var c = 0u; c < $others; c++) {
+            let a = tiles[$at + d * $other_count4 + place(c * THREADS_X + tx, d / 4u, $other_count4)];
+            for (var e = 0u; e < 4u; e++) {
+                for (var r = 0u; r < $vectors; r++) {
+                    (*scores)[4u * c + e][r] = fma(vec4f(a[e]), b[r], (*scores)[4u * c + e][r]);
+                }
+            }
+        }
+    }
+}
