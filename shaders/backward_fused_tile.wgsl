@@ -1,9 +1,10 @@
 // All gradients at once, in tiles and in f32: five products where backward_dkdv_tile.wgsl and backward_dq_tile.wgsl together
 // do seven, for these compute the scores twice. Scores and their gradients never leave the chip.
 //
-// Rows and keys are cut into blocks of problem.block_rows and problem.block_keys. One dispatch computes one diagonal of blocks:
-// each block of keys with another block of rows. So no two workgroups of a dispatch add to the same gradient, and nothing is added up
-// by atomics: dispatch after dispatch, dQ, dK and dV add up in device memory in an order that is always the same.
+// Rows and keys are cut into blocks of problem.block_rows and problem.block_keys. A dispatch is a round of a tournament: block of
+// keys j meets block of rows j ^ problem.round. So no two workgroups of a dispatch add to the same gradient, and nothing is added up
+// by atomics: dispatch after dispatch, dQ, dK and dV add up in device memory in an order that is always the same. Under a causal mask
+// round 0 has the blocks on the diagonal, and of every other round half are empty and half are full, since j ^ round meets j too.
 //
 //     for each tile of keys of the block:           OWN keys
 //         dK = 0, dV = 0
@@ -15,7 +16,7 @@
 //             dV = dV + P^T dO                      OWN x HEAD_DIM_V
 //             dK = dK + dS^T Q                      OWN x HEAD_DIM
 //             dQ in memory += dS K                  STEP x HEAD_DIM
-//         dK, dV in memory += dK, dV                on the first diagonal, = instead of +=
+//         dK, dV in memory += dK, dV                in the first round, = instead of +=
 //
 // Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) has, in registers, of vectors of four keys or rows: the scores
 // of keys ty, ty + THREADS_Y, ... with rows tx, tx + THREADS_X, ... ; dK and dV of keys ty, ty + THREADS_Y, ... ; dQ of rows
@@ -55,17 +56,19 @@ const DQ_PIECES = STEP / (4u * THREADS_Y);
 // Vectors of columns that a thread has of a gradient with the head dim of K, and of V.
 const TK = (HEAD_DIM + 4u * THREADS_X - 1u) / (4u * THREADS_X);
 const TV = (HEAD_DIM_V + 4u * THREADS_X - 1u) / (4u * THREADS_X);
-// P and dS by rows are in workgroup memory a piece at a time, a line being a row, and dS by keys likewise. The lengths of
-// lines, in vectors, keep threads that store side by side in different banks.
+// Rows of scores that threads side by side have, and keys.
 const ROW_PIECE = 4u * THREADS_X;
 const KEY_PIECE = 4u * THREADS_Y;
-const ROW_STRIDE = (OWN / 4u + 5u) / 8u * 8u + 2u;
-const KEY_STRIDE = (STEP / 4u + 3u) / 8u * 8u + 4u;
 const OWN4 = OWN / 4u;
 const STEP4 = STEP / 4u;
-const STEP_AT = CHUNK * OWN4;
-const LINES_AT = max(ROW_PIECE * ROW_STRIDE, KEY_PIECE * KEY_STRIDE);
-var<workgroup> tiles: array<vec4f, max(STEP_AT + CHUNK * STEP4, LINES_AT + LINES * max(TK, TV) * THREADS_X)>;
+// Operands come first in workgroup memory, a chunk or lines; then P or dS, a row being a line of vectors of keys, or KEY_PIECE
+// keys of dS, a key being a line of vectors of rows. The lengths of lines, in vectors, keep threads that store side by side in
+// different banks.
+const STEP_AT = CHUNK * OWN4 + GAPS;
+const P_AT = max(STEP_AT + CHUNK * STEP4 + GAPS, LINES * max(TK, TV) * THREADS_X);
+const ROW_STRIDE = (OWN4 + 5u) / 8u * 8u + 2u;
+const KEY_STRIDE = (STEP4 + 3u) / 8u * 8u + 4u;
+var<workgroup> tiles: array<vec4f, P_AT + max(STEP * ROW_STRIDE, KEY_PIECE * KEY_STRIDE)>;
 
 // Of each row vectors of four keys.
 #include "common/tile_scores.wgsl" vectors=KEY_PIECES count4=OWN4 others=ROW_PIECES other_count4=STEP4 at=STEP_AT
@@ -74,9 +77,9 @@ var<workgroup> tiles: array<vec4f, max(STEP_AT + CHUNK * STEP4, LINES_AT + LINES
 #include "common/tile_lines.wgsl" tensor=grad_out columns=TV
 #include "common/tile_lines.wgsl" tensor=query columns=TK
 #include "common/tile_lines.wgsl" tensor=key columns=TK
-#include "common/tile_outer.wgsl" result=dv vectors=KEY_PIECES columns=TV stride=ROW_STRIDE lines=LINES at=LINES_AT
-#include "common/tile_outer.wgsl" result=dk vectors=KEY_PIECES columns=TK stride=ROW_STRIDE lines=LINES at=LINES_AT
-#include "common/tile_outer.wgsl" result=dq vectors=DQ_PIECES columns=TK stride=KEY_STRIDE lines=LINES at=LINES_AT
+#include "common/tile_outer.wgsl" result=dv vectors=KEY_PIECES columns=TV stride=ROW_STRIDE lines=LINES from=P_AT at=0u
+#include "common/tile_outer.wgsl" result=dk vectors=KEY_PIECES columns=TK stride=ROW_STRIDE lines=LINES from=P_AT at=0u
+#include "common/tile_outer.wgsl" result=dq vectors=DQ_PIECES columns=TK stride=KEY_STRIDE lines=LINES from=P_AT at=0u
 
 // A chunk of both operands of scores: of each thread some vectors of four columns, each of four rows.
 const CHUNK_LOADS = ((OWN4 + STEP4) * CHUNK4 + THREADS - 1u) / THREADS;
@@ -118,6 +121,11 @@ fn load_old(start: u32, i0: u32, last_row: u32, ty: u32, tx: u32) -> OldQuery {
     return x;
 }
 
+// The line of a thread's row of scores.
+fn place_of_row(c: u32, tx: u32) -> u32 {
+    return P_AT + (c / 4u * ROW_PIECE + c % 4u * THREADS_X + tx) * ROW_STRIDE;
+}
+
 fn shape4(x: vec4f) -> vec4f {
     return vec4f(score_shape(x.x), score_shape(x.y), score_shape(x.z), score_shape(x.w));
 }
@@ -140,10 +148,9 @@ fn fused(
     let head_kv = group.y;
     // Masks and lengths are the same for all heads of the group.
     let at = sequence(group.z, head_kv * problem.group);
-    // Where there are more blocks of keys than of rows, some have none on this diagonal.
+    // Some blocks of keys meet none of rows in this round.
     let row_blocks = (problem.seqlen_q + problem.block_rows - 1u) / problem.block_rows;
-    let diagonals = max(workgroups.x, row_blocks);
-    let row0 = min((problem.diagonal + diagonals - block) % diagonals, row_blocks) * problem.block_rows;
+    let row0 = min(block ^ problem.round, row_blocks) * problem.block_rows;
     let row1 = min(row0 + problem.block_rows, problem.seqlen_q);
     let key0 = block * problem.block_keys;
     let key1 = min(key0 + problem.block_keys, problem.seqlen_k);
@@ -154,7 +161,7 @@ fn fused(
 #if ADD_AT_FIRST
     let add = true;
 #else
-    let add = problem.diagonal > 0u;
+    let add = problem.round > 0u;
 #endif
 
     for (var j0 = key0; j0 < key1; j0 += OWN) {
@@ -177,6 +184,14 @@ fn fused(
             var next = load_chunks_s(key_start, j0, last_key, query_start, first, last_row, 0u, HEAD_DIM, thread);
             var lines_next: Lines;
             for (var i0 = first; i0 < end; i0 += STEP) {
+                // Of each row of scores lse and delta; of rows that are not there an lse above every score.
+                var row: array<vec2f, 4u * ROW_PIECES>;
+                for (var c = 0u; c < 4u * ROW_PIECES; c++) {
+                    let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
+                    row[c] = rows[rows_start + min(i, last_row)];
+                    row[c].x = select(row[c].x, NO_KEYS, i > last_row);
+                }
+
                 // S = Q K^T
                 var s: Scores;
                 for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
@@ -190,6 +205,22 @@ fn fused(
                         next = load_chunks_dp(value_start, j0, last_key, grad_start, i0, last_row, 0u, HEAD_DIM_V, thread);
                     }
                     add_scores(&s, ty, tx);
+                }
+
+                // P, 0 where a row does not see a key. It waits in workgroup memory: registers have S or dP.
+                let full = tile_is_full(at, i32(i0), i32(i0 + STEP), i32(j0), i32(j0 + OWN));
+                for (var c = 0u; c < 4u * ROW_PIECES; c++) {
+                    let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
+                    let interval = key_interval(at, i32(i));
+                    for (var r = 0u; r < KEY_PIECES; r++) {
+                        s[c][r] = shape4(score_sign() * s[c][r]);
+                        var p = exp2((score_size() * s[c][r] - row[c].x) * LOG2_E);
+                        if !full {
+                            let j = vec4i(i32(j0 + r * KEY_PIECE + 4u * ty)) + vec4i(0, 1, 2, 3);
+                            p = select(vec4f(), p, (j >= vec4i(interval.x)) & (j < vec4i(interval.y)));
+                        }
+                        tiles[place_of_row(c, tx) + r * THREADS_Y + ty] = p;
+                    }
                 }
 
                 // dP = dO V^T
@@ -207,73 +238,48 @@ fn fused(
                     add_scores(&ds, ty, tx);
                 }
 
-                // P and dS, 0 where a row does not see a key
-                let full = tile_is_full(at, i32(i0), i32(i0 + STEP), i32(j0), i32(j0 + OWN));
-                for (var c = 0u; c < 4u * ROW_PIECES; c++) {
-                    let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
-                    var row = rows[rows_start + min(i, last_row)];
-                    row.x = select(row.x, NO_KEYS, i > last_row);
-                    let interval = key_interval(at, i32(i));
-                    for (var r = 0u; r < KEY_PIECES; r++) {
-                        let shape = shape4(score_sign() * s[c][r]);
-                        var p = exp2((score_size() * shape - row.x) * LOG2_E);
-                        if !full {
-                            let j = vec4i(i32(j0 + r * KEY_PIECE + 4u * ty)) + vec4i(0, 1, 2, 3);
-                            p = select(vec4f(), p, (j >= vec4i(interval.x)) & (j < vec4i(interval.y)));
-                        }
-                        s[c][r] = p;
-                        ds[c][r] = p * (ds[c][r] - row.y) * slope4(shape);
+                // dV = dV + P^T dO
+                for (var l = 0u; l < STEP; l += LINES) {
+                    workgroupBarrier();
+                    store_lines_grad_out(lines_next, thread);
+                    workgroupBarrier();
+                    let l1 = l + LINES;
+                    if l1 < STEP {
+                        lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, l1, HEAD_DIM_V, thread);
+                    } else {
+                        lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, 0u, HEAD_DIM, thread);
                     }
+                    add_to_dv(&dv, l, ty, tx);
                 }
 
-                // dV = dV + P^T dO. Written out, since c must be a constant for P to be in registers; likewise below.
-#unroll
-                for (var c = 0u; c < ROW_PIECES; c++) {
-                    workgroupBarrier();
-                    for (var e = 0u; e < 4u; e++) {
-                        for (var r = 0u; r < KEY_PIECES; r++) {
-                            tiles[(e * THREADS_X + tx) * ROW_STRIDE + r * THREADS_Y + ty] = s[4u * c + e][r];
-                        }
-                    }
-                    for (var l = 0u; l < ROW_PIECE; l += LINES) {
-                        if l > 0u {
-                            workgroupBarrier();
-                        }
-                        store_lines_grad_out(lines_next, thread);
-                        workgroupBarrier();
-                        let l1 = c * ROW_PIECE + l + LINES;
-                        if l1 < STEP {
-                            lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, l1, HEAD_DIM_V, thread);
-                        } else {
-                            lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, 0u, HEAD_DIM, thread);
-                        }
-                        add_to_dv(&dv, l, ty, tx);
+                // dS = P (dP - delta) score'. A thread reads the P that it wrote.
+                for (var c = 0u; c < 4u * ROW_PIECES; c++) {
+                    for (var r = 0u; r < KEY_PIECES; r++) {
+                        let p = tiles[place_of_row(c, tx) + r * THREADS_Y + ty];
+                        ds[c][r] = p * (ds[c][r] - row[c].y) * slope4(s[c][r]);
                     }
                 }
 
                 // dK = dK + dS^T Q
-#unroll
-                for (var c = 0u; c < ROW_PIECES; c++) {
-                    workgroupBarrier();
-                    for (var e = 0u; e < 4u; e++) {
-                        for (var r = 0u; r < KEY_PIECES; r++) {
-                            tiles[(e * THREADS_X + tx) * ROW_STRIDE + r * THREADS_Y + ty] = ds[4u * c + e][r];
-                        }
+                workgroupBarrier();
+                for (var c = 0u; c < 4u * ROW_PIECES; c++) {
+                    for (var r = 0u; r < KEY_PIECES; r++) {
+                        tiles[place_of_row(c, tx) + r * THREADS_Y + ty] = ds[c][r];
                     }
-                    for (var l = 0u; l < ROW_PIECE; l += LINES) {
-                        if l > 0u {
-                            workgroupBarrier();
-                        }
-                        store_lines_query(lines_next, thread);
+                }
+                for (var l = 0u; l < STEP; l += LINES) {
+                    if l > 0u {
                         workgroupBarrier();
-                        let l1 = c * ROW_PIECE + l + LINES;
-                        if l1 < STEP {
-                            lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, l1, HEAD_DIM, thread);
-                        } else {
-                            lines_next = load_lines_key(key_start, j0, last_key, THREADS_Y, 0u, HEAD_DIM, thread);
-                        }
-                        add_to_dk(&dk, l, ty, tx);
                     }
+                    store_lines_query(lines_next, thread);
+                    workgroupBarrier();
+                    let l1 = l + LINES;
+                    if l1 < STEP {
+                        lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, l1, HEAD_DIM, thread);
+                    } else {
+                        lines_next = load_lines_key(key_start, j0, last_key, THREADS_Y, 0u, HEAD_DIM, thread);
+                    }
+                    add_to_dk(&dk, l, ty, tx);
                 }
 
                 // dQ += dS K, in memory. A thread always has the same elements of it.
@@ -282,13 +288,14 @@ fn fused(
                 if OLD_AHEAD {
                     old = load_old(dq_start, i0, last_row, ty, tx);
                 }
+                // Written out, since r must be a constant for dS to be in registers.
 #unroll
                 for (var r = 0u; r < KEY_PIECES; r++) {
                     workgroupBarrier();
                     for (var e = 0u; e < 4u; e++) {
                         for (var c = 0u; c < ROW_PIECES; c++) {
                             let of_key = vec4f(ds[4u * c][r][e], ds[4u * c + 1u][r][e], ds[4u * c + 2u][r][e], ds[4u * c + 3u][r][e]);
-                            tiles[(e * THREADS_Y + ty) * KEY_STRIDE + c * THREADS_X + tx] = of_key;
+                            tiles[P_AT + (e * THREADS_Y + ty) * KEY_STRIDE + c * THREADS_X + tx] = of_key;
                         }
                     }
                     for (var l = 0u; l < KEY_PIECE; l += LINES) {
@@ -323,25 +330,32 @@ fn fused(
         }
 
         for (var c = 0u; c < 4u * KEY_PIECES; c++) {
+            for (var u = 0u; u < TK; u++) {
+                dk[c][u] *= problem.scale;
+            }
+        }
+        let dk_start = head_start(problem.grad_key, at.batch, head_kv);
+        let dv_start = head_start(problem.grad_value, at.batch, head_kv);
+        if add {
+            // All loads before the first store, so that they overlap. What is past the last key or the head dim is not used.
+            for (var c = 0u; c < 4u * KEY_PIECES; c++) {
+                let j = min(j0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u, problem.seqlen_k - 1u);
+                for (var u = 0u; u < TK; u++) {
+                    dk[c][u] += read_grad_key(dk_start + j * problem.grad_key.row, 4u * (u * THREADS_X + tx), HEAD_DIM);
+                }
+                for (var u = 0u; u < TV; u++) {
+                    dv[c][u] += read_grad_value(dv_start + j * problem.grad_value.row, 4u * (u * THREADS_X + tx), HEAD_DIM_V);
+                }
+            }
+        }
+        for (var c = 0u; c < 4u * KEY_PIECES; c++) {
             let j = j0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u;
             if j < problem.seqlen_k {
-                let dk_start = head_start(problem.grad_key, at.batch, head_kv) + j * problem.grad_key.row;
                 for (var u = 0u; u < TK; u++) {
-                    let d = 4u * (u * THREADS_X + tx);
-                    var x = dk[c][u] * problem.scale;
-                    if add {
-                        x += read_grad_key(dk_start, d, HEAD_DIM);
-                    }
-                    write_grad_key(dk_start, d, HEAD_DIM, x);
+                    write_grad_key(dk_start + j * problem.grad_key.row, 4u * (u * THREADS_X + tx), HEAD_DIM, dk[c][u]);
                 }
-                let dv_start = head_start(problem.grad_value, at.batch, head_kv) + j * problem.grad_value.row;
                 for (var u = 0u; u < TV; u++) {
-                    let d = 4u * (u * THREADS_X + tx);
-                    var x = dv[c][u];
-                    if add {
-                        x += read_grad_value(dv_start, d, HEAD_DIM_V);
-                    }
-                    write_grad_value(dv_start, d, HEAD_DIM_V, x);
+                    write_grad_value(dv_start + j * problem.grad_value.row, 4u * (u * THREADS_X + tx), HEAD_DIM_V, dv[c][u]);
                 }
             }
         }

@@ -49,10 +49,10 @@ const KEYS4 = KEYS / 4u;
 const P_STRIDE = (ROWS4 + 5u) / 8u * 8u + 2u;
 const V_STRIDE = TV * THREADS_X;
 // Q, and P in its place once S is there; then K, and V behind P.
-const K_AT = CHUNK * ROWS4;
+const K_AT = CHUNK * ROWS4 + GAPS;
 const V_AT = PIECE * P_STRIDE;
 // Four numbers of each thread for each of its vectors of rows, to be reduced over a row of threads: beside K, where V is not yet.
-const PARTIAL_AT = max(V_AT, K_AT + CHUNK * KEYS4);
+const PARTIAL_AT = max(V_AT, K_AT + CHUNK * KEYS4 + GAPS);
 var<workgroup> tiles: array<vec4f, max(PARTIAL_AT + THREADS_X * ROWS4, V_AT + VALUE_KEYS * V_STRIDE)>;
 // Of each row: m, and exp(m - m') by which its sums shrink.
 var<workgroup> maxima: array<f32, ROWS>;
@@ -60,7 +60,7 @@ var<workgroup> shrinks: array<f32, ROWS>;
 
 // Of each key vectors of four rows.
 #include "common/tile_scores.wgsl" vectors=TR count4=ROWS4 others=PIECES other_count4=KEYS4 at=K_AT
-#include "common/tile_outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS at=V_AT
+#include "common/tile_outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS from=0u at=V_AT
 
 // What each thread moves of a tile: loaded to registers while the tile before is in use, then stored. Of Q and K it is vectors of
 // four columns, each of four rows.
@@ -74,9 +74,11 @@ fn load_query(start: u32, row0: u32, d0: u32, thread: u32) -> Queries {
     var x: Queries;
     for (var n = 0u; n < QUERY_LOADS; n++) {
         let t = thread + n * THREADS;
-        for (var r = 0u; r < 4u; r++) {
-            let i = min(row0 + 4u * (t / CHUNK4) + r, problem.row_end - 1u) - problem.row_begin;
-            x[n][r] = read_query(start + i * problem.query.row, d0 + 4u * (t % CHUNK4), HEAD_DIM);
+        if QUERY_LOADS * THREADS == ROWS4 * CHUNK4 || t < ROWS4 * CHUNK4 {
+            for (var r = 0u; r < 4u; r++) {
+                let i = min(row0 + 4u * (t / CHUNK4) + r, problem.row_end - 1u) - problem.row_begin;
+                x[n][r] = read_query(start + i * problem.query.row, d0 + 4u * (t % CHUNK4), HEAD_DIM);
+            }
         }
     }
     return x;

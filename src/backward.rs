@@ -170,7 +170,7 @@ fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -
     if options.backward_tile.is_some() || !is_f32 || !has_queries {
         return Ok(None);
     }
-    // A window that moves along leaves most blocks of a diagonal empty.
+    // A window that moves along leaves most blocks of a round empty.
     if problem.window_left.is_some() {
         return Ok(None);
     }

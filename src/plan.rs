@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::context::{Context, Pipeline};
 use crate::forward::bind_launch;
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
-use crate::kernel::{self, CoopForm, Diagonals, Kernel, Pass, Slot, forward_coop};
+use crate::kernel::{self, CoopForm, Kernel, Pass, Rounds, Slot, forward_coop};
 use crate::problem::{Layout, Tensor};
 use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use crate::{ElementType, Error, Problem};
@@ -65,7 +65,7 @@ pub(crate) struct Schedule {
     /// The coop kernel's form, and why.
     pub coop_form: Option<(CoopForm, String)>,
     /// Of blocks of rows and keys, in a kernel that is dispatched once for each.
-    pub diagonals: Option<Diagonals>,
+    pub rounds: Option<Rounds>,
     pub workgroup_bytes: u32,
     pub workspace_bytes: u64,
     pub parts: usize,
@@ -267,7 +267,7 @@ impl Schedule {
             kernel: recipe.kernel,
             reason: recipe.reason,
             coop_form: recipe.coop_form.clone(),
-            diagonals: recipe.passes.iter().find_map(|pass| pass.diagonals),
+            rounds: recipe.passes.iter().find_map(|pass| pass.rounds),
             workgroup_bytes: recipe.passes.iter().map(|pass| pass.workgroup_bytes).max().unwrap_or(0),
             workspace_bytes: 0,
             parts: 0,
@@ -306,20 +306,20 @@ impl Schedule {
 
         let uniform_bytes = size_of::<ProblemUniform>() as u64;
         let uniform_step = uniform_bytes.next_multiple_of(limits.min_uniform_buffer_offset_alignment as u64);
-        // Of each part one for each diagonal.
-        let diagonals = schedule.diagonals.map_or(1, |diagonals| diagonals.count);
-        let mut uniforms = vec![0u8; uniform_step as usize * diagonals as usize * parts.len()];
+        // Of each part one for each round.
+        let rounds = schedule.rounds.map_or(1, |rounds| rounds.count);
+        let mut uniforms = vec![0u8; uniform_step as usize * rounds as usize * parts.len()];
         for (n, part) in parts.iter().enumerate() {
             let (ranges, mut uniform) = bind(part);
             uniform.splits = recipe.splits;
             uniform.split_rows = kernel::decode::rows(part) as u32;
-            let uniform_offset = |diagonal: u32| (n as u64 * diagonals as u64 + diagonal as u64) * uniform_step;
-            if let Some(Diagonals { block_keys, block_rows, .. }) = schedule.diagonals {
+            let uniform_offset = |round: u32| (n as u64 * rounds as u64 + round as u64) * uniform_step;
+            if let Some(Rounds { block_keys, block_rows, .. }) = schedule.rounds {
                 (uniform.block_keys, uniform.block_rows) = (block_keys, block_rows);
             }
-            for diagonal in 0..diagonals {
-                uniform.diagonal = diagonal;
-                let slice = &mut uniforms[uniform_offset(diagonal) as usize..][..uniform_bytes as usize];
+            for round in 0..rounds {
+                uniform.round = round;
+                let slice = &mut uniforms[uniform_offset(round) as usize..][..uniform_bytes as usize];
                 slice.copy_from_slice(bytemuck::bytes_of(&uniform));
             }
             for (pass, pipeline) in recipe.passes.iter().zip(&pipelines) {
@@ -330,10 +330,10 @@ impl Schedule {
                     continue;
                 }
                 let bound = |slot| ranges.iter().copied().find(|&(s, _, _)| s == slot);
-                schedule.launches.extend((0..pass.diagonals.map_or(1, |all| all.count)).map(|diagonal| Launch {
+                schedule.launches.extend((0..pass.rounds.map_or(1, |all| all.count)).map(|round| Launch {
                     pipeline: pipeline.clone(),
                     ranges: pass.bindings.iter().filter_map(|&(slot, _)| bound(slot)).collect(),
-                    uniform_offset: uniform_offset(diagonal),
+                    uniform_offset: uniform_offset(round),
                     workgroups,
                 }));
             }
@@ -701,12 +701,9 @@ impl std::fmt::Display for Plan {
             if let Some((form, why)) = &backward.coop_form {
                 write!(f, "\nbackward form: {form} ({why})")?;
             }
-            if let Some(Diagonals { block_keys, block_rows, count }) = backward.diagonals {
+            if let Some(Rounds { block_keys, block_rows, count }) = backward.rounds {
                 let blocks = format!("{block_rows} queries by {block_keys} keys");
-                write!(
-                    f,
-                    "\nbackward gradients: all at once, in {count} dispatches for the diagonals of blocks of {blocks}"
-                )?;
+                write!(f, "\nbackward gradients: all at once, in {count} dispatches, in blocks of {blocks}")?;
             }
             write!(f, "\n{backward}")?;
         }

@@ -36,7 +36,7 @@ impl Tile {
     /// Workgroup memory in bytes. The same sums as the constants of the shader.
     pub const fn workgroup_bytes(&self, head_dim_v: u32) -> u32 {
         let rows = self.rows / 4;
-        let scores = self.chunk * (rows + self.keys / 4);
+        let scores = self.chunk * (rows + self.keys / 4) + 2 * gaps(self.chunk);
         let value_at = self.piece() * ((rows + 5) / 8 * 8 + 2);
         let value = value_at + self.value_keys * head_dim_v.div_ceil(self.piece()) * self.threads_x;
         let partial_at = if value_at > scores { value_at } else { scores };
@@ -392,7 +392,7 @@ pub struct FusedTile {
     pub chunk: u32,
     /// Rows of the gradients' second operand in workgroup memory at a time; divides `4 · threads_y` and `4 · threads_x`.
     pub lines: u32,
-    /// Keys of a block, of which a dispatch computes one diagonal; a multiple of `own`.
+    /// Keys of a block, of which each meets one block of queries in a dispatch; a multiple of `own`.
     pub block_keys: u32,
     /// Queries of a block; a multiple of `step`.
     pub block_rows: u32,
@@ -409,13 +409,12 @@ impl FusedTile {
 
     /// Workgroup memory in bytes. The same sums as the constants of the shader.
     pub const fn workgroup_bytes(&self, head_dim: u32, head_dim_v: u32) -> u32 {
-        let scores = self.chunk * (self.own + self.step) / 4;
-        let by_rows = 4 * self.threads_x * ((self.own / 4 + 5) / 8 * 8 + 2);
-        let by_keys = 4 * self.threads_y * ((self.step / 4 + 3) / 8 * 8 + 4);
         let widest = if head_dim > head_dim_v { head_dim } else { head_dim_v };
+        let chunks = self.chunk * (self.own + self.step) / 4 + 2 * gaps(self.chunk);
         let lines = self.lines * widest.div_ceil(4 * self.threads_x) * self.threads_x;
-        let results = lines + if by_rows > by_keys { by_rows } else { by_keys };
-        16 * if scores > results { scores } else { results }
+        let by_rows = self.step * ((self.own / 4 + 5) / 8 * 8 + 2);
+        let by_keys = 4 * self.threads_y * ((self.step / 4 + 3) / 8 * 8 + 4);
+        16 * (if chunks > lines { chunks } else { lines } + if by_rows > by_keys { by_rows } else { by_keys })
     }
 
     /// Checks that the tile divides as the shader needs it to.
@@ -446,39 +445,43 @@ impl FusedTile {
     }
 }
 
-/// Workgroups on one diagonal of blocks that fill a large device, each having a multiprocessor to itself: nearly the 132 of an
+/// Workgroups of one round of blocks that fill a large device, each having a multiprocessor to itself: nearly the 132 of an
 /// H100.
-const FULL_DIAGONAL: u64 = 128;
+const FULL_ROUND: u64 = 128;
+
+/// Keys beyond which larger blocks gain nothing.
+const LARGEST_BLOCK: u32 = 2048;
 
 /// The tile of the backward kernel that computes all gradients at once, for a problem on a device; `uneven`: masks leave about
-/// half of the blocks of a diagonal empty. `None` where a diagonal has too few blocks for a large device, and where there are no
-/// figures, above a head dim of 128 and below 48 KiB: there two kernels do without diagonals.
+/// half of the blocks of a round empty. `None` where a round has too few blocks for a large device, and where there are no
+/// figures, above a head dim of 128 and below 48 KiB: there two kernels do without rounds.
 pub fn fused_tile(shape: &Shape, uneven: bool, limits: &wgpu::Limits) -> Option<FusedTile> {
     let (head_dim, head_dim_v) = (shape.head_dim, shape.head_dim_v);
     let widest = head_dim.max(head_dim_v);
     let memory = limits.max_compute_workgroup_storage_size;
-    // On an H100, TFLOP/s of the form that stored chunks by single elements: the first 35.7 at D = 64, the second 34.3 at D = 128;
-    // docs/rejected.md has the others.
+    // On an H100, TFLOP/s: the first 34.6 at D = 64, the second 35.3 at D = 128; docs/rejected.md has the others.
     let (own, step, chunk, lines) = match (memory >> 10, widest) {
-        (48.., 0..=64) => (128, 64, 32, 32),
+        (48.., 0..=64) => (128, 64, 16, 32),
         (48.., 65..=128) => (128, 64, 16, 16),
         _ => return None,
     };
     // Equal chunks, as those of `tile`.
     let chunk = widest.div_ceil(widest.div_ceil(chunk)).next_multiple_of(4);
     let (threads_y, threads_x, written_out) = (16, 16, true);
-    // The largest blocks of which a diagonal fills the device: between diagonals all gradients go through memory.
-    let needed = if uneven { 2 * FULL_DIAGONAL } else { FULL_DIAGONAL };
+    // The largest blocks of which a round fills the device: between rounds all gradients go through memory. Of a power of two of
+    // blocks no round leaves some without a partner.
+    let needed = if uneven { 2 * FULL_ROUND } else { FULL_ROUND };
     let heads = shape.batch as u64 * shape.heads_kv as u64;
-    [16, 8, 4, 2, 1].into_iter().find_map(|times| {
-        let block_keys = own * times;
-        let key_blocks = shape.seqlen_k.div_ceil(block_keys);
-        // As many blocks of rows as of keys.
-        let block_rows = shape.seqlen_q.div_ceil(key_blocks.max(1)).max(1).next_multiple_of(step);
-        let busy = heads * key_blocks.min(shape.seqlen_q.div_ceil(block_rows)) as u64;
-        let tile = FusedTile { own, step, threads_y, threads_x, chunk, lines, block_keys, block_rows, written_out };
-        (busy >= needed).then_some(tile)
-    })
+    let least = shape.seqlen_k.div_ceil(LARGEST_BLOCK).next_power_of_two();
+    std::iter::successors(Some(least), |blocks| blocks.checked_mul(2))
+        .take_while(|n| (n / 2).saturating_mul(own) < shape.seqlen_k)
+        .find_map(|n| {
+            let block_keys = shape.seqlen_k.div_ceil(n).max(1).next_multiple_of(own);
+            let block_rows = shape.seqlen_q.div_ceil(n).max(1).next_multiple_of(step);
+            let busy = heads * shape.seqlen_k.div_ceil(block_keys).min(shape.seqlen_q.div_ceil(block_rows)) as u64;
+            let tile = FusedTile { own, step, threads_y, threads_x, chunk, lines, block_keys, block_rows, written_out };
+            (busy >= needed).then_some(tile)
+        })
 }
 
 /// The tile of a backward kernel on cooperative matrices, `shaders/backward_dkdv_coop.wgsl` or
@@ -720,6 +723,12 @@ pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
     fitted(TILES.iter().find(|row| suits(row)).unwrap_or(&TILES[TILES.len() - 1]))
 }
 
+/// Vectors of four in the gaps between the columns of a chunk, as in `shaders/common/tile_columns.wgsl`.
+const fn gaps(chunk: u32) -> u32 {
+    let chunk4 = chunk / 4;
+    if chunk4 > 0 && chunk4 < 8 { 8 / chunk4 * chunk4 } else { chunk4 }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -811,7 +820,7 @@ mod tests {
     }
 
     #[test]
-    fn blocks_of_a_diagonal_fill_the_device() {
+    fn blocks_of_a_round_fill_the_device() {
         let large = limits(48 << 10, 1024);
         let blocks = |batch, heads, seqlen, uneven| {
             let tile = fused_tile(&Shape::square(batch, heads, seqlen, 64), uneven, &large)?;

@@ -20,7 +20,7 @@ fn small_tile() -> PlanOptions {
     PlanOptions { backward_tile: Some(tile), ..backward(Kernel::Tile) }
 }
 
-/// All gradients at once, in blocks of one tile, smaller than the cases, so that there are several diagonals. A thread has several
+/// All gradients at once, in blocks of one tile, smaller than the cases, so that there are several rounds. A thread has several
 /// vectors of keys, or of rows.
 fn by_keys() -> PlanOptions {
     fused([64, 32], 8, 8, 16, [64, 32])

@@ -116,7 +116,7 @@ fn any_gradients() {
     run(100, (cases(), (ways, asks)), |case, (options, ask)| case.prepare_backward(*ask).check(webgpu(), options));
 }
 
-/// The same by the kernel that computes all gradients at once, in f32, on several diagonals of blocks; with key lengths it binds
+/// The same by the kernel that computes all gradients at once, in f32, in several rounds of blocks; with key lengths it binds
 /// more buffers than every device has.
 #[test]
 fn any_gradients_at_once() {

@@ -142,7 +142,7 @@ fn check_backward_split_with(
     }
 }
 
-/// Each part goes through all diagonals of its own heads.
+/// Each part goes through all rounds of its own heads.
 #[test]
 fn fused_backward_by_binding() {
     let options = fused([32, 32], 8, 16, 16, [32, 32]);

@@ -40,10 +40,10 @@ struct Problem {
     split_rows: u32,
     // Whether workgroups go by heads first: see in_order.
     heads_first: u32,
-    // Of backward_fused_tile.wgsl: the blocks' sizes, and which of their diagonals a dispatch computes.
+    // Of backward_fused_tile.wgsl: the blocks' sizes, and which pairs of them a dispatch computes.
     block_keys: u32,
     block_rows: u32,
-    diagonal: u32,
+    round: u32,
 }
 
 @group(0) @binding(0) var<uniform> problem: Problem;

@@ -20,7 +20,7 @@ fn load_chunks_$scores(
                 let row = min(own_first + 4u * (t / CHUNK4) + r, own_last);
                 x[n][r] = read_$own(own_start + row * problem.$own.row, d, dim);
             }
-        } else {
+        } else if t < (OWN4 + STEP4) * CHUNK4 {
             for (var r = 0u; r < 4u; r++) {
                 let row = min(step_first + 4u * (t / CHUNK4 - OWN4) + r, step_last);
                 x[n][r] = read_$step(step_start + row * problem.$step.row, d, dim);

@@ -1,4 +1,4 @@
-// $result += what is in workgroup memory from line l0 on, times the $lines lines at $at: 4 $vectors rows of $columns vectors
+// $result += what is in workgroup memory at $from from line l0 on, times the $lines lines at $at: 4 $vectors rows of $columns vectors
 // a thread, as outer products.
 fn add_to_$result($result: ptr<function, array<array<vec4f, $columns>, 4u * $vectors>>, l0: u32, ty: u32, tx: u32) {
 #if WRITTEN_OUT
@@ -10,7 +10,7 @@ fn add_to_$result($result: ptr<function, array<array<vec4f, $columns>, 4u * $vec
             b[u] = tiles[$at + l * $columns * THREADS_X + u * THREADS_X + tx];
         }
         for (var r = 0u; r < $vectors; r++) {
-            let a = tiles[(l0 + l) * $stride + r * THREADS_Y + ty];
+            let a = tiles[$from + (l0 + l) * $stride + r * THREADS_Y + ty];
             for (var e = 0u; e < 4u; e++) {
                 for (var u = 0u; u < $columns; u++) {
                     (*$result)[4u * r + e][u] = fma(vec4f(a[e]), b[u], (*$result)[4u * r + e][u]);

@@ -9,10 +9,10 @@ fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
     for (var d = 0u; d < CHUNK; d++) {
         var b: array<vec4f, $vectors>;
         for (var r = 0u; r < $vectors; r++) {
-            b[r] = tiles[d * $count4 + place(r * THREADS_Y + ty, d / 4u, $count4)];
+            b[r] = tiles[column_at(d, $count4) + r * THREADS_Y + ty];
         }
         for (var c = 0u; c < $others; c++) {
-            let a = tiles[$at + d * $other_count4 + place(c * THREADS_X + tx, d / 4u, $other_count4)];
+            let a = tiles[$at + column_at(d, $other_count4) + c * THREADS_X + tx];
             for (var e = 0u; e < 4u; e++) {
                 for (var r = 0u; r < $vectors; r++) {
                     (*scores)[4u * c + e][r] = fma(vec4f(a[e]), b[r], (*scores)[4u * c + e][r]);

@@ -36,7 +36,7 @@ pub(crate) fn pass(problem: &Problem, clear: bool) -> Pass {
         specialization: Specialization { file: "backward_delta.wgsl", entry: "delta", switches: on, constants },
         bindings: bindings(problem, &used),
         element_access: false,
-        diagonals: None,
+        rounds: None,
         threads: THREADS,
         workgroup_bytes: 4 * THREADS,
         workgroups: Box::new(|part: &Part| [part.row_count().div_ceil(ROWS), part.head_count(), part.batch_count()]),

@@ -1,7 +1,7 @@
 //! Host side of `shaders/backward_fused_tile.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, workgroups_by_keys};
-use super::{Access, Diagonals, Pass, Slot, backward_delta, backward_switches, bindings};
+use super::{Access, Pass, Rounds, Slot, backward_delta, backward_switches, bindings};
 use crate::Problem;
 use crate::specialize::Specialization;
 use crate::tune::FusedTile;
@@ -14,8 +14,9 @@ pub(crate) fn passes(problem: &Problem, tile: FusedTile) -> Vec<Pass> {
 
 fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
     let shape = problem.shape;
+    let (key_blocks, row_blocks) = (shape.seqlen_k.div_ceil(tile.block_keys), shape.seqlen_q.div_ceil(tile.block_rows));
     let mut on = backward_switches(problem, 4);
-    // It adds to memory by itself, if only from the second diagonal on.
+    // It adds to memory by itself, if only from the second round on.
     on.retain(|&name| name != "ACCUMULATE");
     on.push("UNROLL");
     on.extend(accumulate.then_some("ADD_AT_FIRST"));
@@ -33,19 +34,19 @@ fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
                 ("THREADS_Y", tile.threads_y),
                 ("THREADS_X", tile.threads_x),
                 ("CHUNK4", tile.chunk / 4),
+                ("ROW_PIECES", tile.step / (4 * tile.threads_x)),
                 // Trips of the loops that are written out.
                 ("CHUNK", tile.chunk),
                 ("LINES", tile.lines),
                 ("KEY_PIECES", tile.own / (4 * tile.threads_y)),
-                ("ROW_PIECES", tile.step / (4 * tile.threads_x)),
             ],
         },
         bindings: bindings(problem, &[DKDV_BINDINGS, &[(Slot::GradQuery, Access::ReadWrite)]].concat()),
         element_access: false,
-        diagonals: Some(Diagonals {
+        rounds: Some(Rounds {
             block_keys: tile.block_keys,
             block_rows: tile.block_rows,
-            count: shape.seqlen_k.div_ceil(tile.block_keys).max(shape.seqlen_q.div_ceil(tile.block_rows)),
+            count: key_blocks.max(row_blocks).next_power_of_two(),
         }),
         threads: tile.threads(),
         workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),

@@ -22,7 +22,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
         },
         bindings: bindings(problem, used),
         element_access: false,
-        diagonals: None,
+        rounds: None,
         threads: 256,
         workgroup_bytes: 0,
         workgroups,

@@ -66,7 +66,7 @@ pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) ->
             },
             bindings: bindings(problem, used),
             element_access: false,
-            diagonals: None,
+            rounds: None,
             threads: tile.threads(),
             workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
             workgroups,

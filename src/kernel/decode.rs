@@ -66,7 +66,7 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
             ],
         ),
         element_access: false,
-        diagonals: None,
+        rounds: None,
         threads: tile.threads,
         workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
         workgroups: Box::new(workgroups),
@@ -120,7 +120,7 @@ fn combine(switches: Vec<&'static str>, bindings: Vec<(Slot, Access)>, parts: u3
         },
         bindings,
         element_access: false,
-        diagonals: None,
+        rounds: None,
         threads: rows * slices * columns,
         workgroup_bytes: rows * slices * (16 * columns + 8),
         workgroups: Box::new(move |part: &Part| {

@@ -210,7 +210,7 @@ pub(crate) fn pass(
         specialization: Specialization { file, entry: "forward", switches: on, constants },
         bindings: bindings(problem, FORWARD_BINDINGS),
         element_access: form == CoopForm::Registers,
-        diagonals: None,
+        rounds: None,
         threads: tile.subgroups * lanes,
         workgroup_bytes: tile.workgroup_bytes(form, size, shape.head_dim, shape.head_dim_v),
         workgroups: Box::new(move |part: &Part| {

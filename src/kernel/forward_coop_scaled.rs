@@ -41,7 +41,7 @@ pub(crate) fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layo
         specialization: Specialization { file: "forward_coop_scaled.wgsl", entry: "forward", switches: on, constants },
         bindings: bindings(problem, FORWARD_BINDINGS),
         element_access: true,
-        diagonals: None,
+        rounds: None,
         threads: tile.subgroups * format.lanes,
         workgroup_bytes: tile.scaled_workgroup_bytes(size, parts, shape.head_dim, shape.head_dim_v),
         workgroups: Box::new(move |part: &Part| {

@@ -32,7 +32,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
         },
         bindings: bindings(problem, FORWARD_BINDINGS),
         element_access: false,
-        diagonals: None,
+        rounds: None,
         threads: tile.threads(),
         workgroup_bytes: tile.workgroup_bytes(shape.head_dim_v),
         workgroups: Box::new(move |part: &Part| {

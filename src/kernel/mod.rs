@@ -113,8 +113,8 @@ pub(crate) struct Pass {
     pub bindings: Vec<(Slot, Access)>,
     /// Whether the module has placeholders for `src/elements.rs` to fill.
     pub element_access: bool,
-    /// For a kernel that is dispatched several times in a row, each time for another diagonal of blocks.
-    pub diagonals: Option<Diagonals>,
+    /// For a kernel that is dispatched several times in a row, each time for other blocks.
+    pub rounds: Option<Rounds>,
     pub threads: u32,
     pub workgroup_bytes: u32,
     pub workgroups: Workgroups,
@@ -127,9 +127,9 @@ impl Pass {
     }
 }
 
-/// Blocks of keys and of rows, and how many diagonals they have.
+/// Sizes of the blocks of keys and of rows, and how many rounds visit all pairs of them.
 #[derive(Clone, Copy)]
-pub(crate) struct Diagonals {
+pub(crate) struct Rounds {
     pub block_keys: u32,
     pub block_rows: u32,
     pub count: u32,

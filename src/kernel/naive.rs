@@ -21,7 +21,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
         specialization: Specialization { file, entry, switches: switches(problem, 4), constants },
         bindings: bindings(problem, used),
         element_access: false,
-        diagonals: None,
+        rounds: None,
         threads,
         workgroup_bytes,
         workgroups,

@@ -41,7 +41,7 @@ pub(crate) struct ProblemUniform {
     pub heads_first: u32,
     pub block_keys: u32,
     pub block_rows: u32,
-    pub diagonal: u32,
+    pub round: u32,
     pub padding: u32,
 }
 
