@@ -1,10 +1,11 @@
 // All gradients at once, in tiles and in f32: five products where backward_dkdv_tile.wgsl and backward_dq_tile.wgsl together
 // do seven, for these compute the scores twice. Scores and their gradients never leave the chip.
 //
-// Rows and keys are cut into blocks of problem.block_rows and problem.block_keys. A dispatch is a round of a tournament: block of
-// keys j meets block of rows j ^ problem.round. So no two workgroups of a dispatch add to the same gradient, and nothing is added up
-// by atomics: dispatch after dispatch, dQ, dK and dV add up in device memory in an order that is always the same. Under a causal mask
-// round 0 has the blocks on the diagonal, and of every other round half are empty and half are full, since j ^ round meets j too.
+// Rows and keys are cut into blocks of problem.block_rows and problem.block_keys. A dispatch is a round of a tournament, in which each
+// block of keys meets another block of rows. So no two workgroups of a dispatch add to the same gradient, and nothing is added up
+// by atomics: dispatch after dispatch, dQ, dK and dV add up in device memory in an order that is always the same. Round 0 has the
+// blocks on the diagonal. If j meets i in another round, i meets j: of each two blocks a causal mask leaves one, so that the
+// workgroups of a round take equally long.
 //
 //     for each tile of keys of the block:           OWN keys
 //         dK = 0, dV = 0
@@ -121,6 +122,21 @@ fn load_old(start: u32, i0: u32, last_row: u32, ty: u32, tx: u32) -> OldQuery {
     return x;
 }
 
+// The block of rows that block of keys j meets, of n of both, an even number (or 1): first its own, then all others. Those that meet
+// have sums of problem.round - 1 modulo n - 1; the one that would meet itself meets n - 1.
+fn opponent(j: u32, n: u32) -> u32 {
+    if problem.round == 0u {
+        return j;
+    }
+    let t = problem.round - 1u;
+    let last = n - 1u;
+    if j == last {
+        return select(t + last, t, t % 2u == 0u) / 2u;
+    }
+    let i = (t + last - j) % last;
+    return select(i, last, i == j);
+}
+
 // The line of a thread's row of scores.
 fn place_of_row(c: u32, tx: u32) -> u32 {
     return P_AT + (c / 4u * ROW_PIECE + c % 4u * THREADS_X + tx) * ROW_STRIDE;
@@ -148,9 +164,10 @@ fn fused(
     let head_kv = group.y;
     // Masks and lengths are the same for all heads of the group.
     let at = sequence(group.z, head_kv * problem.group);
-    // Some blocks of keys meet none of rows in this round.
     let row_blocks = (problem.seqlen_q + problem.block_rows - 1u) / problem.block_rows;
-    let row0 = min(block ^ problem.round, row_blocks) * problem.block_rows;
+    let blocks = (max(workgroups.x, row_blocks) + 1u) / 2u * 2u;
+    // Where there are fewer blocks of rows, some of keys meet none.
+    let row0 = min(opponent(block, blocks), row_blocks) * problem.block_rows;
     let row1 = min(row0 + problem.block_rows, problem.seqlen_q);
     let key0 = block * problem.block_keys;
     let key1 = min(key0 + problem.block_keys, problem.seqlen_k);
@@ -207,7 +224,8 @@ fn fused(
                     add_scores(&s, ty, tx);
                 }
 
-                // P, 0 where a row does not see a key. It waits in workgroup memory: registers have S or dP.
+                // P, 0 where a row does not see a key. It waits in workgroup memory, so that registers have S or dP, not both (but
+                // for what the derivative of a softcap needs).
                 let full = tile_is_full(at, i32(i0), i32(i0 + STEP), i32(j0), i32(j0 + OWN));
                 for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                     let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;

@@ -165,6 +165,11 @@ fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -
                 why: "all gradients at once are computed in f32 only",
             });
         }
+        if tile.rounds(problem.shape.seqlen_q, problem.shape.seqlen_k) > tune::MOST_ROUNDS {
+            return Err(Error::Tile(
+                "block_keys and block_rows must be so large that there are at most 65,536 of each",
+            ));
+        }
         return Ok(has_queries.then_some(tile));
     }
     if options.backward_tile.is_some() || !is_f32 || !has_queries {

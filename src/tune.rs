@@ -172,7 +172,7 @@ pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> C
 pub(crate) const LONG: u32 = 16384;
 
 /// The same for long rows, where there is a better one. An H100 then is at its limit of power, and 256 rows read K and V half
-/// as often as 128 do: with them 1·16·16384·64 has 297 to 300 TFLOP/s, without 273 to 318 (docs/performance.md).
+/// as often as 128 do: with them 1·16·16384·64 has 287 to 300 TFLOP/s, without 273 to 295 (docs/performance.md).
 pub fn long_coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> Option<CoopTile> {
     let measured = (form, size) == (CoopForm::Registers, 16) && head_dim.max(head_dim_v) <= 64;
     measured.then_some(CoopTile { subgroups: 8, row_matrices: 2, keys: 64, buffers: 1 })
@@ -417,6 +417,13 @@ impl FusedTile {
         16 * (if chunks > lines { chunks } else { lines } + if by_rows > by_keys { by_rows } else { by_keys })
     }
 
+    /// Rounds in which each block of keys meets each block of queries once, for a tile that is valid.
+    pub const fn rounds(&self, seqlen_q: u32, seqlen_k: u32) -> u32 {
+        let (rows, keys) = (seqlen_q.div_ceil(self.block_rows), seqlen_k.div_ceil(self.block_keys));
+        let blocks = if rows > keys { rows } else { keys };
+        if blocks < 2 { 1 } else { blocks + blocks % 2 }
+    }
+
     /// Checks that the tile divides as the shader needs it to.
     pub fn validate(&self) -> Result<(), Error> {
         let all = [self.own, self.step, self.threads_y, self.threads_x, self.chunk, self.lines];
@@ -449,8 +456,8 @@ impl FusedTile {
 /// H100.
 const FULL_ROUND: u64 = 128;
 
-/// Keys beyond which larger blocks gain nothing.
-const LARGEST_BLOCK: u32 = 2048;
+/// A plan has a uniform and records a dispatch for each round.
+pub(crate) const MOST_ROUNDS: u32 = 1 << 16;
 
 /// The tile of the backward kernel that computes all gradients at once, for a problem on a device; `uneven`: masks leave about
 /// half of the blocks of a round empty. `None` where a round has too few blocks for a large device, and where there are no
@@ -459,7 +466,7 @@ pub fn fused_tile(shape: &Shape, uneven: bool, limits: &wgpu::Limits) -> Option<
     let (head_dim, head_dim_v) = (shape.head_dim, shape.head_dim_v);
     let widest = head_dim.max(head_dim_v);
     let memory = limits.max_compute_workgroup_storage_size;
-    // On an H100, TFLOP/s: the first 34.6 at D = 64, the second 35.3 at D = 128; docs/rejected.md has the others.
+    // On H100s, TFLOP/s: the first 34.4 to 34.9 at D = 64, the second 35.0 to 35.3 at D = 128; docs/rejected.md has the others.
     let (own, step, chunk, lines) = match (memory >> 10, widest) {
         (48.., 0..=64) => (128, 64, 16, 32),
         (48.., 65..=128) => (128, 64, 16, 16),
@@ -468,20 +475,21 @@ pub fn fused_tile(shape: &Shape, uneven: bool, limits: &wgpu::Limits) -> Option<
     // Equal chunks, as those of `tile`.
     let chunk = widest.div_ceil(widest.div_ceil(chunk)).next_multiple_of(4);
     let (threads_y, threads_x, written_out) = (16, 16, true);
-    // The largest blocks of which a round fills the device: between rounds all gradients go through memory. Of a power of two of
-    // blocks no round leaves some without a partner.
+    // The largest blocks, up to 2,048 keys, of which a round fills the device: between rounds all gradients go through memory.
     let needed = if uneven { 2 * FULL_ROUND } else { FULL_ROUND };
     let heads = shape.batch as u64 * shape.heads_kv as u64;
-    let least = shape.seqlen_k.div_ceil(LARGEST_BLOCK).next_power_of_two();
-    std::iter::successors(Some(least), |blocks| blocks.checked_mul(2))
-        .take_while(|n| (n / 2).saturating_mul(own) < shape.seqlen_k)
-        .find_map(|n| {
-            let block_keys = shape.seqlen_k.div_ceil(n).max(1).next_multiple_of(own);
-            let block_rows = shape.seqlen_q.div_ceil(n).max(1).next_multiple_of(step);
-            let busy = heads * shape.seqlen_k.div_ceil(block_keys).min(shape.seqlen_q.div_ceil(block_rows)) as u64;
-            let tile = FusedTile { own, step, threads_y, threads_x, chunk, lines, block_keys, block_rows, written_out };
-            (busy >= needed).then_some(tile)
-        })
+    [16, 8, 4, 2, 1].into_iter().find_map(|times| {
+        // Equal blocks, and as many of rows as of keys, so that under a causal mask they lie on the diagonal.
+        let key_blocks = shape.seqlen_k.div_ceil(own * times).max(1);
+        let block_keys = shape.seqlen_k.div_ceil(key_blocks).max(1).next_multiple_of(own);
+        let block_rows = (shape.seqlen_q.div_ceil(key_blocks).max(1) as u64).next_multiple_of(own as u64);
+        let block_rows = u32::try_from(block_rows).ok()?;
+        let tile = FusedTile { own, step, threads_y, threads_x, chunk, lines, block_keys, block_rows, written_out };
+        let rounds = tile.rounds(shape.seqlen_q, shape.seqlen_k);
+        let pairs = shape.seqlen_k.div_ceil(block_keys) as u64 * shape.seqlen_q.div_ceil(block_rows) as u64;
+        let filled = heads.saturating_mul(pairs) / rounds as u64 >= needed;
+        (filled && rounds <= MOST_ROUNDS && tile.validate().is_ok()).then_some(tile)
+    })
 }
 
 /// The tile of a backward kernel on cooperative matrices, `shaders/backward_dkdv_coop.wgsl` or
@@ -685,8 +693,8 @@ const fn row(
     Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
 }
 
-// TFLOP/s on an H200 in f32 of the form that stored Q and K by single elements: the first row 39.7 at D = 64, the second 40.6
-// at D = 128, the third 37.7 at D = 256; docs/rejected.md has the others.
+// TFLOP/s on H100s in f32: the first row 39.7 to 40.3 at D = 64, the second 41.6 to 42.3 at D = 128, the third 37.6 at D = 256;
+// docs/rejected.md has the others.
 #[rustfmt::skip]
 const TILES: &[Row] = &[
     //  D,    memory, rows, keys,     grid, chunk, value_keys
@@ -833,6 +841,12 @@ mod tests {
         // Eight blocks of 128 keys for each of 16 heads.
         assert_eq!(blocks(1, 16, 1024, false), Some((128, 128)));
         assert_eq!(blocks(1, 16, 1024, true), None);
+        // Nine and seventeen blocks, in ten and eighteen rounds.
+        assert_eq!(blocks(1, 16, 2176, false), Some((256, 256)));
+        assert_eq!(blocks(1, 16, 2176, true), Some((128, 128)));
+        // Three equal ones, not two of 1,024 and a half.
+        assert_eq!(blocks(8, 8, 2560, false), Some((1280, 1280)));
+        assert_eq!(blocks(7, 17, 2560, true), Some((896, 896)));
         // One block of rows.
         let few_rows = Shape { seqlen_q: 64, ..Shape::square(1, 16, 8192, 64) };
         assert_eq!(fused_tile(&few_rows, false, &large), None);

@@ -84,6 +84,12 @@ fn plans() {
             "tile",
         ),
         (
+            case(1, [1, 1], [(1 << 21) + 1, 10], [8, 4]).problem.with_gradients(),
+            fused([32, 32], 8, 16, 16, [32, 32]),
+            Error::Tile("block_keys and block_rows must be so large that there are at most 65,536 of each"),
+            "tile",
+        ),
+        (
             Problem { element_type: ElementType::F16, ..good() }.with_gradients(),
             fused([32, 32], 8, 16, 16, [32, 32]),
             Error::Unsupported {

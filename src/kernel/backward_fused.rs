@@ -14,7 +14,6 @@ pub(crate) fn passes(problem: &Problem, tile: FusedTile) -> Vec<Pass> {
 
 fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
     let shape = problem.shape;
-    let (key_blocks, row_blocks) = (shape.seqlen_k.div_ceil(tile.block_keys), shape.seqlen_q.div_ceil(tile.block_rows));
     let mut on = backward_switches(problem, 4);
     // It adds to memory by itself, if only from the second round on.
     on.retain(|&name| name != "ACCUMULATE");
@@ -46,7 +45,7 @@ fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
         rounds: Some(Rounds {
             block_keys: tile.block_keys,
             block_rows: tile.block_rows,
-            count: key_blocks.max(row_blocks).next_power_of_two(),
+            count: tile.rounds(shape.seqlen_q, shape.seqlen_k),
         }),
         threads: tile.threads(),
         workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
