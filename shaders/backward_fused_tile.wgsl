@@ -13,8 +13,8 @@
 //             S = score(Q K^T)                      STEP x OWN
 //             P = exp(S - lse)
 //             dP = dO V^T
-//             dS = P (dP - delta) score'
 //             dV = dV + P^T dO                      OWN x HEAD_DIM_V
+//             dS = P (dP - delta) score'
 //             dK = dK + dS^T Q                      OWN x HEAD_DIM
 //             dQ in memory += dS K                  STEP x HEAD_DIM
 //         dK, dV in memory += dK, dV                in the first round, = instead of +=
@@ -75,9 +75,9 @@ var<workgroup> tiles: array<vec4f, P_AT + max(STEP * ROW_STRIDE, KEY_PIECE * KEY
 #include "common/tile_scores.wgsl" vectors=KEY_PIECES count4=OWN4 others=ROW_PIECES other_count4=STEP4 at=STEP_AT
 #include "common/tile_chunks.wgsl" scores=s own=key step=query
 #include "common/tile_chunks.wgsl" scores=dp own=value step=grad_out
-#include "common/tile_lines.wgsl" tensor=grad_out columns=TV
-#include "common/tile_lines.wgsl" tensor=query columns=TK
-#include "common/tile_lines.wgsl" tensor=key columns=TK
+#include "common/tile_lines.wgsl" tensor=grad_out columns=TV lines=LINES at=0u
+#include "common/tile_lines.wgsl" tensor=query columns=TK lines=LINES at=0u
+#include "common/tile_lines.wgsl" tensor=key columns=TK lines=LINES at=0u
 #include "common/tile_outer.wgsl" result=dv vectors=KEY_PIECES columns=TV stride=ROW_STRIDE lines=LINES from=P_AT at=0u
 #include "common/tile_outer.wgsl" result=dk vectors=KEY_PIECES columns=TK stride=ROW_STRIDE lines=LINES from=P_AT at=0u
 #include "common/tile_outer.wgsl" result=dq vectors=DQ_PIECES columns=TK stride=KEY_STRIDE lines=LINES from=P_AT at=0u
@@ -102,9 +102,8 @@ fn store_chunks(x: Chunks, d0: u32, dim: u32, thread: u32) {
     }
 }
 
-// Lines are whole rows.
 const LINES_LOADS = (LINES * max(TK, TV) * THREADS_X + THREADS - 1u) / THREADS;
-alias Lines = array<vec4f, LINES_LOADS>;
+alias Lines = array<Elements4, LINES_LOADS>;
 
 alias OldQuery = array<array<vec4f, TK>, 4u * DQ_PIECES>;
 // What dQ has is loaded before the product that is added to it, if there are registers left for it. Past the head dim it is an
@@ -142,10 +141,6 @@ fn place_of_row(c: u32, tx: u32) -> u32 {
     return P_AT + (c / 4u * ROW_PIECE + c % 4u * THREADS_X + tx) * ROW_STRIDE;
 }
 
-fn shape4(x: vec4f) -> vec4f {
-    return vec4f(score_shape(x.x), score_shape(x.y), score_shape(x.z), score_shape(x.w));
-}
-
 fn slope4(x: vec4f) -> vec4f {
     return vec4f(score_slope(x.x), score_slope(x.y), score_slope(x.z), score_slope(x.w));
 }
@@ -165,8 +160,8 @@ fn fused(
     // Masks and lengths are the same for all heads of the group.
     let at = sequence(group.z, head_kv * problem.group);
     let row_blocks = (problem.seqlen_q + problem.block_rows - 1u) / problem.block_rows;
+    // As FusedTile::rounds has it. Where there are fewer blocks of rows, some of keys meet none.
     let blocks = (max(workgroups.x, row_blocks) + 1u) / 2u * 2u;
-    // Where there are fewer blocks of rows, some of keys meet none.
     let row0 = min(opponent(block, blocks), row_blocks) * problem.block_rows;
     let row1 = min(row0 + problem.block_rows, problem.seqlen_q);
     let key0 = block * problem.block_keys;

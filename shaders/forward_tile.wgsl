@@ -66,14 +66,18 @@ var<workgroup> shrinks: array<f32, ROWS>;
 // four columns, each of four rows.
 const QUERY_LOADS = (ROWS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const KEY_LOADS = (KEYS4 * CHUNK4 + THREADS - 1u) / THREADS;
-const VALUE_LOADS = (VALUE_KEYS * V_STRIDE + THREADS - 1u) / THREADS;
+const LINES_LOADS = (VALUE_KEYS * V_STRIDE + THREADS - 1u) / THREADS;
 alias Queries = array<array<Elements4, 4>, QUERY_LOADS>;
 alias Keys = array<array<Elements4, 4>, KEY_LOADS>;
+alias Lines = array<Elements4, LINES_LOADS>;
+// The rows of V in the order in which the columns of P lie: key 4 tx + e of a piece is column e THREADS_X + tx.
+#include "common/tile_lines.wgsl" tensor=value columns=TV lines=VALUE_KEYS at=V_AT
 
 fn load_query(start: u32, row0: u32, d0: u32, thread: u32) -> Queries {
     var x: Queries;
     for (var n = 0u; n < QUERY_LOADS; n++) {
         let t = thread + n * THREADS;
+        // Threads without a vector load none; no branch where all have one.
         if QUERY_LOADS * THREADS == ROWS4 * CHUNK4 || t < ROWS4 * CHUNK4 {
             for (var r = 0u; r < 4u; r++) {
                 let i = min(row0 + 4u * (t / CHUNK4) + r, problem.row_end - 1u) - problem.row_begin;
@@ -127,29 +131,6 @@ fn store_key(x: Keys, thread: u32) {
     }
 }
 
-// Rows v0 .. v0 + VALUE_KEYS of V, in the order in which the columns of P lie: key 4 tx + e of a piece is column
-// e THREADS_X + tx.
-fn load_value(start: u32, j0: u32, v0: u32, last: u32, thread: u32) -> array<Elements4, VALUE_LOADS> {
-    var x: array<Elements4, VALUE_LOADS>;
-    for (var n = 0u; n < VALUE_LOADS; n++) {
-        let t = thread + n * THREADS;
-        let column = (v0 + t / V_STRIDE) % PIECE;
-        let piece = (v0 + t / V_STRIDE) / PIECE * PIECE;
-        let j = min(j0 + piece + 4u * (column % THREADS_X) + column / THREADS_X, last);
-        x[n] = read_value(start + j * problem.value.row, 4u * (t % V_STRIDE), HEAD_DIM_V);
-    }
-    return x;
-}
-
-fn store_value(x: array<Elements4, VALUE_LOADS>, thread: u32) {
-    for (var n = 0u; n < VALUE_LOADS; n++) {
-        let t = thread + n * THREADS;
-        if t < VALUE_KEYS * V_STRIDE {
-            tiles[V_AT + t] = unpack4(x[n]);
-        }
-    }
-}
-
 @compute @workgroup_size(THREADS)
 fn forward(
     @builtin(workgroup_id) workgroup_id: vec3u,
@@ -184,10 +165,10 @@ fn forward(
     let last = u32(max(at.keys, 1) - 1);
     var query_next = load_query(query_start, row0, 0u, thread);
     var key_next: Keys;
-    var value_next: array<Elements4, VALUE_LOADS>;
+    var value_next: Lines;
     if range.x < range.y {
         key_next = load_key(key_start, u32(first), last, 0u, thread);
-        value_next = load_value(value_start, u32(first), 0u, last, thread);
+        value_next = load_lines_value(value_start, u32(first), last, THREADS_X, 0u, HEAD_DIM_V, thread);
     }
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         // S = Q K^T
@@ -209,8 +190,7 @@ fn forward(
 #if SOFTCAP
         for (var c = 0u; c < TC; c++) {
             for (var r = 0u; r < TR; r++) {
-                let x = s[c][r];
-                s[c][r] = vec4f(score_shape(x.x), score_shape(x.y), score_shape(x.z), score_shape(x.w));
+                s[c][r] = shape4(s[c][r]);
             }
         }
 #endif
@@ -288,9 +268,10 @@ fn forward(
                 if v0 > 0u {
                     workgroupBarrier();
                 }
-                store_value(value_next, thread);
+                store_lines_value(value_next, thread);
                 workgroupBarrier();
-                value_next = load_value(value_start, u32(j0) + c * PIECE, v0 + VALUE_KEYS, last, thread);
+                let v1 = v0 + VALUE_KEYS;
+                value_next = load_lines_value(value_start, u32(j0) + c * PIECE, last, THREADS_X, v1, HEAD_DIM_V, thread);
                 add_to_output(sum, v0, ty, tx);
             }
         }

@@ -113,26 +113,21 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
     };
     let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
     let mut coop_form = None;
-    let fused = match kernel {
-        Kernel::Tile => fused_tile(problem, options, limits)?,
-        _ => None,
-    };
-    let mut passes = match fused {
-        Some(tile) => kernel::backward_fused::passes(problem, tile),
-        None => vec![backward_delta::pass(problem, false)],
-    };
+    let mut passes = vec![backward_delta::pass(problem, false)];
     match kernel {
         Kernel::Naive => passes.extend(kernel::backward_naive::passes(problem)),
-        Kernel::Tile if fused.is_some() => {}
-        Kernel::Tile => {
-            let [dkdv, dq] = match options.backward_tile {
-                Some(tile) => [tile; 2],
-                None => tune::backward_tiles(shape.head_dim, shape.head_dim_v, limits),
-            };
-            dkdv.validate()?;
-            dq.validate()?;
-            passes.extend(kernel::backward_tile::passes(problem, dkdv, dq));
-        }
+        Kernel::Tile => match fused_tile(problem, options, limits)? {
+            Some(tile) => passes = kernel::backward_fused::passes(problem, tile),
+            None => {
+                let [dkdv, dq] = match options.backward_tile {
+                    Some(tile) => [tile; 2],
+                    None => tune::backward_tiles(shape.head_dim, shape.head_dim_v, limits),
+                };
+                dkdv.validate()?;
+                dq.validate()?;
+                passes.extend(kernel::backward_tile::passes(problem, dkdv, dq));
+            }
+        },
         Kernel::Coop => {
             let matrices = matrices.ok_or(unsupported("the context was made without with_cooperative_matrices"))?;
             let chosen = kernel::backward_coop::choose(problem, matrices, options)?;
@@ -172,11 +167,8 @@ fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -
         }
         return Ok(has_queries.then_some(tile));
     }
-    if options.backward_tile.is_some() || !is_f32 || !has_queries {
-        return Ok(None);
-    }
     // A window that moves along leaves most blocks of a round empty.
-    if problem.window_left.is_some() {
+    if options.backward_tile.is_some() || !is_f32 || !has_queries || problem.window_left.is_some() {
         return Ok(None);
     }
     let fits =

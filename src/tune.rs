@@ -482,8 +482,7 @@ pub fn fused_tile(shape: &Shape, uneven: bool, limits: &wgpu::Limits) -> Option<
         // Equal blocks, and as many of rows as of keys, so that under a causal mask they lie on the diagonal.
         let key_blocks = shape.seqlen_k.div_ceil(own * times).max(1);
         let block_keys = shape.seqlen_k.div_ceil(key_blocks).max(1).next_multiple_of(own);
-        let block_rows = (shape.seqlen_q.div_ceil(key_blocks).max(1) as u64).next_multiple_of(own as u64);
-        let block_rows = u32::try_from(block_rows).ok()?;
+        let block_rows = shape.seqlen_q.div_ceil(key_blocks).max(1).checked_next_multiple_of(own)?;
         let tile = FusedTile { own, step, threads_y, threads_x, chunk, lines, block_keys, block_rows, written_out };
         let rounds = tile.rounds(shape.seqlen_q, shape.seqlen_k);
         let pairs = shape.seqlen_k.div_ceil(block_keys) as u64 * shape.seqlen_q.div_ceil(block_rows) as u64;
