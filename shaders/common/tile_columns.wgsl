@@ -11,8 +11,9 @@ fn column_at(d: u32, count: u32) -> u32 {
 // Stores the t-th four rows by four columns of a chunk, each of y being a row, as vectors of four rows: threads must not write to
 // the same vector. The columns lie at `at`, with `count` vectors each.
 fn store_columns(y: array<vec4f, 4>, at: u32, count: u32, t: u32) {
+    // column_at(4 (t % CHUNK4) + e), but one sum for all of e.
+    let place = at + t % CHUNK4 * (4u * count + GAP) + t / CHUNK4;
     for (var e = 0u; e < 4u; e++) {
-        let column = at + column_at(4u * (t % CHUNK4) + e, count);
-        tiles[column + t / CHUNK4] = vec4f(y[0][e], y[1][e], y[2][e], y[3][e]);
+        tiles[place + e * count] = vec4f(y[0][e], y[1][e], y[2][e], y[3][e]);
     }
 }
