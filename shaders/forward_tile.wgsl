@@ -241,8 +241,8 @@ fn forward(
             l[r] = fma(l[r], shrink[r], sum);
         }
 
-        // O = exp(m - m') O + P V. Of many keys in f32, P V is summed by itself first: a sum of sums loses less than one long sum.
-#if SUMS_APART
+        // O = exp(m - m') O + P V. In f32 P V is summed by itself first: a sum of sums loses less than one long sum does.
+#if ELEMENT_F32
         var pv: array<array<vec4f, TV>, 4u * TR>;
         let sum = &pv;
 #else
@@ -269,19 +269,18 @@ fn forward(
                     workgroupBarrier();
                 }
                 store_lines_value(value_next, thread);
-                // The next lines: of f32 before the barrier, which an H100 likes better, of packed elements after it.
-#if !ELEMENT_F32
+#if !VALUE_BEFORE_BARRIER
                 workgroupBarrier();
 #endif
                 let v1 = v0 + VALUE_KEYS;
                 value_next = load_lines_value(value_start, u32(j0) + c * PIECE, last, THREADS_X, v1, HEAD_DIM_V, thread);
-#if ELEMENT_F32
+#if VALUE_BEFORE_BARRIER
                 workgroupBarrier();
 #endif
                 add_to_output(sum, v0, ty, tx);
             }
         }
-#if SUMS_APART
+#if ELEMENT_F32
         for (var r = 0u; r < 4u * TR; r++) {
             for (var u = 0u; u < TV; u++) {
                 o[r][u] = fma(o[r][u], vec4f(shrink[r / 4u][r % 4u]), pv[r][u]);

@@ -1,7 +1,6 @@
 // $result += what is in workgroup memory at $from from line l0 on, times the $lines lines at $at: 4 $vectors rows of $columns vectors
 // a thread, as outer products.
 fn add_to_$result($result: ptr<function, array<array<vec4f, $columns>, 4u * $vectors>>, l0: u32, ty: u32, tx: u32) {
-    // There and back, as in tile_scores.wgsl.
 #if WRITTEN_OUT
 #unroll
 #endif
@@ -12,7 +11,8 @@ fn add_to_$result($result: ptr<function, array<array<vec4f, $columns>, 4u * $vec
         }
         for (var r = 0u; r < $vectors; r++) {
             let a = tiles[$from + (l0 + l) * $stride + r * THREADS_Y + ty];
-#if WRITTEN_OUT
+#if THERE_AND_BACK
+            // As in tile_scores.wgsl.
             for (var e = 0u; e < 4u; e += 2u) {
                 for (var u = 0u; u < $columns; u++) {
                     (*$result)[4u * r + e][u] = fma(vec4f(a[e]), b[u], (*$result)[4u * r + e][u]);

@@ -7,8 +7,6 @@ fn shape4(x: vec4f) -> vec4f {
 }
 
 fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
-    // Written out, the products go there and back over b, so that each shares an operand with the one before: NVIDIA's registers
-    // give two operands a cycle, and the third is then kept from before.
 #if WRITTEN_OUT
 #unroll
 #endif
@@ -19,7 +17,9 @@ fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
         }
         for (var c = 0u; c < $others; c++) {
             let a = tiles[$at + column_at(d, $other_count4) + c * THREADS_X + tx];
-#if WRITTEN_OUT
+#if THERE_AND_BACK
+            // Over b there and back, each product shares an operand with the one before, which NVIDIA's registers need not give
+            // again: they give two a cycle.
             for (var e = 0u; e < 4u; e += 2u) {
                 for (var r = 0u; r < $vectors; r++) {
                     (*scores)[4u * c + e][r] = fma(vec4f(a[e]), b[r], (*scores)[4u * c + e][r]);

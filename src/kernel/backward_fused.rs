@@ -19,7 +19,9 @@ fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
     on.retain(|&name| name != "ACCUMULATE");
     on.push("UNROLL");
     on.extend(accumulate.then_some("ADD_AT_FIRST"));
-    on.extend(tile.written_out.then_some("WRITTEN_OUT"));
+    if tile.written_out {
+        on.extend(["WRITTEN_OUT", "THERE_AND_BACK"]);
+    }
     Pass {
         specialization: Specialization {
             file: "backward_fused_tile.wgsl",

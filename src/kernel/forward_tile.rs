@@ -5,10 +5,6 @@ use crate::specialize::Specialization;
 use crate::tune::Tile;
 use crate::{ElementType, Problem, plan::Part};
 
-/// From more keys than this on, outputs in f32 are sums of sums over tiles of keys. One sum over N keys has a relative error of
-/// about 2e-8 · N^½, which is 1.1e-6 here, and at 65,536 keys more than the 2e-6 that f32 promises.
-const KEYS_OF_ONE_SUM: u32 = 4096;
-
 pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     let shape = problem.shape;
     let mut on = switches(problem, 4);
@@ -16,8 +12,10 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     if tile.written_out {
         on.push("WRITTEN_OUT");
     }
-    if problem.element_type == ElementType::F32 && shape.seqlen_k > KEYS_OF_ONE_SUM {
-        on.push("SUMS_APART");
+    // Both only where an H100 is faster for them: docs/rejected.md.
+    if tile.written_out && shape.head_dim_v <= 128 {
+        on.push("THERE_AND_BACK");
+        on.extend((problem.element_type == ElementType::F32).then_some("VALUE_BEFORE_BARRIER"));
     }
     Pass {
         specialization: Specialization {

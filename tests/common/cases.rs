@@ -48,10 +48,6 @@ pub fn cases() -> Vec<(String, Case)> {
         ("grouped heads", case(2, [6, 2], [9, 11], [16, 12])),
         ("all heads share one", case(2, [5, 1], [9, 11], [16, 12])),
         ("no lse", wide().no_lse()),
-        // The most that f32 sums up in one sum, and more
-        ("4,096 keys", case(1, [1, 1], [9, 4096], [16, 12])),
-        ("more than 4,096 keys", case(1, [1, 1], [9, 4161], [16, 12])),
-        ("more than 4,096 keys, masked", case(1, [2, 1], [9, 4161], [16, 12]).window(4150, 0).causal(BottomRight)),
         // Layouts
         ("BNHD", case(2, [4, 2], [19, 23], [16, 12]).bnhd()),
         ("BNHD, odd head dims", case(2, [4, 2], [19, 23], [7, 5]).bnhd()),
