@@ -269,6 +269,7 @@ fn forward(
                     workgroupBarrier();
                 }
                 store_lines_value(value_next, thread);
+                // The next lines are loaded before the barrier or after it, whichever is faster (src/kernel/forward_tile.rs).
 #if !VALUE_BEFORE_BARRIER
                 workgroupBarrier();
 #endif

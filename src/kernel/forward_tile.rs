@@ -12,7 +12,8 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     if tile.written_out {
         on.push("WRITTEN_OUT");
     }
-    // Both only where an H100 is faster for them: docs/rejected.md.
+    // Each only where it made an H100 faster (docs/rejected.md): the order of the products, and V's next lines being loaded
+    // while the barrier is waited for.
     if tile.written_out && shape.head_dim_v <= 128 {
         on.push("THERE_AND_BACK");
         on.extend((problem.element_type == ElementType::F32).then_some("VALUE_BEFORE_BARRIER"));
