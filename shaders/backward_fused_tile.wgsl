@@ -105,10 +105,8 @@ fn store_chunks(x: Chunks, d0: u32, dim: u32, thread: u32) {
 const LINES_LOADS = (LINES * max(TK, TV) * THREADS_X + THREADS - 1u) / THREADS;
 alias Lines = array<Elements4, LINES_LOADS>;
 
+// What dQ in memory has. Past the head dim it is an element of another thread's, which may have changed, and is not used.
 alias OldQuery = array<array<vec4f, TK>, 4u * DQ_PIECES>;
-// What dQ has is loaded before the product that is added to it, if there are registers left for it. Past the head dim it is an
-// element of another thread's, which may have changed, and is not used.
-const OLD_AHEAD = TK == 1u;
 
 fn load_old(start: u32, i0: u32, last_row: u32, ty: u32, tx: u32) -> OldQuery {
     var x: OldQuery;
@@ -194,6 +192,8 @@ fn fused(
             let rows_start = (at.batch * problem.heads + head) * problem.seqlen_q;
             // What workgroup memory holds next: while one product runs, the operands of the next are loaded.
             var next = load_chunks_s(key_start, j0, last_key, query_start, first, last_row, 0u, HEAD_DIM, thread);
+            store_chunks(next, 0u, HEAD_DIM, thread);
+            workgroupBarrier();
             var lines_next: Lines;
             for (var i0 = first; i0 < end; i0 += STEP) {
                 // Of each row of scores lse and delta; of rows that are not there an lse above every score.
@@ -207,9 +207,6 @@ fn fused(
                 // S = Q K^T
                 var s: Scores;
                 for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
-                    workgroupBarrier();
-                    store_chunks(next, d0, HEAD_DIM, thread);
-                    workgroupBarrier();
                     let d1 = d0 + CHUNK;
                     if d1 < HEAD_DIM {
                         next = load_chunks_s(key_start, j0, last_key, query_start, i0, last_row, d1, HEAD_DIM, thread);
@@ -217,6 +214,11 @@ fn fused(
                         next = load_chunks_dp(value_start, j0, last_key, grad_start, i0, last_row, 0u, HEAD_DIM_V, thread);
                     }
                     add_scores(&s, ty, tx);
+                    if d1 < HEAD_DIM {
+                        workgroupBarrier();
+                        store_chunks(next, d1, HEAD_DIM, thread);
+                        workgroupBarrier();
+                    }
                 }
 
                 // P, 0 where a row does not see a key. It waits in workgroup memory, so that registers have S or dP, not both (but
@@ -238,10 +240,10 @@ fn fused(
 
                 // dP = dO V^T
                 var ds: Scores;
+                workgroupBarrier();
+                store_chunks(next, 0u, HEAD_DIM_V, thread);
+                workgroupBarrier();
                 for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
-                    workgroupBarrier();
-                    store_chunks(next, d0, HEAD_DIM_V, thread);
-                    workgroupBarrier();
                     let d1 = d0 + CHUNK;
                     if d1 < HEAD_DIM_V {
                         next = load_chunks_dp(value_start, j0, last_key, grad_start, i0, last_row, d1, HEAD_DIM_V, thread);
@@ -249,6 +251,11 @@ fn fused(
                         lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, 0u, HEAD_DIM_V, thread);
                     }
                     add_scores(&ds, ty, tx);
+                    if d1 < HEAD_DIM_V {
+                        workgroupBarrier();
+                        store_chunks(next, d1, HEAD_DIM_V, thread);
+                        workgroupBarrier();
+                    }
                 }
 
                 // dV = dV + P^T dO
@@ -297,10 +304,6 @@ fn fused(
 
                 // dQ += dS K, in memory. A thread always has the same elements of it.
                 var dq: array<array<vec4f, TK>, 4u * DQ_PIECES>;
-                var old: OldQuery;
-                if OLD_AHEAD {
-                    old = load_old(dq_start, i0, last_row, ty, tx);
-                }
                 // Written out, since r must be a constant for dS to be in registers.
 #unroll
                 for (var r = 0u; r < KEY_PIECES; r++) {
@@ -326,9 +329,11 @@ fn fused(
                         add_to_dq(&dq, l, ty, tx);
                     }
                 }
-                if !OLD_AHEAD {
-                    old = load_old(dq_start, i0, last_row, ty, tx);
-                }
+                // It is on its way while the next tile's first chunk is stored.
+                let old = load_old(dq_start, i0, last_row, ty, tx);
+                workgroupBarrier();
+                store_chunks(next, 0u, HEAD_DIM, thread);
+                workgroupBarrier();
                 for (var c = 0u; c < 4u * DQ_PIECES; c++) {
                     let i = i0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u;
                     if i <= last_row {
