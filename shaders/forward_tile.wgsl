@@ -14,7 +14,8 @@
 // scores with keys 4(tx + THREADS_X c) .. + 4, and output columns 4(tx + THREADS_X u) .. + 4. Both products are sums of outer
 // products, of a vector of four that a thread finds in workgroup memory and the elements of another: 16 multiply-adds for two
 // loads. So Q, K and P lie there in columns, V in rows: Q and K CHUNK columns at a time, P PIECE keys at a time, V VALUE_KEYS
-// rows at a time, all as f32. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are
+// rows at a time, all as f32. What is next for workgroup memory is loaded to registers while a product runs, and a tile ends by
+// storing the first chunk of the next. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are
 // differences of scores times `factor`: one multiplication a score. If the tile says so, the products are written out, so
 // that loads of the next vectors are among the products of these.
 #include "common/problem.wgsl"
@@ -35,6 +36,9 @@
 #include "common/read.wgsl" tensor=key
 #include "common/read.wgsl" tensor=value
 #include "common/write.wgsl" tensor=out
+#if FOLDS
+#include "common/read.wgsl" tensor=out
+#endif
 
 const THREADS = THREADS_X * THREADS_Y;
 // What one thread holds: TR vectors of four rows by TC keys of scores, 4 TR rows by TV vectors of output.
@@ -131,6 +135,20 @@ fn store_key(x: Keys, thread: u32) {
     }
 }
 
+#if FOLDS
+// A sum of sums loses less than one long sum. So after each FOLD_TILES tiles O goes to memory, where `out` waits, and begins anew.
+struct Folded {
+    // What O in memory shrinks by, of each row.
+    since: array<vec4f, TR>,
+    // Whether there is one.
+    any: bool,
+}
+
+fn with_folded(folded: Folded, start: u32, d: u32, r: u32, e: u32, o: vec4f) -> vec4f {
+    return o + select(vec4f(), read_out(start, d, HEAD_DIM_V) * folded.since[r][e], folded.any);
+}
+#endif
+
 @compute @workgroup_size(THREADS)
 fn forward(
     @builtin(workgroup_id) workgroup_id: vec3u,
@@ -147,6 +165,7 @@ fn forward(
     let query_start = head_start(problem.query, at.batch, at.head_q);
     let key_start = head_start(problem.key, at.batch, at.head_kv);
     let value_start = head_start(problem.value, at.batch, at.head_kv);
+    let out_start = head_start(problem.out, at.batch, at.head_q);
 
     // Not 0, so that a masked score vanishes with a scale of 0 as well.
     let factor = max(score_factor(), 1.0e-30);
@@ -156,6 +175,9 @@ fn forward(
 
     var o: array<array<vec4f, TV>, 4u * TR>;
     var l: array<vec4f, TR>;
+#if FOLDS
+    var folded: Folded;
+#endif
     if thread < ROWS {
         maxima[thread] = lowest;
     }
@@ -170,20 +192,25 @@ fn forward(
         key_next = load_key(key_start, u32(first), last, 0u, thread);
         value_next = load_lines_value(value_start, u32(first), last, THREADS_X, 0u, HEAD_DIM_V, thread);
     }
+    store_key(key_next, thread);
+    store_query(query_next, 0u, thread);
+    workgroupBarrier();
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         // S = Q K^T
         var s: Scores;
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
-            workgroupBarrier();
-            store_key(key_next, thread);
-            store_query(query_next, d0, thread);
-            workgroupBarrier();
             // The next chunk: of this tile, or the first of the next tile.
             let more = d0 + CHUNK < HEAD_DIM;
             let d1 = select(0u, d0 + CHUNK, more);
             key_next = load_key(key_start, select(u32(j0) + KEYS, u32(j0), more), last, d1, thread);
             query_next = load_query(query_start, row0, d1, thread);
             add_scores(&s, ty, tx);
+            if more {
+                workgroupBarrier();
+                store_key(key_next, thread);
+                store_query(query_next, d1, thread);
+                workgroupBarrier();
+            }
         }
 
         // What each score is, and whether it counts
@@ -241,17 +268,16 @@ fn forward(
             l[r] = fma(l[r], shrink[r], sum);
         }
 
-        // O = exp(m - m') O + P V. In f32 P V is summed by itself first: a sum of sums loses less than one long sum does.
-#if ELEMENT_F32
-        var pv: array<array<vec4f, TV>, 4u * TR>;
-        let sum = &pv;
-#else
+        // O = exp(m - m') O + P V
         for (var r = 0u; r < 4u * TR; r++) {
             for (var u = 0u; u < TV; u++) {
                 o[r][u] *= shrink[r / 4u][r % 4u];
             }
         }
-        let sum = &o;
+#if FOLDS
+        for (var r = 0u; r < TR; r++) {
+            folded.since[r] *= shrink[r];
+        }
 #endif
         // Written out, since c must be a constant for S to be in registers.
 #unroll
@@ -278,20 +304,36 @@ fn forward(
 #if VALUE_BEFORE_BARRIER
                 workgroupBarrier();
 #endif
-                add_to_output(sum, v0, ty, tx);
+                add_to_output(&o, v0, ty, tx);
             }
         }
-#if ELEMENT_F32
-        for (var r = 0u; r < 4u * TR; r++) {
-            for (var u = 0u; u < TV; u++) {
-                o[r][u] = fma(o[r][u], vec4f(shrink[r / 4u][r % 4u]), pv[r][u]);
+#if FOLDS
+        if (u32(j0 - first) / KEYS + 1u) % FOLD_TILES == 0u {
+            for (var r = 0u; r < 4u * TR; r++) {
+                let i = row0 + 4u * (r / 4u * THREADS_Y + ty) + r % 4u;
+                let start = out_start + (min(i, row1 - 1u) - problem.row_begin) * problem.out.row;
+                for (var u = 0u; u < TV; u++) {
+                    let d = 4u * (u * THREADS_X + tx);
+                    let x = with_folded(folded, start, d, r / 4u, r % 4u, o[r][u]);
+                    if i < row1 {
+                        write_out(start, d, HEAD_DIM_V, x);
+                    }
+                    o[r][u] = vec4f();
+                }
             }
+            for (var r = 0u; r < TR; r++) {
+                folded.since[r] = vec4f(1.0);
+            }
+            folded.any = true;
         }
 #endif
+        workgroupBarrier();
+        store_key(key_next, thread);
+        store_query(query_next, 0u, thread);
+        workgroupBarrier();
     }
 
     // l of a row is spread over its threads.
-    workgroupBarrier();
     for (var r = 0u; r < TR; r++) {
         tiles[PARTIAL_AT + tx * ROWS4 + r * THREADS_Y + ty] = l[r];
     }
@@ -307,9 +349,14 @@ fn forward(
             let i = row0 + 4u * rows4 + e;
             if i < row1 {
                 let inverse = inverse_sum(sum);
-                let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
+                let start = out_start + (i - problem.row_begin) * problem.out.row;
                 for (var u = 0u; u < TV; u++) {
-                    write_out(start, 4u * (u * THREADS_X + tx), HEAD_DIM_V, o[4u * r + e][u] * inverse);
+                    let d = 4u * (u * THREADS_X + tx);
+                    var x = o[4u * r + e][u];
+#if FOLDS
+                    x = with_folded(folded, start, d, r, e, x);
+#endif
+                    write_out(start, d, HEAD_DIM_V, x * inverse);
                 }
 #if LSE
                 if tx == 0u {

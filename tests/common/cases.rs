@@ -48,6 +48,10 @@ pub fn cases() -> Vec<(String, Case)> {
         ("grouped heads", case(2, [6, 2], [9, 11], [16, 12])),
         ("all heads share one", case(2, [5, 1], [9, 11], [16, 12])),
         ("no lse", wide().no_lse()),
+        // The most that f32 sums up in one sum, and sums of sums
+        ("4,096 keys", case(1, [1, 1], [9, 4096], [16, 12])),
+        ("two sums, masked", case(1, [2, 1], [9, 4161], [16, 12]).window(4150, 0).causal(BottomRight)),
+        ("three sums, lengths", case(3, [1, 1], [9, 8200], [7, 5]).seqlens(&[8200, 8192, 4097])),
         // Layouts
         ("BNHD", case(2, [4, 2], [19, 23], [16, 12]).bnhd()),
         ("BNHD, odd head dims", case(2, [4, 2], [19, 23], [7, 5]).bnhd()),
