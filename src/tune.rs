@@ -466,7 +466,7 @@ pub fn fused_tile(shape: &Shape, uneven: bool, limits: &wgpu::Limits) -> Option<
     let (head_dim, head_dim_v) = (shape.head_dim, shape.head_dim_v);
     let widest = head_dim.max(head_dim_v);
     let memory = limits.max_compute_workgroup_storage_size;
-    // On H100s, TFLOP/s: the first 34.8 at D = 64, the second 36.0 to 36.2 at D = 128; docs/rejected.md has the others.
+    // On H100s, TFLOP/s: the first 34.7 to 35.0 at D = 64, the second 36.4 to 36.6 at D = 128; docs/rejected.md has the others.
     let (own, step, chunk, lines) = match (memory >> 10, widest) {
         (48.., 0..=64) => (128, 64, 16, 32),
         (48.., 65..=128) => (128, 64, 16, 16),
@@ -692,7 +692,7 @@ const fn row(
     Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
 }
 
-// TFLOP/s on H100s in f32: the first row 41.0 at D = 64, the second 44.1 at D = 128, the third 38.2 at D = 256;
+// TFLOP/s on H100s in f32: the first row 41.4 at D = 64, the second 44.5 at D = 128, the third 41.7 at D = 256;
 // docs/rejected.md has the others.
 #[rustfmt::skip]
 const TILES: &[Row] = &[
