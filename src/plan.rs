@@ -611,17 +611,27 @@ impl Plan {
 
     fn tile_bytes_moved(&self, rows: u32, keys: u32) -> u64 {
         let s = &self.problem.shape;
-        let mut loaded_keys = 0;
+        // Of one head: keys loaded, rows of q loaded, and rows of o loaded or stored.
+        let (mut loaded_keys, mut loaded_rows, mut moved_rows) = (0, 0, 0);
         for row0 in (0..s.seqlen_q).step_by(rows as usize) {
             let row1 = (row0 + rows).min(s.seqlen_q);
             let first = self.problem.key_interval(row0, s.seqlen_k).0 / keys * keys;
             let last = self.problem.key_interval(row1 - 1, s.seqlen_k).1;
-            loaded_keys += last.saturating_sub(first) as u64;
+            let loaded = last.saturating_sub(first);
+            loaded_keys += loaded as u64;
+            // The coop kernels keep q. The tile kernel loads it for each tile of keys, and may add to o in memory on the way.
+            let (mut tiles, mut folds) = (1, 0);
+            if self.tile.is_some() {
+                tiles = loaded.div_ceil(keys).max(1);
+                folds = kernel::forward_tile::fold_tiles(&self.problem, keys).map_or(0, |of| tiles / of);
+            }
+            loaded_rows += (row1 - row0) as u64 * tiles as u64;
+            moved_rows += (row1 - row0) as u64 * (1 + 2 * folds as u64);
         }
         let heads = s.batch as u64 * s.heads_q as u64;
-        let elements =
-            heads * loaded_keys * (s.head_dim + s.head_dim_v) as u64 + s.rows() * (s.head_dim + s.head_dim_v) as u64;
-        elements * self.problem.element_type.bytes() + self.lse_bytes()
+        let of_key = (s.head_dim + s.head_dim_v) as u64;
+        let elements = loaded_keys * of_key + loaded_rows * s.head_dim as u64 + moved_rows * s.head_dim_v as u64;
+        heads * elements * self.problem.element_type.bytes() + self.lse_bytes()
     }
 
     /// Bytes that the materialised form moves at the least: inputs and output once; the scores written, read and

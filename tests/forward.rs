@@ -5,7 +5,7 @@ mod common;
 use common::cases::{cases, dims, prepare};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
-use wgpu_flash_attention::{Context, ElementType, PlanOptions};
+use wgpu_flash_attention::{Context, ElementType, PlanOptions, Problem, Shape};
 
 fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanOptions)> {
     every_kernel(element_type, naive(), tile())
@@ -77,4 +77,17 @@ fn within_bounds() {
             &[("naive", &context, naive()), ("tile", &context, tile()), ("small tile", &context, small_tile())],
         );
     }
+}
+
+#[test]
+fn bytes_moved_by_the_tile_kernel() {
+    let moved = |keys: u32| {
+        let shape = Shape { seqlen_q: 64, seqlen_k: keys, head_dim_v: 12, ..Shape::square(1, 1, 1, 16) };
+        let plan = full().plan_with(&Problem::new(shape, ElementType::F32), &tiled(32, 32, (8, 8), 16, 16)).unwrap();
+        plan.bytes_moved() / 4
+    };
+    // Keys and values for each tile of rows, queries for each tile of keys, outputs once.
+    assert_eq!(moved(96), 2 * 96 * (16 + 12) + 64 * 3 * 16 + 64 * 12);
+    // Outputs are stored twice more on the way, and loaded twice.
+    assert_eq!(moved(8200), 2 * 8200 * (16 + 12) + 64 * 257 * 16 + 5 * 64 * 12);
 }

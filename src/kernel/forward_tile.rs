@@ -9,6 +9,12 @@ use crate::{ElementType, Problem, plan::Part};
 /// about 2e-8 · N^½, which is 1.1e-6 here, and at 65,536 keys more than the 2e-6 that f32 promises.
 const KEYS_OF_ONE_SUM: u32 = 4096;
 
+/// After how many tiles of keys O goes to memory and begins anew, if it does so.
+pub(crate) fn fold_tiles(problem: &Problem, keys: u32) -> Option<u32> {
+    let many = problem.element_type == ElementType::F32 && problem.shape.seqlen_k > KEYS_OF_ONE_SUM;
+    many.then(|| (KEYS_OF_ONE_SUM / keys).max(1))
+}
+
 pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     let shape = problem.shape;
     let mut on = switches(problem, 4);
@@ -16,14 +22,13 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     if tile.written_out {
         on.push("WRITTEN_OUT");
     }
-    let is_f32 = problem.element_type == ElementType::F32;
-    let folds = is_f32 && shape.seqlen_k > KEYS_OF_ONE_SUM;
-    on.extend(folds.then_some("FOLDS"));
+    let fold_tiles = fold_tiles(problem, tile.keys);
+    on.extend(fold_tiles.map(|_| "FOLDS"));
     // Each only where it made an H100 faster (docs/rejected.md): the order of the products, and V's next lines being loaded
     // while the barrier is waited for.
     if tile.written_out && shape.head_dim_v <= 128 {
         on.push("THERE_AND_BACK");
-        on.extend(is_f32.then_some("VALUE_BEFORE_BARRIER"));
+        on.extend((problem.element_type == ElementType::F32).then_some("VALUE_BEFORE_BARRIER"));
     }
     Pass {
         specialization: Specialization {
@@ -41,7 +46,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
                 ("CHUNK4", tile.chunk / 4),
                 ("VALUE_KEYS", tile.value_keys),
                 ("PIECES", tile.keys / tile.piece()),
-                ("FOLD_TILES", (KEYS_OF_ONE_SUM / tile.keys).max(1)),
+                ("FOLD_TILES", fold_tiles.unwrap_or(1)),
             ],
         },
         bindings: bindings(problem, FORWARD_BINDINGS),
