@@ -136,7 +136,7 @@ fn store_key(x: Keys, thread: u32) {
 }
 
 #if FOLDS
-// A sum of sums loses less than one long sum. So after each FOLD_TILES tiles O goes to memory, where `out` waits, and begins anew.
+// A sum of sums loses less than one long sum. So after each FOLD_TILES tiles O is added to what its place in memory has, and begins anew.
 struct Folded {
     // What O in memory shrinks by, of each row.
     since: array<vec4f, TR>,
