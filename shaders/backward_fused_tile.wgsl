@@ -23,7 +23,8 @@
 // of keys ty, ty + THREADS_Y, ... with rows tx, tx + THREADS_X, ... ; dK and dV of keys ty, ty + THREADS_Y, ... ; dQ of rows
 // ty, ty + THREADS_Y, ... ; of these columns 4(tx + THREADS_X u) .. + 4. Each product is a sum of outer products, whose
 // operands workgroup memory holds so that a thread reads vectors of what it has: for the scores CHUNK columns of both
-// operands, for the gradients P or dS, and LINES rows of the other operand.
+// operands, for the gradients P or dS, and LINES rows of the other operand. What is next for it is loaded to registers while a
+// product runs, and a tile of rows ends by storing the first chunk of the next.
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"
@@ -329,7 +330,7 @@ fn fused(
                         add_to_dq(&dq, l, ty, tx);
                     }
                 }
-                // It is on its way while the next tile's first chunk is stored.
+                // What dQ has is on its way while the next tile's first chunk is stored.
                 let old = load_old(dq_start, i0, last_row, ty, tx);
                 workgroupBarrier();
                 store_chunks(next, 0u, HEAD_DIM, thread);

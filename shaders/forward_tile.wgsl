@@ -8,7 +8,8 @@
 //         P = exp(S - m')                           ROWS x KEYS
 //         l = exp(m - m') l + rowsum P
 //         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V
-//     O = O / l,  lse = m + ln l
+//         with FOLDS, after each FOLD_TILES tiles:  out = out, shrunk as O has been since, + O;  O = 0
+//     out = O / l (with FOLDS what out has, shrunk, is added to O first),  lse = m + ln l
 //
 // Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) keeps, in registers, of rows 4(ty + THREADS_Y r) .. + 4 the
 // scores with keys 4(tx + THREADS_X c) .. + 4, and output columns 4(tx + THREADS_X u) .. + 4. Both products are sums of outer
@@ -136,7 +137,8 @@ fn store_key(x: Keys, thread: u32) {
 }
 
 #if FOLDS
-// A sum of sums loses less than one long sum. So after each FOLD_TILES tiles O is added to what its place in memory has, and begins anew.
+// A sum of sums loses less than one long sum. So after each FOLD_TILES tiles O is added to what its place in memory has, and begins
+// anew.
 struct Folded {
     // What O in memory shrinks by, of each row.
     since: array<vec4f, TR>,

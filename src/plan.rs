@@ -588,7 +588,7 @@ impl Plan {
     }
 
     /// Bytes that the kernel moves between device memory (or its caches) and the chip: inputs each time that they are
-    /// loaded, outputs, and scores where they are stored.
+    /// loaded, outputs each time that they are stored or, being sums in the making, loaded, and scores where they are stored.
     pub fn bytes_moved(&self) -> u64 {
         match self.rows_and_keys {
             Some((rows, _)) if self.kernel() == Kernel::Decode => self.decode_bytes_moved(rows),
@@ -611,6 +611,7 @@ impl Plan {
 
     fn tile_bytes_moved(&self, rows: u32, keys: u32) -> u64 {
         let s = &self.problem.shape;
+        let fold_tiles = self.tile.and_then(|tile| kernel::forward_tile::fold_tiles(&self.problem, tile.keys));
         // Of one head: keys loaded, rows of q loaded, and rows of o loaded or stored.
         let (mut loaded_keys, mut loaded_rows, mut moved_rows) = (0, 0, 0);
         for row0 in (0..s.seqlen_q).step_by(rows as usize) {
@@ -620,11 +621,8 @@ impl Plan {
             let loaded = last.saturating_sub(first);
             loaded_keys += loaded as u64;
             // The coop kernels keep q. The tile kernel loads it for each tile of keys, and may add to o in memory on the way.
-            let (mut tiles, mut folds) = (1, 0);
-            if self.tile.is_some() {
-                tiles = loaded.div_ceil(keys).max(1);
-                folds = kernel::forward_tile::fold_tiles(&self.problem, keys).map_or(0, |of| tiles / of);
-            }
+            let tiles = if self.tile.is_some() { loaded.div_ceil(keys).max(1) } else { 1 };
+            let folds = fold_tiles.map_or(0, |of| tiles / of);
             loaded_rows += (row1 - row0) as u64 * tiles as u64;
             moved_rows += (row1 - row0) as u64 * (1 + 2 * folds as u64);
         }

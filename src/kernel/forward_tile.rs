@@ -9,7 +9,7 @@ use crate::{ElementType, Problem, plan::Part};
 /// about 2e-8 · N^½, which is 1.1e-6 here, and at 65,536 keys more than the 2e-6 that f32 promises.
 const KEYS_OF_ONE_SUM: u32 = 4096;
 
-/// After how many tiles of keys O goes to memory and begins anew, if it does so.
+/// After how many tiles of so many keys O goes to memory and begins anew, if it does so.
 pub(crate) fn fold_tiles(problem: &Problem, keys: u32) -> Option<u32> {
     let many = problem.element_type == ElementType::F32 && problem.shape.seqlen_k > KEYS_OF_ONE_SUM;
     many.then(|| (KEYS_OF_ONE_SUM / keys).max(1))
@@ -23,7 +23,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
         on.push("WRITTEN_OUT");
     }
     let fold_tiles = fold_tiles(problem, tile.keys);
-    on.extend(fold_tiles.map(|_| "FOLDS"));
+    on.extend(fold_tiles.is_some().then_some("FOLDS"));
     // Each only where it made an H100 faster (docs/rejected.md): the order of the products, and V's next lines being loaded
     // while the barrier is waited for.
     if tile.written_out && shape.head_dim_v <= 128 {
