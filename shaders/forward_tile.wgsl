@@ -12,13 +12,13 @@
 //     out = O / l (with FOLDS what out has, shrunk, is added to O first),  lse = m + ln l
 //
 // Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) keeps, in registers, of rows 4(ty + THREADS_Y r) .. + 4 the
-// scores with keys 4(tx + THREADS_X c) .. + 4, and output columns 4(tx + THREADS_X u) .. + 4. Both products are sums of outer
-// products, of a vector of four that a thread finds in workgroup memory and the elements of another: 16 multiply-adds for two
-// loads. So Q, K and P lie there in columns, V in rows: Q and K CHUNK columns at a time, P PIECE keys at a time, V VALUE_KEYS
-// rows at a time, all as f32. What is next for workgroup memory is loaded to registers while a product runs, and a tile ends by
-// storing the first chunk of the next. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are
-// differences of scores times `factor`: one multiplication a score. If the tile says so, the products are written out, so
-// that loads of the next vectors are among the products of these.
+// scores with keys tx + THREADS_X c, and output columns 4(tx + THREADS_X u) .. + 4. Both products are sums of outer products, of
+// a vector of four that a thread finds in workgroup memory and the elements of another: 16 multiply-adds for two loads. So Q, K
+// and P lie there in columns, V in rows: Q and K CHUNK columns at a time, P and V VALUE_KEYS keys at a time, all as f32. What is
+// next for workgroup memory is loaded to registers while a product runs (the first rows of V: while the softmax does), and a
+// tile ends by storing the first chunk of the next. Scores are products as they come (or, with a softcap, tanh of them);
+// exponents of 2 are differences of scores times `factor`: one multiplication a score. If the tile says so, the products are
+// written out, so that loads of the next vectors are among the products of these.
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"
@@ -42,7 +42,8 @@
 #endif
 
 const THREADS = THREADS_X * THREADS_Y;
-// What one thread holds: TR vectors of four rows by TC keys of scores, 4 TR rows by TV vectors of output.
+// What one thread holds: TR vectors of four rows by TC keys of scores, 4 TR rows by TV vectors of output. PIECE keys are four of
+// each column of threads.
 const PIECE = 4u * THREADS_X;
 const TR = ROWS / (4u * THREADS_Y);
 const TC = 4u * PIECES;
@@ -55,7 +56,7 @@ const P_STRIDE = (ROWS4 + 5u) / 8u * 8u + 2u;
 const V_STRIDE = TV * THREADS_X;
 // Q, and P in its place once S is there; then K, and V behind P.
 const K_AT = CHUNK * ROWS4 + GAPS;
-const V_AT = PIECE * P_STRIDE;
+const V_AT = VALUE_KEYS * P_STRIDE;
 // Four numbers of each thread for each of its vectors of rows, to be reduced over a row of threads: beside K, where V is not yet.
 const PARTIAL_AT = max(V_AT, K_AT + CHUNK * KEYS4 + GAPS);
 var<workgroup> tiles: array<vec4f, max(PARTIAL_AT + THREADS_X * ROWS4, V_AT + VALUE_KEYS * V_STRIDE)>;
@@ -68,15 +69,13 @@ var<workgroup> shrinks: array<f32, ROWS>;
 #include "common/tile_outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS from=0u at=V_AT
 
 // What each thread moves of a tile: loaded to registers while the tile before is in use, then stored. Of Q and K it is vectors of
-// four columns, each of four rows.
+// four columns, each of four rows; of V the same vectors of every THREADS_Y-th row.
 const QUERY_LOADS = (ROWS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const KEY_LOADS = (KEYS4 * CHUNK4 + THREADS - 1u) / THREADS;
-const LINES_LOADS = (VALUE_KEYS * V_STRIDE + THREADS - 1u) / THREADS;
+const VALUE_LOADS = (VALUE_KEYS + THREADS_Y - 1u) / THREADS_Y;
 alias Queries = array<array<Elements4, 4>, QUERY_LOADS>;
 alias Keys = array<array<Elements4, 4>, KEY_LOADS>;
-alias Lines = array<Elements4, LINES_LOADS>;
-// The rows of V in the order in which the columns of P lie: key 4 tx + e of a piece is column e THREADS_X + tx.
-#include "common/tile_lines.wgsl" tensor=value columns=TV lines=VALUE_KEYS at=V_AT
+alias Values = array<array<Elements4, TV>, VALUE_LOADS>;
 
 fn load_query(start: u32, row0: u32, d0: u32, thread: u32) -> Queries {
     var x: Queries;
@@ -111,12 +110,15 @@ fn store_query(x: Queries, d0: u32, thread: u32) {
     }
 }
 
+// A vector of keys is those of one thread, THREADS_X apart: so the columns of P are in the order of the keys.
 fn load_key(start: u32, j0: u32, last: u32, d0: u32, thread: u32) -> Keys {
     var x: Keys;
     for (var n = 0u; n < KEY_LOADS; n++) {
         let t = thread + n * THREADS;
+        let vector = t / CHUNK4;
+        let first = j0 + (vector + vector / THREADS_X * 3u * THREADS_X);
         for (var r = 0u; r < 4u; r++) {
-            let j = min(j0 + 4u * (t / CHUNK4) + r, last);
+            let j = min(first + r * THREADS_X, last);
             x[n][r] = read_key(start + j * problem.key.row, d0 + 4u * (t % CHUNK4), HEAD_DIM);
         }
     }
@@ -132,6 +134,28 @@ fn store_key(x: Keys, thread: u32) {
                 k[r] = unpack4(x[n][r]);
             }
             store_columns(k, K_AT, KEYS4, t);
+        }
+    }
+}
+
+fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> Values {
+    var x: Values;
+    for (var n = 0u; n < VALUE_LOADS; n++) {
+        let row = start + min(j0 + thread / THREADS_X + n * THREADS_Y, last) * problem.value.row;
+        for (var u = 0u; u < TV; u++) {
+            x[n][u] = read_value(row, 4u * (u * THREADS_X + thread % THREADS_X), HEAD_DIM_V);
+        }
+    }
+    return x;
+}
+
+fn store_value(x: Values, thread: u32) {
+    for (var n = 0u; n < VALUE_LOADS; n++) {
+        let l = thread / THREADS_X + n * THREADS_Y;
+        if VALUE_KEYS % THREADS_Y == 0u || l < VALUE_KEYS {
+            for (var u = 0u; u < TV; u++) {
+                tiles[V_AT + l * V_STRIDE + u * THREADS_X + thread % THREADS_X] = unpack4(x[n][u]);
+            }
         }
     }
 }
@@ -189,10 +213,8 @@ fn forward(
     let last = u32(max(at.keys, 1) - 1);
     var query_next = load_query(query_start, row0, 0u, thread);
     var key_next: Keys;
-    var value_next: Lines;
     if range.x < range.y {
         key_next = load_key(key_start, u32(first), last, 0u, thread);
-        value_next = load_lines_value(value_start, u32(first), last, THREADS_X, 0u, HEAD_DIM_V, thread);
     }
     store_key(key_next, thread);
     store_query(query_next, 0u, thread);
@@ -215,6 +237,8 @@ fn forward(
             }
         }
 
+        var value_next = load_value(value_start, u32(j0), last, thread);
+
         // What each score is, and whether it counts
 #if SOFTCAP
         for (var c = 0u; c < TC; c++) {
@@ -225,7 +249,7 @@ fn forward(
 #endif
         if !tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS)) {
             for (var c = 0u; c < TC; c++) {
-                let j = j0 + i32(c / 4u * PIECE + 4u * tx + c % 4u);
+                let j = j0 + i32(c * THREADS_X + tx);
                 for (var r = 0u; r < TR; r++) {
                     let i = i32(row0 + 4u * (r * THREADS_Y + ty));
                     let kept = vec4<bool>(keep(at, i, j), keep(at, i + 1, j), keep(at, i + 2, j), keep(at, i + 3, j));
@@ -281,33 +305,28 @@ fn forward(
             folded.since[r] *= shrink[r];
         }
 #endif
-        // Written out, since c must be a constant for S to be in registers.
+        for (var v0 = 0u; v0 < KEYS; v0 += VALUE_KEYS) {
+            if v0 > 0u {
+                workgroupBarrier();
+            }
+            // Written out, since c must be a constant for S to be in registers.
 #unroll
-        for (var c = 0u; c < PIECES; c++) {
-            if c > 0u {
-                workgroupBarrier();
-            }
-            for (var e = 0u; e < 4u; e++) {
-                for (var r = 0u; r < TR; r++) {
-                    tiles[(e * THREADS_X + tx) * P_STRIDE + r * THREADS_Y + ty] = s[4u * c + e][r];
+            for (var c = 0u; c < PIECES; c++) {
+                for (var e = 0u; e < 4u; e++) {
+                    let l = (4u * c + e) * THREADS_X;
+                    if l / VALUE_KEYS * VALUE_KEYS == v0 {
+                        for (var r = 0u; r < TR; r++) {
+                            tiles[(l % VALUE_KEYS + tx) * P_STRIDE + r * THREADS_Y + ty] = s[4u * c + e][r];
+                        }
+                    }
                 }
             }
-            for (var v0 = 0u; v0 < PIECE; v0 += VALUE_KEYS) {
-                if v0 > 0u {
-                    workgroupBarrier();
-                }
-                store_lines_value(value_next, thread);
-                // The next lines are loaded before the barrier or after it, whichever is faster (src/kernel/forward_tile.rs).
-#if !VALUE_BEFORE_BARRIER
-                workgroupBarrier();
-#endif
-                let v1 = v0 + VALUE_KEYS;
-                value_next = load_lines_value(value_start, u32(j0) + c * PIECE, last, THREADS_X, v1, HEAD_DIM_V, thread);
-#if VALUE_BEFORE_BARRIER
-                workgroupBarrier();
-#endif
-                add_to_output(&o, v0, ty, tx);
+            store_value(value_next, thread);
+            workgroupBarrier();
+            if v0 + VALUE_KEYS < KEYS {
+                value_next = load_value(value_start, u32(j0) + v0 + VALUE_KEYS, last, thread);
             }
+            add_to_output(&o, 0u, ty, tx);
         }
 #if FOLDS
         if (u32(j0 - first) / KEYS + 1u) % FOLD_TILES == 0u {

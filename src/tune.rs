@@ -15,7 +15,8 @@ pub struct Tile {
     pub threads_x: u32,
     /// Columns of Q and K in workgroup memory at a time; a multiple of 4.
     pub chunk: u32,
-    /// Rows of V in workgroup memory at a time; a multiple of 4 that divides `4 · threads_x`.
+    /// Keys of which probabilities and rows of V are in workgroup memory at a time; a multiple of `threads_x` that divides
+    /// `keys`.
     pub value_keys: u32,
     /// Whether the loops of the products are written out, as the compilers of GPUs do not all do by themselves. On software
     /// Vulkan such a kernel takes several times as long to compile.
@@ -28,7 +29,7 @@ impl Tile {
         self.threads_x * self.threads_y
     }
 
-    /// Keys, four for each column of threads, of which probabilities are in workgroup memory at a time.
+    /// Keys of four scores of each thread in a row.
     pub(crate) const fn piece(&self) -> u32 {
         4 * self.threads_x
     }
@@ -37,7 +38,7 @@ impl Tile {
     pub const fn workgroup_bytes(&self, head_dim_v: u32) -> u32 {
         let rows = self.rows / 4;
         let scores = self.chunk * (rows + self.keys / 4) + 2 * gaps(self.chunk);
-        let value_at = self.piece() * ((rows + 5) / 8 * 8 + 2);
+        let value_at = self.value_keys * ((rows + 5) / 8 * 8 + 2);
         let value = value_at + self.value_keys * head_dim_v.div_ceil(self.piece()) * self.threads_x;
         let partial_at = if value_at > scores { value_at } else { scores };
         let partial = partial_at + self.threads_x * rows;
@@ -63,8 +64,8 @@ impl Tile {
         if !self.chunk.is_multiple_of(4) {
             return Err(Error::Tile("chunk must be a multiple of 4"));
         }
-        if !self.value_keys.is_multiple_of(4) || !self.piece().is_multiple_of(self.value_keys) {
-            return Err(Error::Tile("value_keys must be a multiple of 4 and divide 4 · threads_x"));
+        if !self.value_keys.is_multiple_of(self.threads_x) || !self.keys.is_multiple_of(self.value_keys) {
+            return Err(Error::Tile("value_keys must be a multiple of threads_x and divide keys"));
         }
         Ok(())
     }
@@ -692,15 +693,14 @@ const fn row(
     Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
 }
 
-// TFLOP/s on H100s in f32: the first row 41.4 at D = 64, the second 44.5 at D = 128, the third 41.7 at D = 256;
-// docs/rejected.md has the others.
+// TFLOP/s on H100s in f32: the first row 41.9 at D = 64, the second 46.2 at D = 128; docs/rejected.md has the others.
 #[rustfmt::skip]
 const TILES: &[Row] = &[
     //  D,    memory, rows, keys,     grid, chunk, value_keys
     row( 64, 48 << 10,  128,  128, (16, 16),    32,  32),
-    row(128, 48 << 10,  128,  128, (16, 16),    32,  16),
-    row(256, 48 << 10,   64,  128, (16, 16),    32,  16),
-    row(128, 32 << 10,   64,   64,  (16, 8),    32,  16),
+    row(128, 48 << 10,  128,  128, (16, 16),    32,  32),
+    row(256, 48 << 10,   64,  128, (16, 16),    32,  32),
+    row(128, 32 << 10,   64,   64,  (16, 8),    32,  32),
     row(256, 32 << 10,   64,   64, (16, 16),    32,  16),
     // WebGPU's default limits: 16 KiB, 256 invocations.
     row(256,        0,   32,   32,   (8, 8),    32,  32),
@@ -715,7 +715,7 @@ pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
         // Equal chunks: 80 columns in chunks of at most 32 are three of 28.
         let chunks = head_dim.div_ceil(tile.chunk);
         tile.chunk = head_dim.div_ceil(chunks).next_multiple_of(4);
-        while tile.value_keys > 4 && tile.workgroup_bytes(head_dim_v) > memory {
+        while tile.value_keys > tile.threads_x && tile.workgroup_bytes(head_dim_v) > memory {
             tile.value_keys /= 2;
         }
         tile

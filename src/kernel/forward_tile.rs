@@ -24,11 +24,9 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     }
     let fold_tiles = fold_tiles(problem, tile.keys);
     on.extend(fold_tiles.is_some().then_some("FOLDS"));
-    // Each only where it made an H100 faster (docs/rejected.md): the order of the products, and V's next lines being loaded
-    // while the barrier is waited for.
+    // An order of the products, where it made an H100 faster (docs/rejected.md).
     if tile.written_out && shape.head_dim_v <= 128 {
         on.push("THERE_AND_BACK");
-        on.extend((problem.element_type == ElementType::F32).then_some("VALUE_BEFORE_BARRIER"));
     }
     Pass {
         specialization: Specialization {
