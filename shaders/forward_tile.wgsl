@@ -42,12 +42,10 @@
 #endif
 
 const THREADS = THREADS_X * THREADS_Y;
-// What one thread holds: TR vectors of four rows by TC keys of scores, 4 TR rows by TV vectors of output. PIECE keys are four of
-// each column of threads.
-const PIECE = 4u * THREADS_X;
+// What one thread holds: TR vectors of four rows by TC keys of scores, 4 TR rows by TV vectors of output.
 const TR = ROWS / (4u * THREADS_Y);
 const TC = 4u * PIECES;
-const TV = (HEAD_DIM_V + PIECE - 1u) / PIECE;
+const TV = (HEAD_DIM_V + 4u * THREADS_X - 1u) / (4u * THREADS_X);
 // Lengths in vectors: of a column of Q and of K, from one column of P to the next, which four threads that store to
 // neighbouring columns must find in other banks, and of a row of V.
 const ROWS4 = ROWS / 4u;
@@ -68,8 +66,8 @@ var<workgroup> shrinks: array<f32, ROWS>;
 #include "common/tile_scores.wgsl" vectors=TR count4=ROWS4 others=PIECES other_count4=KEYS4 at=K_AT
 #include "common/tile_outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS from=0u at=V_AT
 
-// What each thread moves of a tile: loaded to registers while the tile before is in use, then stored. Of Q and K it is vectors of
-// four columns, each of four rows; of V the same vectors of every THREADS_Y-th row.
+// What each thread moves of a chunk of Q and K, vectors of four columns, each of four rows, and of V's rows: the vectors of its
+// columns of output, of every THREADS_Y-th row. Loaded to registers while workgroup memory is in use, then stored.
 const QUERY_LOADS = (ROWS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const KEY_LOADS = (KEYS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const VALUE_LOADS = (VALUE_KEYS + THREADS_Y - 1u) / THREADS_Y;

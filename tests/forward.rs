@@ -19,8 +19,9 @@ fn small_tile() -> PlanOptions {
 fn run_cases(element_type: ElementType) {
     let mut ways = ways(element_type);
     ways.push(("tile of 8 by 16", full(), small_tile()));
-    // Rows and columns are no powers of two; two pieces of P.
-    ways.push(("tile of 24 by 32", full(), tiled(24, 32, (6, 4), 12, 8)));
+    // Rows and columns are no powers of two. P and V by six of the twelve keys that a thread has, which
+    // its rows of threads do not divide.
+    ways.push(("tile of 40 by 72", full(), tiled(40, 72, (10, 6), 12, 36)));
     check_all(&prepare(cases(), element_type), &ways);
 }
 
