@@ -42,7 +42,7 @@
 #endif
 
 const THREADS = THREADS_X * THREADS_Y;
-// What one thread holds: TR vectors of four rows by TC keys of scores, 4 TR rows by TV vectors of output.
+// What one thread holds: scores of TR vectors of four rows by TC keys, in PIECES vectors of four; 4 TR rows by TV vectors of output.
 const TR = ROWS / (4u * THREADS_Y);
 const TC = 4u * PIECES;
 const TV = (HEAD_DIM_V + 4u * THREADS_X - 1u) / (4u * THREADS_X);
@@ -108,12 +108,14 @@ fn store_query(x: Queries, d0: u32, thread: u32) {
     }
 }
 
-// A vector of keys is those of one thread, THREADS_X apart: so the columns of P are in the order of the keys.
+// Vectors of a piece, 4 THREADS_X keys, are those of one row of threads. A vector has four keys THREADS_X apart, so that the columns
+// of P are in the order of the keys.
 fn load_key(start: u32, j0: u32, last: u32, d0: u32, thread: u32) -> Keys {
     var x: Keys;
     for (var n = 0u; n < KEY_LOADS; n++) {
         let t = thread + n * THREADS;
         let vector = t / CHUNK4;
+        // That is vector / THREADS_X * 4 THREADS_X + vector % THREADS_X.
         let first = j0 + (vector + vector / THREADS_X * 3u * THREADS_X);
         for (var r = 0u; r < 4u; r++) {
             let j = min(first + r * THREADS_X, last);
@@ -311,10 +313,11 @@ fn forward(
 #unroll
             for (var c = 0u; c < PIECES; c++) {
                 for (var e = 0u; e < 4u; e++) {
-                    let l = (4u * c + e) * THREADS_X;
-                    if l / VALUE_KEYS * VALUE_KEYS == v0 {
+                    // The key that the first of a row of threads has.
+                    let j = (4u * c + e) * THREADS_X;
+                    if j / VALUE_KEYS * VALUE_KEYS == v0 {
                         for (var r = 0u; r < TR; r++) {
-                            tiles[(l % VALUE_KEYS + tx) * P_STRIDE + r * THREADS_Y + ty] = s[4u * c + e][r];
+                            tiles[(j % VALUE_KEYS + tx) * P_STRIDE + r * THREADS_Y + ty] = s[4u * c + e][r];
                         }
                     }
                 }

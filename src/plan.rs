@@ -680,7 +680,7 @@ impl std::fmt::Display for Plan {
         if let Some(t) = self.tile {
             writeln!(
                 f,
-                "tile: {} queries by {} keys, {} threads; Q and K by {} columns, P and V by {} keys",
+                "tile: {} queries by {} keys, {} threads; Q and K by {} columns, probabilities and V by {} keys",
                 t.rows,
                 t.keys,
                 t.threads(),

@@ -19,8 +19,8 @@ fn small_tile() -> PlanOptions {
 fn run_cases(element_type: ElementType) {
     let mut ways = ways(element_type);
     ways.push(("tile of 8 by 16", full(), small_tile()));
-    // Rows and columns are no powers of two. P and V by six of the twelve keys that a thread has, which
-    // its rows of threads do not divide.
+    // Rows and columns are no powers of two. P and V go by 36 keys: six of the twelve that a thread has, and not a multiple of the
+    // ten rows of threads.
     ways.push(("tile of 40 by 72", full(), tiled(40, 72, (10, 6), 12, 36)));
     check_all(&prepare(cases(), element_type), &ways);
 }
