@@ -73,6 +73,7 @@ const KEY_LOADS = (KEYS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const VALUE_LOADS = (VALUE_KEYS + THREADS_Y - 1u) / THREADS_Y;
 alias Queries = array<array<Elements4, 4>, QUERY_LOADS>;
 alias Keys = array<array<Elements4, 4>, KEY_LOADS>;
+alias KeyRows = array<array<u32, 4>, KEY_LOADS>;
 alias Values = array<array<Elements4, TV>, VALUE_LOADS>;
 
 fn load_query(start: u32, row0: u32, d0: u32, thread: u32) -> Queries {
@@ -83,7 +84,7 @@ fn load_query(start: u32, row0: u32, d0: u32, thread: u32) -> Queries {
         if QUERY_LOADS * THREADS == ROWS4 * CHUNK4 || t < ROWS4 * CHUNK4 {
             for (var r = 0u; r < 4u; r++) {
                 let i = min(row0 + 4u * (t / CHUNK4) + r, problem.row_end - 1u) - problem.row_begin;
-                x[n][r] = read_query(start + i * problem.query.row, d0 + 4u * (t % CHUNK4), HEAD_DIM);
+                x[n][r] = read_vector_query(start + i * (problem.query.row / UNIT), d0 / 4u + t % CHUNK4, HEAD_DIM);
             }
         }
     }
@@ -108,18 +109,26 @@ fn store_query(x: Queries, d0: u32, thread: u32) {
     }
 }
 
-// Vectors of a piece, 4 THREADS_X keys, are those of one row of threads. A vector has four keys THREADS_X apart, so that the columns
-// of P are in the order of the keys.
-fn load_key(start: u32, j0: u32, last: u32, d0: u32, thread: u32) -> Keys {
-    var x: Keys;
+// Where the rows of K begin that a thread loads of a tile, for all its chunks. Vectors of a piece, 4 THREADS_X keys, are those of one row of
+// threads. A vector has four keys THREADS_X apart, so that the columns of P are in the order of the keys.
+fn key_rows(start: u32, j0: u32, last: u32, thread: u32) -> KeyRows {
+    var rows: KeyRows;
     for (var n = 0u; n < KEY_LOADS; n++) {
-        let t = thread + n * THREADS;
-        let vector = t / CHUNK4;
+        let vector = (thread + n * THREADS) / CHUNK4;
         // That is vector / THREADS_X * 4 THREADS_X + vector % THREADS_X.
         let first = j0 + (vector + vector / THREADS_X * 3u * THREADS_X);
         for (var r = 0u; r < 4u; r++) {
-            let j = min(first + r * THREADS_X, last);
-            x[n][r] = read_key(start + j * problem.key.row, d0 + 4u * (t % CHUNK4), HEAD_DIM);
+            rows[n][r] = start + min(first + r * THREADS_X, last) * (problem.key.row / UNIT);
+        }
+    }
+    return rows;
+}
+
+fn load_key(rows: KeyRows, d0: u32, thread: u32) -> Keys {
+    var x: Keys;
+    for (var n = 0u; n < KEY_LOADS; n++) {
+        for (var r = 0u; r < 4u; r++) {
+            x[n][r] = read_vector_key(rows[n][r], d0 / 4u + (thread + n * THREADS) % CHUNK4, HEAD_DIM);
         }
     }
     return x;
@@ -141,9 +150,9 @@ fn store_key(x: Keys, thread: u32) {
 fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> Values {
     var x: Values;
     for (var n = 0u; n < VALUE_LOADS; n++) {
-        let row = start + min(j0 + thread / THREADS_X + n * THREADS_Y, last) * problem.value.row;
+        let row = start + min(j0 + thread / THREADS_X + n * THREADS_Y, last) * (problem.value.row / UNIT);
         for (var u = 0u; u < TV; u++) {
-            x[n][u] = read_value(row, 4u * (u * THREADS_X + thread % THREADS_X), HEAD_DIM_V);
+            x[n][u] = read_vector_value(row, u * THREADS_X + thread % THREADS_X, HEAD_DIM_V);
         }
     }
     return x;
@@ -188,9 +197,9 @@ fn forward(
     // The last rows first: with a causal mask they take longest.
     let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
-    let query_start = head_start(problem.query, at.batch, at.head_q);
-    let key_start = head_start(problem.key, at.batch, at.head_kv);
-    let value_start = head_start(problem.value, at.batch, at.head_kv);
+    let query_start = head_start(problem.query, at.batch, at.head_q) / UNIT;
+    let key_start = head_start(problem.key, at.batch, at.head_kv) / UNIT;
+    let value_start = head_start(problem.value, at.batch, at.head_kv) / UNIT;
     let out_start = head_start(problem.out, at.batch, at.head_q);
 
     // Not 0, so that a masked score vanishes with a scale of 0 as well.
@@ -213,8 +222,10 @@ fn forward(
     let last = u32(max(at.keys, 1) - 1);
     var query_next = load_query(query_start, row0, 0u, thread);
     var key_next: Keys;
+    var rows: KeyRows;
     if range.x < range.y {
-        key_next = load_key(key_start, u32(first), last, 0u, thread);
+        rows = key_rows(key_start, u32(first), last, thread);
+        key_next = load_key(rows, 0u, thread);
     }
     store_key(key_next, thread);
     store_query(query_next, 0u, thread);
@@ -226,7 +237,10 @@ fn forward(
             // The next chunk: of this tile, or the first of the next tile.
             let more = d0 + CHUNK < HEAD_DIM;
             let d1 = select(0u, d0 + CHUNK, more);
-            key_next = load_key(key_start, select(u32(j0) + KEYS, u32(j0), more), last, d1, thread);
+            if !more {
+                rows = key_rows(key_start, u32(j0) + KEYS, last, thread);
+            }
+            key_next = load_key(rows, d1, thread);
             query_next = load_query(query_start, row0, d1, thread);
             add_scores(&s, ty, tx);
             if more {
@@ -305,6 +319,7 @@ fn forward(
             folded.since[r] *= shrink[r];
         }
 #endif
+        let p_at = tx * P_STRIDE + ty;
         for (var v0 = 0u; v0 < KEYS; v0 += VALUE_KEYS) {
             if v0 > 0u {
                 workgroupBarrier();
@@ -317,7 +332,7 @@ fn forward(
                     let j = (4u * c + e) * THREADS_X;
                     if j / VALUE_KEYS * VALUE_KEYS == v0 {
                         for (var r = 0u; r < TR; r++) {
-                            tiles[(j % VALUE_KEYS + tx) * P_STRIDE + r * THREADS_Y + ty] = s[4u * c + e][r];
+                            tiles[p_at + (j % VALUE_KEYS * P_STRIDE + r * THREADS_Y)] = s[4u * c + e][r];
                         }
                     }
                 }

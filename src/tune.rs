@@ -693,8 +693,8 @@ const fn row(
     Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
 }
 
-// TFLOP/s on H100s in f32: the first row 41.9 at D = 64, the second 46.2 at D = 128, the third 41.7 at D = 256 in the form before,
-// with half the value_keys; docs/rejected.md has others.
+// TFLOP/s on an H100 in f32: the first row 42.2 at D = 64, the second 47.2 at D = 128, the third 43.1 at D = 256; docs/rejected.md has
+// others.
 #[rustfmt::skip]
 const TILES: &[Row] = &[
     //  D,    memory, rows, keys,     grid, chunk, value_keys

@@ -1,6 +1,14 @@
 // Elements in memory: f32 as it is, f16 and bf16 in pairs in u32 words, so that no device feature is needed.
 // InElements and OutElements are the types of input and output bindings. Elements4 is what is read at once: four
 // elements, still packed where they lie in whole words; unpack4 makes them numbers.
+
+// Rows start at multiples of so many elements.
+#if ALIGNED
+const UNIT = 4u;
+#else
+const UNIT = 1u;
+#endif
+
 #if ELEMENT_F32
 #if ALIGNED
 alias InElements = array<vec4f>;

@@ -10,6 +10,15 @@ fn read_$tensor(start: u32, d: u32, dim: u32) -> Elements4 {
 #endif
 }
 
+// The same of vector v of a row, with `start` in units of UNIT elements, so that an address is a sum with nothing to divide.
+fn read_vector_$tensor(start: u32, v: u32, dim: u32) -> Elements4 {
+#if ALIGNED
+    return $tensor[start + min(v, dim / 4u - 1u)];
+#else
+    return read_$tensor(start, 4u * v, dim);
+#endif
+}
+
 #if !ALIGNED
 fn read_one_$tensor(e: u32) -> f32 {
 #if ELEMENT_F32
