@@ -67,7 +67,8 @@ var<workgroup> shrinks: array<f32, ROWS>;
 #include "common/tile_outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS from=0u at=V_AT
 
 // What each thread moves of a chunk of Q and K, vectors of four columns, each of four rows, and of V's rows: the vectors of its
-// columns of output, of every THREADS_Y-th row. Loaded to registers while workgroup memory is in use, then stored.
+// columns of output, of every THREADS_Y-th row. Loaded to registers while workgroup memory is in use, then stored. Where heads and
+// rows of these start is in units of UNIT elements.
 const QUERY_LOADS = (ROWS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const KEY_LOADS = (KEYS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const VALUE_LOADS = (VALUE_KEYS + THREADS_Y - 1u) / THREADS_Y;
@@ -109,8 +110,8 @@ fn store_query(x: Queries, d0: u32, thread: u32) {
     }
 }
 
-// Where the rows of K begin that a thread loads of a tile, for all its chunks. Vectors of a piece, 4 THREADS_X keys, are those of one row of
-// threads. A vector has four keys THREADS_X apart, so that the columns of P are in the order of the keys.
+// Where the rows of K begin that a thread loads, for all chunks of a tile. Vectors of a piece, 4 THREADS_X keys, are those of one
+// row of threads. A vector has four keys THREADS_X apart, so that the columns of P are in the order of the keys.
 fn key_rows(start: u32, j0: u32, last: u32, thread: u32) -> KeyRows {
     var rows: KeyRows;
     for (var n = 0u; n < KEY_LOADS; n++) {

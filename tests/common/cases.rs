@@ -63,6 +63,8 @@ pub fn cases() -> Vec<(String, Case)> {
         ("odd strides, odd head dims", case(2, [4, 2], [19, 23], [7, 5]).odd()),
         ("gaps", case(2, [4, 2], [19, 23], [16, 12]).gaps()),
         ("gaps, odd head dims", case(2, [4, 2], [19, 23], [7, 5]).gaps()),
+        ("odd strides of one batch and head", case(1, [1, 1], [19, 23], [16, 12]).unused_odd()),
+        ("odd strides of one query", case(2, [4, 2], [1, 40], [16, 12]).unused_odd()),
         // Causal
         ("bottom-right", square().causal(BottomRight)),
         ("bottom-right, more keys", wide().causal(BottomRight)),

@@ -207,6 +207,17 @@ impl Case {
         })
     }
 
+    /// Odd strides of dimensions of one, which nothing uses: groups of four stay together.
+    pub fn unused_odd(self) -> Self {
+        self.layouts(|[batch, heads, rows, dim], n| {
+            let odd = |stride: u64, length: u32| if length == 1 { stride | 1 } else { stride };
+            let row = dim as u64 + 4;
+            let head = rows as u64 * row;
+            let batch = odd(heads as u64 * head, batch);
+            Layout { offset: 4 * n, batch, head: odd(head, heads), row: odd(row, rows) }
+        })
+    }
+
     /// `[batch, position, q heads | k heads | v heads, dim]` in one buffer, o contiguous.
     pub fn packed(mut self) -> Self {
         let s = self.problem.shape;
