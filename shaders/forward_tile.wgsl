@@ -15,10 +15,11 @@
 // scores with keys tx + THREADS_X c, and output columns 4(tx + THREADS_X u) .. + 4. Both products are sums of outer products, of
 // a vector of four that a thread finds in workgroup memory and the elements of another: 16 multiply-adds for two loads. So Q, K
 // and P lie there in columns, V in rows: Q and K CHUNK columns at a time, P and V VALUE_KEYS keys at a time, all as f32. What is
-// next for workgroup memory is loaded to registers while a product runs (the first rows of V: while the softmax does), and a
-// tile ends by storing the first chunk of the next. Scores are products as they come (or, with a softcap, tanh of them);
-// exponents of 2 are differences of scores times `factor`: one multiplication a score. If the tile says so, the products are
-// written out, so that loads of the next vectors are among the products of these.
+// next for workgroup memory is loaded to registers while a product runs (unless packed, V's first rows of a tile: while the softmax
+// does), and a tile ends by storing the first chunk of the next. Where there are registers for it, threads keep all that they store
+// of Q, as it is in memory. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are differences of
+// scores times `factor`: one multiplication a score. If the tile says so, the products are written out, so that loads of the next
+// vectors are among the products of these.
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"
@@ -68,7 +69,7 @@ var<workgroup> shrinks: array<f32, ROWS>;
 
 // What each thread moves of a chunk of Q and K, vectors of four columns, each of four rows, and of V's rows: the vectors of its
 // columns of output, of every THREADS_Y-th row. Loaded to registers while workgroup memory is in use, then stored. Where heads and
-// rows of these start is in units of UNIT elements.
+// rows of these start is in units of UNIT elements. Of Q, KEPT chunks are in registers: all CHUNKS, or the next one.
 const QUERY_LOADS = (ROWS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const KEY_LOADS = (KEYS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const VALUE_LOADS = (VALUE_KEYS + THREADS_Y - 1u) / THREADS_Y;
@@ -221,15 +222,23 @@ fn forward(
     let range = key_range(at, i32(row0), i32(row1));
     let first = range.x / i32(KEYS) * i32(KEYS);
     let last = u32(max(at.keys, 1) - 1);
-    var query_next = load_query(query_start, row0, 0u, thread);
+    var queries: array<Queries, KEPT>;
+#unroll
+    for (var c = 0u; c < KEPT; c++) {
+        queries[c] = load_query(query_start, row0, c * CHUNK, thread);
+    }
     var key_next: Keys;
+    var value_next: Values;
     var rows: KeyRows;
     if range.x < range.y {
         rows = key_rows(key_start, u32(first), last, thread);
         key_next = load_key(rows, 0u, thread);
+#if PACKED
+        value_next = load_value(value_start, u32(first), last, thread);
+#endif
     }
     store_key(key_next, thread);
-    store_query(query_next, 0u, thread);
+    store_query(queries[0], 0u, thread);
     workgroupBarrier();
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         // S = Q K^T
@@ -242,17 +251,26 @@ fn forward(
                 rows = key_rows(key_start, u32(j0) + KEYS, last, thread);
             }
             key_next = load_key(rows, d1, thread);
-            query_next = load_query(query_start, row0, d1, thread);
+            if KEPT < CHUNKS {
+                queries[0] = load_query(query_start, row0, d1, thread);
+            }
             add_scores(&s, ty, tx);
             if more {
                 workgroupBarrier();
                 store_key(key_next, thread);
-                store_query(query_next, d1, thread);
+#unroll
+                for (var c = 0u; c < KEPT; c++) {
+                    if KEPT < CHUNKS || d1 == c * CHUNK {
+                        store_query(queries[c], d1, thread);
+                    }
+                }
                 workgroupBarrier();
             }
         }
 
-        var value_next = load_value(value_start, u32(j0), last, thread);
+#if !PACKED
+        value_next = load_value(value_start, u32(j0), last, thread);
+#endif
 
         // What each score is, and whether it counts
 #if SOFTCAP
@@ -322,9 +340,7 @@ fn forward(
 #endif
         let p_at = tx * P_STRIDE + ty;
         for (var v0 = 0u; v0 < KEYS; v0 += VALUE_KEYS) {
-            if v0 > 0u {
-                workgroupBarrier();
-            }
+            store_value(value_next, thread);
             // Written out, since c must be a constant for S to be in registers.
 #unroll
             for (var c = 0u; c < PIECES; c++) {
@@ -338,12 +354,17 @@ fn forward(
                     }
                 }
             }
-            store_value(value_next, thread);
             workgroupBarrier();
+#if PACKED
+            // After a tile's last rows, those that the next tile begins with: packed, there are registers for them during S.
+            value_next = load_value(value_start, u32(j0) + v0 + VALUE_KEYS, last, thread);
+#else
             if v0 + VALUE_KEYS < KEYS {
                 value_next = load_value(value_start, u32(j0) + v0 + VALUE_KEYS, last, thread);
             }
+#endif
             add_to_output(&o, 0u, ty, tx);
+            workgroupBarrier();
         }
 #if FOLDS
         if (u32(j0 - first) / KEYS + 1u) % FOLD_TILES == 0u {
@@ -365,9 +386,8 @@ fn forward(
             folded.any = true;
         }
 #endif
-        workgroupBarrier();
         store_key(key_next, thread);
-        store_query(query_next, 0u, thread);
+        store_query(queries[0], 0u, thread);
         workgroupBarrier();
     }
 

@@ -612,6 +612,7 @@ impl Plan {
     fn tile_bytes_moved(&self, rows: u32, keys: u32) -> u64 {
         let s = &self.problem.shape;
         let fold_tiles = self.tile.and_then(|tile| kernel::forward_tile::fold_tiles(&self.problem, tile.keys));
+        let keeps_query = self.tile.is_none_or(|tile| kernel::forward_tile::keeps_query(&self.problem, tile));
         // Of one head: keys loaded, rows of q loaded, and rows of o loaded or stored.
         let (mut loaded_keys, mut loaded_rows, mut moved_rows) = (0, 0, 0);
         for row0 in (0..s.seqlen_q).step_by(rows as usize) {
@@ -620,10 +621,10 @@ impl Plan {
             let last = self.problem.key_interval(row1 - 1, s.seqlen_k).1;
             let loaded = last.saturating_sub(first);
             loaded_keys += loaded as u64;
-            // The coop kernels keep q. The tile kernel loads it for each tile of keys, and may add to o in memory on the way.
-            let tiles = if self.tile.is_some() { loaded.div_ceil(keys).max(1) } else { 1 };
+            // The coop kernels keep q. The tile kernel may load it for each tile of keys, and may add to o in memory on the way.
+            let tiles = loaded.div_ceil(keys).max(1);
             let folds = fold_tiles.map_or(0, |of| tiles / of);
-            loaded_rows += (row1 - row0) as u64 * tiles as u64;
+            loaded_rows += (row1 - row0) as u64 * if keeps_query { 1 } else { tiles as u64 };
             moved_rows += (row1 - row0) as u64 * (1 + 2 * folds as u64);
         }
         let heads = s.batch as u64 * s.heads_q as u64;

@@ -20,7 +20,7 @@ fn run_cases(element_type: ElementType) {
     let mut ways = ways(element_type);
     ways.push(("tile of 8 by 16", full(), small_tile()));
     // Rows and columns are no powers of two. P and V go by 36 keys: six of the twelve that a thread has, and not a multiple of the
-    // ten rows of threads.
+    // ten rows of threads. Threads keep the two chunks of Q, of which the second is a part.
     ways.push(("tile of 40 by 72", full(), tiled(40, 72, (10, 6), 12, 36)));
     check_all(&prepare(cases(), element_type), &ways);
 }
@@ -82,13 +82,14 @@ fn within_bounds() {
 
 #[test]
 fn bytes_moved_by_the_tile_kernel() {
-    let moved = |keys: u32| {
+    let moved = |keys: u32, chunk: u32| {
         let shape = Shape { seqlen_q: 64, seqlen_k: keys, head_dim_v: 12, ..Shape::square(1, 1, 1, 16) };
-        let plan = full().plan_with(&Problem::new(shape, ElementType::F32), &tiled(32, 32, (8, 8), 16, 16)).unwrap();
+        let plan = full().plan_with(&Problem::new(shape, ElementType::F32), &tiled(32, 32, (8, 8), chunk, 16)).unwrap();
         plan.bytes_moved() / 4
     };
-    // Keys and values for each tile of rows, queries for each tile of keys, outputs once.
-    assert_eq!(moved(96), 2 * 96 * (16 + 12) + 64 * 3 * 16 + 64 * 12);
+    // Keys and values for each tile of rows, outputs once; queries once if they are one chunk, else for each tile of keys.
+    assert_eq!(moved(96, 16), 2 * 96 * (16 + 12) + 64 * 16 + 64 * 12);
+    assert_eq!(moved(96, 8), 2 * 96 * (16 + 12) + 64 * 3 * 16 + 64 * 12);
     // Outputs are stored twice more on the way, and loaded twice.
-    assert_eq!(moved(8200), 2 * 8200 * (16 + 12) + 64 * 257 * 16 + 5 * 64 * 12);
+    assert_eq!(moved(8200, 8), 2 * 8200 * (16 + 12) + 64 * 257 * 16 + 5 * 64 * 12);
 }

@@ -15,6 +15,17 @@ pub(crate) fn fold_tiles(problem: &Problem, keys: u32) -> Option<u32> {
     many.then(|| (KEYS_OF_ONE_SUM / keys).max(1))
 }
 
+/// Whether threads load what they store of Q once and keep it as it is in memory, instead of loading it for each tile of keys:
+/// where that and O take no more registers than S does, or where Q is one chunk.
+pub(crate) fn keeps_query(problem: &Problem, tile: Tile) -> bool {
+    let (shape, threads) = (problem.shape, tile.threads());
+    let registers_of_vector = if switches(problem, 4).contains(&"PACKED") { 2 } else { 4 };
+    let chunks = shape.head_dim.div_ceil(tile.chunk);
+    let query = chunks * (tile.rows * tile.chunk).div_ceil(16 * threads) * 4 * registers_of_vector;
+    let out = tile.rows * shape.head_dim_v.next_multiple_of(4 * tile.threads_x) / threads;
+    chunks == 1 || query + out <= tile.rows * tile.keys / threads
+}
+
 pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     let shape = problem.shape;
     let mut on = switches(problem, 4);
@@ -28,6 +39,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     if tile.written_out && shape.head_dim_v <= 128 {
         on.push("THERE_AND_BACK");
     }
+    let chunks = shape.head_dim.div_ceil(tile.chunk);
     Pass {
         specialization: Specialization {
             file: "forward_tile.wgsl",
@@ -42,6 +54,8 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
                 ("THREADS_X", tile.threads_x),
                 ("CHUNK", tile.chunk),
                 ("CHUNK4", tile.chunk / 4),
+                ("CHUNKS", chunks),
+                ("KEPT", if keeps_query(problem, tile) { chunks } else { 1 }),
                 ("VALUE_KEYS", tile.value_keys),
                 ("PIECES", tile.keys / tile.piece()),
                 ("FOLD_TILES", fold_tiles.unwrap_or(1)),
