@@ -222,6 +222,7 @@ fn forward(
     let range = key_range(at, i32(row0), i32(row1));
     let first = range.x / i32(KEYS) * i32(KEYS);
     let last = u32(max(at.keys, 1) - 1);
+    // Loops over chunks are written out, since c must be a constant for Q to be in registers.
     var queries: array<Queries, KEPT>;
 #unroll
     for (var c = 0u; c < KEPT; c++) {
@@ -258,6 +259,7 @@ fn forward(
             if more {
                 workgroupBarrier();
                 store_key(key_next, thread);
+                // Chunk d1: one of those kept, or the only one there is.
 #unroll
                 for (var c = 0u; c < KEPT; c++) {
                     if KEPT < CHUNKS || d1 == c * CHUNK {
