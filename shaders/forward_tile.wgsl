@@ -73,6 +73,8 @@ var<workgroup> shrinks: array<f32, ROWS>;
 const QUERY_LOADS = (ROWS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const KEY_LOADS = (KEYS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const VALUE_LOADS = (VALUE_KEYS + THREADS_Y - 1u) / THREADS_Y;
+// Whether chunks have only columns that Q and K have.
+const WHOLE_CHUNKS = HEAD_DIM % CHUNK == 0u;
 alias Queries = array<array<Elements4, 4>, QUERY_LOADS>;
 alias Keys = array<array<Elements4, 4>, KEY_LOADS>;
 alias KeyRows = array<array<u32, 4>, KEY_LOADS>;
@@ -86,7 +88,7 @@ fn load_query(start: u32, row0: u32, d0: u32, thread: u32) -> Queries {
         if QUERY_LOADS * THREADS == ROWS4 * CHUNK4 || t < ROWS4 * CHUNK4 {
             for (var r = 0u; r < 4u; r++) {
                 let i = min(row0 + 4u * (t / CHUNK4) + r, problem.row_end - 1u) - problem.row_begin;
-                x[n][r] = read_vector_query(start + i * (problem.query.row / UNIT), d0 / 4u + t % CHUNK4, HEAD_DIM);
+                x[n][r] = read_vector_query(start + i * (problem.query.row / UNIT), d0 / 4u + t % CHUNK4, HEAD_DIM, WHOLE_CHUNKS);
             }
         }
     }
@@ -130,7 +132,7 @@ fn load_key(rows: KeyRows, d0: u32, thread: u32) -> Keys {
     var x: Keys;
     for (var n = 0u; n < KEY_LOADS; n++) {
         for (var r = 0u; r < 4u; r++) {
-            x[n][r] = read_vector_key(rows[n][r], d0 / 4u + (thread + n * THREADS) % CHUNK4, HEAD_DIM);
+            x[n][r] = read_vector_key(rows[n][r], d0 / 4u + (thread + n * THREADS) % CHUNK4, HEAD_DIM, WHOLE_CHUNKS);
         }
     }
     return x;
@@ -149,12 +151,13 @@ fn store_key(x: Keys, thread: u32) {
     }
 }
 
+// Bounded for every head dimension: without, f16 was slower at 128 on an H100, though f32 faster at 64.
 fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> Values {
     var x: Values;
     for (var n = 0u; n < VALUE_LOADS; n++) {
         let row = start + min(j0 + thread / THREADS_X + n * THREADS_Y, last) * (problem.value.row / UNIT);
         for (var u = 0u; u < TV; u++) {
-            x[n][u] = read_vector_value(row, u * THREADS_X + thread % THREADS_X, HEAD_DIM_V);
+            x[n][u] = read_vector_value(row, u * THREADS_X + thread % THREADS_X, HEAD_DIM_V, false);
         }
     }
     return x;
@@ -195,6 +198,7 @@ fn forward(
     let group = in_order(workgroup_id, workgroups);
     let tx = thread_x(thread);
     let ty = thread_y(thread);
+    let p_at = tx * P_STRIDE + ty;
     let at = sequence(group.z, group.y);
     // The last rows first: with a causal mask they take longest.
     let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
@@ -340,7 +344,6 @@ fn forward(
             folded.since[r] *= shrink[r];
         }
 #endif
-        let p_at = tx * P_STRIDE + ty;
         for (var v0 = 0u; v0 < KEYS; v0 += VALUE_KEYS) {
             store_value(value_next, thread);
             // Written out, since c must be a constant for S to be in registers.

@@ -10,10 +10,11 @@ fn read_$tensor(start: u32, d: u32, dim: u32) -> Elements4 {
 #endif
 }
 
-// The same of vector v of a row, with `start` in units of UNIT elements, so that an address is a sum with nothing to divide.
-fn read_vector_$tensor(start: u32, v: u32, dim: u32) -> Elements4 {
+// The same of vector v of a row, with `start` in units of UNIT elements, so that an address is a sum with nothing to divide, and
+// with no bound if all vectors asked for are `inside` the row.
+fn read_vector_$tensor(start: u32, v: u32, dim: u32, inside: bool) -> Elements4 {
 #if ALIGNED
-    return $tensor[start + min(v, dim / 4u - 1u)];
+    return $tensor[start + select(min(v, dim / 4u - 1u), v, inside)];
 #else
     return read_$tensor(start, 4u * v, dim);
 #endif
