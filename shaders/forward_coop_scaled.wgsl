@@ -224,7 +224,7 @@ fn forward(
 
         // What each score is, and whether it counts. Times the factor, scores are exponents of 2.
         let dot = inverse(query_scale) * inverse(key_scale);
-#if SOFTCAP
+#if SHAPED
         let factor = max(score_factor(), SMALLEST_FACTOR);
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {

@@ -165,7 +165,7 @@ fn forward(
         }
 
         // What each score is, and whether it counts
-#if SOFTCAP
+#if SHAPED
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {

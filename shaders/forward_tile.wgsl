@@ -8,7 +8,7 @@
 //         P = exp(S - m')                           ROWS x KEYS
 //         l = exp(m - m') l + rowsum P
 //         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V
-//         with FOLDS, after each FOLD_TILES tiles:  out = out, shrunk as O has been since, + O;  O = 0
+//         with FOLDS, after each FOLD_TILES tiles but the last:  out = out, shrunk as O has been since, + O;  O = 0
 //     out = O / l (with FOLDS what out has, shrunk, is added to O first),  lse = m + ln l
 //
 // Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) keeps, in registers, of rows 4(ty + THREADS_Y r) .. + 4 the
@@ -279,7 +279,7 @@ fn forward(
 #endif
 
         // What each score is, and whether it counts
-#if SOFTCAP
+#if SHAPED
         for (var c = 0u; c < TC; c++) {
             for (var r = 0u; r < TR; r++) {
                 s[c][r] = shape4(s[c][r]);
@@ -372,15 +372,15 @@ fn forward(
             workgroupBarrier();
         }
 #if FOLDS
-        if (u32(j0 - first) / KEYS + 1u) % FOLD_TILES == 0u {
+        if (u32(j0 - first) / KEYS + 1u) % FOLD_TILES == 0u && j0 + i32(KEYS) < range.y {
             for (var r = 0u; r < 4u * TR; r++) {
                 let i = row0 + 4u * (r / 4u * THREADS_Y + ty) + r % 4u;
-                let start = out_start + (min(i, row1 - 1u) - problem.row_begin) * problem.out.row;
+                let start = out_start + (i - problem.row_begin) * problem.out.row;
                 for (var u = 0u; u < TV; u++) {
                     let d = 4u * (u * THREADS_X + tx);
-                    let x = with_folded(folded, start, d, r / 4u, r % 4u, o[r][u]);
+                    // Other rows are not this workgroup's, or are none.
                     if i < row1 {
-                        write_out(start, d, HEAD_DIM_V, x);
+                        write_out(start, d, HEAD_DIM_V, with_folded(folded, start, d, r / 4u, r % 4u, o[r][u]));
                     }
                     o[r][u] = vec4f();
                 }

@@ -41,7 +41,7 @@
         }
 
         // What each score is, and whether it counts
-#if SOFTCAP
+#if SHAPED
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll

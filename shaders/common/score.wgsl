@@ -11,7 +11,7 @@ fn score(dot: f32, at: Sequence, i: i32, j: i32) -> f32 {
 }
 
 // The same in parts: the sign that Q takes on, the shape, and the size, never negative.
-// score(dot) = score_size() · score_shape(score_sign() · dot).
+// score(dot) = score_size() · score_shape(score_sign() · dot). Unless SHAPED, a shape is the product itself.
 fn score_sign() -> f32 {
     return select(1.0, -1.0, problem.scale < 0.0);
 }

@@ -171,6 +171,7 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
         (aligned, "ALIGNED"),
         (aligned && problem.element_type != ElementType::F32, "PACKED"),
         (problem.softcap.is_some(), "SOFTCAP"),
+        (problem.softcap.is_some(), "SHAPED"),
         (problem.seqlens_k, "SEQLENS_K"),
         (problem.lse, "LSE"),
     ];

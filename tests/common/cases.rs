@@ -51,6 +51,8 @@ pub fn cases() -> Vec<(String, Case)> {
         // The most that f32 sums up in one sum, and sums of sums
         ("4,096 keys", case(1, [1, 1], [9, 4096], [16, 12])),
         ("two sums, masked", case(1, [2, 1], [9, 4161], [16, 12]).window(4150, 0).causal(BottomRight)),
+        ("two sums, softcap", case(1, [1, 1], [9, 4161], [16, 12]).softcap(2.0)),
+        ("two sums, no lse", case(1, [2, 1], [19, 4161], [7, 5]).no_lse()),
         ("three sums, lengths", case(3, [1, 1], [9, 8200], [7, 5]).seqlens(&[8200, 8192, 4097])),
         // Layouts
         ("BNHD", case(2, [4, 2], [19, 23], [16, 12]).bnhd()),
