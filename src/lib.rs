@@ -2,7 +2,7 @@
 //!
 //! The scores are never stored: a workgroup takes a tile of queries through the keys with an online softmax, as
 //! FlashAttention does, so memory beyond the tensors does not grow with the square of the length. All kernels but those
-//! on cooperative matrices stay within WebGPU's default limits and need no device feature. Queries may have more heads
+//! on cooperative matrices have a form within WebGPU's default limits and need no device feature. Queries may have more heads
 //! than keys, every tensor any strides with a contiguous last dimension; masks are causal (either diagonal), sliding
 //! windows and key lengths by batch entry.
 //!

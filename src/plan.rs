@@ -308,7 +308,11 @@ impl Schedule {
         let uniform_step = uniform_bytes.next_multiple_of(limits.min_uniform_buffer_offset_alignment as u64);
         // Of each part one for each round.
         let rounds = schedule.rounds.map_or(1, |rounds| rounds.count);
-        let mut uniforms = vec![0u8; uniform_step as usize * rounds as usize * parts.len()];
+        let bytes = uniform_step.saturating_mul(rounds as u64).saturating_mul(parts.len() as u64);
+        if bytes > bounds.buffer {
+            return Err(Error::BindingTooLarge { argument: "uniforms", bytes, limit: bounds.buffer });
+        }
+        let mut uniforms = vec![0u8; bytes as usize];
         for (n, part) in parts.iter().enumerate() {
             let (ranges, mut uniform) = bind(part);
             uniform.splits = recipe.splits;
@@ -589,62 +593,69 @@ impl Plan {
 
     /// Bytes that the kernel moves between device memory (or its caches) and the chip: inputs each time that they are
     /// loaded, outputs each time that they are stored or, being sums in the making, loaded, and scores where they are stored.
+    /// `u64::MAX` if they are more.
     pub fn bytes_moved(&self) -> u64 {
         match self.rows_and_keys {
-            Some((rows, _)) if self.kernel() == Kernel::Decode => self.decode_bytes_moved(rows),
-            Some((rows, keys)) => self.tile_bytes_moved(rows, keys),
+            Some((rows, _)) if self.kernel() == Kernel::Decode => saturated(self.decode_bytes_moved(rows)),
+            Some((rows, keys)) => saturated(self.tile_bytes_moved(rows, keys)),
             None => self.materialized_bytes(),
         }
     }
 
     /// K and V once for each tile of rows, q for each split, and the splits' results, written and read.
-    fn decode_bytes_moved(&self, rows: u32) -> u64 {
+    fn decode_bytes_moved(&self, rows: u32) -> u128 {
         let s = &self.problem.shape;
-        let splits = self.splits.unwrap_or(1) as u64;
-        let tiles = (s.group() as u64 * s.seqlen_q as u64).div_ceil(rows as u64);
-        let keys = s.batch as u64 * s.heads_kv as u64 * tiles * self.problem.keys_in_sight() as u64;
-        let elements =
-            keys * (s.head_dim + s.head_dim_v) as u64 + s.rows() * (splits * s.head_dim as u64 + s.head_dim_v as u64);
-        let workspace = splits * s.rows() * (16 * s.head_dim_v.div_ceil(4) as u64 + 4);
-        elements * self.problem.element_type.bytes() + 2 * workspace + self.lse_bytes()
+        let splits = self.splits.unwrap_or(1) as u128;
+        let tiles = (s.group() as u64 * s.seqlen_q as u64).div_ceil(rows as u64) as u128;
+        let keys = s.batch as u128 * s.heads_kv as u128 * tiles * self.problem.keys_in_sight() as u128;
+        let elements = keys * (s.head_dim + s.head_dim_v) as u128
+            + s.rows() as u128 * (splits * s.head_dim as u128 + s.head_dim_v as u128);
+        let workspace = splits * s.rows() as u128 * (16 * s.head_dim_v.div_ceil(4) as u128 + 4);
+        elements * self.problem.element_type.bytes() as u128 + 2 * workspace + self.lse_bytes()
     }
 
-    fn tile_bytes_moved(&self, rows: u32, keys: u32) -> u64 {
+    fn tile_bytes_moved(&self, rows: u32, keys: u32) -> u128 {
         let s = &self.problem.shape;
         let fold_tiles = self.tile.and_then(|tile| kernel::forward_tile::fold_tiles(&self.problem, tile.keys));
         let keeps_query = self.tile.is_none_or(|tile| kernel::forward_tile::keeps_query(&self.problem, tile));
         // Of one head: keys loaded, rows of q loaded, and rows of o loaded or stored.
-        let (mut loaded_keys, mut loaded_rows, mut moved_rows) = (0, 0, 0);
+        let (mut loaded_keys, mut loaded_rows, mut moved_rows) = (0u128, 0u128, 0u128);
         for row0 in (0..s.seqlen_q).step_by(rows as usize) {
             let row1 = (row0 + rows).min(s.seqlen_q);
             let first = self.problem.key_interval(row0, s.seqlen_k).0 / keys * keys;
             let last = self.problem.key_interval(row1 - 1, s.seqlen_k).1;
             let loaded = last.saturating_sub(first);
-            loaded_keys += loaded as u64;
+            loaded_keys += loaded as u128;
             // The coop kernels keep q. The tile kernel may load it for each tile of keys, and may add to o in memory on the way.
             let tiles = loaded.div_ceil(keys).max(1);
-            let folds = fold_tiles.map_or(0, |of| tiles / of);
-            loaded_rows += (row1 - row0) as u64 * if keeps_query { 1 } else { tiles as u64 };
-            moved_rows += (row1 - row0) as u64 * (1 + 2 * folds as u64);
+            let folds = fold_tiles.map_or(0, |of| (tiles - 1) / of);
+            loaded_rows += (row1 - row0) as u128 * if keeps_query { 1 } else { tiles as u128 };
+            moved_rows += (row1 - row0) as u128 * (1 + 2 * folds as u128);
         }
-        let heads = s.batch as u64 * s.heads_q as u64;
-        let of_key = (s.head_dim + s.head_dim_v) as u64;
-        let elements = loaded_keys * of_key + loaded_rows * s.head_dim as u64 + moved_rows * s.head_dim_v as u64;
-        heads * elements * self.problem.element_type.bytes() + self.lse_bytes()
+        let heads = s.batch as u128 * s.heads_q as u128;
+        let of_key = (s.head_dim + s.head_dim_v) as u128;
+        let elements = loaded_keys * of_key + loaded_rows * s.head_dim as u128 + moved_rows * s.head_dim_v as u128;
+        heads * elements * self.problem.element_type.bytes() as u128 + self.lse_bytes()
     }
 
     /// Bytes that the materialised form moves at the least: inputs and output once; the scores written, read and
-    /// written by the softmax, and read by the second product.
+    /// written by the softmax, and read by the second product. `u64::MAX` if they are more.
     pub fn materialized_bytes(&self) -> u64 {
         let s = &self.problem.shape;
-        let keys = s.batch as u64 * s.heads_kv as u64 * s.seqlen_k as u64;
-        let elements = (s.rows() + keys) * (s.head_dim + s.head_dim_v) as u64;
-        elements * self.problem.element_type.bytes() + self.lse_bytes() + 4 * 4 * s.rows() * s.seqlen_k as u64
+        let rows = s.rows() as u128;
+        let keys = s.batch as u128 * s.heads_kv as u128 * s.seqlen_k as u128;
+        let elements = (rows + keys) * (s.head_dim + s.head_dim_v) as u128;
+        let scores = 4 * rows * s.seqlen_k as u128;
+        saturated(elements * self.problem.element_type.bytes() as u128 + self.lse_bytes() + 4 * scores)
     }
 
-    fn lse_bytes(&self) -> u64 {
-        if self.problem.lse { 4 * self.problem.shape.rows() } else { 0 }
+    fn lse_bytes(&self) -> u128 {
+        if self.problem.lse { 4 * self.problem.shape.rows() as u128 } else { 0 }
     }
+}
+
+fn saturated(bytes: u128) -> u64 {
+    bytes.try_into().unwrap_or(u64::MAX)
 }
 
 pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limits) -> Result<(), Error> {

@@ -156,18 +156,20 @@ impl Layout {
     /// Contiguous `[batch, head, position, dim]`, PyTorch's order for attention.
     pub const fn bhnd(heads: u32, rows: u32, dim: u32) -> Self {
         let (heads, rows, dim) = (heads as u64, rows as u64, dim as u64);
-        Layout { offset: 0, batch: heads * rows * dim, head: rows * dim, row: dim }
+        let head = rows.saturating_mul(dim);
+        Layout { offset: 0, batch: heads.saturating_mul(head), head, row: dim }
     }
 
     /// Contiguous `[batch, position, head, dim]`, flash-attention's order.
     pub const fn bnhd(heads: u32, rows: u32, dim: u32) -> Self {
         let (heads, rows, dim) = (heads as u64, rows as u64, dim as u64);
-        Layout { offset: 0, batch: heads * rows * dim, head: dim, row: heads * dim }
+        let row = heads.saturating_mul(dim);
+        Layout { offset: 0, batch: rows.saturating_mul(row), head: dim, row }
     }
 
     /// The same layout, `elements` further into the buffer.
     pub const fn at(mut self, elements: u64) -> Self {
-        self.offset += elements;
+        self.offset = self.offset.saturating_add(elements);
         self
     }
 

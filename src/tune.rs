@@ -693,7 +693,7 @@ const fn row(
     Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
 }
 
-// TFLOP/s on an H100 in f32: the first row 42.9 at D = 64, the second 47.0 at D = 128, the third 42.8 at D = 256; docs/rejected.md has
+// TFLOP/s on an H100 in f32: the first row 43.0 at D = 64, the second 47.2 at D = 128, the third 42.6 at D = 256; docs/rejected.md has
 // others.
 #[rustfmt::skip]
 const TILES: &[Row] = &[

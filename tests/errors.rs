@@ -480,6 +480,7 @@ fn backward_of_other_plans() {
         let mut encoder = context.device().create_command_encoder(&Default::default());
         let error = plan.backward(&mut encoder, &buffers.bound()).unwrap_err();
         assert_eq!(error, expected);
+        context.queue().submit([encoder.finish()]);
         assert!(buffers.poisoned(context), "{error}");
     }
 }

@@ -5,7 +5,7 @@ mod common;
 use common::backward::PreparedBackward;
 use common::*;
 use safetensors::SafeTensors;
-use wgpu_flash_attention::{ElementType, Kernel, Problem, Shape};
+use wgpu_flash_attention::{ElementType, Kernel, Problem, Shape, wgpu};
 
 /// The file's problem, and what `names` are.
 fn load_named<const N: usize>(names: [&str; N]) -> (Problem, Vec<i32>, [Vec<f32>; N]) {
@@ -60,6 +60,15 @@ fn f16_and_bf16_agree_with_the_oracle() {
     let types = [ElementType::F16, ElementType::BF16];
     let cases = types.map(|element_type| (format!("minilm, {element_type}"), prepare(element_type)));
     check_all(&cases, &[("naive", full(), naive()), ("tile", full(), tile())]);
+}
+
+/// f16 is read from words of 32 bits, on devices with SHADER_F16 as well. Software Vulkan has it.
+#[test]
+fn f16_with_and_without_shader_f16() {
+    let Some(with) = with_features(wgpu::Features::SHADER_F16) else { return };
+    assert!(!webgpu().device().features().contains(wgpu::Features::SHADER_F16));
+    let cases = [("minilm".to_string(), prepare(ElementType::F16))];
+    check_all(&cases, &[("with", &with, tile()), ("with, naive", &with, naive()), ("without", webgpu(), tile())]);
 }
 
 fn prepare_backward(element_type: ElementType) -> PreparedBackward {

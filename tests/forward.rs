@@ -5,7 +5,7 @@ mod common;
 use common::cases::{cases, dims, prepare};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
-use wgpu_flash_attention::{Context, ElementType, PlanOptions, Problem, Shape};
+use wgpu_flash_attention::{Context, ElementType, Layout, PlanOptions, Problem, Shape};
 
 fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanOptions)> {
     every_kernel(element_type, naive(), tile())
@@ -69,6 +69,7 @@ fn within_bounds() {
             ("odd", case(2, [2, 1], [19, 23], [7, 5]).odd().seqlens(&[23, 4]).softcap(2.0)),
             ("packed", case(2, [4, 2], [35, 35], [16, 12]).packed().window(5, 3)),
             ("no keys", case(1, [1, 1], [3, 0], [16, 12])),
+            ("two sums", case(1, [1, 1], [9, 4161], [16, 12]).softcap(2.0)),
         ]
     };
     for element_type in TYPES {
@@ -90,6 +91,21 @@ fn bytes_moved_by_the_tile_kernel() {
     // Keys and values for each tile of rows, outputs once; queries once if they are one chunk, else for each tile of keys.
     assert_eq!(moved(96, 16), 2 * 96 * (16 + 12) + 64 * 16 + 64 * 12);
     assert_eq!(moved(96, 8), 2 * 96 * (16 + 12) + 64 * 3 * 16 + 64 * 12);
-    // Outputs are stored twice more on the way, and loaded twice.
+    // Outputs are stored once or twice more on the way, and loaded as often.
+    assert_eq!(moved(8192, 8), 2 * 8192 * (16 + 12) + 64 * 256 * 16 + 3 * 64 * 12);
     assert_eq!(moved(8200, 8), 2 * 8200 * (16 + 12) + 64 * 257 * 16 + 5 * 64 * 12);
+}
+
+/// All keys are one element in memory, so that the problem is as large as its numbers.
+#[test]
+fn bytes_past_2_to_the_64() {
+    let mut problem = Problem::new(Shape::square(1, 4, 1 << 29, 1), ElementType::F32);
+    for layout in [&mut problem.query, &mut problem.key, &mut problem.value] {
+        *layout = Layout { offset: 0, batch: 0, head: 0, row: 0 };
+    }
+    let plan = full().plan_with(&problem, &tile()).unwrap();
+    assert_eq!(plan.materialized_bytes(), u64::MAX);
+    let text = plan.to_string();
+    let traffic = text.lines().find(|line| line.starts_with("memory traffic: ")).unwrap();
+    assert!(traffic.ends_with("GiB; with the scores in memory it would be 17179869184.00 GiB"), "{traffic}");
 }

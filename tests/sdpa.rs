@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Rng, full};
+use common::{Rng, full, with_limits};
 use half::{bf16, f16};
 use wgpu_flash_attention::{Causal, Element, Error, HostTensor, Problem, SdpaOptions, Shape, reference};
 
@@ -114,6 +114,19 @@ fn shapes_that_do_not_go_together() {
     let gqa = SdpaOptions { enable_gqa: true, ..PLAIN };
     let odd = error(q, [2, 3, 5, 8], [2, 3, 5, 8], &gqa);
     assert_eq!(odd, Error::Heads { heads_q: 4, heads_kv: 3 });
+    named(error([0, 4, 1 << 32, 8], [0, 4, 5, 8], [0, 4, 5, 8], &PLAIN), "query");
+    named(error(q, [2, 4, 5, 8], [2, 1 << 32, 0, 8], &PLAIN), "value");
+}
+
+#[test]
+fn more_than_a_buffer_holds() {
+    let context = with_limits(|limits| limits.max_buffer_size = 4096);
+    let data = vec![0f32; 2048];
+    let tensor = |heads: usize, dim: usize| HostTensor { data: &data[..heads * 8 * dim], shape: [1, heads, 8, dim] };
+    let error = |q, k, v| context.scaled_dot_product_attention(q, k, v, &PLAIN).unwrap_err();
+    let too_large = |argument| Error::BindingTooLarge { argument, bytes: 8192, limit: 4096 };
+    assert_eq!(error(tensor(8, 32), tensor(8, 32), tensor(8, 4)), too_large("query"));
+    assert_eq!(error(tensor(8, 4), tensor(8, 4), tensor(8, 32)), too_large("value"));
 }
 
 #[test]

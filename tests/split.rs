@@ -200,6 +200,19 @@ fn keys_of_one_head_are_not_split() {
     assert_eq!(error, Error::BindingTooLarge { argument: "value", bytes: 6400, limit: 1024 });
 }
 
+/// Of each part, what kernels are told of it.
+#[test]
+fn more_parts_than_a_buffer_can_tell_of() {
+    let context = with_limits(|limits| {
+        limits.max_storage_buffer_binding_size = 1 << 10;
+        limits.max_buffer_size = 8 << 10;
+    });
+    let problem = |batch| case(batch, [1, 1], [16, 16], [16, 16]).problem;
+    context.plan_with(&problem(8), &tile()).unwrap();
+    let error = refused(&context, &problem(64), &tile());
+    assert!(matches!(error, Error::BindingTooLarge { argument: "uniforms", limit: 8192, .. }), "{error}");
+}
+
 #[test]
 fn keys_of_one_row_are_not_split() {
     // The scores' dispatch has a workgroup for every 16 keys.

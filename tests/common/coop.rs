@@ -148,9 +148,7 @@ pub fn check_wgsl(specialization: &Specialization, format: MatrixFormat, said: u
         fail("a component of a shared vector is stored");
     }
     let options = msl::Options { lang_version: (2, 3), ..Default::default() };
-    if (format.size, format.lanes) == (8, 32)
-        && let Err(error) = msl::write_string(&module, &info, &options, &Default::default())
-    {
-        fail(&error.to_string());
+    if (format.size, format.lanes) == (8, 32) {
+        msl::write_string(&module, &info, &options, &Default::default()).unwrap_or_else(|e| fail(&e.to_string()));
     }
 }

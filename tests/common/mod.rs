@@ -56,14 +56,24 @@ pub fn webgpu() -> &'static Context {
 pub fn with_limits(lower: impl FnOnce(&mut wgpu::Limits)) -> Context {
     let mut required_limits = wgpu::Limits::default();
     lower(&mut required_limits);
+    device_with(wgpu::DeviceDescriptor { required_limits, ..Default::default() }).unwrap()
+}
+
+/// WebGPU's default limits, and these features; nothing where the adapter does not have them.
+pub fn with_features(required_features: wgpu::Features) -> Option<Context> {
+    device_with(wgpu::DeviceDescriptor { required_features, ..Default::default() })
+        .inspect_err(|why| coop::skipped(&why.to_string()))
+        .ok()
+}
+
+fn device_with(descriptor: wgpu::DeviceDescriptor<'_>) -> Result<Context, wgpu::RequestDeviceError> {
     let (device, queue) = pollster::block_on(async {
-        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-        descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
-        let adapter = wgpu::Instance::new(descriptor).request_adapter(&Default::default()).await.unwrap();
-        let descriptor = wgpu::DeviceDescriptor { required_limits, ..Default::default() };
-        adapter.request_device(&descriptor).await.unwrap()
-    });
-    Context::new(&device, &queue)
+        let mut of_instance = wgpu::InstanceDescriptor::new_without_display_handle();
+        of_instance.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
+        let adapter = wgpu::Instance::new(of_instance).request_adapter(&Default::default()).await.unwrap();
+        adapter.request_device(&descriptor).await
+    })?;
+    Ok(Context::new(&device, &queue))
 }
 
 /// Every kernel as a plan chooses it, with options that ask for the naive kernel and for the tile kernel. 16-bit types differ
