@@ -248,11 +248,11 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
         return Err(format!("k and v have {} heads and q has {}; theirs must divide q's", k[1], q[1]));
     }
     let backward = args.backward.then(|| read_backward(file, &q, &k, &v)).transpose()?;
-    if let (Some(backward), None) = (&backward, args.dtype)
-        && backward.grad_out.dtype != query.dtype
-    {
+    if let (Some(backward), None) = (&backward, args.dtype) {
         let (q, grad_out) = (query.dtype, backward.grad_out.dtype);
-        return Err(format!("q is {q} and do is {grad_out}; --dtype converts them to one type"));
+        if grad_out != q {
+            return Err(format!("q is {q} and do is {grad_out}; --dtype converts them to one type"));
+        }
     }
     let element_type = match (args.dtype, query.dtype) {
         (Some(Type::F32), _) => ElementType::F32,

@@ -450,17 +450,17 @@ impl Report {
             let s = &problem.shape;
             writeln!(
                 csv,
-                "{name},{op},{},{},{},{},{},{},{},{},{:.6},{:.6},{}",
+                "{name},{op},{},{},{},{},{},{},{},{:.6},{:.6},{},{}",
                 problem.element_type,
                 s.batch,
                 s.heads_q,
                 s.heads_kv,
                 s.seqlen_q,
-                s.seqlen_k,
                 s.head_dim,
                 problem.causal.is_some() as u8,
                 time.median * 1e3,
                 figure.teraflops(),
+                s.seqlen_k,
                 bandwidth(3).unwrap_or_default()
             )?;
         }
@@ -618,7 +618,7 @@ fn run(mut args: Args) -> Result<bool> {
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}")?);
     let mut csv = args.csv.as_ref().map(|path| named(path, File::create(path))).transpose()?;
     if let Some(csv) = &mut csv {
-        writeln!(csv, "kernel,op,dtype,B,H,Hkv,N,Nk,D,causal,median_ms,TFLOPS,GBps")?;
+        writeln!(csv, "kernel,op,dtype,B,H,Hkv,N,D,causal,median_ms,TFLOPS,Nk,GBps")?;
     }
     let mut report = Report { bar, csv, figures: vec![], all_right: true };
     println!("adapter: {}", support::adapter_name(&context));

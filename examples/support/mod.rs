@@ -315,9 +315,9 @@ pub fn measure(context: &Context, bound: &[BoundPass<'_>]) -> Result<Time, Error
     let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
     // Somewhat more of both, since the estimate comes from a device that may still be getting faster. No more than that:
     // one at its limit of power soon slows down.
-    let (warm_up, passes) = if software { (0.0, 5) } else { (0.3, 15) };
+    let (warm_up, passes, least_runs) = if software { (0.0, 5, 1.0) } else { (0.3, 15, 2.0) };
     let times = |estimate: f64, warm_up: f64, passes| -> Result<Vec<f64>, Error> {
-        let runs = (0.003 / estimate).ceil();
+        let runs = (0.003 / estimate).ceil().max(least_runs);
         let warm = (warm_up / (runs * estimate)).ceil() as u32;
         let all = pass_times(context, bound, runs as u32, warm + passes)?;
         Ok(all[warm as usize..].iter().map(|seconds| seconds / runs).collect())
