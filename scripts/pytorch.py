@@ -2,7 +2,7 @@
 """PyTorch's attention on the shapes of docs/performance.md, to set beside `compare` on the same card: f16 by its FLASH backend,
 f32 by its EFFICIENT one, forward and backward. Needs PyTorch with CUDA, and triton.
 
-    pytorch.py [B,H,N,D;...]
+    pytorch.py ["B,H,N,D;..."]
 """
 import sys
 

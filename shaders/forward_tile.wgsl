@@ -53,6 +53,8 @@ const ROWS4 = ROWS / 4u;
 const KEYS4 = KEYS / 4u;
 const P_STRIDE = (ROWS4 + 5u) / 8u * 8u + 2u;
 const V_STRIDE = TV * THREADS_X;
+// Whether threads have only columns of output that there are.
+const WHOLE_OUT = 4u * V_STRIDE == HEAD_DIM_V;
 // Q, and P in its place once S is there; then K, and V behind P.
 const K_AT = CHUNK * ROWS4 + GAPS;
 const V_AT = VALUE_KEYS * P_STRIDE;
@@ -378,8 +380,8 @@ fn forward(
                 let start = out_start + (i - problem.row_begin) * problem.out.row;
                 for (var u = 0u; u < TV; u++) {
                     let d = 4u * (u * THREADS_X + tx);
-                    // Other rows are not this workgroup's, or are none.
-                    if i < row1 {
+                    // Other rows and columns are not this thread's, or are none.
+                    if i < row1 && (WHOLE_OUT || d < HEAD_DIM_V) {
                         write_out(start, d, HEAD_DIM_V, with_folded(folded, start, d, r / 4u, r % 4u, o[r][u]));
                     }
                     o[r][u] = vec4f();
@@ -417,7 +419,9 @@ fn forward(
                     let d = 4u * (u * THREADS_X + tx);
                     var x = o[4u * r + e][u];
 #if FOLDS
-                    x = with_folded(folded, start, d, r, e, x);
+                    if WHOLE_OUT || d < HEAD_DIM_V {
+                        x = with_folded(folded, start, d, r, e, x);
+                    }
 #endif
                     write_out(start, d, HEAD_DIM_V, x * inverse);
                 }

@@ -62,15 +62,15 @@ pub enum Error {
         argument: &'static str,
     },
     /// What cannot be split further is more than the device can bind at once: the keys or the values of one head, the smallest
-    /// tile of rows, the scores of a head, or a merge.
+    /// tile of rows, the scores of a head, or a merge. Or there are more parts than one buffer can tell kernels of (`uniforms`).
     #[error(
-        "{argument} needs {bytes} bytes in one binding, which cannot be split further; the device binds at most {limit} \
+        "{argument} needs {bytes} bytes in one binding or buffer, which cannot be split further; the device allows {limit} \
          (max_storage_buffer_binding_size, max_buffer_size)"
     )]
     BindingTooLarge {
-        /// The tensor or workspace.
+        /// The tensor, workspace or `uniforms`.
         argument: &'static str,
-        /// Bytes that it spans.
+        /// Bytes that it spans, of `uniforms` those of the parts that were counted.
         bytes: u64,
         /// What the device allows.
         limit: u64,

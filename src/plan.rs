@@ -299,20 +299,17 @@ impl Schedule {
             ranges.extend(workspace(part));
             (ranges, uniform)
         };
-        let parts = split(problem, recipe, &|part| bind(part).0, &|part| end_of(&workspace(part)), &bounds)?;
-        schedule.workspace_bytes = parts.iter().map(|part| end_of(&workspace(part))).max().unwrap_or(0);
-        schedule.parts = parts.len();
-        let pipelines = recipe.passes.iter().map(|pass| context.pipeline(pass)).collect::<Result<Vec<_>, _>>()?;
-
         let uniform_bytes = size_of::<ProblemUniform>() as u64;
         let uniform_step = uniform_bytes.next_multiple_of(limits.min_uniform_buffer_offset_alignment as u64);
         // Of each part one for each round.
         let rounds = schedule.rounds.map_or(1, |rounds| rounds.count);
-        let bytes = uniform_step.saturating_mul(rounds as u64).saturating_mul(parts.len() as u64);
-        if bytes > bounds.buffer {
-            return Err(Error::BindingTooLarge { argument: "uniforms", bytes, limit: bounds.buffer });
-        }
-        let mut uniforms = vec![0u8; bytes as usize];
+        let of_part = uniform_step * rounds as u64;
+        let parts = split(problem, recipe, &|part| bind(part).0, &|part| end_of(&workspace(part)), of_part, &bounds)?;
+        schedule.workspace_bytes = parts.iter().map(|part| end_of(&workspace(part))).max().unwrap_or(0);
+        schedule.parts = parts.len();
+        let pipelines = recipe.passes.iter().map(|pass| context.pipeline(pass)).collect::<Result<Vec<_>, _>>()?;
+
+        let mut uniforms = vec![0u8; of_part as usize * parts.len()];
         for (n, part) in parts.iter().enumerate() {
             let (ranges, mut uniform) = bind(part);
             uniform.splits = recipe.splits;
@@ -361,12 +358,13 @@ impl Schedule {
 }
 
 /// Cuts the problem until each part fits into the device's bindings and dispatches. `ranges` are those that a part binds, and
-/// `workspace` is the size of its workspace.
+/// `workspace` is the size of its workspace; `uniforms` bytes tell kernels of a part, of all parts in one buffer.
 fn split(
     problem: &Problem,
     recipe: &Recipe<'_>,
     ranges: &dyn Fn(&Part) -> Ranges,
     workspace: &dyn Fn(&Part) -> u64,
+    uniforms: u64,
     bounds: &Bounds,
 ) -> Result<Vec<Part>, Error> {
     let shape = &problem.shape;
@@ -392,7 +390,13 @@ fn split(
     let mut open = vec![Part { batch: 0..shape.batch, heads: 0..shape.heads_q, rows: 0..shape.seqlen_q }];
     while let Some(part) = open.pop() {
         match fits(&part) {
-            Ok(()) => done.push(part),
+            Ok(()) => {
+                done.push(part);
+                let bytes = uniforms * done.len() as u64;
+                if bytes > bounds.buffer {
+                    return Err(Error::BindingTooLarge { argument: "uniforms", bytes, limit: bounds.buffer });
+                }
+            }
             Err(error) => {
                 let (a, b) = part.halves(shape.group(), recipe.cut).ok_or(error)?;
                 open.extend([b, a]);

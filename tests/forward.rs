@@ -96,7 +96,7 @@ fn bytes_moved_by_the_tile_kernel() {
     assert_eq!(moved(8200, 8), 2 * 8200 * (16 + 12) + 64 * 257 * 16 + 5 * 64 * 12);
 }
 
-/// All keys are one element in memory, so that the problem is as large as its numbers.
+/// Each of q, k and v is one element in memory, so that the problem is as large as its numbers alone.
 #[test]
 fn bytes_past_2_to_the_64() {
     let mut problem = Problem::new(Shape::square(1, 4, 1 << 29, 1), ElementType::F32);

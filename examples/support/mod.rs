@@ -308,7 +308,7 @@ impl Time {
 }
 
 /// Times what is bound on a busy device: an idle GPU lowers its clock within moments, so the timed passes follow
-/// without a gap on at least 250 ms of the same work, and each takes at least 2 ms. Where the median is more than 3 % above the
+/// without a gap on at least 250 ms of the same work, and each takes at least 2 ms and, on a GPU, two dispatches. Where the median is more than 3 % above the
 /// minimum the clock has changed meanwhile; then once or twice again, and the steadiest counts.
 pub fn measure(context: &Context, bound: &[BoundPass<'_>]) -> Result<Time, Error> {
     // A processor needs no warming up, and takes its time as it is.

@@ -11,7 +11,7 @@ fn read_$tensor(start: u32, d: u32, dim: u32) -> Elements4 {
 }
 
 // The same of vector v of a row, with `start` in units of UNIT elements, so that an address is a sum with nothing to divide, and
-// with no bound if all vectors asked for are `inside` the row.
+// with no bound, where aligned, if all vectors asked for are `inside` the row.
 fn read_vector_$tensor(start: u32, v: u32, dim: u32, inside: bool) -> Elements4 {
 #if ALIGNED
     return $tensor[start + select(min(v, dim / 4u - 1u), v, inside)];

@@ -56,24 +56,28 @@ pub fn webgpu() -> &'static Context {
 pub fn with_limits(lower: impl FnOnce(&mut wgpu::Limits)) -> Context {
     let mut required_limits = wgpu::Limits::default();
     lower(&mut required_limits);
-    device_with(wgpu::DeviceDescriptor { required_limits, ..Default::default() }).unwrap()
+    device_with(wgpu::DeviceDescriptor { required_limits, ..Default::default() })
 }
 
 /// WebGPU's default limits, and these features; nothing where the adapter does not have them.
 pub fn with_features(required_features: wgpu::Features) -> Option<Context> {
-    device_with(wgpu::DeviceDescriptor { required_features, ..Default::default() })
-        .inspect_err(|why| coop::skipped(&why.to_string()))
-        .ok()
+    let descriptor = wgpu::DeviceDescriptor { required_features, ..Default::default() };
+    if !adapter().features().contains(required_features) {
+        coop::skipped(&format!("tests of devices with {required_features:?}: the adapter lacks it"));
+        return None;
+    }
+    Some(device_with(descriptor))
 }
 
-fn device_with(descriptor: wgpu::DeviceDescriptor<'_>) -> Result<Context, wgpu::RequestDeviceError> {
-    let (device, queue) = pollster::block_on(async {
-        let mut of_instance = wgpu::InstanceDescriptor::new_without_display_handle();
-        of_instance.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
-        let adapter = wgpu::Instance::new(of_instance).request_adapter(&Default::default()).await.unwrap();
-        adapter.request_device(&descriptor).await
-    })?;
-    Ok(Context::new(&device, &queue))
+fn adapter() -> wgpu::Adapter {
+    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+    descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
+    pollster::block_on(wgpu::Instance::new(descriptor).request_adapter(&Default::default())).unwrap()
+}
+
+fn device_with(descriptor: wgpu::DeviceDescriptor<'_>) -> Context {
+    let (device, queue) = pollster::block_on(adapter().request_device(&descriptor)).unwrap();
+    Context::new(&device, &queue)
 }
 
 /// Every kernel as a plan chooses it, with options that ask for the naive kernel and for the tile kernel. 16-bit types differ
