@@ -17,7 +17,7 @@
 // and P lie there in columns, V in rows: Q and K CHUNK columns at a time, P and V VALUE_KEYS keys at a time, all as f32. What is
 // next for workgroup memory is loaded to registers while a product runs (unless packed, V's first rows of a tile: while the softmax
 // does), and a tile ends by storing the first chunk of the next. Where there are registers for it, threads keep all that they store
-// of Q, as it is in memory. Scores are products as they come (or, with a softcap, tanh of them); exponents of 2 are differences of
+// of Q, as it is in memory. Scores are products as they come (or, if SHAPED, the shapes of them); exponents of 2 are differences of
 // scores times `factor`: one multiplication a score. If the tile says so, the products are written out, so that loads of the next
 // vectors are among the products of these.
 #include "common/problem.wgsl"
@@ -187,6 +187,10 @@ struct Folded {
 }
 
 fn with_folded(folded: Folded, start: u32, d: u32, r: u32, e: u32, o: vec4f) -> vec4f {
+    // Columns past the end have no place of their own.
+    if !WHOLE_OUT && d >= HEAD_DIM_V {
+        return o;
+    }
     return o + select(vec4f(), read_out(start, d, HEAD_DIM_V) * folded.since[r][e], folded.any);
 }
 #endif
@@ -380,8 +384,8 @@ fn forward(
                 let start = out_start + (i - problem.row_begin) * problem.out.row;
                 for (var u = 0u; u < TV; u++) {
                     let d = 4u * (u * THREADS_X + tx);
-                    // Other rows and columns are not this thread's, or are none.
-                    if i < row1 && (WHOLE_OUT || d < HEAD_DIM_V) {
+                    // Other rows are not this workgroup's, or are none.
+                    if i < row1 {
                         write_out(start, d, HEAD_DIM_V, with_folded(folded, start, d, r / 4u, r % 4u, o[r][u]));
                     }
                     o[r][u] = vec4f();
@@ -419,9 +423,7 @@ fn forward(
                     let d = 4u * (u * THREADS_X + tx);
                     var x = o[4u * r + e][u];
 #if FOLDS
-                    if WHOLE_OUT || d < HEAD_DIM_V {
-                        x = with_folded(folded, start, d, r, e, x);
-                    }
+                    x = with_folded(folded, start, d, r, e, x);
 #endif
                     write_out(start, d, HEAD_DIM_V, x * inverse);
                 }

@@ -308,8 +308,9 @@ impl Time {
 }
 
 /// Times what is bound on a busy device: an idle GPU lowers its clock within moments, so the timed passes follow
-/// without a gap on at least 250 ms of the same work, and each takes at least 2 ms and, on a GPU, two dispatches. Where the median is more than 3 % above the
-/// minimum the clock has changed meanwhile; then once or twice again, and the steadiest counts.
+/// without a gap on at least 250 ms of the same work, and each takes at least 2 ms and, on a GPU, two dispatches. Where the
+/// median is more than 3 % above the minimum the clock has changed meanwhile; then once or twice again, and the steadiest
+/// counts.
 pub fn measure(context: &Context, bound: &[BoundPass<'_>]) -> Result<Time, Error> {
     // A processor needs no warming up, and takes its time as it is.
     let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
