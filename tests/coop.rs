@@ -8,6 +8,7 @@ use common::coop::{
     WGSL_FORMATS, check_wgsl, context, dims_of, in_form, in_forms, is_software, known_matrices, matrix_size,
     small_device, spirv_error, validator, workgroup_bytes,
 };
+use common::switched::switched;
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
@@ -203,15 +204,9 @@ fn contexts_without_matrices_refuse_it() {
 fn problems(element_types: &[ElementType]) -> Vec<Problem> {
     let mut all = vec![];
     for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
-        for (&element_type, switches) in element_types.iter().flat_map(|t| (0..16u32).map(move |n| (t, n))) {
-            let on = |n: u32| switches >> n & 1 == 1;
-            let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
-            let mut problem = Problem::new(shape, element_type);
-            problem.query = problem.query.at(on(0).into());
-            problem.softcap = on(1).then_some(2.0);
-            problem.seqlens_k = on(2);
-            problem.lse = on(3);
-            all.push(problem);
+        let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
+        for &element_type in element_types {
+            all.extend((0..16).map(|bits| switched(shape, element_type, bits)));
         }
     }
     all

@@ -8,6 +8,7 @@ pub mod backward;
 pub mod cases;
 pub mod coop;
 pub mod stores;
+pub mod switched;
 
 use std::fmt::Write;
 
@@ -56,17 +57,17 @@ pub fn webgpu() -> &'static Context {
 pub fn with_limits(lower: impl FnOnce(&mut wgpu::Limits)) -> Context {
     let mut required_limits = wgpu::Limits::default();
     lower(&mut required_limits);
-    device_with(wgpu::DeviceDescriptor { required_limits, ..Default::default() })
+    device_of(&adapter(), wgpu::DeviceDescriptor { required_limits, ..Default::default() })
 }
 
 /// WebGPU's default limits, and these features; nothing where the adapter does not have them.
 pub fn with_features(required_features: wgpu::Features) -> Option<Context> {
-    let descriptor = wgpu::DeviceDescriptor { required_features, ..Default::default() };
-    if !adapter().features().contains(required_features) {
+    let adapter = adapter();
+    if !adapter.features().contains(required_features) {
         coop::skipped(&format!("tests of devices with {required_features:?}: the adapter lacks it"));
         return None;
     }
-    Some(device_with(descriptor))
+    Some(device_of(&adapter, wgpu::DeviceDescriptor { required_features, ..Default::default() }))
 }
 
 fn adapter() -> wgpu::Adapter {
@@ -75,8 +76,8 @@ fn adapter() -> wgpu::Adapter {
     pollster::block_on(wgpu::Instance::new(descriptor).request_adapter(&Default::default())).unwrap()
 }
 
-fn device_with(descriptor: wgpu::DeviceDescriptor<'_>) -> Context {
-    let (device, queue) = pollster::block_on(adapter().request_device(&descriptor)).unwrap();
+fn device_of(adapter: &wgpu::Adapter, descriptor: wgpu::DeviceDescriptor<'_>) -> Context {
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
     Context::new(&device, &queue)
 }
 
