@@ -253,8 +253,8 @@ fn dkdv(
             // S^T = K Q^T,  dP^T = V dO^T
             let q_place = Q_PLACE + u32(c) * M * D_STRIDE;
             let grad_place = DO_PLACE + u32(c) * M * V_STRIDE;
-            var s: array<Accumulator, KEY_MATRICES>;
-            var dp: array<Accumulator, KEY_MATRICES>;
+            var s = array<Accumulator, KEY_MATRICES>();
+            var dp = array<Accumulator, KEY_MATRICES>();
             for (var r = 0u; r < KEY_MATRICES; r++) {
                 s[r] = Accumulator();
                 dp[r] = Accumulator();
@@ -280,14 +280,14 @@ fn dkdv(
             }
 
             // P^T = 2^(score(S^T) - lse),  dS^T = P^T (dP^T - delta) score'
-            var of_column: array<vec2f, LANE_COLUMNS>;
+            var of_column = array<vec2f, LANE_COLUMNS>();
             for (var e = 0u; e < ELEMENTS; e++) {
                 of_column[held_column(e)] = numbers[u32(c) * M + column_of(lane, 0u) + column_of(0u, e)];
             }
             let i = row0 + c * i32(M);
             let full = tile_is_full(at, i, i + i32(M), i32(key0), i32(key0 + KEYS));
-            var p: array<Left, KEY_MATRICES>;
-            var ds: array<Left, KEY_MATRICES>;
+            var p = array<Left, KEY_MATRICES>();
+            var ds = array<Left, KEY_MATRICES>();
             for (var r = 0u; r < KEY_MATRICES; r++) {
                 var x = elements_of(s[r]);
                 var y = elements_of(dp[r]);

@@ -151,7 +151,7 @@ fn dkdv(
         // P^T = exp(score(S^T) - lse), or dS^T = P^T score' (dP^T - delta)
         if half == 0u {
             let unscale = inverse(owned_scales.x) * inverse(scales.x);
-            var slope: Scores;
+            var slope = Scores();
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < SM; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {

@@ -184,8 +184,8 @@ fn dkdv(
 
         // S^T = K Q^T,  dP^T = V dO^T. No array of matrices has c for an index: this loop need not be written out.
         for (var c = 0u; c < CM; c++) {
-            var s: array<Accumulator, KEY_MATRICES>;
-            var dp: array<Accumulator, KEY_MATRICES>;
+            var s = array<Accumulator, KEY_MATRICES>();
+            var dp = array<Accumulator, KEY_MATRICES>();
 #unroll
             for (var r = 0u; r < KEY_MATRICES; r++) {
                 s[r] = Accumulator();
@@ -252,8 +252,8 @@ fn dkdv(
 
         // dV = dV + P^T dO,  dK = dK + dS^T Q
         for (var c = 0u; c < CM; c++) {
-            var p: array<Left, KEY_MATRICES>;
-            var ds: array<Left, KEY_MATRICES>;
+            var p = array<Left, KEY_MATRICES>();
+            var ds = array<Left, KEY_MATRICES>();
 #unroll
             for (var r = 0u; r < KEY_MATRICES; r++) {
                 p[r] = get_left(mine + r, c);

@@ -74,7 +74,7 @@ fn dkdv(
         for (var step = range.x / i32(STEP) * i32(STEP); step < range.y; step += i32(STEP)) {
             let i0 = u32(step);
             // S^T = K Q^T, dP^T = V dO^T
-            var s: Scores;
+            var s = Scores();
             for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
                 workgroupBarrier();
                 store_chunk_key(key_next, 0u, 1u, d0, HEAD_DIM, thread);
@@ -88,7 +88,7 @@ fn dkdv(
                 query_next = load_chunk_query(query_start, i1, last_row, d1, HEAD_DIM, thread);
                 add_scores(&s, ty, tx);
             }
-            var ds: Scores;
+            var ds = Scores();
             for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
                 workgroupBarrier();
                 store_chunk_value(value_next, 0u, 1u, d0, HEAD_DIM_V, thread);

@@ -213,8 +213,8 @@ fn dq(
 #endif
 
         // S = Q K^T,  dP = dO V^T
-        var s: array<array<Accumulator, KM>, ROW_MATRICES>;
-        var dp: array<array<Accumulator, KM>, ROW_MATRICES>;
+        var s = array<array<Accumulator, KM>, ROW_MATRICES>();
+        var dp = array<array<Accumulator, KM>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
                 s[r][c] = Accumulator();
@@ -241,8 +241,8 @@ fn dq(
         }
 
         // P = 2^(score(S) - lse),  dS = P (dP - delta) score'
-        var p: array<array<Lane, KM>, ROW_MATRICES>;
-        var ds: array<array<Lane, KM>, ROW_MATRICES>;
+        var p = array<array<Lane, KM>, ROW_MATRICES>();
+        var ds = array<array<Lane, KM>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
                 p[r][c] = elements_of(s[r][c]);
@@ -276,7 +276,7 @@ fn dq(
 
         // dQ = dQ + dS K
         for (var c = 0u; c < KM; c++) {
-            var ds_left: array<Left, ROW_MATRICES>;
+            var ds_left = array<Left, ROW_MATRICES>();
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 ds_left[r] = left(ds[r][c]);
             }

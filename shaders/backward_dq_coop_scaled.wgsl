@@ -111,7 +111,7 @@ fn dq(
         // P score' = exp(score(S) - lse) score', then dS = P score' (dP - delta)
         if half == 0u {
             let unscale = inverse(owned_scales.x) * inverse(scales.x);
-            var slope: Scores;
+            var slope = Scores();
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < SM; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {

@@ -142,8 +142,8 @@ fn dq(
 
         // S = Q K^T,  dP = dO V^T
         for (var c = 0u; c < CM; c++) {
-            var s: array<Accumulator, ROW_MATRICES>;
-            var dp: array<Accumulator, ROW_MATRICES>;
+            var s = array<Accumulator, ROW_MATRICES>();
+            var dp = array<Accumulator, ROW_MATRICES>();
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 s[r] = Accumulator();
@@ -206,7 +206,7 @@ fn dq(
 
         // dQ = dQ + dS K
         for (var c = 0u; c < CM; c++) {
-            var ds: array<Left, ROW_MATRICES>;
+            var ds = array<Left, ROW_MATRICES>();
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 ds[r] = get_left(mine + r, c);

@@ -72,7 +72,7 @@ fn dq(
     for (var step = range.x / i32(STEP) * i32(STEP); step < range.y; step += i32(STEP)) {
         let j0 = u32(step);
         // S = Q K^T, dP = dO V^T
-        var s: Scores;
+        var s = Scores();
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
             workgroupBarrier();
             store_chunk_query(query_next, 0u, 1u, d0, HEAD_DIM, thread);
@@ -85,7 +85,7 @@ fn dq(
             key_next = load_chunk_key(key_start, select(j0 + STEP, j0, more), last_key, d1, HEAD_DIM, thread);
             add_scores(&s, ty, tx);
         }
-        var ds: Scores;
+        var ds = Scores();
         for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
             workgroupBarrier();
             store_chunk_grad_out(grad_next, 0u, 1u, d0, HEAD_DIM_V, thread);

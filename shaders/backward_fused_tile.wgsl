@@ -91,7 +91,7 @@ fn store_chunks(x: Chunks, d0: u32, dim: u32, thread: u32) {
     for (var n = 0u; n < CHUNK_LOADS; n++) {
         let t = thread + n * THREADS;
         let d = d0 + 4u * (t % CHUNK4);
-        var y: array<vec4f, 4>;
+        var y = array<vec4f, 4>();
         for (var r = 0u; r < 4u; r++) {
             y[r] = first_elements(x[n][r], select(4u, max(d, dim) - d, dim % CHUNK > 0u));
         }
@@ -182,8 +182,8 @@ fn fused(
         if first >= end && add {
             continue;
         }
-        var dk: array<array<vec4f, TK>, 4u * KEY_PIECES>;
-        var dv: array<array<vec4f, TV>, 4u * KEY_PIECES>;
+        var dk = array<array<vec4f, TK>, 4u * KEY_PIECES>();
+        var dv = array<array<vec4f, TV>, 4u * KEY_PIECES>();
         // Where no row sees a key there is nothing to load.
         let heads = select(0u, problem.group, first < end);
         for (var head = head_kv * problem.group; head < head_kv * problem.group + heads; head++) {
@@ -195,10 +195,10 @@ fn fused(
             var next = load_chunks_s(key_start, j0, last_key, query_start, first, last_row, 0u, HEAD_DIM, thread);
             store_chunks(next, 0u, HEAD_DIM, thread);
             workgroupBarrier();
-            var lines_next: Lines;
+            var lines_next = Lines();
             for (var i0 = first; i0 < end; i0 += STEP) {
                 // Of each row of scores lse and delta; of rows that are not there an lse above every score.
-                var row: array<vec2f, 4u * ROW_PIECES>;
+                var row = array<vec2f, 4u * ROW_PIECES>();
                 for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                     let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
                     row[c] = rows[rows_start + min(i, last_row)];
@@ -206,7 +206,7 @@ fn fused(
                 }
 
                 // S = Q K^T
-                var s: Scores;
+                var s = Scores();
                 for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
                     let d1 = d0 + CHUNK;
                     if d1 < HEAD_DIM {
@@ -240,7 +240,7 @@ fn fused(
                 }
 
                 // dP = dO V^T
-                var ds: Scores;
+                var ds = Scores();
                 workgroupBarrier();
                 store_chunks(next, 0u, HEAD_DIM_V, thread);
                 workgroupBarrier();
@@ -304,7 +304,7 @@ fn fused(
                 }
 
                 // dQ += dS K, in memory. A thread always has the same elements of it.
-                var dq: array<array<vec4f, TK>, 4u * DQ_PIECES>;
+                var dq = array<array<vec4f, TK>, 4u * DQ_PIECES>();
                 // Written out, since r must be a constant for dS to be in registers.
 #unroll
                 for (var r = 0u; r < KEY_PIECES; r++) {

@@ -85,7 +85,7 @@ fn load_query(at: Sequence, rows: Rows, thread: u32) {
         let r4 = t / (KEY_VECTORS * KEY_THREADS);
         // Columns past the head dimension are 0, so that they add nothing to a score, whatever K has there.
         let inside = max(4u * vector, HEAD_DIM) - 4u * vector;
-        var x: array<vec4f, 4>;
+        var x = array<vec4f, 4>();
         for (var r = 0u; r < 4u; r++) {
             let row = row_of(rows, 4u * r4 + r);
             let start = head_start(problem.query, at.batch, at.head_q + row / rows.queries);
@@ -251,9 +251,9 @@ fn decode_split(
         let full = tile_is_full(at, row0, row1, j0, j0 + i32(KEYS));
 
         // S = Q K^T, what each score is, and whether it counts
-        var s: array<vec4f, ROWS4>;
+        var s = array<vec4f, ROWS4>();
         for (var r4 = 0u; r4 < ROWS4; r4++) {
-            var dots: array<vec4f, THREAD_KEYS>;
+            var dots = array<vec4f, THREAD_KEYS>();
             for (var c = 0u; c < KEY_VECTORS; c++) {
                 let place = r4 * Q_STRIDE + c * 4u * KEY_THREADS + thread % KEY_THREADS;
                 let q0 = q[place];

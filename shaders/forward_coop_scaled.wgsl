@@ -200,9 +200,9 @@ fn forward(
         value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
 
         // S = Q K^T
-        var x: array<array<Lane, KM>, ROW_MATRICES>;
+        var x = array<array<Lane, KM>, ROW_MATRICES>();
         for (var c = 0u; c < KM; c++) {
-            var sum: array<Accumulator, ROW_MATRICES>;
+            var sum = array<Accumulator, ROW_MATRICES>();
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 sum[r] = Accumulator();
             }
@@ -252,11 +252,11 @@ fn forward(
         }
 
         // P = 2^(S - m'),  l = 2^(m - m') l + rowsum P
-        var p: array<array<array<Left, PARTS>, KM>, ROW_MATRICES>;
-        var shrink: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
+        var p = array<array<array<Left, PARTS>, KM>, ROW_MATRICES>();
+        var shrink = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            var most: array<f32, LANE_ROWS>;
-            var sum: array<f32, LANE_ROWS>;
+            var most = array<f32, LANE_ROWS>();
+            var sum = array<f32, LANE_ROWS>();
             for (var h = 0u; h < LANE_ROWS; h++) {
                 most[h] = masked;
                 sum[h] = 0.0;
@@ -285,7 +285,7 @@ fn forward(
 
         // O = 2^(m - m') O + P V
         for (var d = 0u; d < VM; d++) {
-            var sum: array<Accumulator, ROW_MATRICES>;
+            var sum = array<Accumulator, ROW_MATRICES>();
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 sum[r] = Accumulator();
             }

@@ -157,7 +157,7 @@ fn forward(
     }
     workgroupBarrier();
     for (var j0 = begin; j0 < range.y; j0 += i32(KEYS)) {
-        var x: array<array<Lane, KM>, ROW_MATRICES>;
+        var x = array<array<Lane, KM>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
                 x[r][c] = get_elements(mine + r, c, lane);
@@ -186,7 +186,7 @@ fn forward(
         }
 
         // S of the next tile = Q K^T
-        var s: array<array<Accumulator, KM>, ROW_MATRICES>;
+        var s = array<array<Accumulator, KM>, ROW_MATRICES>();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
@@ -208,7 +208,7 @@ fn forward(
         }
 
         // m', l = 2^(m - m') l, and what O is to be multiplied by
-        var shrink: array<f32, ROW_MATRICES>;
+        var shrink = array<f32, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             var most = masked;
             for (var c = 0u; c < KM; c++) {
@@ -264,7 +264,7 @@ fn forward(
         // O = O + P (V, 1)
 #unroll
         for (var c = 0u; c < KM; c++) {
-            var p: array<Left, ROW_MATRICES>;
+            var p = array<Left, ROW_MATRICES>();
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 p[r] = get_left(mine + r, c);

@@ -102,7 +102,7 @@ fn store_query(x: Queries, d0: u32, thread: u32) {
     for (var n = 0u; n < QUERY_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < ROWS4 * CHUNK4 {
-            var q: array<vec4f, 4>;
+            var q = array<vec4f, 4>();
             for (var r = 0u; r < 4u; r++) {
                 q[r] = unpack4(x[n][r]) * score_sign();
                 if HEAD_DIM % CHUNK > 0u {
@@ -144,7 +144,7 @@ fn store_key(x: Keys, thread: u32) {
     for (var n = 0u; n < KEY_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < KEYS4 * CHUNK4 {
-            var k: array<vec4f, 4>;
+            var k = array<vec4f, 4>();
             for (var r = 0u; r < 4u; r++) {
                 k[r] = unpack4(x[n][r]);
             }
@@ -253,7 +253,7 @@ fn forward(
     workgroupBarrier();
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         // S = Q K^T
-        var s: Scores;
+        var s = Scores();
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
             // The next chunk: of this tile, or the first of the next tile.
             let more = d0 + CHUNK < HEAD_DIM;
@@ -324,9 +324,9 @@ fn forward(
         workgroupBarrier();
 
         // P = exp(S - m'),  l = exp(m - m') l + rowsum P
-        var shrink: array<vec4f, TR>;
+        var shrink = array<vec4f, TR>();
         for (var r = 0u; r < TR; r++) {
-            var most: vec4f;
+            var most = vec4f();
             for (var e = 0u; e < 4u; e++) {
                 most[e] = maxima[4u * (r * THREADS_Y + ty) + e];
                 shrink[r][e] = shrinks[4u * (r * THREADS_Y + ty) + e];

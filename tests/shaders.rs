@@ -1,6 +1,8 @@
 //! Every module that a plan can build: naga accepts it, every backend can write it, and it keeps within what it says
 //! of itself and within WebGPU's default limits. Needs no GPU.
 
+#[path = "common/loops.rs"]
+mod loops;
 #[path = "common/stores.rs"]
 mod stores;
 #[path = "common/switched.rs"]
@@ -8,6 +10,7 @@ mod switched;
 
 use std::collections::HashSet;
 
+use loops::uninitialised_in_loop;
 use naga::back::{hlsl, msl, spv};
 use naga::proc::Layouter;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
@@ -75,6 +78,10 @@ fn place(specialization: &Specialization, source: &Source, line: Option<u32>) ->
 
 fn validate(specialization: &Specialization) -> (Module, ModuleInfo) {
     let source = specialization.source().unwrap();
+    if let Some((line, text)) = uninitialised_in_loop(&source.text) {
+        let place = place(specialization, &source, Some(line as u32));
+        panic!("{place}: browsers do not zero this variable in each iteration, give it a value: {text}");
+    }
     let module = naga::front::wgsl::parse_str(&source.text).unwrap_or_else(|error| {
         let line = error.location(&source.text).map(|location| location.line_number);
         panic!("{}: {}", place(specialization, &source, line), error.emit_to_string(&source.text))
@@ -292,5 +299,21 @@ fn merge() {
                 fits(&module, &wgpu::Limits::default());
             }
         }
+    }
+}
+
+#[test]
+fn variables_in_loops_without_a_value_are_found() {
+    for (text, line) in [
+        (
+            "fn f() {\n  var a: u32;\n  for (var i = 0u; i < 2u; i++) {\n    var b = vec2f();\n  }\n  var c: f32;\n}",
+            None,
+        ),
+        ("fn f() {\n  for (var i = 0u; i < 2u; i++) {\n    var b: array<f32, 2>; // zero = 0\n  }\n}", Some(3)),
+        ("fn f() {\n  loop {\n    if x {\n      var b: f32;\n    }\n  }\n}", Some(4)),
+        ("fn f() {\n  while x\n  {\n    { var b: f32; }\n  }\n}", Some(4)),
+        ("fn f() { for (;;) { } var b: f32; }\nvar<private> p: f32;", None),
+    ] {
+        assert_eq!(uninitialised_in_loop(text).map(|(line, _)| line), line, "{text}");
     }
 }

@@ -11,7 +11,7 @@
         value_next = load_value(value_start, u32(next), last, thread);
 
         // S = Q K^T
-        var s: array<array<Accumulator, KM>, ROW_MATRICES>;
+        var s = array<array<Accumulator, KM>, ROW_MATRICES>();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
@@ -31,7 +31,7 @@
                 }
             }
         }
-        var x: array<array<Lane, KM>, ROW_MATRICES>;
+        var x = array<array<Lane, KM>, ROW_MATRICES>();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
@@ -69,7 +69,7 @@
         }
 
         // If a row of the subgroup has grown:  m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
-        var most: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
+        var most = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
         var grown = false;
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
@@ -100,7 +100,7 @@
         for (var once = u32(subgroupAny(grown)); once > 0u; once--) {
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                var shrink: array<f32, LANE_ROWS>;
+                var shrink = array<f32, LANE_ROWS>();
 #unroll
                 for (var h = 0u; h < LANE_ROWS; h++) {
                     let larger = max(m[r][h], most[r][h]);
@@ -137,7 +137,7 @@
         // O = O + P V
 #unroll
         for (var c = 0u; c < KM; c++) {
-            var p: array<Left, ROW_MATRICES>;
+            var p = array<Left, ROW_MATRICES>();
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 p[r] = left(x[r][c]);

@@ -152,7 +152,7 @@ alias Gradients = array<array<Lane, SUM_MATRICES>, MATRICES>;
 fn products(lefts: ptr<function, Lefts>, half: u32) -> Scores {
     var x: Scores;
     for (var c = 0u; c < SM; c++) {
-        var sum: array<Accumulator, MATRICES>;
+        var sum = array<Accumulator, MATRICES>();
         for (var r = 0u; r < MATRICES; r++) {
             sum[r] = Accumulator();
         }
@@ -189,7 +189,7 @@ fn add_products(sums: ptr<function, Gradients>, x: Scores, tensor: u32, scale: f
     }
     let unscale = inverse(x_scale) * inverse(scale);
     for (var d = 0u; d < SUM_MATRICES; d++) {
-        var sum: array<Accumulator, MATRICES>;
+        var sum = array<Accumulator, MATRICES>();
         for (var r = 0u; r < MATRICES; r++) {
             sum[r] = Accumulator();
         }

@@ -62,7 +62,7 @@ fn left_parts(x: Lane) -> array<Left, PARTS> {
     var parts: array<Left, PARTS>;
     var rest = x;
     for (var part = 0u; part < PARTS; part++) {
-        var now: Lane;
+        var now = Lane();
         for (var e = 0u; e < ELEMENTS; e++) {
             now[e] = part_of(rest[e], part);
             rest[e] -= now[e];

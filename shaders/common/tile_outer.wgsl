@@ -5,7 +5,7 @@ fn add_to_$result($result: ptr<function, array<array<vec4f, $columns>, 4u * $vec
 #unroll
 #endif
     for (var l = 0u; l < $lines; l++) {
-        var b: array<vec4f, $columns>;
+        var b = array<vec4f, $columns>();
         for (var u = 0u; u < $columns; u++) {
             b[u] = tiles[$at + l * $columns * THREADS_X + u * THREADS_X + tx];
         }

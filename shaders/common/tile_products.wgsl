@@ -28,7 +28,7 @@ fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
     // Written out if the tile says so: loads of the next vectors are then among the products of these.
 #unroll
     for (var d = 0u; d < CHUNK4; d++) {
-        var b: array<vec4f, TC>;
+        var b = array<vec4f, TC>();
         for (var c = 0u; c < TC; c++) {
             b[c] = tiles[STEP_AT + (c * THREADS_X + tx) * CHUNK_STRIDE + d];
         }

@@ -3,7 +3,7 @@
 fn add_result_$columns(result: ptr<function, array<array<vec4f, $columns>, TR>>, first: u32, ty: u32, tx: u32) {
 #unroll
     for (var k = 0u; k < BLOCK4; k++) {
-        var b: array<array<vec4f, $columns>, 4>;
+        var b = array<array<vec4f, $columns>, 4>();
         for (var n = 0u; n < 4u; n++) {
             for (var u = 0u; u < $columns; u++) {
                 b[n][u] = tiles[BLOCK_AT + (4u * k + n) * $columns * THREADS_X + u * THREADS_X + tx];

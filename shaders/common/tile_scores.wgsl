@@ -11,7 +11,7 @@ fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
 #unroll
 #endif
     for (var d = 0u; d < CHUNK; d++) {
-        var b: array<vec4f, $vectors>;
+        var b = array<vec4f, $vectors>();
         for (var r = 0u; r < $vectors; r++) {
             b[r] = tiles[column_at(d, $count4) + r * THREADS_Y + ty];
         }

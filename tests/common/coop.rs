@@ -133,6 +133,9 @@ pub fn check_wgsl(specialization: &Specialization, format: MatrixFormat, said: u
     let text = specialization.source().unwrap().text;
     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
     let fail = |error: &str| -> ! { panic!("{specialization:?}: {error}") };
+    if let Some((line, text)) = super::loops::uninitialised_in_loop(&text) {
+        fail(&format!("line {line}: a variable in a loop without a value: {text}"));
+    }
     let module = naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
     let capabilities = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
     let mut validator = Validator::new(ValidationFlags::all(), capabilities);

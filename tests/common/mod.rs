@@ -7,6 +7,7 @@
 pub mod backward;
 pub mod cases;
 pub mod coop;
+pub mod loops;
 pub mod stores;
 pub mod switched;
 
