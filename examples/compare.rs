@@ -538,18 +538,17 @@ fn compare_one<T: Number>(
     report: &mut Report,
 ) -> Result<()> {
     let name = candidate.to_string();
-    let options = PlanOptions {
-        kernel: Some(candidate.kernel),
-        tile: candidate.tile,
-        coop_tile: candidate.coop_tile,
-        coop_form: candidate.coop_form,
-        coop_backward_tiles: candidate.coop_backward_tiles,
-        decode_tile: candidate.decode_tile,
-        splits: candidate.splits,
-        backward: Some(candidate.kernel),
-        backward_tile: candidate.backward_tile,
-        fused_tile: candidate.fused_tile,
-    };
+    let options = PlanOptions::default()
+        .kernel(candidate.kernel)
+        .tile(candidate.tile)
+        .coop_tile(candidate.coop_tile)
+        .coop_form(candidate.coop_form)
+        .coop_backward_tiles(candidate.coop_backward_tiles)
+        .decode_tile(candidate.decode_tile)
+        .splits(candidate.splits)
+        .backward(candidate.kernel)
+        .backward_tile(candidate.backward_tile)
+        .fused_tile(candidate.fused_tile);
     let problem = match op {
         Op::Forward => problem.clone(),
         Op::Backward | Op::Both => problem.clone().with_gradients(),
@@ -627,7 +626,7 @@ fn compare_all<T: Number>(
     masks: &[Option<Causal>],
     report: &mut Report,
 ) -> Result<()> {
-    let problem = Problem { lse: true, ..Problem::new(shape, T::TYPE) };
+    let problem = Problem::new(shape, T::TYPE).with_lse();
     problem.validate()?;
     let needed = args.op.iter().any(|&op| op != Op::Forward);
     let (inputs, outputs) = (input_bytes(&problem), output_bytes(&problem));
@@ -653,7 +652,8 @@ fn compare_all<T: Number>(
     let upstream = Upstream { out: support::random(elements(shape.heads_q, shape.seqlen_q), 4), lse: None };
     drop(making);
     for &causal in masks {
-        let problem = Problem { causal, ..problem.clone() };
+        let mut problem = problem.clone();
+        problem.causal = causal;
         let checking = report.progress(format!("computing rows of {} in f64, to check with", label(&shape)));
         report.bar.set_message(format!("rows of {} in f64, to check with", label(&shape)));
         let sample = Sample::of(&problem, &tensors);
@@ -688,11 +688,9 @@ fn run(mut args: Args) -> Result<bool> {
     // Opened first: what cannot be written is better known before than after minutes of measuring.
     let mut csv = args.csv.as_ref().map(|path| OutputFile::open(path, &[])).transpose()?;
     let plot = args.plot.as_ref().map(|path| OutputFile::open(path, &[])).transpose()?;
-    let context = Context::headless_with(&HeadlessOptions {
-        adapter: args.adapter.clone(),
-        cooperative_matrices: args.kernels.contains(&KernelName::Coop),
-        ..Default::default()
-    })?;
+    let mut options = HeadlessOptions::default().cooperative_matrices(args.kernels.contains(&KernelName::Coop));
+    options.adapter = args.adapter.clone();
+    let context = Context::headless_with(&options)?;
     let masks: &[_] = match args.causal {
         Masks::None => &[None],
         Masks::Only => &[Some(Causal::BottomRight)],

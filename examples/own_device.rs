@@ -35,15 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     // Recorded into the application's encoder; the application submits when it likes.
     let mut encoder = device.create_command_encoder(&Default::default());
-    let buffers = ForwardBuffers {
-        query: q.as_entire_buffer_binding(),
-        key: k.as_entire_buffer_binding(),
-        value: v.as_entire_buffer_binding(),
-        out: out.as_entire_buffer_binding(),
-        lse: None,
-        seqlens_k: None,
-        workspace: workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-    };
+    let buffers = ForwardBuffers::new(&q, &k, &v, &out).workspace(workspace.as_ref());
     plan.forward(&mut encoder, &buffers)?;
     queue.submit([encoder.finish()]);
 

@@ -248,11 +248,8 @@ fn run(args: &Args) -> Result<()> {
     };
     // Now, rather than after the training.
     let plot = args.plot.as_ref().map(|path| OutputFile::open(path, args.text.as_deref().as_slice())).transpose()?;
-    let options = HeadlessOptions {
-        adapter: args.adapter.clone(),
-        cooperative_matrices: args.kernel == KernelName::Coop,
-        ..Default::default()
-    };
+    let mut options = HeadlessOptions::default().cooperative_matrices(args.kernel == KernelName::Coop);
+    options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options).map_err(words)?;
     say("adapter", support::adapter_name(&context));
     say("text", format!("{name}: {characters} characters, {} different ones", sizes.vocabulary));

@@ -33,7 +33,7 @@ impl Element for half::bf16 {
     const TYPE: ElementType = ElementType::BF16;
 }
 
-/// A contiguous host tensor `[batch, heads, positions, dim]`.
+/// A contiguous host tensor `[batch, heads, positions, dim]`. Plain data that stays as it is.
 #[derive(Clone, Copy, Debug)]
 pub struct HostTensor<'a, T> {
     /// The elements, the last index fastest.
@@ -44,6 +44,7 @@ pub struct HostTensor<'a, T> {
 
 /// The options of PyTorch's `scaled_dot_product_attention` that this crate has.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct SdpaOptions {
     /// Query `i` sees keys `j ≤ i`: PyTorch's causal mask, aligned to the top left.
     pub is_causal: bool,
@@ -53,8 +54,30 @@ pub struct SdpaOptions {
     pub enable_gqa: bool,
 }
 
+/// Each method sets the field of its name.
+impl SdpaOptions {
+    /// PyTorch's causal mask, aligned to the top left.
+    pub const fn is_causal(mut self, is_causal: bool) -> Self {
+        self.is_causal = is_causal;
+        self
+    }
+
+    /// Factor of the scores; `None` is `1/√dim`.
+    pub fn scale(mut self, scale: impl Into<Option<f32>>) -> Self {
+        self.scale = scale.into();
+        self
+    }
+
+    /// Allows k and v to have fewer heads than q.
+    pub const fn enable_gqa(mut self, enable_gqa: bool) -> Self {
+        self.enable_gqa = enable_gqa;
+        self
+    }
+}
+
 /// Which device [`Context::headless_with`] opens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HeadlessOptions {
     /// Takes the first adapter whose name, driver or backend holds this text, without regard to case.
     pub adapter: Option<String>,
@@ -64,6 +87,27 @@ pub struct HeadlessOptions {
     /// experimental: it may have bugs with undefined behaviour; with `PASSTHROUGH_SHADERS` where the adapter has it.
     /// And the context with [`Context::with_cooperative_matrices`].
     pub cooperative_matrices: bool,
+}
+
+/// Each method sets the field of its name.
+impl HeadlessOptions {
+    /// The adapter whose name, driver or backend holds this text.
+    pub fn adapter(mut self, text: impl Into<String>) -> Self {
+        self.adapter = Some(text.into());
+        self
+    }
+
+    /// Bounds checks in every kernel.
+    pub const fn checked(mut self, checked: bool) -> Self {
+        self.checked = checked;
+        self
+    }
+
+    /// Kernels on cooperative matrices.
+    pub const fn cooperative_matrices(mut self, cooperative_matrices: bool) -> Self {
+        self.cooperative_matrices = cooperative_matrices;
+        self
+    }
 }
 
 impl Context {
@@ -202,15 +246,7 @@ impl Context {
         });
         let workspace = plan.create_workspace();
         let mut encoder = self.device().create_command_encoder(&Default::default());
-        let buffers = ForwardBuffers {
-            query: q.as_entire_buffer_binding(),
-            key: k.as_entire_buffer_binding(),
-            value: v.as_entire_buffer_binding(),
-            out: out.as_entire_buffer_binding(),
-            lse: None,
-            seqlens_k: None,
-            workspace: workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-        };
+        let buffers = ForwardBuffers::new(&q, &k, &v, &out).workspace(workspace.as_ref());
         plan.forward(&mut encoder, &buffers)?;
         self.queue().submit([encoder.finish()]);
         Ok(Some((out, out_bytes)))

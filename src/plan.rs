@@ -11,32 +11,103 @@ use crate::problem::{Layout, Tensor};
 use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use crate::{ElementType, Error, Problem};
 
-/// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes.
+/// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes. Those of tiles name types that may change in
+/// any release (see [the crate's documentation](crate#what-may-change)).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct PlanOptions {
     /// The kernel; `None` lets the plan choose.
     pub kernel: Option<Kernel>,
-    /// The tile of the tile kernel; `None` takes [`tune::tile`].
-    pub tile: Option<Tile>,
-    /// The tile of the coop kernel; `None` takes [`tune::coop_tile`], or [`tune::coop_scaled_tile`] for f32 and bf16.
-    pub coop_tile: Option<CoopTile>,
-    /// The form of the coop kernel, forward and backward; `None` takes the faster of those that the device allows.
-    pub coop_form: Option<CoopForm>,
-    /// The tile of the decode kernel; `None` takes [`tune::decode_tile`].
-    pub decode_tile: Option<DecodeTile>,
-    /// Into how many splits the decode kernel cuts the keys; `None` takes [`tune::decode_splits`].
-    pub splits: Option<u32>,
     /// The kernel of the backward pass; `None` lets the plan choose.
     pub backward: Option<Kernel>,
-    /// The tile of the backward pass' tile kernels, of which each computes the scores; `None` takes [`tune::backward_tiles`]
+    /// The form of the coop kernel, forward and backward; `None` takes the faster of those that the device allows.
+    pub coop_form: Option<CoopForm>,
+    /// Into how many splits the decode kernel cuts the keys; `None` takes `tune::decode_splits`.
+    pub splits: Option<u32>,
+    /// The tile of the tile kernel; `None` takes `tune::tile`.
+    #[doc(hidden)]
+    pub tile: Option<Tile>,
+    /// The tile of the coop kernel; `None` takes `tune::coop_tile`, or `tune::coop_scaled_tile` for f32 and bf16.
+    #[doc(hidden)]
+    pub coop_tile: Option<CoopTile>,
+    /// The tile of the decode kernel; `None` takes `tune::decode_tile`.
+    #[doc(hidden)]
+    pub decode_tile: Option<DecodeTile>,
+    /// The tile of the backward pass' tile kernels, of which each computes the scores; `None` takes `tune::backward_tiles`
     /// unless there is a `fused_tile`.
+    #[doc(hidden)]
     pub backward_tile: Option<BackwardTile>,
     /// The tile of the backward pass' tile kernel that computes all gradients at once, in f32, whatever `backward_tile` is; `None` takes
-    /// [`tune::fused_tile`], or the other kernels where there is a `backward_tile`.
+    /// `tune::fused_tile`, or the other kernels where there is a `backward_tile`.
+    #[doc(hidden)]
     pub fused_tile: Option<FusedTile>,
     /// The tiles of the backward pass' coop kernels, of the gradients of keys and values and of queries; `None` takes
-    /// [`tune::coop_backward_tiles`], or [`tune::coop_scaled_backward_tiles`] for f32 and bf16.
+    /// `tune::coop_backward_tiles`, or `tune::coop_scaled_backward_tiles` for f32 and bf16.
+    #[doc(hidden)]
     pub coop_backward_tiles: Option<[CoopBackwardTile; 2]>,
+}
+
+/// Each method sets the field of its name; `None` leaves the choice to the plan.
+impl PlanOptions {
+    /// The kernel of the forward pass.
+    pub fn kernel(mut self, kernel: impl Into<Option<Kernel>>) -> Self {
+        self.kernel = kernel.into();
+        self
+    }
+
+    /// The kernel of the backward pass.
+    pub fn backward(mut self, kernel: impl Into<Option<Kernel>>) -> Self {
+        self.backward = kernel.into();
+        self
+    }
+
+    /// The form of the coop kernel, forward and backward.
+    pub fn coop_form(mut self, form: impl Into<Option<CoopForm>>) -> Self {
+        self.coop_form = form.into();
+        self
+    }
+
+    /// The splits of the decode kernel.
+    pub fn splits(mut self, splits: impl Into<Option<u32>>) -> Self {
+        self.splits = splits.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn tile(mut self, tile: impl Into<Option<Tile>>) -> Self {
+        self.tile = tile.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn coop_tile(mut self, tile: impl Into<Option<CoopTile>>) -> Self {
+        self.coop_tile = tile.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn decode_tile(mut self, tile: impl Into<Option<DecodeTile>>) -> Self {
+        self.decode_tile = tile.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn backward_tile(mut self, tile: impl Into<Option<BackwardTile>>) -> Self {
+        self.backward_tile = tile.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn fused_tile(mut self, tile: impl Into<Option<FusedTile>>) -> Self {
+        self.fused_tile = tile.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn coop_backward_tiles(mut self, tiles: impl Into<Option<[CoopBackwardTile; 2]>>) -> Self {
+        self.coop_backward_tiles = tiles.into();
+        self
+    }
 }
 
 /// How a problem is computed on a device. Made by [`Context::plan`]; used any number of times.
@@ -230,19 +301,19 @@ fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backward: bool) ->
         ranges.push((slot, start, size));
         tensor
     };
-    uniform.query = add(Slot::Query, &problem.query, false, shape.head_dim, bytes);
-    uniform.key = add(Slot::Key, &problem.key, true, shape.head_dim, bytes);
-    uniform.value = add(Slot::Value, &problem.value, true, shape.head_dim_v, bytes);
-    uniform.out = add(Slot::Out, &problem.out, false, shape.head_dim_v, bytes);
+    uniform.query = add(Slot::Query, &problem.layout(Tensor::Query), false, shape.head_dim, bytes);
+    uniform.key = add(Slot::Key, &problem.layout(Tensor::Key), true, shape.head_dim, bytes);
+    uniform.value = add(Slot::Value, &problem.layout(Tensor::Value), true, shape.head_dim_v, bytes);
+    uniform.out = add(Slot::Out, &problem.layout(Tensor::Out), false, shape.head_dim_v, bytes);
     let of_lse = Layout::bhnd(shape.heads_q, shape.seqlen_q, 1);
     if problem.lse {
         uniform.lse = add(Slot::Lse, &of_lse, false, 1, 4);
     }
     if let Some(gradients) = problem.gradients.filter(|_| backward) {
-        uniform.grad_out = add(Slot::GradOut, &gradients.out, false, shape.head_dim_v, bytes);
-        uniform.grad_query = add(Slot::GradQuery, &gradients.query, false, shape.head_dim, bytes);
-        uniform.grad_key = add(Slot::GradKey, &gradients.key, true, shape.head_dim, bytes);
-        uniform.grad_value = add(Slot::GradValue, &gradients.value, true, shape.head_dim_v, bytes);
+        uniform.grad_out = add(Slot::GradOut, &problem.layout(Tensor::GradOut), false, shape.head_dim_v, bytes);
+        uniform.grad_query = add(Slot::GradQuery, &problem.layout(Tensor::GradQuery), false, shape.head_dim, bytes);
+        uniform.grad_key = add(Slot::GradKey, &problem.layout(Tensor::GradKey), true, shape.head_dim, bytes);
+        uniform.grad_value = add(Slot::GradValue, &problem.layout(Tensor::GradValue), true, shape.head_dim_v, bytes);
         if gradients.lse {
             add(Slot::GradLse, &of_lse, false, 1, 4);
         }
@@ -344,14 +415,14 @@ impl Schedule {
     }
 
     /// Binds the buffers of every launch.
-    pub(crate) fn bind<'p>(
-        &'p self,
+    pub(crate) fn bind(
+        &self,
         device: &wgpu::Device,
         slots: &[(Slot, &wgpu::BufferBinding<'_>)],
-    ) -> Vec<(&'p Pipeline, wgpu::BindGroup, [u32; 3])> {
-        let bind = |launch: &'p Launch| {
+    ) -> Vec<(Arc<Pipeline>, wgpu::BindGroup, [u32; 3])> {
+        let bind = |launch: &Launch| {
             let uniforms = self.uniforms.as_ref()?;
-            Some((&*launch.pipeline, bind_launch(device, launch, uniforms, slots), launch.workgroups))
+            Some((launch.pipeline.clone(), bind_launch(device, launch, uniforms, slots), launch.workgroups))
         };
         self.launches.iter().filter_map(bind).collect()
     }
@@ -548,6 +619,7 @@ impl Plan {
     }
 
     /// The tile kernel's tile; `None` for another kernel.
+    #[doc(hidden)]
     pub fn tile(&self) -> Option<Tile> {
         self.tile
     }

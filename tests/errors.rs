@@ -7,8 +7,8 @@ use common::*;
 use wgpu_flash_attention::tune::{BackwardTile, Tile};
 use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferSize, BufferUsages, ErrorFilter};
 use wgpu_flash_attention::{
-    BackwardBuffers, Context, ElementType, Error, ForwardBuffers, Gradients, HeadlessOptions, Kernel, Layout,
-    PlanOptions, Problem, Shape,
+    BackwardBuffers, Context, ElementType, Error, ForwardBuffers, HeadlessOptions, Kernel, Layout, PlanOptions,
+    Problem, Shape, Tensor,
 };
 
 const POISON: u32 = 0x7fc5_a5a5;
@@ -31,6 +31,11 @@ fn problem() -> Problem {
     case(2, [4, 2], [6, 10], [8, 4]).seqlens(&[10, 7]).problem
 }
 
+fn of_f16(mut problem: Problem) -> Problem {
+    problem.element_type = ElementType::F16;
+    problem
+}
+
 /// Problems and options that no plan is made for, and what the error says.
 #[test]
 fn plans() {
@@ -40,10 +45,10 @@ fn plans() {
         change(&mut problem.shape);
         problem
     };
-    let with_tile = |found: Tile| PlanOptions { tile: Some(found), ..tile() };
+    let with_tile = |found: Tile| tile().tile(found);
     let fine = Tile { rows: 8, keys: 16, threads_y: 2, threads_x: 4, chunk: 8, value_keys: 4, written_out: false };
     let bad = BackwardTile { own: 9, step: 8, threads_y: 3, threads_x: 2, chunk: 8, block: 8, written_out: false };
-    let backward = PlanOptions { backward: Some(Kernel::Tile), backward_tile: Some(bad), ..tile() };
+    let backward = tile().backward(Kernel::Tile).backward_tile(bad);
     let head_dim = |argument, found| Error::HeadDim { argument, found };
     let seqlen = |argument, found| Error::Seqlen { argument, found };
     let far = Layout { offset: 0, batch: u64::MAX / 2, head: u64::MAX / 2, row: 8 };
@@ -62,13 +67,23 @@ fn plans() {
         (good().softcap(0.0), tile(), Error::Softcap(0.0), "softcap is 0"),
         (good().softcap(-2.0), tile(), Error::Softcap(-2.0), "softcap is -2"),
         (good().softcap(f32::INFINITY), tile(), Error::Softcap(f32::INFINITY), "softcap is inf"),
-        (Problem { query: far, ..good() }, tile(), Error::LayoutOverflow { argument: "query" }, "query"),
-        (Problem { key: far, ..good() }, tile(), Error::LayoutOverflow { argument: "key" }, "key"),
-        (Problem { value: far, ..good() }, tile(), Error::LayoutOverflow { argument: "value" }, "value"),
-        (Problem { out: far, ..good() }, tile(), Error::LayoutOverflow { argument: "out" }, "out"),
-        (Problem { out: Layout { row: 3, ..good().out }, ..good() }, tile(), overlap.clone(), "out"),
-        (Problem { out: Layout { head: 0, ..good().out }, ..good() }, naive(), overlap.clone(), "out"),
-        (Problem { out: Layout { batch: 95, ..good().out }, ..good() }, naive(), overlap, "out"),
+        (good().with_layout(Tensor::Query, far), tile(), Error::LayoutOverflow { argument: "query" }, "query"),
+        (good().with_layout(Tensor::Key, far), tile(), Error::LayoutOverflow { argument: "key" }, "key"),
+        (good().with_layout(Tensor::Value, far), tile(), Error::LayoutOverflow { argument: "value" }, "value"),
+        (good().with_layout(Tensor::Out, far), tile(), Error::LayoutOverflow { argument: "out" }, "out"),
+        (
+            good().with_layout(Tensor::Out, Layout { row: 3, ..good().layout(Tensor::Out) }),
+            tile(),
+            overlap.clone(),
+            "out",
+        ),
+        (
+            good().with_layout(Tensor::Out, Layout { head: 0, ..good().layout(Tensor::Out) }),
+            naive(),
+            overlap.clone(),
+            "out",
+        ),
+        (good().with_layout(Tensor::Out, Layout { batch: 95, ..good().layout(Tensor::Out) }), naive(), overlap, "out"),
         (
             good(),
             with_tile(Tile { threads_y: 3, ..fine }),
@@ -90,7 +105,7 @@ fn plans() {
             "tile",
         ),
         (
-            Problem { element_type: ElementType::F16, ..good() }.with_gradients(),
+            of_f16(good()).with_gradients(),
             fused([32, 32], 8, 16, 16, [32, 32]),
             Error::Unsupported {
                 kernel: Kernel::Tile,
@@ -106,8 +121,8 @@ fn plans() {
         assert!(error.to_string().contains(named), "{error}");
     }
     // This context was made without cooperative matrices.
-    let coop = PlanOptions { kernel: Some(Kernel::Coop), ..Default::default() };
-    let error = full().plan_with(&Problem { element_type: ElementType::F16, ..good() }, &coop).unwrap_err();
+    let coop = PlanOptions::default().kernel(Kernel::Coop);
+    let error = full().plan_with(&of_f16(good()), &coop).unwrap_err();
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
     assert!(error.to_string().contains("with_cooperative_matrices"), "{error}");
     // NaN is not equal to itself.
@@ -173,15 +188,10 @@ impl Buffers {
     }
 
     fn bound(&self) -> ForwardBuffers<'_> {
-        ForwardBuffers {
-            query: self.query.as_entire_buffer_binding(),
-            key: self.key.as_entire_buffer_binding(),
-            value: self.value.as_entire_buffer_binding(),
-            out: self.out.as_entire_buffer_binding(),
-            lse: Some(self.lse.as_entire_buffer_binding()),
-            seqlens_k: Some(self.seqlens_k.as_entire_buffer_binding()),
-            workspace: Some(self.workspace.as_entire_buffer_binding()),
-        }
+        ForwardBuffers::new(&self.query, &self.key, &self.value, &self.out)
+            .lse(&self.lse)
+            .seqlens_k(&self.seqlens_k)
+            .workspace(&self.workspace)
     }
 
     fn poisoned(&self, context: &Context) -> bool {
@@ -289,7 +299,8 @@ fn buffers() {
 
 #[test]
 fn unexpected_buffers() {
-    let plain = Problem { lse: false, seqlens_k: false, ..problem() };
+    let mut plain = problem();
+    (plain.lse, plain.seqlens_k) = (false, false);
     let changes: [(Change, &str); 2] =
         [(|w, b| b.lse = Some(at(&w.lse, 0)), "lse"), (|w, b| b.seqlens_k = Some(at(&w.seqlens_k, 0)), "seqlens_k")];
     for (change, argument) in changes {
@@ -374,26 +385,12 @@ impl GradientBuffers {
     }
 
     fn bound(&self) -> BackwardBuffers<'_> {
-        let [query, key, value, out, lse, grad_out, grad_lse] =
-            [0, 1, 2, 3, 4, 5, 6].map(|n| self.inputs[n].as_entire_buffer_binding());
-        let [grad_query, grad_key, grad_value, workspace] =
-            [0, 1, 2, 3].map(|n| self.outputs[n].as_entire_buffer_binding());
-        let (grad_lse, workspace) = (Some(grad_lse), Some(workspace));
-        let seqlens_k = Some(self.seqlens_k.as_entire_buffer_binding());
-        BackwardBuffers {
-            query,
-            key,
-            value,
-            out,
-            lse,
-            grad_out,
-            grad_lse,
-            grad_query,
-            grad_key,
-            grad_value,
-            seqlens_k,
-            workspace,
-        }
+        let [query, key, value, out, lse, grad_out, grad_lse] = [0, 1, 2, 3, 4, 5, 6].map(|n| &self.inputs[n]);
+        let [grad_query, grad_key, grad_value, workspace] = [0, 1, 2, 3].map(|n| &self.outputs[n]);
+        let forward = ForwardBuffers::new(query, key, value, out).lse(lse).seqlens_k(&self.seqlens_k);
+        BackwardBuffers::new(&forward, grad_out, [grad_query, grad_key, grad_value])
+            .grad_lse(grad_lse)
+            .workspace(workspace)
     }
 
     fn poisoned(&self, context: &Context) -> bool {
@@ -405,9 +402,7 @@ impl GradientBuffers {
 }
 
 fn problem_with_gradients() -> Problem {
-    let mut problem = problem().with_gradients();
-    problem.gradients.as_mut().unwrap().lse = true;
-    problem
+    problem().with_grad_lse()
 }
 
 #[test]
@@ -418,6 +413,7 @@ fn backward_buffers() {
     let aliased = |output, other| Error::BufferAliased { output, other };
     let usage = |argument| Error::BufferUsage { argument, found: BufferUsages::COPY_DST | BufferUsages::UNIFORM };
     let refused: Vec<(Change, Error)> = vec![
+        (|_, b| b.lse = None, missing("lse", 192)),
         (|_, b| b.grad_lse = None, missing("grad_lse", 192)),
         (|_, b| b.seqlens_k = None, missing("seqlens_k", 8)),
         (|_, b| b.workspace = None, missing("workspace", 384)),
@@ -425,7 +421,7 @@ fn backward_buffers() {
         (|w, b| b.key = first(&w.inputs[1], 1276), short("key", 1280, 1276)),
         (|w, b| b.value = first(&w.inputs[2], 636), short("value", 640, 636)),
         (|w, b| b.out = first(&w.inputs[3], 764), short("out", 768, 764)),
-        (|w, b| b.lse = first(&w.inputs[4], 188), short("lse", 192, 188)),
+        (|w, b| b.lse = Some(first(&w.inputs[4], 188)), short("lse", 192, 188)),
         (|w, b| b.grad_out = first(&w.inputs[5], 764), short("grad_out", 768, 764)),
         (|w, b| b.grad_lse = Some(first(&w.inputs[6], 188)), short("grad_lse", 192, 188)),
         (|w, b| b.grad_query = first(&w.outputs[0], 1532), short("grad_query", 1536, 1532)),
@@ -433,7 +429,7 @@ fn backward_buffers() {
         (|w, b| b.grad_value = first(&w.outputs[2], 636), short("grad_value", 640, 636)),
         (|w, b| b.workspace = Some(first(&w.outputs[3], 380)), short("workspace", 384, 380)),
         (|w, b| b.out = at(&w.no_storage, 0), usage("out")),
-        (|w, b| b.lse = at(&w.no_storage, 0), usage("lse")),
+        (|w, b| b.lse = Some(at(&w.no_storage, 0)), usage("lse")),
         (|w, b| b.grad_out = at(&w.no_storage, 0), usage("grad_out")),
         (|w, b| b.grad_lse = Some(at(&w.no_storage, 0)), usage("grad_lse")),
         (|w, b| b.grad_query = at(&w.no_storage, 0), usage("grad_query")),
@@ -488,38 +484,40 @@ fn backward_of_other_plans() {
 #[test]
 fn problems_with_bad_gradients() {
     let good = problem_with_gradients;
-    let gradients = |change: fn(&mut Gradients)| {
-        let mut problem = good();
-        change(problem.gradients.as_mut().unwrap());
-        problem
+    let with = |tensor, change: fn(&mut Layout)| {
+        let mut layout = good().layout(tensor);
+        change(&mut layout);
+        good().with_layout(tensor, layout)
     };
+    let mut without_lse = good();
+    without_lse.lse = false;
     let far = |argument| Error::LayoutOverflow { argument };
     let overlap = |argument| Error::OutputOverlap { argument };
     for (problem, expected, named) in [
-        (Problem { lse: false, ..good() }, Error::GradientsWithoutLse, "lse"),
-        (gradients(|g| g.out.batch = u64::MAX), far("grad_out"), "grad_out"),
-        (gradients(|g| g.key.batch = u64::MAX), far("grad_key"), "grad_key"),
-        (gradients(|g| g.query.row = 7), overlap("grad_query"), "grad_query"),
-        (gradients(|g| g.key.head = 0), overlap("grad_key"), "grad_key"),
-        (gradients(|g| g.value.row = 0), overlap("grad_value"), "grad_value"),
+        (without_lse, Error::GradientsWithoutLse, "lse"),
+        (with(Tensor::GradOut, |l| l.batch = u64::MAX), far("grad_out"), "grad_out"),
+        (with(Tensor::GradKey, |l| l.batch = u64::MAX), far("grad_key"), "grad_key"),
+        (with(Tensor::GradQuery, |l| l.row = 7), overlap("grad_query"), "grad_query"),
+        (with(Tensor::GradKey, |l| l.head = 0), overlap("grad_key"), "grad_key"),
+        (with(Tensor::GradValue, |l| l.row = 0), overlap("grad_value"), "grad_value"),
     ] {
         let error = without_device_error(full(), || full().plan(&problem)).unwrap_err();
         assert_eq!(error, expected);
         assert!(error.to_string().contains(named), "{error}");
     }
-    let options = PlanOptions { backward: Some(Kernel::Decode), ..Default::default() };
+    let options = PlanOptions::default().backward(Kernel::Decode);
     let error = full().plan_with(&good(), &options).unwrap_err();
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Decode, .. }), "{error}");
 }
 
 #[test]
 fn adapters() {
-    let options = HeadlessOptions { adapter: Some("no such adapter".into()), ..Default::default() };
+    let options = HeadlessOptions::default().adapter("no such adapter");
     let error = Context::headless_with(&options).unwrap_err();
     assert!(matches!(&error, Error::Adapter(why) if why.contains("no such adapter")), "{error}");
     // Its own name finds it.
     let name = full().device().adapter_info().name;
-    Context::headless_with(&HeadlessOptions { adapter: Some(name.to_uppercase()), ..Default::default() }).unwrap();
+    Context::headless_with(&HeadlessOptions::default().adapter(name.to_uppercase())).unwrap();
 }
 
 #[test]

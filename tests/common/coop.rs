@@ -14,7 +14,7 @@ use super::{Case, cases::dims};
 /// A context with cooperative matrices, on a device of its own: software Vulkan compiles the pipelines of a device one by one,
 /// those of several tests at once.
 pub fn context() -> Option<Context> {
-    let options = HeadlessOptions { cooperative_matrices: true, ..Default::default() };
+    let options = HeadlessOptions::default().cooperative_matrices(true);
     Context::headless_with(&options)
         .inspect_err(|why| skipped(&format!("kernels on cooperative matrices. {why}. {NEWER_DRIVER}")))
         .ok()
@@ -58,7 +58,7 @@ pub fn small_device(features: wgpu::Features, workgroup_bytes: u32) -> Option<Co
 }
 
 pub fn in_form(form: CoopForm, options: PlanOptions) -> PlanOptions {
-    PlanOptions { coop_form: Some(form), ..options }
+    options.coop_form(form)
 }
 
 /// Each way in each form that takes the type.
