@@ -694,16 +694,6 @@ fn options_that_nothing_would_look_at_are_refused() {
 }
 
 #[test]
-fn programs_say_their_version() {
-    let test = std::env::current_exe().unwrap();
-    let folder = test.parent().unwrap().parent().unwrap().join("examples");
-    for name in ["attend", "compare", "stress", "train"] {
-        let output = Command::new(folder.join(name)).arg("--version").output().unwrap();
-        assert_eq!(stdout(&output).trim(), format!("{name} {}", env!("CARGO_PKG_VERSION")));
-    }
-}
-
-#[test]
 fn an_adapter_that_is_not_there_is_named() {
     let output = attend(&["--adapter", "abacus"]);
     assert_eq!(output.status.code(), Some(2));
