@@ -9,6 +9,7 @@ use common::coop::{
     WGSL_FORMATS, check_wgsl, context, dims_of, in_forms, is_software, known_matrices, matrix_size, small_device,
     spirv_error, validator, workgroup_bytes,
 };
+use common::switched::PAIRWISE;
 use common::{Case, TYPES, case, full};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
@@ -301,7 +302,7 @@ fn problems(element_type: ElementType) -> Vec<(u32, Problem)> {
         if element_type == ElementType::BF16 && !whole {
             continue;
         }
-        for switches in 0..16u32 {
+        for switches in PAIRWISE {
             let on = |n: u32| switches >> n & 1 == 1;
             let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
             let mut problem = Problem::new(shape, element_type).with_gradients();
