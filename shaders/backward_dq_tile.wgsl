@@ -58,6 +58,10 @@ fn dq(
     }
 
     var dq: array<array<vec4f, TK>, TR>;
+#if STEP_SUMS
+    // A step has a sum of its own, as in backward_dkdv_tile.wgsl.
+    var dq_step: array<array<vec4f, TK>, TR>;
+#endif
     let first = u32(range.x / i32(STEP) * i32(STEP));
     var query_next = load_chunk_query(query_start, i0, i1 - 1u, 0u, HEAD_DIM, thread);
     var grad_next = load_chunk_grad_out(grad_start, i0, i1 - 1u, 0u, HEAD_DIM_V, thread);
@@ -119,8 +123,21 @@ fn dq(
             store_block_key(key_rows, HEAD_DIM, thread);
             workgroupBarrier();
             key_rows = load_block_key(key_start, j0 + n + BLOCK, last_key, HEAD_DIM, thread);
+#if STEP_SUMS
+            add_result_TK(&dq_step, n, ty, tx);
+#else
             add_result_TK(&dq, n, ty, tx);
+#endif
         }
+#if STEP_SUMS
+        for (var r = 0u; r < TR; r++) {
+            for (var u = 0u; u < TK; u++) {
+                let before = dq[r][u];
+                dq[r][u] += dq_step[r][u];
+                dq_step[r][u] -= dq[r][u] - before;
+            }
+        }
+#endif
     }
 
     for (var r = 0u; r < TR; r++) {
