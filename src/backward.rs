@@ -21,7 +21,7 @@ use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tun
 ///     grad_out: &wgpu::Buffer,
 ///     [dq, dk, dv]: [&wgpu::Buffer; 3],
 /// ) -> Result<(), Error> {
-///     let workspace = plan.create_backward_workspace();
+///     let workspace = plan.create_backward_workspace()?;
 ///     plan.backward(encoder, &BackwardBuffers::new(forward, grad_out, [dq, dk, dv]).workspace(workspace.as_ref()))
 /// }
 /// ```
@@ -136,7 +136,7 @@ impl Plan {
             (Slot::Workspace, Access::ReadWrite, buffers.workspace.as_ref(), schedule.workspace_bytes, true),
         ];
         let slots = check_buffers(&all, self.offset_alignment)?;
-        Ok(BoundPass { steps: schedule.bind(&self.device, &slots) })
+        BoundPass::new(&self.device, || Ok(schedule.bind(&self.device, &slots)))
     }
 }
 

@@ -8,7 +8,7 @@ use crate::kernel::uniform::ProblemUniform;
 use crate::kernel::{Access, Slot};
 use crate::plan::{Launch, Plan};
 use crate::problem::Tensor;
-use crate::{Error, context::Pipeline};
+use crate::{Error, context::Pipeline, faults};
 
 /// A buffer argument: a whole buffer, `&buffer`, or a part of one, `BufferBinding { buffer, offset, size }`.
 pub trait ToBinding<'a>: ToOptionalBinding<'a> {
@@ -59,7 +59,7 @@ impl<'a, B: ToBinding<'a>> ToOptionalBinding<'a> for Option<B> {
 ///
 /// fn forward(plan: &Plan, encoder: &mut wgpu::CommandEncoder, buffers: [&wgpu::Buffer; 5]) -> Result<(), Error> {
 ///     let [q, k, v, o, lse] = buffers;
-///     let workspace = plan.create_workspace(); // `None` if the plan needs none
+///     let workspace = plan.create_workspace()?; // `None` if the plan needs none
 ///     plan.forward(encoder, &ForwardBuffers::new(q, k, v, o).lse(lse).workspace(workspace.as_ref()))
 /// }
 /// ```
@@ -129,10 +129,18 @@ impl<'a> ForwardBuffers<'a> {
 /// plan and its buffers.
 #[derive(Clone, Debug)]
 pub struct BoundPass {
-    pub(crate) steps: Vec<(Arc<Pipeline>, wgpu::BindGroup, [u32; 3])>,
+    pub(crate) steps: Vec<Step>,
 }
 
+/// A dispatch: its pipeline, its bind group, its workgroups.
+pub(crate) type Step = (Arc<Pipeline>, wgpu::BindGroup, [u32; 3]);
+
 impl BoundPass {
+    /// What `bind` binds, unless wgpu finds something wrong with it: a buffer of another device, say.
+    pub(crate) fn new(device: &wgpu::Device, bind: impl FnOnce() -> Result<Vec<Step>, Error>) -> Result<Self, Error> {
+        Ok(BoundPass { steps: faults::caught(device, "bind group", bind)? })
+    }
+
     /// Records a compute pass of its own, if there is anything to record.
     pub(crate) fn encode(&self, encoder: &mut wgpu::CommandEncoder, label: &str) {
         if !self.steps.is_empty() {
@@ -164,7 +172,7 @@ impl Plan {
     /// Checks and binds the buffers, to record into a compute pass of the caller's.
     pub fn bind_forward(&self, buffers: &ForwardBuffers<'_>) -> Result<BoundPass, Error> {
         let slots = self.check(buffers)?;
-        Ok(BoundPass { steps: self.forward.bind(&self.device, &slots) })
+        BoundPass::new(&self.device, || Ok(self.forward.bind(&self.device, &slots)))
     }
 
     /// Checks every buffer; returns those that can be bound.
@@ -207,7 +215,8 @@ pub(crate) fn check_buffers<'b, 'a>(
         let rest = binding.buffer.size().saturating_sub(binding.offset);
         let found = binding.size.map_or(rest, |size| rest.min(size.get()));
         if !binding.buffer.usage().contains(BufferUsages::STORAGE) {
-            return Err(Error::BufferUsage { argument, found: binding.buffer.usage() });
+            let needed = BufferUsages::STORAGE;
+            return Err(Error::BufferUsage { argument, found: binding.buffer.usage(), needed });
         }
         if !binding.offset.is_multiple_of(offset_alignment) {
             let alignment = offset_alignment;

@@ -58,6 +58,7 @@ mod context;
 #[doc(hidden)]
 pub mod elements;
 mod error;
+mod faults;
 mod forward;
 mod host;
 mod kernel;

@@ -4,12 +4,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::context::{Context, Pipeline};
-use crate::forward::bind_launch;
+use crate::forward::{Step, bind_launch};
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{self, CoopForm, Kernel, Pass, Rounds, Slot, forward_coop};
 use crate::problem::{Layout, Tensor};
 use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
-use crate::{ElementType, Error, Problem};
+use crate::{ElementType, Error, Problem, faults};
 
 /// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes. Those of tiles name types that may change in
 /// any release (see [the crate's documentation](crate#what-may-change)).
@@ -410,16 +410,12 @@ impl Schedule {
                 }));
             }
         }
-        schedule.uniforms = Some(uniform_buffer(context.device(), &uniforms));
+        schedule.uniforms = Some(uniform_buffer(context.device(), &uniforms)?);
         Ok(schedule)
     }
 
     /// Binds the buffers of every launch.
-    pub(crate) fn bind(
-        &self,
-        device: &wgpu::Device,
-        slots: &[(Slot, &wgpu::BufferBinding<'_>)],
-    ) -> Vec<(Arc<Pipeline>, wgpu::BindGroup, [u32; 3])> {
+    pub(crate) fn bind(&self, device: &wgpu::Device, slots: &[(Slot, &wgpu::BufferBinding<'_>)]) -> Vec<Step> {
         let bind = |launch: &Launch| {
             let uniforms = self.uniforms.as_ref()?;
             Some((launch.pipeline.clone(), bind_launch(device, launch, uniforms, slots), launch.workgroups))
@@ -478,23 +474,15 @@ fn split(
 }
 
 /// The uniforms of the launches; bound as a tensor too where that has no elements.
-pub(crate) fn uniform_buffer(device: &wgpu::Device, bytes: &[u8]) -> wgpu::Buffer {
-    let buffer = device.create_buffer(&wgpu::BufferDescriptor {
-        label: Some("wgpu-flash-attention problem"),
-        size: bytes.len() as u64,
-        usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE,
-        mapped_at_creation: true,
-    });
-    if let Ok(mut mapped) = buffer.get_mapped_range_mut(..) {
-        mapped.copy_from_slice(bytes);
-    }
-    buffer.unmap();
-    buffer
+pub(crate) fn uniform_buffer(device: &wgpu::Device, bytes: &[u8]) -> Result<wgpu::Buffer, Error> {
+    let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE;
+    faults::mapped(device, "wgpu-flash-attention problem", usage, bytes)
 }
 
 impl Plan {
     pub(crate) fn new(context: &Context, problem: &Problem, options: &PlanOptions) -> Result<Plan, Error> {
         problem.validate()?;
+        faults::alive(context.device())?;
         let limits = context.limits();
         let shape = &problem.shape;
         let coop_fits = || {
@@ -647,24 +635,18 @@ impl Plan {
 
     /// A buffer for [`ForwardBuffers::workspace`](crate::ForwardBuffers::workspace), or `None` if the plan needs none.
     /// Its contents need not be kept between calls; calls that may run at the same time need one each.
-    pub fn create_workspace(&self) -> Option<wgpu::Buffer> {
+    /// Out of memory, and on a device that is lost, it is an error.
+    pub fn create_workspace(&self) -> Result<Option<wgpu::Buffer>, Error> {
         self.workspace_of(self.workspace_bytes())
     }
 
     /// The same for [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace).
-    pub fn create_backward_workspace(&self) -> Option<wgpu::Buffer> {
+    pub fn create_backward_workspace(&self) -> Result<Option<wgpu::Buffer>, Error> {
         self.workspace_of(self.backward_workspace_bytes())
     }
 
-    fn workspace_of(&self, size: u64) -> Option<wgpu::Buffer> {
-        (size > 0).then(|| {
-            self.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("wgpu-flash-attention workspace"),
-                size,
-                usage: wgpu::BufferUsages::STORAGE,
-                mapped_at_creation: false,
-            })
-        })
+    fn workspace_of(&self, size: u64) -> Result<Option<wgpu::Buffer>, Error> {
+        (size > 0).then(|| faults::buffer(&self.device, "workspace", size, wgpu::BufferUsages::STORAGE)).transpose()
     }
 
     /// Bytes that the kernel moves between device memory (or its caches) and the chip: inputs each time that they are

@@ -171,8 +171,8 @@ struct Buffers {
 
 impl Buffers {
     fn new(context: &Context) -> Self {
-        let numbers = |n: usize| context.upload(bytemuck::cast_slice(&vec![0.5f32; n]));
-        let poisoned = |n: usize| context.upload(bytemuck::cast_slice(&vec![POISON; n]));
+        let numbers = |n: usize| context.upload(bytemuck::cast_slice(&vec![0.5f32; n])).unwrap();
+        let poisoned = |n: usize| context.upload(bytemuck::cast_slice(&vec![POISON; n])).unwrap();
         let usage = BufferUsages::COPY_DST | BufferUsages::UNIFORM;
         let no_storage = wgpu::BufferDescriptor { label: None, size: 4096, usage, mapped_at_creation: false };
         Buffers {
@@ -181,7 +181,7 @@ impl Buffers {
             value: numbers(2 * 2 * 10 * 4),
             out: poisoned(1024),
             lse: poisoned(2 * 4 * 6),
-            seqlens_k: context.upload(bytemuck::cast_slice(&[10i32, 7])),
+            seqlens_k: context.upload(bytemuck::cast_slice(&[10i32, 7])).unwrap(),
             workspace: poisoned(2 * 4 * 6 * 10),
             no_storage: context.device().create_buffer(&no_storage),
         }
@@ -250,7 +250,10 @@ fn buffers() {
     let missing = |argument, bytes| Error::BufferMissing { argument, bytes };
     let short = |argument, needed, found| Error::BufferTooSmall { argument, needed, found };
     let aliased = |output, other| Error::BufferAliased { output, other };
-    let usage = |argument| Error::BufferUsage { argument, found: BufferUsages::COPY_DST | BufferUsages::UNIFORM };
+    let usage = |argument| {
+        let (found, needed) = (BufferUsages::COPY_DST | BufferUsages::UNIFORM, BufferUsages::STORAGE);
+        Error::BufferUsage { argument, found, needed }
+    };
     // 2 · 4 · 6 rows: 8 and 4 elements each in q and o, 10 scores each. 2 · 2 · 10 keys.
     let refused: Vec<(Change, Error)> = vec![
         (|_, b| b.lse = None, missing("lse", 192)),
@@ -371,14 +374,14 @@ struct GradientBuffers {
 
 impl GradientBuffers {
     fn new(context: &Context, workspace_bytes: u64) -> Self {
-        let numbers = |n: usize| context.upload(bytemuck::cast_slice(&vec![0.5f32; n]));
-        let poisoned = |n: usize| context.upload(bytemuck::cast_slice(&vec![POISON; n]));
+        let numbers = |n: usize| context.upload(bytemuck::cast_slice(&vec![0.5f32; n])).unwrap();
+        let poisoned = |n: usize| context.upload(bytemuck::cast_slice(&vec![POISON; n])).unwrap();
         let (rows, keys) = (2 * 4 * 6, 2 * 2 * 10);
         let usage = BufferUsages::COPY_DST | BufferUsages::UNIFORM;
         let no_storage = wgpu::BufferDescriptor { label: None, size: 4096, usage, mapped_at_creation: false };
         GradientBuffers {
             inputs: [rows * 8, keys * 8, keys * 4, rows * 4, rows, rows * 4, rows].map(numbers).into(),
-            seqlens_k: context.upload(bytemuck::cast_slice(&[10i32, 7])),
+            seqlens_k: context.upload(bytemuck::cast_slice(&[10i32, 7])).unwrap(),
             outputs: [1024, keys * 8, keys * 4, workspace_bytes as usize / 4].map(poisoned).into(),
             no_storage: context.device().create_buffer(&no_storage),
         }
@@ -411,7 +414,10 @@ fn backward_buffers() {
     let missing = |argument, bytes| Error::BufferMissing { argument, bytes };
     let short = |argument, needed, found| Error::BufferTooSmall { argument, needed, found };
     let aliased = |output, other| Error::BufferAliased { output, other };
-    let usage = |argument| Error::BufferUsage { argument, found: BufferUsages::COPY_DST | BufferUsages::UNIFORM };
+    let usage = |argument| {
+        let (found, needed) = (BufferUsages::COPY_DST | BufferUsages::UNIFORM, BufferUsages::STORAGE);
+        Error::BufferUsage { argument, found, needed }
+    };
     let refused: Vec<(Change, Error)> = vec![
         (|_, b| b.lse = None, missing("lse", 192)),
         (|_, b| b.grad_lse = None, missing("grad_lse", 192)),
@@ -524,7 +530,7 @@ fn adapters() {
 fn a_device_that_is_gone() {
     let context = with_limits(|_| {});
     context.device().on_uncaptured_error(std::sync::Arc::new(|_| {}));
-    let buffer = context.upload(&[0; 16]);
+    let buffer = context.upload(&[0; 16]).unwrap();
     context.device().destroy();
     let error = context.download(&buffer, 0, 16).unwrap_err();
     assert!(matches!(&error, Error::Device(_)), "{error}");

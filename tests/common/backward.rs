@@ -146,7 +146,7 @@ impl PreparedBackward {
         let nan = poison(ty, round);
         let layouts = [Tensor::GradQuery, Tensor::GradKey, Tensor::GradValue].map(|tensor| problem.layout(tensor));
         let layouts = layouts.each_ref();
-        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes)).collect();
+        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes).unwrap()).collect();
         let outputs = [0, 1, 2].map(|n| {
             let mut elements = vec![nan; end(layouts[n], dims[n])];
             if let Some(before) = &self.before {
@@ -154,14 +154,15 @@ impl PreparedBackward {
                     .zip(&before[n])
                     .for_each(|((place, ..), &x)| elements[place] = to_bits(ty, x));
             }
-            context.upload(&guarded(ty, &elements, nan))
+            context.upload(&guarded(ty, &elements, nan)).unwrap()
         });
-        let of_rows = |numbers: &[f32]| context.upload(bytemuck::cast_slice(numbers));
+        let of_rows = |numbers: &[f32]| context.upload(bytemuck::cast_slice(numbers)).unwrap();
         let (lse, grad_lse) = (of_rows(&self.lse), self.grad_lse.as_deref().map(of_rows));
-        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)));
+        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)).unwrap());
         let words = plan.backward_workspace_bytes() as usize / 4;
         let nan32 = poison(ElementType::F32, round);
-        let workspace = (words > 0).then(|| context.upload(&guarded(ElementType::F32, &vec![nan32; words], nan32)));
+        let workspace =
+            (words > 0).then(|| context.upload(&guarded(ElementType::F32, &vec![nan32; words], nan32)).unwrap());
         // As few bytes as the layouts say.
         fn bind(buffer: &wgpu::Buffer, bytes: u64) -> BufferBinding<'_> {
             BufferBinding { buffer, offset: GUARD, size: wgpu::BufferSize::new(bytes.next_multiple_of(4).max(4)) }

@@ -455,12 +455,12 @@ impl Prepared {
         let [nan, nan32] = [ty, ElementType::F32].map(|ty| poison(ty, round));
         let words = |n: usize| guarded(ElementType::F32, &vec![nan32; n], nan32);
 
-        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes)).collect();
-        let out = context.upload(&guarded(ty, &vec![nan; out_end], nan));
-        let lse = problem.lse.then(|| context.upload(&words(rows)));
-        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)));
+        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes).unwrap()).collect();
+        let out = context.upload(&guarded(ty, &vec![nan; out_end], nan)).unwrap();
+        let lse = problem.lse.then(|| context.upload(&words(rows)).unwrap());
+        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)).unwrap());
         let workspace_words = plan.workspace_bytes() as usize / 4;
-        let workspace = (workspace_words > 0).then(|| context.upload(&words(workspace_words)));
+        let workspace = (workspace_words > 0).then(|| context.upload(&words(workspace_words)).unwrap());
         // As few bytes as the layouts say.
         fn bind(buffer: &wgpu::Buffer, bytes: u64) -> BufferBinding<'_> {
             BufferBinding { buffer, offset: GUARD, size: wgpu::BufferSize::new(bytes.next_multiple_of(4).max(4)) }

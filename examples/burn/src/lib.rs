@@ -257,7 +257,7 @@ impl AttentionKernels for CubeBackend {
         let problem = forward_layouts(problem, [&q, &k, &v, &o]);
         submit_pending(&query);
         let done = kernels.plan(&problem).and_then(|plan| {
-            let workspace = plan.create_workspace();
+            let workspace = plan.create_workspace()?;
             let buffers = ForwardBuffers::new(q.binding(), k.binding(), v.binding(), o.binding())
                 .lse(l.binding())
                 .workspace(workspace.as_ref());
@@ -284,7 +284,7 @@ impl AttentionKernels for CubeBackend {
             .with_layout(Part::GradValue, dv.layout);
         submit_pending(&query);
         let done = kernels.plan(&problem).and_then(|plan| {
-            let workspace = plan.create_backward_workspace();
+            let workspace = plan.create_backward_workspace()?;
             let forward = ForwardBuffers::new(q.binding(), k.binding(), v.binding(), o.binding()).lse(l.binding());
             let results = [dq.binding(), dk.binding(), dv.binding()];
             let buffers = BackwardBuffers::new(&forward, g.binding(), results).workspace(workspace.as_ref());
