@@ -75,6 +75,15 @@ pub enum Error {
         /// What the device allows.
         limit: u64,
     },
+    /// The device's limits would cut the problem into too many parts.
+    #[error(
+        "the device's limits (max_compute_workgroups_per_dimension, max_storage_buffer_binding_size) would split the problem \
+         into more than {most} parts; request larger limits, or compute less at a time"
+    )]
+    TooManyParts {
+        /// The most parts of a plan.
+        most: usize,
+    },
     /// The device was created with a limit below what the kernel needs.
     #[error("the device's {limit} is {found}; the {kernel} kernel needs at least {needed}")]
     DeviceLimit {

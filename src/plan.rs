@@ -424,6 +424,10 @@ impl Schedule {
     }
 }
 
+/// The most parts that a problem is split into: each has bind groups, dispatches and pieces of the uniforms of its own, so that
+/// more would take seconds and gigabytes of the host.
+const MOST_PARTS: usize = 1 << 16;
+
 /// Cuts the problem until each part fits into the device's bindings and dispatches. `ranges` are those that a part binds, and
 /// `workspace` is the size of its workspace; `uniforms` bytes tell kernels of a part, of all parts in one buffer.
 fn split(
@@ -459,6 +463,9 @@ fn split(
         match fits(&part) {
             Ok(()) => {
                 done.push(part);
+                if done.len() > MOST_PARTS {
+                    return Err(Error::TooManyParts { most: MOST_PARTS });
+                }
                 let bytes = uniforms * done.len() as u64;
                 if bytes > bounds.buffer {
                     return Err(Error::BindingTooLarge { argument: "uniforms", bytes, limit: bounds.buffer });
@@ -538,7 +545,7 @@ impl Plan {
                 let workgroups = shape.batch as u64 * shape.heads_kv as u64 * rows.div_ceil(chosen.rows as u64);
                 let tiles = problem.keys_in_sight().div_ceil(chosen.keys()) as u64;
                 let split = options.splits.unwrap_or_else(|| tune::decode_splits(workgroups, tiles));
-                let split = split.clamp(1, limits.max_compute_workgroups_per_dimension);
+                let split = split.clamp(1, limits.max_compute_workgroups_per_dimension.max(1));
                 splits = Some(split);
                 rows_and_keys = Some((chosen.rows, chosen.keys()));
                 kernel::decode::passes(problem, chosen, split)
@@ -719,15 +726,28 @@ fn saturated(bytes: u128) -> u64 {
 pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limits) -> Result<(), Error> {
     for pass in passes {
         let storage_buffers = pass.bindings.len() as u32;
+        let bindings = pass.binding_numbers().into_iter().max().unwrap_or(0) + 1;
+        let uniform_bytes = size_of::<ProblemUniform>() as u64;
         let needs = [
             ("max_compute_workgroup_storage_size", pass.workgroup_bytes, limits.max_compute_workgroup_storage_size),
             ("max_compute_invocations_per_workgroup", pass.threads, limits.max_compute_invocations_per_workgroup),
             ("max_compute_workgroup_size_x", pass.threads, limits.max_compute_workgroup_size_x),
+            ("max_compute_workgroup_size_y", 1, limits.max_compute_workgroup_size_y),
+            ("max_compute_workgroup_size_z", 1, limits.max_compute_workgroup_size_z),
+            ("max_compute_workgroups_per_dimension", 1, limits.max_compute_workgroups_per_dimension),
             ("max_storage_buffers_per_shader_stage", storage_buffers, limits.max_storage_buffers_per_shader_stage),
+            ("max_uniform_buffers_per_shader_stage", 1, limits.max_uniform_buffers_per_shader_stage),
+            ("max_bindings_per_bind_group", bindings, limits.max_bindings_per_bind_group),
+            ("max_bind_groups", 1, limits.max_bind_groups),
         ];
-        for (limit, needed, found) in needs {
+        let needs = needs.map(|(limit, needed, found)| (limit, u64::from(needed), u64::from(found)));
+        let of_uniform = [
+            ("max_uniform_buffer_binding_size", uniform_bytes, limits.max_uniform_buffer_binding_size),
+            ("max_buffer_size", uniform_bytes, limits.max_buffer_size),
+        ];
+        for (limit, needed, found) in needs.into_iter().chain(of_uniform) {
             if needed > found {
-                return Err(Error::DeviceLimit { kernel, limit, needed: needed.into(), found: found.into() });
+                return Err(Error::DeviceLimit { kernel, limit, needed, found });
             }
         }
     }

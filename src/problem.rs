@@ -77,14 +77,17 @@ impl Shape {
         }
     }
 
-    /// Query heads that share one key-value head.
+    /// Query heads that share one key-value head; 0 without key-value heads.
     pub const fn group(&self) -> u32 {
-        self.heads_q / self.heads_kv
+        match self.heads_kv {
+            0 => 0,
+            heads_kv => self.heads_q / heads_kv,
+        }
     }
 
-    /// Rows of the output, `batch · heads_q · seqlen_q`.
-    pub fn rows(&self) -> u64 {
-        self.batch as u64 * self.heads_q as u64 * self.seqlen_q as u64
+    /// Rows of the output, `batch · heads_q · seqlen_q`; `u64::MAX` if they are more.
+    pub const fn rows(&self) -> u64 {
+        (self.batch as u64 * self.heads_q as u64).saturating_mul(self.seqlen_q as u64)
     }
 
     const fn dims(&self, tensor: Tensor) -> [u32; 4] {
@@ -456,7 +459,8 @@ impl Problem {
     /// `2 · batch · heads_q · seqlen_q · seqlen_k · (head_dim + head_dim_v)`, halved when causal.
     pub fn forward_flops(&self) -> f64 {
         let s = &self.shape;
-        let full = 2.0 * s.rows() as f64 * s.seqlen_k as f64 * (s.head_dim + s.head_dim_v) as f64;
+        let rows = s.batch as f64 * s.heads_q as f64 * s.seqlen_q as f64;
+        let full = 2.0 * rows * s.seqlen_k as f64 * (s.head_dim as f64 + s.head_dim_v as f64);
         if self.causal.is_some() { full / 2.0 } else { full }
     }
 

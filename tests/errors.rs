@@ -7,8 +7,8 @@ use common::*;
 use wgpu_flash_attention::tune::{BackwardTile, Tile};
 use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferSize, BufferUsages, ErrorFilter};
 use wgpu_flash_attention::{
-    BackwardBuffers, Context, ElementType, Error, ForwardBuffers, HeadlessOptions, Kernel, Layout, PlanOptions,
-    Problem, Shape, Tensor,
+    BackwardBuffers, Context, ElementType, Error, ForwardBuffers, HeadlessOptions, Kernel, Layout, MergeProblem,
+    PlanOptions, Problem, Shape, Tensor,
 };
 
 const POISON: u32 = 0x7fc5_a5a5;
@@ -155,6 +155,60 @@ fn devices() {
     check(error, Kernel::Tile, "max_compute_workgroup_size_x", 32);
     let error = refused(|limits| limits.max_storage_buffers_per_shader_stage = 4, tile());
     check(error, Kernel::Tile, "max_storage_buffers_per_shader_stage", 4);
+}
+
+/// Each limit of 0, or too small by one, in turn, is an error that names a limit: for every kernel, forward and backward.
+#[test]
+fn limits_that_are_too_small() {
+    type Lower = fn(&mut wgpu::Limits);
+    let lower: [(&str, Lower); 13] = [
+        ("max_bind_groups", |l| l.max_bind_groups = 0),
+        ("max_bindings_per_bind_group", |l| l.max_bindings_per_bind_group = 4),
+        ("max_uniform_buffers_per_shader_stage", |l| l.max_uniform_buffers_per_shader_stage = 0),
+        ("max_storage_buffers_per_shader_stage", |l| l.max_storage_buffers_per_shader_stage = 0),
+        ("max_uniform_buffer_binding_size", |l| l.max_uniform_buffer_binding_size = 192),
+        ("max_compute_workgroup_storage_size", |l| l.max_compute_workgroup_storage_size = 0),
+        ("max_compute_invocations_per_workgroup", |l| l.max_compute_invocations_per_workgroup = 0),
+        ("max_compute_workgroup_size_x", |l| l.max_compute_workgroup_size_x = 0),
+        ("max_compute_workgroup_size_y", |l| l.max_compute_workgroup_size_y = 0),
+        ("max_compute_workgroup_size_z", |l| l.max_compute_workgroup_size_z = 0),
+        ("max_compute_workgroups_per_dimension", |l| l.max_compute_workgroups_per_dimension = 0),
+        ("max_buffer_size", |l| l.max_buffer_size = 128),
+        ("max_storage_buffer_binding_size", |l| l.max_storage_buffer_binding_size = 0),
+    ];
+    for (name, lower) in lower {
+        let context = with_limits(lower);
+        for kernel in [Kernel::Naive, Kernel::Tile, Kernel::Decode] {
+            let forward = PlanOptions::default().kernel(kernel);
+            let backward = PlanOptions::default().kernel(Kernel::Naive).backward(kernel);
+            for (problem, options) in [(problem(), forward), (problem().with_gradients(), backward)] {
+                let refused = context.plan_with(&problem, &options);
+                let text = match refused {
+                    Err(Error::Unsupported { .. }) => continue,
+                    Err(error @ (Error::DeviceLimit { .. } | Error::BindingTooLarge { .. })) => error.to_string(),
+                    // The naive kernel has no workgroup memory.
+                    Ok(_) if name == "max_compute_workgroup_storage_size" && kernel == Kernel::Naive => continue,
+                    other => panic!("{name}, {kernel}: {other:?}"),
+                };
+                assert!(text.contains(name), "{name}: {text}");
+            }
+        }
+        let error = context.plan_merge(&MergeProblem::new(2, 10, 8, ElementType::F32));
+        assert!(error.is_err() || matches!(name, "max_compute_workgroup_storage_size"), "{name}");
+    }
+}
+
+/// Limits that would split a problem into billions of parts are refused within a moment.
+#[test]
+fn too_many_parts() {
+    let context = with_limits(|limits| limits.max_compute_workgroups_per_dimension = 1);
+    let problem = Problem::new(Shape::square(1 << 20, 1 << 10, 16, 1), ElementType::F32)
+        .with_layout(Tensor::Query, Layout { offset: 0, batch: 0, head: 0, row: 0 });
+    let start = std::time::Instant::now();
+    let error = context.plan_with(&problem, &tile()).unwrap_err();
+    assert!(matches!(error, Error::TooManyParts { most: 65_536 }), "{error}");
+    assert!(error.to_string().contains("request larger limits"), "{error}");
+    assert!(start.elapsed().as_secs() < 5);
 }
 
 /// The buffers of [`problem`], outputs poisoned, and one that cannot be bound.
