@@ -257,7 +257,7 @@ pub(crate) fn bind_launch(
     for &(slot, start, size) in &launch.ranges {
         // The caller gives one workspace.
         let argument = match slot {
-            Slot::WorkspaceLse | Slot::WorkspaceScores => Slot::Workspace,
+            Slot::WorkspaceStats | Slot::WorkspaceScores => Slot::Workspace,
             slot => slot,
         };
         let given = slots.iter().find(|(s, _)| *s == argument).map(|(_, binding)| binding);

@@ -572,8 +572,8 @@ impl Plan {
             workspaces: Box::new(|part: &Part| match kernel {
                 Kernel::Naive => vec![(Slot::Workspace, kernel::naive::workspace_bytes(problem, part))],
                 Kernel::Decode => {
-                    let (out, lse) = kernel::decode::workspace_bytes(problem, part, splits.unwrap_or(1));
-                    vec![(Slot::Workspace, out), (Slot::WorkspaceLse, lse)]
+                    let (out, stats) = kernel::decode::workspace_bytes(problem, part, splits.unwrap_or(1));
+                    vec![(Slot::Workspace, out), (Slot::WorkspaceStats, stats)]
                 }
                 Kernel::Coop | Kernel::Tile => vec![],
             }),
@@ -675,7 +675,7 @@ impl Plan {
         let keys = s.batch as u128 * s.heads_kv as u128 * tiles * self.problem.keys_in_sight() as u128;
         let elements = keys * (s.head_dim + s.head_dim_v) as u128
             + s.rows() as u128 * (splits * s.head_dim as u128 + s.head_dim_v as u128);
-        let workspace = splits * s.rows() as u128 * (16 * s.head_dim_v.div_ceil(4) as u128 + 4);
+        let workspace = splits * s.rows() as u128 * (16 * s.head_dim_v.div_ceil(4) as u128 + 8);
         elements * self.problem.element_type.bytes() as u128 + 2 * workspace + self.lse_bytes()
     }
 

@@ -57,8 +57,8 @@ pub(crate) enum Slot {
     Lse = 5,
     SeqlensK = 6,
     Workspace = 7,
-    /// The lse of the splits, at the workspace's end.
-    WorkspaceLse = 8,
+    /// The maxima and sums of the splits, at the workspace's end.
+    WorkspaceStats = 8,
     PartOut = 9,
     PartLse = 10,
     GradOut = 11,
@@ -79,7 +79,7 @@ impl Slot {
             Slot::Out => "out",
             Slot::Lse => "lse",
             Slot::SeqlensK => "seqlens_k",
-            Slot::Workspace | Slot::WorkspaceLse | Slot::WorkspaceScores => "workspace",
+            Slot::Workspace | Slot::WorkspaceStats | Slot::WorkspaceScores => "workspace",
             Slot::PartOut => "part_out",
             Slot::PartLse => "part_lse",
             Slot::GradOut => "grad_out",
