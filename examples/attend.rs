@@ -2,7 +2,8 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
@@ -13,6 +14,8 @@ use wgpu_flash_attention::{
     reference,
 };
 
+use support::output::OutputFile;
+use support::terminal::{Progress, cut, first_few, harmless, quoted, quoted_list};
 use support::{
     Errors, Expected, GRADIENTS, GradientBuffers, Inputs, Number, Outputs, PlainGradients, Tensors, Upstream,
     sample_rows,
@@ -28,9 +31,12 @@ const FIXTURE: &[u8] = include_bytes!("../tests/data/minilm_layer5.safetensors")
 ///
 /// Reads q [B,Hq,Nq,D], k [B,Hkv,Nk,D] and v [B,Hkv,Nk,Dv] in F32, F16 or BF16 and, if there is one, seqlens_k [B] in
 /// I32 or I64: how many keys of each batch entry count. Where the file also holds the expected o [B,Hq,Nq,Dv] or
-/// lse [B,Hq,Nq], compares with them; with --backward also with dq, dk and dv.
+/// lse [B,Hq,Nq], compares with them; with --backward also with dq, dk and dv. A tensor of any other name is refused, since
+/// a result that leaves it out would answer another question.
 #[derive(Parser)]
 #[command(
+    name = "attend",
+    version,
     after_help = "Exit code: 0 if all went well, 1 if the result is too far from the expected one, 2 for bad input."
 )]
 struct Args {
@@ -43,6 +49,16 @@ struct Args {
     /// Writes o and lse, and gradients, to this file
     #[arg(short, value_name = "OUTPUT.safetensors")]
     output: Option<PathBuf>,
+    /// The order of the dimensions of q, k, v and do, and of o and the gradients: batch, heads, positions, dim, or batch,
+    /// positions, heads, dim as flash-attention has them. lse and dlse are [B,Hq,Nq] in both
+    #[arg(long, value_enum, default_value = "bhnd")]
+    layout: Order,
+    /// Leaves this tensor of the file out; may be repeated
+    #[arg(long, value_name = "NAME")]
+    ignore: Vec<String>,
+    /// Goes on where inputs hold NaN or infinity, of which no kernel promises anything
+    #[arg(long)]
+    allow_non_finite: bool,
     /// What computes: a kernel, or the reference in f64 on the host
     #[arg(long, value_enum, default_value = "auto")]
     kernel: KernelName,
@@ -90,6 +106,45 @@ enum Type {
     Bf16,
 }
 
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+enum Order {
+    Bhnd,
+    Bnhd,
+}
+
+impl Order {
+    /// Sizes in this order of a tensor of `[batch, heads, positions, dim]`, or the other way round.
+    fn of<T: Copy>(self, sizes: [T; 4]) -> [T; 4] {
+        match self {
+            Order::Bhnd => sizes,
+            Order::Bnhd => [sizes[0], sizes[2], sizes[1], sizes[3]],
+        }
+    }
+
+    /// The names of the dimensions, where the third is positions of this name.
+    fn names(self, positions: &str) -> [&str; 4] {
+        self.of(["batch", "heads", positions, "head dim"])
+    }
+
+    /// Changes the order of elements that have these sizes to batch, heads, positions, dim, or, from these, back: both
+    /// swap the two in the middle.
+    fn reorder<T: Copy>(self, values: Vec<T>, sizes: [usize; 4]) -> Vec<T> {
+        let [batch, outer, inner, dim] = sizes;
+        if self == Order::Bhnd || values.is_empty() {
+            return values;
+        }
+        let mut reordered = Vec::with_capacity(values.len());
+        for b in 0..batch {
+            for i in 0..inner {
+                for o in 0..outer {
+                    reordered.extend_from_slice(&values[((b * outer + o) * inner + i) * dim..][..dim]);
+                }
+            }
+        }
+        reordered
+    }
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Diagonal {
     BottomRight,
@@ -112,95 +167,155 @@ fn parse_window(text: &str) -> Result<Window> {
     Ok(Window { left: side(left)?, right: side(right)? })
 }
 
-/// A tensor of floats, whatever their type in the file.
+/// What the file may hold.
+const NAMES: [&str; 12] = ["q", "k", "v", "seqlens_k", "seqlens_q", "o", "lse", "do", "dlse", "dq", "dk", "dv"];
+
+/// An error if the file holds what nothing here computes with. An attention mask that nobody looks at, or lengths under a
+/// name with a typing error, would give results that look right.
+fn refuse_unknown(file: &SafeTensors<'_>, ignored: &[String]) -> Result<()> {
+    let mut names = file.names();
+    names.sort();
+    if let Some(absent) = ignored.iter().find(|name| !names.contains(&name.as_str())) {
+        return Err(format!("--ignore names {}, which the file does not hold", quoted(absent)));
+    }
+    if let Some(needed) = ignored.iter().find(|name| ["q", "k", "v"].contains(&name.as_str())) {
+        return Err(format!("--ignore names {needed}, which is needed"));
+    }
+    names.retain(|name| !NAMES.contains(name) && !ignored.iter().any(|ignored| ignored == name));
+    match names.len() {
+        0 => Ok(()),
+        n => Err(format!(
+            "the file holds {} attend does not know: {}; it knows {}; --ignore NAME leaves one out",
+            if n == 1 { "a tensor that" } else { "tensors that" },
+            quoted_list(names),
+            NAMES.join(", ")
+        )),
+    }
+}
+
+/// The file, less what is to be ignored.
+struct Source<'a> {
+    file: &'a SafeTensors<'a>,
+    ignored: &'a [String],
+    order: Order,
+}
+
+impl<'a> Source<'a> {
+    fn tensor(&self, name: &str) -> Option<TensorView<'a>> {
+        if self.ignored.iter().any(|ignored| ignored == name) {
+            return None;
+        }
+        self.file.tensor(name).ok()
+    }
+
+    /// All of a tensor of floats, whatever their type in the file.
+    fn floats(&self, name: &str) -> Result<Floats> {
+        let view = self.tensor(name).ok_or_else(|| {
+            let mut names = self.file.names();
+            names.sort();
+            format!("the file has no tensor {name}; it has: {}", quoted_list(names))
+        })?;
+        let data = view.data();
+        let values = match view.dtype() {
+            Dtype::F64 => bytemuck::pod_collect_to_vec(data),
+            Dtype::F32 => decode::<f32>(data),
+            Dtype::F16 => decode::<half::f16>(data),
+            Dtype::BF16 => decode::<half::bf16>(data),
+            other => return Err(format!("{name} is {other}; it must be F32, F16 or BF16")),
+        };
+        Ok(Floats { values, shape: view.shape().to_vec(), dtype: view.dtype() })
+    }
+
+    /// A tensor to compute with.
+    fn input(&self, name: &str) -> Result<Floats> {
+        let tensor = self.floats(name)?;
+        if tensor.dtype == Dtype::F64 {
+            return Err(format!("{name} is F64; it must be F32, F16 or BF16"));
+        }
+        Ok(tensor)
+    }
+
+    /// q, k or v, and its sizes: batch, heads, positions, dim, the order that its values have too.
+    fn input_and_sizes(&self, name: &str) -> Result<(Floats, [u32; 4])> {
+        let mut tensor = self.input(name)?;
+        let shape = &tensor.shape;
+        let sizes: [usize; 4] = shape[..].try_into().map_err(|_| {
+            let (names, rank) = (self.order.names("positions").join(", "), shape.len());
+            format!("{name} has {rank} dimensions, {}; it must have four: [{names}]", list_of(shape))
+        })?;
+        let small =
+            |n: usize| u32::try_from(n).map_err(|_| format!("{name} has shape {shape:?}; a size is above 2^32"));
+        let [b, h, n, d] = self.order.of(sizes).map(small);
+        let small = [b?, h?, n?, d?];
+        tensor.values = self.order.reorder(tensor.values, sizes);
+        Ok((tensor, small))
+    }
+
+    /// Values that are to have these sizes, given as batch, heads, positions, dim, or without the last.
+    fn ordered(&self, mut tensor: Floats, name: &str, sizes: &[u32]) -> Result<Floats> {
+        let sizes: Vec<usize> = sizes.iter().map(|&n| n as usize).collect();
+        let in_file = match sizes[..] {
+            [b, h, n, d] => self.order.of([b, h, n, d]).to_vec(),
+            _ => sizes,
+        };
+        if tensor.shape != in_file {
+            return Err(format!("{name} has shape {}; q, k and v need {in_file:?}", list_of(&tensor.shape)));
+        }
+        if let [b, x, y, d] = in_file[..] {
+            tensor.values = self.order.reorder(tensor.values, [b, x, y, d]);
+        }
+        Ok(tensor)
+    }
+
+    /// Lengths by batch entry, if the file has any of this name. `most` is the number of `what` in all.
+    fn lengths(&self, name: &str, batch: u32, most: u32, what: &str) -> Result<Option<Vec<i32>>> {
+        let Some(view) = self.tensor(name) else {
+            return Ok(None);
+        };
+        let values: Vec<i64> = match view.dtype() {
+            Dtype::I32 => bytemuck::pod_collect_to_vec::<u8, i32>(view.data()).into_iter().map(i64::from).collect(),
+            Dtype::I64 => bytemuck::pod_collect_to_vec(view.data()),
+            other => return Err(format!("{name} is {other}; it must be I32 or I64")),
+        };
+        if view.shape() != [batch as usize] {
+            return Err(format!("{name} has shape {}; q and k need [{batch}]", list_of(view.shape())));
+        }
+        if let Some(n) = values.iter().position(|length| !(0..=most as i64).contains(length)) {
+            let length = values[n];
+            return Err(format!("{name}[{n}] is {length}; it must be from 0 to {most}, the number of {what}"));
+        }
+        Ok(Some(values.into_iter().map(|length| length as i32).collect()))
+    }
+
+    /// An expected result, if the file has it.
+    fn expected(&self, name: &str, sizes: &[u32]) -> Result<Option<Vec<f64>>> {
+        if self.tensor(name).is_none() {
+            return Ok(None);
+        }
+        let tensor = self.ordered(self.floats(name)?, &format!("the expected {name}"), sizes)?;
+        Ok(Some(tensor.values))
+    }
+}
+
+/// The shape of a tensor of a file, which may have any number of dimensions.
+fn list_of(shape: &[usize]) -> String {
+    format!("[{}]", first_few(shape))
+}
+
 struct Floats {
     values: Vec<f64>,
     shape: Vec<usize>,
     dtype: Dtype,
 }
 
-fn floats(file: &SafeTensors<'_>, name: &str) -> Result<Floats> {
-    let view = file.tensor(name).map_err(|_| {
-        let mut names = file.names();
-        names.sort();
-        format!("the file has no tensor {name}; it has: {}", names.join(", "))
-    })?;
-    let data = view.data();
-    let values = match view.dtype() {
-        Dtype::F64 => bytemuck::pod_collect_to_vec(data),
-        Dtype::F32 => decode::<f32>(data),
-        Dtype::F16 => decode::<half::f16>(data),
-        Dtype::BF16 => decode::<half::bf16>(data),
-        other => return Err(format!("{name} is {other}; it must be F32, F16 or BF16")),
-    };
-    Ok(Floats { values, shape: view.shape().to_vec(), dtype: view.dtype() })
-}
-
 fn decode<T: Number>(data: &[u8]) -> Vec<f64> {
     bytemuck::pod_collect_to_vec::<u8, T>(data).into_iter().map(T::into).collect()
 }
 
-/// A tensor to compute with.
-fn input(file: &SafeTensors<'_>, name: &str) -> Result<Floats> {
-    let tensor = floats(file, name)?;
-    if tensor.dtype == Dtype::F64 {
-        return Err(format!("{name} is F64; it must be F32, F16 or BF16"));
-    }
-    Ok(tensor)
-}
-
-/// q, k or v, with its four sizes.
-fn input_and_sizes(file: &SafeTensors<'_>, name: &str) -> Result<(Floats, [u32; 4])> {
-    let tensor = input(file, name)?;
-    let shape = &tensor.shape;
-    let sizes: [usize; 4] = shape[..].try_into().map_err(|_| {
-        format!("{name} has {} dimensions, {shape:?}; it must have four: [batch, heads, positions, dim]", shape.len())
-    })?;
-    let small = |n: usize| u32::try_from(n).map_err(|_| format!("{name} has shape {shape:?}; a size is above 2^32"));
-    let [b, h, n, d] = sizes.map(small);
-    let sizes = [b?, h?, n?, d?];
-    Ok((tensor, sizes))
-}
-
-/// The key lengths, if the file has any.
-fn lengths(file: &SafeTensors<'_>, batch: u32, seqlen_k: u32) -> Result<Option<Vec<i32>>> {
-    let Ok(view) = file.tensor("seqlens_k") else {
-        return Ok(None);
-    };
-    let values: Vec<i64> = match view.dtype() {
-        Dtype::I32 => bytemuck::pod_collect_to_vec::<u8, i32>(view.data()).into_iter().map(i64::from).collect(),
-        Dtype::I64 => bytemuck::pod_collect_to_vec(view.data()),
-        other => return Err(format!("seqlens_k is {other}; it must be I32 or I64")),
-    };
-    if view.shape() != [batch as usize] {
-        return Err(format!("seqlens_k has shape {:?}; q and k need [{batch}]", view.shape()));
-    }
-    if let Some(n) = values.iter().position(|length| !(0..=seqlen_k as i64).contains(length)) {
-        let length = values[n];
-        return Err(format!("seqlens_k[{n}] is {length}; it must be from 0 to {seqlen_k}, the number of keys"));
-    }
-    Ok(Some(values.into_iter().map(|length| length as i32).collect()))
-}
-
-/// An expected result, if the file has it.
-fn expected(file: &SafeTensors<'_>, name: &str, shape: &[u32]) -> Result<Option<Vec<f64>>> {
-    if !file.names().contains(&name) {
-        return Ok(None);
-    }
-    let tensor = floats(file, name)?;
-    if !has_shape(&tensor, shape) {
-        return Err(format!("the expected {name} has shape {:?}; q, k and v give {shape:?}", tensor.shape));
-    }
-    Ok(Some(tensor.values))
-}
-
-fn has_shape(tensor: &Floats, shape: &[u32]) -> bool {
-    tensor.shape.iter().copied().eq(shape.iter().map(|&n| n as usize))
-}
-
-/// What the file asks for.
+/// What the file asks for. Tensors are in the order batch, heads, positions, dim.
 struct Task {
     problem: Problem,
+    order: Order,
     query: Vec<f64>,
     key: Vec<f64>,
     value: Vec<f64>,
@@ -212,42 +327,45 @@ struct Task {
 
 struct BackwardTask {
     grad_out: Floats,
-    grad_lse: Option<Vec<f32>>,
+    grad_lse: Option<Vec<f64>>,
     /// dq, dk and dv.
     expected: [Option<Vec<f64>>; 3],
 }
 
-fn read_backward(file: &SafeTensors<'_>, q: &[u32; 4], k: &[u32; 4], v: &[u32; 4]) -> Result<BackwardTask> {
-    let given = |name, shape: &[u32]| -> Result<Floats> {
-        let tensor = input(file, name)?;
-        if !has_shape(&tensor, shape) {
-            return Err(format!("{name} has shape {:?}; q, k and v need {shape:?}", tensor.shape));
-        }
-        Ok(tensor)
-    };
+fn read_backward(source: &Source<'_>, q: &[u32; 4], k: &[u32; 4], v: &[u32; 4]) -> Result<BackwardTask> {
+    let given = |name, sizes: &[u32]| -> Result<Floats> { source.ordered(source.input(name)?, name, sizes) };
     let grad_out = given("do", &[q[0], q[1], q[2], v[3]])?;
-    let grad_lse = file.names().contains(&"dlse").then(|| given("dlse", &q[..3])).transpose()?;
+    let grad_lse = source.tensor("dlse").map(|_| given("dlse", &q[..3])).transpose()?;
     let [name_q, name_k, name_v] = GRADIENTS;
     Ok(BackwardTask {
         grad_out,
-        grad_lse: grad_lse.map(|tensor| tensor.values.into_iter().map(|x| x as f32).collect()),
-        expected: [expected(file, name_q, q)?, expected(file, name_k, k)?, expected(file, name_v, v)?],
+        grad_lse: grad_lse.map(|tensor| tensor.values),
+        expected: [source.expected(name_q, q)?, source.expected(name_k, k)?, source.expected(name_v, v)?],
     })
 }
 
 fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
-    let [query, key, value] = ["q", "k", "v"].map(|name| input_and_sizes(file, name));
+    refuse_unknown(file, &args.ignore)?;
+    let source = Source { file, ignored: &args.ignore, order: args.layout };
+    let [query, key, value] = ["q", "k", "v"].map(|name| source.input_and_sizes(name));
     let ((query, q), (key, k), (value, v)) = (query?, key?, value?);
+    let in_file = |sizes: [u32; 4]| args.layout.of(sizes);
     if [k[0], k[3]] != [q[0], q[3]] {
+        let (k, q) = (in_file(k), in_file(q));
         return Err(format!("k has shape {k:?} and q has {q:?}; batch (first) and head dim (last) must be equal"));
     }
     if v[..3] != k[..3] {
+        let (k, v) = (in_file(k), in_file(v));
         return Err(format!("v has shape {v:?} and k has {k:?}; all but the last size must be equal"));
     }
     if k[1] == 0 || q[1] % k[1] != 0 {
-        return Err(format!("k and v have {} heads and q has {}; theirs must divide q's", k[1], q[1]));
+        let hint = match args.layout {
+            Order::Bhnd => "--layout bnhd is for files of [batch, positions, heads, dim]",
+            Order::Bnhd => "without --layout bnhd the file would be read as [batch, heads, positions, dim]",
+        };
+        return Err(format!("k and v have {} heads and q has {}; theirs must divide q's; {hint}", k[1], q[1]));
     }
-    let backward = args.backward.then(|| read_backward(file, &q, &k, &v)).transpose()?;
+    let backward = args.backward.then(|| read_backward(&source, &q, &k, &v)).transpose()?;
     if let (Some(backward), None) = (&backward, args.dtype) {
         let (q, grad_out) = (query.dtype, backward.grad_out.dtype);
         if grad_out != q {
@@ -275,7 +393,13 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
         head_dim: q[3],
         head_dim_v: v[3],
     };
-    let seqlens_k = lengths(file, q[0], k[2])?;
+    let seqlens_k = source.lengths("seqlens_k", q[0], k[2], "keys")?;
+    let seqlens_q = source.lengths("seqlens_q", q[0], q[2], "queries")?;
+    if seqlens_q.is_some() {
+        return Err(
+            "the file holds seqlens_q, which attend does not compute with yet; --ignore seqlens_q goes on".into()
+        );
+    }
     let window = args.window.unwrap_or(Window { left: None, right: None });
     let mut problem = Problem::new(shape, element_type).window(window.left, window.right).with_lse();
     (problem.scale, problem.softcap, problem.seqlens_k) = (args.scale, args.softcap, seqlens_k.is_some());
@@ -287,16 +411,95 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
         problem = if backward.grad_lse.is_some() { problem.with_grad_lse() } else { problem.with_gradients() };
     }
     problem.validate().map_err(|error| error.to_string())?;
-    Ok(Task {
-        out: expected(file, "o", &[q[0], q[1], q[2], v[3]])?,
-        lse: expected(file, "lse", &q[..3])?,
+    let task = Task {
+        out: source.expected("o", &[q[0], q[1], q[2], v[3]])?,
+        lse: source.expected("lse", &q[..3])?,
         problem,
+        order: args.layout,
         query: query.values,
         key: key.values,
         value: value.values,
         seqlens_k,
         backward,
-    })
+    };
+    if !args.allow_non_finite {
+        refuse_non_finite(&task, seqlens_q.as_deref())?;
+    }
+    Ok(task)
+}
+
+/// An error if a kernel would be given NaN or infinity: WGSL leaves what follows undefined. Rows past the lengths are no
+/// kernel's business, so anything may be there.
+fn refuse_non_finite(task: &Task, seqlens_q: Option<&[i32]>) -> Result<()> {
+    let s = &task.problem.shape;
+    let q = [s.batch, s.heads_q, s.seqlen_q, s.head_dim];
+    let k = [s.batch, s.heads_kv, s.seqlen_k, s.head_dim];
+    let v = [s.batch, s.heads_kv, s.seqlen_k, s.head_dim_v];
+    let o = [s.batch, s.heads_q, s.seqlen_q, s.head_dim_v];
+    let mut all = vec![("q", &task.query[..], q), ("k", &task.key, k), ("v", &task.value, v)];
+    if let Some(backward) = &task.backward {
+        all.push(("do", &backward.grad_out.values, o));
+        all.extend(backward.grad_lse.as_deref().map(|values| ("dlse", values, [q[0], q[1], q[2], 1])));
+    }
+    for (name, values, sizes) in all {
+        let element_type = if name == "dlse" { ElementType::F32 } else { task.problem.element_type };
+        let lengths = if ["k", "v"].contains(&name) { task.seqlens_k.as_deref() } else { seqlens_q };
+        let mut bad = NonFinite::default();
+        for (n, &value) in values.iter().enumerate() {
+            let at = place(sizes, n);
+            let counts = lengths.is_none_or(|lengths| (at[2] as i64) < lengths[at[0]] as i64);
+            if counts && !rounded(element_type, value).is_finite() {
+                bad.add(n, value);
+            }
+        }
+        if bad.count > 0 {
+            let at = task.order.of(place(sizes, bad.first)).to_vec();
+            let at = &at[..if name == "dlse" { 3 } else { 4 }];
+            let which = match bad.value.is_finite() {
+                true => format!("values too large for {element_type}"),
+                false => "values that are NaN or infinite".into(),
+            };
+            let (count, value) = (bad.count, bad.value);
+            return Err(format!(
+                "{name} holds {which}: {count} of {}, the first is {value:?} at {at:?}; --allow-non-finite goes on, with \
+                 results of which nothing is promised",
+                values.len()
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// As the kernels get it.
+fn rounded(element_type: ElementType, value: f64) -> f64 {
+    match element_type {
+        ElementType::F16 => half::f16::nearest(value as f32).into(),
+        ElementType::BF16 => half::bf16::nearest(value as f32).into(),
+        _ => (value as f32).into(),
+    }
+}
+
+/// Where the n-th element of a contiguous tensor of these sizes is.
+fn place([_, heads, positions, dim]: [u32; 4], n: usize) -> [usize; 4] {
+    let [heads, positions, dim] = [heads, positions, dim].map(|n| n as usize);
+    [n / dim / positions / heads, n / dim / positions % heads, n / dim % positions, n % dim]
+}
+
+/// Elements that are not finite.
+#[derive(Default)]
+struct NonFinite {
+    count: usize,
+    first: usize,
+    value: f64,
+}
+
+impl NonFinite {
+    fn add(&mut self, n: usize, value: f64) {
+        if self.count == 0 {
+            (self.first, self.value) = (n, value);
+        }
+        self.count += 1;
+    }
 }
 
 /// What is computed.
@@ -317,23 +520,32 @@ fn attend<T: Number>(args: &Args, task: &Task) -> Result<bool> {
         value: convert(&task.value),
         seqlens_k: task.seqlens_k.clone(),
     };
-    let upstream = task
-        .backward
-        .as_ref()
-        .map(|backward| Upstream { out: convert(&backward.grad_out.values), lse: backward.grad_lse.clone() });
+    let upstream = task.backward.as_ref().map(|backward| {
+        let lse = backward.grad_lse.as_ref().map(|lse| lse.iter().map(|&x| x as f32).collect());
+        Upstream { out: convert(&backward.grad_out.values), lse }
+    });
+    // Opened first: what cannot be written is better known before than after minutes of computing.
+    let input = args.input.as_deref();
+    let output = args.output.as_ref().map(|path| OutputFile::open(path, input.as_slice())).transpose()?;
     let results = match args.kernel {
         KernelName::Reference => on_host(problem, &tensors, upstream.as_ref()),
         _ => on_device(args, problem, &tensors, upstream.as_ref())?,
     };
-    if let Some(path) = &args.output {
-        write(path, problem, &results)?;
+    if let Some(output) = output {
+        write(output, task, &results)?;
     }
-    Ok(compare(task, &tensors, upstream.as_ref(), &results))
+    Ok(compare(args, task, &tensors, upstream.as_ref(), &results))
+}
+
+/// A line on stderr if what follows takes long.
+fn progress(what: &str) -> Progress {
+    Progress::of("attend", what)
 }
 
 fn on_host<T: Number>(problem: &Problem, tensors: &Tensors<T>, upstream: Option<&Upstream<T>>) -> Results<T> {
     say("kernel", "the reference, in f64 on the host");
     let start = std::time::Instant::now();
+    let _progress = progress("computing in f64 on the host");
     let Tensors { query, key, value, seqlens_k } = tensors;
     let rounded = |values: Vec<f64>| -> Vec<T> { values.into_iter().map(|x| T::nearest(x as f32)).collect() };
     let result = reference::forward(problem, query, key, value, seqlens_k.as_deref());
@@ -354,10 +566,12 @@ fn on_device<T: Number>(
     upstream: Option<&Upstream<T>>,
 ) -> Result<Results<T>> {
     let words = |error: wgpu_flash_attention::Error| error.to_string();
+    let opening = progress("opening the device");
     let coop = args.kernel == KernelName::Coop;
     let mut options = HeadlessOptions::default().checked(args.checked).cooperative_matrices(coop);
     options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options).map_err(words)?;
+    drop(opening);
     say("adapter", support::adapter_name(&context));
     let kernel = match args.kernel {
         KernelName::Naive => Some(Kernel::Naive),
@@ -367,16 +581,22 @@ fn on_device<T: Number>(
         KernelName::Auto | KernelName::Reference => None,
     };
     let coop_form = args.coop_form.map(Into::into);
+    let planning = progress("planning, the driver compiles the kernels");
     let options = PlanOptions::default().kernel(kernel).backward(kernel).coop_form(coop_form);
     let plan = context.plan_with(problem, &options).map_err(words)?;
+    drop(planning);
     say("plan", &plan);
+    let computing = progress("computing on the device");
     let inputs = Inputs::upload(&context, tensors)?;
     let outputs = Outputs::poisoned(&context, &plan)?;
     let bound = [support::bind(&plan, &inputs, &outputs).map_err(words)?];
     support::pass_times(&context, &bound, 1, 1).map_err(words)?;
     let (out, lse) = outputs.read(&context, problem).map_err(words)?;
+    drop(computing);
     let time = |pass: &str, bound: &[BoundPass]| -> Result<()> {
+        let timing = progress(&format!("timing the {pass} pass"));
         let time = support::measure(&context, bound).map_err(words)?;
+        drop(timing);
         let (median, passes, clock) = (time.median * 1e3, time.passes, support::clock(&context));
         say("time", format!("{pass}: {median:.3} ms ({clock}, median of {passes} measurements)"));
         Ok(())
@@ -384,18 +604,19 @@ fn on_device<T: Number>(
     time("forward", &bound)?;
     let mut results = Results { out, lse, gradients: None };
     if let Some(upstream) = upstream {
+        let computing = progress("computing gradients on the device");
         let gradients = GradientBuffers::poisoned(&context, &plan, upstream)?;
         let bound = [gradients.bind(&plan, &inputs, &outputs).map_err(words)?];
         support::pass_times(&context, &bound, 1, 1).map_err(words)?;
         results.gradients = Some(gradients.read(&context, problem).map_err(words)?);
+        drop(computing);
         time("backward", &bound)?;
     }
     Ok(results)
 }
 
-fn write<T: Number>(path: &Path, problem: &Problem, results: &Results<T>) -> Result<()> {
-    let s = &problem.shape;
-    let sizes = |sizes: &[u32]| -> Vec<usize> { sizes.iter().map(|&n| n as usize).collect() };
+fn write<T: Number>(mut output: OutputFile, task: &Task, results: &Results<T>) -> Result<()> {
+    let s = &task.problem.shape;
     let dtype = match T::TYPE {
         ElementType::F32 => Dtype::F32,
         ElementType::F16 => Dtype::F16,
@@ -404,31 +625,45 @@ fn write<T: Number>(path: &Path, problem: &Problem, results: &Results<T>) -> Res
     };
     let rows = [s.batch, s.heads_q, s.seqlen_q];
     let keys = [s.batch, s.heads_kv, s.seqlen_k];
-    let mut all: Vec<(&str, Dtype, Vec<usize>, &[u8])> = vec![
-        ("o", dtype, sizes(&[&rows[..], &[s.head_dim_v]].concat()), bytemuck::cast_slice(&results.out)),
-        ("lse", Dtype::F32, sizes(&rows), bytemuck::cast_slice(&results.lse)),
-    ];
-    if let Some(gradients) = &results.gradients {
-        let shapes = [(rows, s.head_dim), (keys, s.head_dim), (keys, s.head_dim_v)];
-        for ((name, values), (rows, dim)) in GRADIENTS.iter().zip(gradients).zip(shapes) {
-            all.push((name, dtype, sizes(&[&rows[..], &[dim]].concat()), bytemuck::cast_slice(values)));
-        }
+    let mut named = vec![("o", &results.out, rows, s.head_dim_v)];
+    if let Some([query, key, value]) = &results.gradients {
+        let [name_q, name_k, name_v] = GRADIENTS;
+        named.push((name_q, query, rows, s.head_dim));
+        named.push((name_k, key, keys, s.head_dim));
+        named.push((name_v, value, keys, s.head_dim_v));
     }
-    let words = |error| format!("cannot write {}: {error}", path.display());
+    let sizes = |sizes: &[u32]| -> Vec<usize> { sizes.iter().map(|&n| n as usize).collect() };
+    let mut all: Vec<(&str, Dtype, Vec<usize>, Vec<u8>)> = vec![];
+    for (name, values, [b, h, n], dim) in named {
+        let in_memory = [b, h, n, dim].map(|n| n as usize);
+        let values = task.order.reorder(values.clone(), in_memory);
+        all.push((name, dtype, task.order.of(in_memory).to_vec(), bytemuck::cast_slice(&values).to_vec()));
+    }
+    all.insert(1, ("lse", Dtype::F32, sizes(&rows), bytemuck::cast_slice(&results.lse).to_vec()));
+    let path = output.path().display().to_string();
+    let words = |error: &dyn std::fmt::Display| format!("cannot write {path}: {error}");
     let mut views = vec![];
     for (name, dtype, shape, bytes) in &all {
-        views.push((*name, TensorView::new(*dtype, shape.clone(), bytes).map_err(words)?));
+        views.push((*name, TensorView::new(*dtype, shape.clone(), bytes).map_err(|error| words(&error))?));
     }
-    let bytes = safetensors::serialize(views, None).map_err(words)?;
-    std::fs::write(path, bytes).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    let bytes = safetensors::serialize(views, None).map_err(|error| words(&error))?;
+    output.write_all(&bytes).map_err(|error| words(&error))?;
+    output.finish()?;
     let named: Vec<_> = all.iter().map(|(name, dtype, shape, _)| format!("{name} {dtype} {shape:?}")).collect();
-    say("wrote", format!("{}: {}", path.display(), named.join(", ")));
+    say("wrote", format!("{}: {}", harmless(&path, false), named.join(", ")));
     Ok(())
 }
 
 /// Compares with what the file expects, by the bounds that the crate's tests have.
-fn compare<T: Number>(task: &Task, tensors: &Tensors<T>, upstream: Option<&Upstream<T>>, results: &Results<T>) -> bool {
+fn compare<T: Number>(
+    args: &Args,
+    task: &Task,
+    tensors: &Tensors<T>,
+    upstream: Option<&Upstream<T>>,
+    results: &Results<T>,
+) -> bool {
     let mut verdicts = vec![];
+    let comparing = progress("computing in f64 on the host, to compare");
     // What the type costs the plain computation: lengths, masks and all, but never the expected values.
     let plain = (T::TYPE != ElementType::F32 && (task.out.is_some() || task.lse.is_some())).then(|| {
         let exact = reference::forward(&task.problem, &task.query, &task.key, &task.value, task.seqlens_k.as_deref());
@@ -457,13 +692,19 @@ fn compare<T: Number>(task: &Task, tensors: &Tensors<T>, upstream: Option<&Upstr
             verdicts.extend(verdict.map(|verdict| (GRADIENTS[n], verdict)));
         }
     }
+    drop(comparing);
     for (name, verdict) in &verdicts {
         say(name, verdict);
     }
+    let undefined = not_finite(results);
     let names = |holds: bool| {
         let named = verdicts.iter().filter(|(_, verdict)| verdict.holds == holds).map(|(name, _)| *name);
         list(&named.collect::<Vec<_>>(), "and")
     };
+    if undefined && !args.allow_non_finite {
+        println!("FAIL: the inputs are finite, and a result is not");
+        return false;
+    }
     if verdicts.is_empty() {
         let all: &[&str] = if results.gradients.is_some() { &["o", "lse", "dq", "dk", "dv"] } else { &["o", "lse"] };
         println!("DONE: the file holds no expected {}, so nothing was compared", list(all, "or"));
@@ -473,6 +714,25 @@ fn compare<T: Number>(task: &Task, tensors: &Tensors<T>, upstream: Option<&Upstr
         println!("FAIL: {}: not what the file expects; was it made with the same options?", names(false));
     }
     verdicts.iter().all(|(_, verdict)| verdict.holds)
+}
+
+/// Says which results hold what no row of attention is, and whether any does. A row without keys has an lse of −∞, and a
+/// gradient is a sum, which may be too large for 16 bits.
+fn not_finite<T: Number>(results: &Results<T>) -> bool {
+    fn of<T: Number>(name: &str, values: &[T], counts: impl Fn(f64) -> bool) -> bool {
+        let count = values.iter().filter(|&&x| counts(x.into())).count();
+        if count > 0 {
+            say(name, format!("{count} of {} values are NaN or infinite", values.len()));
+        }
+        count > 0
+    }
+    let mut undefined = of("o", &results.out, |x| !x.is_finite());
+    undefined |= of("lse", &results.lse, |x| !x.is_finite() && x != f64::NEG_INFINITY);
+    for (name, values) in GRADIENTS.iter().zip(results.gradients.iter().flatten()) {
+        of(name, values, f64::is_infinite);
+        undefined |= of(name, values, f64::is_nan);
+    }
+    undefined
 }
 
 /// "o, lse and dq"
@@ -495,7 +755,7 @@ fn expected_gradients<T: Number>(
     }
     let (problem, s) = (&task.problem, &task.problem.shape);
     let inputs = [&task.query[..], &task.key, &task.value, &backward.grad_out.values];
-    let exact = reference::backward(problem, inputs, backward.grad_lse.as_deref(), task.seqlens_k.as_deref());
+    let exact = reference::backward(problem, inputs, upstream.lse.as_deref(), task.seqlens_k.as_deref());
     let (out, lse) = plain(problem, tensors);
     let plain = PlainGradients { problem, tensors, upstream, out, lse };
     let all_rows = |heads, positions| sample_rows([s.batch, heads, positions], u64::MAX);
@@ -526,28 +786,56 @@ fn plain<T: Number>(problem: &Problem, tensors: &Tensors<T>) -> (Vec<T>, Vec<f32
 
 /// A line with its subject in front; further lines of the same subject are indented.
 fn say(subject: &str, text: impl std::fmt::Display) {
-    println!("{subject:<8} {}", text.to_string().replace('\n', "\n         "));
+    println!("{subject:<8} {}", harmless(&text.to_string(), true).replace('\n', "\n         "));
+}
+
+/// An error for an option that nothing would look at.
+fn refuse_idle(args: &Args) -> Result<()> {
+    if args.coop_form.is_some() && args.kernel != KernelName::Coop {
+        return Err("--coop-form is for the coop kernel, which only --kernel coop takes".into());
+    }
+    let idle = [("--adapter", args.adapter.is_some()), ("--checked", args.checked)];
+    match idle.iter().find(|(_, given)| *given && args.kernel == KernelName::Reference) {
+        Some((option, _)) => Err(format!("{option} is for kernels, and --kernel reference computes on the host")),
+        None => Ok(()),
+    }
 }
 
 fn run(args: &Args) -> Result<bool> {
-    let name = args.input.as_ref().map_or("the fixture".to_string(), |path| path.display().to_string());
+    refuse_idle(args)?;
+    let name = match &args.input {
+        None => "the fixture, a layer of all-MiniLM-L6-v2".to_string(),
+        Some(path) => harmless(&path.display().to_string(), false),
+    };
     let bytes = match &args.input {
         None => FIXTURE.into(),
         Some(path) => std::fs::read(path).map_err(|error| format!("cannot read {name}: {error}"))?,
     };
-    let file = SafeTensors::deserialize(&bytes).map_err(|error| format!("{name} is no safetensors file: {error}"))?;
+    let file =
+        SafeTensors::deserialize(&bytes).map_err(|error| format!("{name} is no safetensors file: {}", cut(error)))?;
+    let reading = progress("reading the file");
     let task = read(&file, args)?;
+    drop(reading);
     let (ty, s) = (task.problem.element_type, &task.problem.shape);
-    let q = [s.batch, s.heads_q, s.seqlen_q, s.head_dim];
-    let k = [s.batch, s.heads_kv, s.seqlen_k, s.head_dim];
-    let v = [s.batch, s.heads_kv, s.seqlen_k, s.head_dim_v];
-    let lengths = task.seqlens_k.as_ref().map_or("all keys".into(), |lengths| format!("key lengths {lengths:?}"));
+    let lengths = match &task.seqlens_k {
+        None => "all keys count".into(),
+        Some(lengths) => format!("key lengths {}", first_few(lengths)),
+    };
     let upstream = match &task.backward {
         None => "",
         Some(BackwardTask { grad_lse: None, .. }) => "; gradients from do",
         Some(_) => "; gradients from do and dlse",
     };
-    say("input", format!("{name}: q {q:?}, k {k:?}, v {v:?} in {ty}; {lengths}{upstream}"));
+    say("input", format!("{name}, in {ty}; {lengths}{upstream}"));
+    // By name: a file of the other order would be read without complaint where as many heads as positions would do.
+    let dims = |tensor, positions, sizes: [u32; 4]| {
+        let named = args.layout.names(positions).into_iter().zip(args.layout.of(sizes));
+        let named: Vec<_> = named.map(|(name, size)| format!("{name} {size}")).collect();
+        say(tensor, named.join(", "));
+    };
+    dims("q", "queries", [s.batch, s.heads_q, s.seqlen_q, s.head_dim]);
+    dims("k", "keys", [s.batch, s.heads_kv, s.seqlen_k, s.head_dim]);
+    dims("v", "keys", [s.batch, s.heads_kv, s.seqlen_k, s.head_dim_v]);
     match task.problem.element_type {
         ElementType::F32 => attend::<f32>(args, &task),
         ElementType::F16 => attend::<half::f16>(args, &task),
@@ -571,7 +859,8 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
         Err(error) => {
-            eprintln!("attend: {error}");
+            let line: Vec<_> = error.lines().map(str::trim).collect();
+            eprintln!("attend: {}", harmless(&line.join(" "), false));
             ExitCode::from(2)
         }
     }

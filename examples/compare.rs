@@ -2,9 +2,8 @@
 
 mod support;
 
-use std::fs::File;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
@@ -16,6 +15,8 @@ use wgpu_flash_attention::{
     Causal, Context, CoopForm, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, reference,
 };
 
+use support::output::OutputFile;
+use support::terminal::{Progress, bytes, harmless};
 use support::{
     Errors, GRADIENTS, GradientBuffers, GradientSample, Inputs, Number, Outputs, Tensors, Time, Upstream, Verdict,
 };
@@ -25,6 +26,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Times every kernel on a list of shapes. Rows of each output, gradients included, are checked against f64 first; a kernel
 /// that fails gets no figure, and the exit code is 1.
 #[derive(Parser)]
+#[command(name = "compare", version)]
 struct Args {
     /// Batch, heads (or query heads/key-value heads), sequence length, head dim and, where they are not as many as the
     /// keys, queries; several shapes separated by ';'
@@ -392,12 +394,24 @@ impl Sample {
 /// Prints the rows of the table as they are measured, and keeps them.
 struct Report {
     bar: ProgressBar,
-    csv: Option<File>,
+    csv: Option<OutputFile>,
+    /// The most bytes in buffers at one time, less what drivers take for themselves.
+    most_bytes: u64,
     figures: Vec<Figure>,
     all_right: bool,
 }
 
 impl Report {
+    /// On stderr: what is about to be done, with what it takes. The table alone is on stdout.
+    fn note(&self, text: &str) {
+        self.bar.suspend(|| eprintln!("compare: {text}"));
+    }
+
+    /// A line on stderr if what follows takes more than a second and no bar is there to show it.
+    fn progress(&self, what: String) -> Option<Progress> {
+        (!std::io::stderr().is_terminal()).then(|| Progress::of("compare", what))
+    }
+
     fn line(name: &str, op: Op, problem: &Problem, rest: &str) -> String {
         let causal = if problem.causal.is_some() { "causal" } else { "" };
         let (ty, shape) = (problem.element_type.to_string(), label(&problem.shape));
@@ -476,8 +490,37 @@ fn label(s: &Shape) -> String {
     format!("{},{heads},{},{}{queries}", s.batch, s.seqlen_k, s.head_dim)
 }
 
+/// An error for an option that nothing would look at: a tile for a kernel or a pass that is not timed.
+fn refuse_idle(args: &Args) -> std::result::Result<(), String> {
+    let (forward, backward) =
+        (args.op.iter().any(|&op| op != Op::Backward), args.op.iter().any(|&op| op != Op::Forward));
+    let kernel = |name| args.kernels.contains(&name);
+    let (tile, coop, decode) = (kernel(KernelName::Tile), kernel(KernelName::Coop), kernel(KernelName::Decode));
+    let options = [
+        ("--tile", !args.tile.is_empty(), tile && forward, "the tile kernel's forward pass"),
+        ("--backward-tile", !args.backward_tile.is_empty(), tile && backward, "the tile kernel's backward pass"),
+        ("--fused-tile", !args.fused_tile.is_empty(), tile && backward, "the tile kernel's backward pass"),
+        ("--coop-tile", !args.coop_tile.is_empty(), coop && forward, "the coop kernel's forward pass"),
+        (
+            "--coop-backward-tiles",
+            !args.coop_backward_tiles.is_empty(),
+            coop && backward,
+            "the coop kernel's backward pass",
+        ),
+        ("--coop-form", !args.coop_form.is_empty(), coop, "the coop kernel"),
+        ("--splits", !args.splits.is_empty(), decode && forward, "the decode kernel"),
+        ("--decode-tile", args.decode_tile.is_some(), decode && forward, "the decode kernel"),
+    ];
+    match options.iter().find(|(_, given, looked_at, _)| *given && !looked_at) {
+        Some((option, _, _, of)) => Err(format!("{option} is for {of}, which is not timed; see --kernels and --op")),
+        None => Ok(()),
+    }
+}
+
 /// What every kernel is given, and what its outputs are checked with.
 struct Subject<'a, T> {
+    /// Bytes of what every kernel is given.
+    given: u64,
     inputs: &'a Inputs,
     upstream: &'a Upstream<T>,
     sample: Sample,
@@ -517,6 +560,11 @@ fn compare_one<T: Number>(
             return Ok(());
         }
     };
+    let mut taken = subject.given + output_bytes(&problem) + plan.workspace_bytes();
+    if op != Op::Forward {
+        taken += input_bytes(&problem) + plan.backward_workspace_bytes();
+    }
+    report.most_bytes = report.most_bytes.max(taken);
     let outputs = Outputs::poisoned(context, &plan)?;
     let mut bound = vec![support::bind(&plan, subject.inputs, &outputs)?];
     support::pass_times(context, &bound, 1, 1)?;
@@ -546,6 +594,19 @@ fn compare_one<T: Number>(
     report.add(Figure { name, op, problem, time, extra_bytes })
 }
 
+/// Of q, k and v, and so of their gradients.
+fn input_bytes(problem: &Problem) -> u64 {
+    let s = &problem.shape;
+    let keys = s.batch as u64 * s.heads_kv as u64 * s.seqlen_k as u64;
+    let elements = s.rows() * s.head_dim as u64 + keys * (s.head_dim + s.head_dim_v) as u64;
+    elements * problem.element_type.bytes()
+}
+
+/// Of o and lse.
+fn output_bytes(problem: &Problem) -> u64 {
+    problem.shape.rows() * (problem.shape.head_dim_v as u64 * problem.element_type.bytes() + 4)
+}
+
 /// What is wrong with dq, dk and dv, if anything.
 fn check_gradients<T: Number>(
     sample: &GradientSample,
@@ -567,6 +628,18 @@ fn compare_all<T: Number>(
 ) -> Result<()> {
     let problem = Problem::new(shape, T::TYPE).with_lse();
     problem.validate()?;
+    let needed = args.op.iter().any(|&op| op != Op::Forward);
+    let (inputs, outputs) = (input_bytes(&problem), output_bytes(&problem));
+    let gradients = if needed { inputs + problem.shape.rows() * shape.head_dim_v as u64 * T::TYPE.bytes() } else { 0 };
+    report.note(&format!(
+        "{} {}: q, k and v take {} on the device and as much on the host, o and lse {}{}; workspaces come on top",
+        label(&shape),
+        T::TYPE,
+        bytes(inputs),
+        bytes(outputs),
+        if needed { format!(", gradients {}", bytes(gradients)) } else { String::new() },
+    ));
+    let making = report.progress("making random inputs".into());
     let elements =
         |heads: u32, rows: u32| shape.batch as usize * heads as usize * rows as usize * shape.head_dim as usize;
     let tensors = Tensors::<T> {
@@ -577,19 +650,25 @@ fn compare_all<T: Number>(
     };
     let inputs = Inputs::upload(context, &tensors)?;
     let upstream = Upstream { out: support::random(elements(shape.heads_q, shape.seqlen_q), 4), lse: None };
+    drop(making);
     for &causal in masks {
         let mut problem = problem.clone();
         problem.causal = causal;
+        let checking = report.progress(format!("computing rows of {} in f64, to check with", label(&shape)));
+        report.bar.set_message(format!("rows of {} in f64, to check with", label(&shape)));
         let sample = Sample::of(&problem, &tensors);
         let keys = support::sample_rows([shape.batch, shape.heads_kv, shape.seqlen_k], SAMPLES);
-        let needed = args.op.iter().any(|&op| op != Op::Forward);
         let gradients =
             needed.then(|| GradientSample::of(context, &problem, &tensors, &upstream, sample.rows.clone(), keys));
         let gradients = gradients.transpose()?;
-        let subject = Subject { inputs: &inputs, upstream: &upstream, sample, gradients };
+        drop(checking);
+        let given = input_bytes(&problem) + size_of_val(&upstream.out[..]) as u64;
+        let subject = Subject { given, inputs: &inputs, upstream: &upstream, sample, gradients };
         for &op in &args.op {
             for candidate in candidates(args, op) {
-                report.bar.set_message(format!("{candidate} {op} {} {}", T::TYPE, label(&shape)));
+                let what = format!("{candidate} {op} {} {}", T::TYPE, label(&shape));
+                report.bar.set_message(what.clone());
+                let _progress = report.progress(what);
                 compare_one(context, candidate, op, &problem, &subject, report)?;
                 report.bar.inc(1);
             }
@@ -602,6 +681,13 @@ fn run(mut args: Args) -> Result<bool> {
     // The yardstick first: naive in f32.
     args.dtype.sort();
     args.kernels.sort();
+    refuse_idle(&args)?;
+    if args.csv.is_some() && args.csv == args.plot {
+        return Err("--csv and --plot name one file".into());
+    }
+    // Opened first: what cannot be written is better known before than after minutes of measuring.
+    let mut csv = args.csv.as_ref().map(|path| OutputFile::open(path, &[])).transpose()?;
+    let plot = args.plot.as_ref().map(|path| OutputFile::open(path, &[])).transpose()?;
     let mut options = HeadlessOptions::default().cooperative_matrices(args.kernels.contains(&KernelName::Coop));
     options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options)?;
@@ -614,33 +700,38 @@ fn run(mut args: Args) -> Result<bool> {
     let count = args.shapes.len() * args.dtype.len() * masks.len() * candidates;
     let bar = ProgressBar::new(count as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}")?);
-    let mut csv = args.csv.as_ref().map(|path| named(path, File::create(path))).transpose()?;
     if let Some(csv) = &mut csv {
         writeln!(csv, "kernel,op,dtype,B,H,Hkv,N,D,causal,median_ms,TFLOPS,Nk,GBps")?;
     }
-    let mut report = Report { bar, csv, figures: vec![], all_right: true };
+    let mut report = Report { bar, csv, most_bytes: 0, figures: vec![], all_right: true };
     println!("adapter: {}", support::adapter_name(&context));
     println!("times: {}; speed-up: over naive in f32 on the same op and shape", support::clock(&context));
     report.header();
-    for &shape in &args.shapes {
-        for &dtype in &args.dtype {
-            match dtype {
-                Type::F32 => compare_all::<f32>(&context, &args, shape, masks, &mut report)?,
-                Type::F16 => compare_all::<half::f16>(&context, &args, shape, masks, &mut report)?,
-                Type::Bf16 => compare_all::<half::bf16>(&context, &args, shape, masks, &mut report)?,
-            }
-        }
-    }
+    let measured = compare_shapes(&context, &args, masks, &mut report);
     report.bar.finish_and_clear();
-    if let Some(path) = args.plot.as_ref().filter(|_| !report.figures.is_empty()) {
+    // What was measured before an error is kept.
+    report.csv.take().map_or(Ok(()), OutputFile::finish)?;
+    measured?;
+    report.note(&format!("the most in buffers at one time: {}", bytes(report.most_bytes)));
+    if let Some(mut plot) = plot.filter(|_| !report.figures.is_empty()) {
         let svg = draw(&report.figures, &support::adapter_name(&context))?;
-        named(path, std::fs::write(path, svg))?;
+        plot.write_all(svg.as_bytes()).map_err(|error| format!("{}: {error}", plot.path().display()))?;
+        plot.finish()?;
     }
     Ok(report.all_right)
 }
 
-fn named<T>(path: &Path, result: std::io::Result<T>) -> std::result::Result<T, String> {
-    result.map_err(|error| format!("{}: {error}", path.display()))
+fn compare_shapes(context: &Context, args: &Args, masks: &[Option<Causal>], report: &mut Report) -> Result<()> {
+    for &shape in &args.shapes {
+        for &dtype in &args.dtype {
+            match dtype {
+                Type::F32 => compare_all::<f32>(context, args, shape, masks, report)?,
+                Type::F16 => compare_all::<half::f16>(context, args, shape, masks, report)?,
+                Type::Bf16 => compare_all::<half::bf16>(context, args, shape, masks, report)?,
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Points of one line, `[N, value]`.
@@ -768,7 +859,7 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
         Err(error) => {
-            eprintln!("compare: {error}");
+            eprintln!("compare: {}", harmless(&error.to_string(), true));
             ExitCode::from(2)
         }
     }

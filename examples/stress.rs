@@ -22,6 +22,7 @@ use support::{
 /// the oracle in f64.
 /// Case n is made from seed + n alone.
 #[derive(Parser)]
+#[command(name = "stress", version)]
 struct Args {
     /// How long; at least one case is run
     #[arg(long, default_value_t = 1.0)]

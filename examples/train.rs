@@ -7,7 +7,8 @@ mod support;
 #[path = "support/transformer.rs"]
 mod transformer;
 
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -19,6 +20,8 @@ use wgpu_flash_attention::{Context, HeadlessOptions, Kernel, Shape};
 
 use attention::{CachedAttention, DeviceAttention};
 use support::Number;
+use support::output::OutputFile;
+use support::terminal::harmless;
 use transformer::{AdamW, Sizes, Text, Transformer};
 
 /// What the host computes in.
@@ -35,7 +38,7 @@ const ALICE: &str = include_str!("data/alice.txt");
 /// Attention runs on the device, forward and backward, and for the sample by the decode kernel; the other layers run on
 /// the host.
 #[derive(Parser)]
-#[command(after_help = "Exit code: 0 if all went well, 2 for bad input.")]
+#[command(name = "train", version, after_help = "Exit code: 0 if all went well, 2 for bad input.")]
 struct Args {
     /// The text to learn, in UTF-8; without it, the first chapter of Alice's Adventures in Wonderland
     text: Option<PathBuf>,
@@ -189,7 +192,7 @@ fn sample<T: Number>(args: &Args, context: &Context, text: &Text, model: &mut Tr
     Ok(written)
 }
 
-fn draw(path: &Path, losses: &[f64]) -> std::result::Result<(), Box<dyn std::error::Error>> {
+fn draw(losses: &[f64]) -> std::result::Result<String, Box<dyn std::error::Error>> {
     let mut svg = String::new();
     {
         let root = SVGBackend::with_string(&mut svg, (700, 450)).into_drawing_area();
@@ -212,19 +215,19 @@ fn draw(path: &Path, losses: &[f64]) -> std::result::Result<(), Box<dyn std::err
         chart.draw_series(LineSeries::new(points, Palette99::pick(0).stroke_width(1)))?;
         root.present()?;
     }
-    Ok(std::fs::write(path, svg)?)
+    Ok(svg)
 }
 
 /// A line with its subject in front; further lines of the same subject are indented.
 fn say(subject: &str, text: impl std::fmt::Display) {
-    println!("{subject:<8} {}", text.to_string().replace('\n', "\n         "));
+    println!("{subject:<8} {}", harmless(&text.to_string(), true).replace('\n', "\n         "));
 }
 
 fn run(args: &Args) -> Result<()> {
     let (name, text) = match &args.text {
         None => ("the first chapter of Alice's Adventures in Wonderland".to_string(), ALICE.to_string()),
         Some(path) => {
-            let name = path.display().to_string();
+            let name = harmless(&path.display().to_string(), false);
             let text = std::fs::read_to_string(path).map_err(|error| format!("cannot read {name}: {error}"))?;
             (name, text)
         }
@@ -243,10 +246,8 @@ fn run(args: &Args) -> Result<()> {
         dim: args.dim as usize,
         layers: args.layers as usize,
     };
-    if let Some(path) = &args.plot {
-        // Now, rather than after the training.
-        std::fs::File::create(path).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
-    }
+    // Now, rather than after the training.
+    let plot = args.plot.as_ref().map(|path| OutputFile::open(path, args.text.as_deref().as_slice())).transpose()?;
     let mut options = HeadlessOptions::default().cooperative_matrices(args.kernel == KernelName::Coop);
     options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options).map_err(words)?;
@@ -262,8 +263,10 @@ fn run(args: &Args) -> Result<()> {
     };
     let seconds = start.elapsed().as_secs_f64();
     say("time", format!("{seconds:.1} s, {:.1} ms a step", seconds * 1e3 / args.steps as f64));
-    if let Some(path) = &args.plot {
-        draw(path, &losses).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
+    if let Some(mut plot) = plot {
+        let svg = draw(&losses).map_err(|error| format!("cannot draw the loss: {error}"))?;
+        plot.write_all(svg.as_bytes()).map_err(|error| format!("cannot write {}: {error}", plot.path().display()))?;
+        plot.finish()?;
     }
     if args.sample > 0 {
         let written = match args.dtype {
@@ -289,7 +292,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("train: {error}");
+            eprintln!("train: {}", harmless(&error, false));
             ExitCode::from(2)
         }
     }

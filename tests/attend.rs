@@ -35,14 +35,22 @@ fn expect(args: &[&str], code: i32) -> String {
 
 /// Exit code 2 and one line on stderr that holds each of `words`.
 #[track_caller]
-fn expect_refusal(args: &[&str], words: &[&str]) {
-    let output = attend(args);
-    let text = stderr(&output);
-    assert_eq!(output.status.code(), Some(2), "{args:?}\n{}{text}", stdout(&output));
-    assert_eq!(text.lines().count(), 1, "{args:?}\n{text}");
+fn expect_refusal(args: &[&str], words: &[&str]) -> String {
+    refusal(&attend(args), args, words)
+}
+
+#[track_caller]
+fn refusal(output: &Output, args: &[&str], words: &[&str]) -> String {
+    let text = stderr(output);
+    assert_eq!(output.status.code(), Some(2), "{args:?}\n{}{text}", stdout(output));
+    // On a busy machine lines on progress may stand before it.
+    let lines: Vec<_> = text.lines().filter(|line| !line.ends_with(" …")).collect();
+    assert_eq!(lines.len(), 1, "{args:?}\n{text}");
+    let text = lines[0].to_string();
     for word in words {
         assert!(text.contains(word), "{args:?}: {text:?} does not say {word:?}");
     }
+    text
 }
 
 /// Tensors of a file in the making.
@@ -113,11 +121,16 @@ fn the_fixture_passes() {
     }
 }
 
+/// The reference has no bounds checks to switch on.
+fn checked(kernel: &str) -> &'static [&'static str] {
+    if kernel == "reference" { &[] } else { &["--checked"] }
+}
+
 #[test]
 fn every_kernel_and_type_passes_on_the_fixture() {
     for kernel in ["naive", "tile", "reference"] {
         for dtype in ["f32", "f16", "bf16"] {
-            let text = expect(&["--kernel", kernel, "--dtype", dtype, "--checked"], 0);
+            let text = expect(&[&["--kernel", kernel, "--dtype", dtype], checked(kernel)].concat(), 0);
             assert!(text.contains(kernel) && text.contains(&format!("in {dtype};")), "{text}");
         }
     }
@@ -131,7 +144,8 @@ fn gradients_pass_on_the_fixture() {
     }
     for kernel in ["naive", "tile", "reference"] {
         for dtype in ["f32", "f16", "bf16"] {
-            let text = expect(&["--backward", "--kernel", kernel, "--dtype", dtype, "--checked"], 0);
+            let args = [&["--backward", "--kernel", kernel, "--dtype", dtype], checked(kernel)].concat();
+            let text = expect(&args, 0);
             assert!(text.contains(kernel) && text.contains("PASS: o, lse, dq, dk and dv"), "{text}");
         }
     }
@@ -238,7 +252,7 @@ fn gradients_are_written_in_the_computing_type() {
 fn bad_gradients_are_refused_in_one_line() {
     let right = || File::new().with("do", &[2, 4, 3, 6], &values(144, 2.3)).with("dlse", &[2, 4, 3], &values(24, 2.9));
     let cases: &[(&str, File, &[&str])] = &[
-        ("missing-do", right().without("do"), &["no tensor do", "k, q, v"]),
+        ("missing-do", right().without("do"), &["no tensor do", r#""k", "q", "v""#]),
         ("shape-of-do", right().with("do", &[2, 4, 3, 8], &values(192, 1.0)), &["do has shape", "[2, 4, 3, 6]"]),
         ("rank-of-do", right().with("do", &[144], &values(144, 1.0)), &["do has shape [144]"]),
         ("integer-do", right().put("do", Dtype::I32, &[2, 4, 3, 6], &[0; 576]), &["do is I32", "F32, F16 or BF16"]),
@@ -356,7 +370,7 @@ fn a_wrong_expectation_fails_and_is_named() {
 fn bad_files_are_refused_in_one_line() {
     let integers = |name: &'static str| File::new().put(name, Dtype::I32, &[2, 2, 5, 8], &[0; 640]);
     let cases: &[(&str, File, &[&str])] = &[
-        ("missing-q", File::new().without("q"), &["no tensor q", "k, v"]),
+        ("missing-q", File::new().without("q"), &["no tensor q", r#""k", "v""#]),
         ("missing-k", File::new().without("k"), &["no tensor k"]),
         ("missing-v", File::new().without("v"), &["no tensor v"]),
         ("rank", File::new().with("q", &[8, 3, 8], &values(192, 0.7)), &["q has 3 dimensions", "[8, 3, 8]"]),
@@ -424,6 +438,259 @@ fn options_out_of_range_are_refused_in_one_line() {
     for (args, words) in cases {
         expect_refusal(args, words);
     }
+}
+
+#[test]
+fn tensors_that_nothing_computes_with_are_refused() {
+    let file = || File::new().with("attn_mask", &[3, 5], &values(15, 1.0)).put("seqlen_k", Dtype::I32, &[2], &[1; 8]);
+    let path = file().save("unknown");
+    expect_refusal(&[&path], &["tensors that attend does not know: \"attn_mask\", \"seqlen_k\"", "--ignore"]);
+    expect_refusal(&[&path, "--ignore", "attn_mask"], &["a tensor that", "\"seqlen_k\""]);
+    let text = expect(&[&path, "--ignore", "attn_mask", "--ignore", "seqlen_k", "--kernel", "reference"], 0);
+    assert!(text.contains("nothing was compared"), "{text}");
+    expect_refusal(&[&path, "--ignore", "mask"], &["--ignore names \"mask\"", "does not hold"]);
+    expect_refusal(&[&path, "--ignore", "q"], &["--ignore names q", "needed"]);
+    // What is ignored is not read, be it wrong, and neither are names that only --backward reads.
+    let path = File::new().with_lengths(&[6, 9]).with("do", &[1], &[0.0]).save("ignored-lengths");
+    expect(&[&path, "--ignore", "seqlens_k", "--kernel", "reference"], 0);
+}
+
+#[test]
+fn lengths_of_queries_are_checked_and_not_left_out() {
+    let with = |lengths: &[i64]| {
+        let bytes = bytemuck::cast_slice(lengths);
+        File::new().put("seqlens_q", Dtype::I64, &[lengths.len()], bytes).save("seqlens-q")
+    };
+    expect_refusal(&[&with(&[3, 4])], &["seqlens_q[1] is 4", "0 to 3, the number of queries"]);
+    expect_refusal(&[&with(&[3])], &["seqlens_q has shape [1]"]);
+    expect_refusal(&[&with(&[3, 2])], &["seqlens_q", "not compute with yet"]);
+}
+
+#[test]
+fn names_from_a_file_are_quoted_and_cut() {
+    let with = |name: String, tag: &str| {
+        File::new().with(Box::leak(name.into_boxed_str()), &[1], &[0.0]).save(&format!("name-{tag}"))
+    };
+    let text = expect_refusal(&[&with("\u{1b}[31mred\r\n\u{202e}\u{7}".into(), "escapes")], &["\\u{1b}[31mred\\r\\n"]);
+    assert!(!text.contains(['\u{1b}', '\u{202e}', '\u{7}']), "{text:?}");
+    let text = expect_refusal(&[&with("ü".repeat(100_000), "long")], &["… (100000 characters)"]);
+    assert!(text.len() < 1000, "{} bytes", text.len());
+    // Where the names are listed as what the file has, too.
+    let path = (0..100).fold(File::new().without("q"), |file, n| {
+        let name = format!("{n}\u{1b}{}", "x".repeat(1000));
+        file.with(Box::leak(name.into_boxed_str()), &[1], &[0.0])
+    });
+    let text = expect_refusal(&[&path.save("name-many")], &["and 92 more"]);
+    assert!(text.len() < 2000 && !text.contains('\u{1b}'), "{text:?}");
+    // Of a broken file the library that reads it quotes the name.
+    let header = format!(r#"{{"{}":{{"dtype":"F32","shape":[2],"data_offsets":[4,0]}}}}"#, "y".repeat(100_000));
+    let path = temporary("name-broken");
+    std::fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 8]].concat()).unwrap();
+    let text = expect_refusal(&[path.to_str().unwrap()], &["no safetensors file"]);
+    assert!(text.len() < 1000, "{} bytes", text.len());
+    // A path is what the caller typed, or what a file browser did.
+    let text = expect_refusal(&["no\u{1b}[2Jsuch\nfile"], &["cannot read no\\u{1b}[2Jsuch\\nfile"]);
+    assert!(!text.contains('\u{1b}'), "{text:?}");
+}
+
+#[test]
+fn inputs_that_are_not_finite_are_refused_by_place() {
+    let changed = |name: &'static str, shape: &[usize], step, n: usize, value| {
+        let mut changed = values(shape.iter().product(), step);
+        changed[n] = value;
+        File::new().with("do", &[2, 4, 3, 6], &values(144, 2.3)).with(name, shape, &changed)
+    };
+    let shapes: [(&str, &[usize]); 4] =
+        [("q", &[2, 4, 3, 8]), ("k", &[2, 2, 5, 8]), ("v", &[2, 2, 5, 6]), ("do", &[2, 4, 3, 6])];
+    for (name, shape) in shapes {
+        for (value, word) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
+            let path = changed(name, shape, 0.7, 50, value).save("not-finite");
+            let dim = shape[3];
+            let at = [50 / dim / shape[2] / shape[1], 50 / dim / shape[2] % shape[1], 50 / dim % shape[2], 50 % dim];
+            let count = format!("1 of {}", shape.iter().product::<usize>());
+            let words = [&format!("{name} holds values that are NaN or infinite"), &count, word, &format!("at {at:?}")];
+            expect_refusal(&[&path, "--backward"], &words);
+            if name == "do" {
+                expect(&[&path, "--kernel", "reference"], 0);
+            }
+        }
+        // Finite in the file, infinite in f16.
+        let path = changed(name, shape, 0.7, 3, 65520.0).save("too-large");
+        expect_refusal(&[&path, "--backward", "--dtype", "f16"], &["too large for f16", "65520.0 at [0, 0, 0, 3]"]);
+        expect(&[&path, "--backward", "--dtype", "bf16", "--kernel", "reference"], 0);
+    }
+    let path = File::new()
+        .with("do", &[2, 4, 3, 6], &values(144, 1.0))
+        .with("dlse", &[2, 4, 3], &[f32::NAN; 24])
+        .save("not-finite-dlse");
+    expect_refusal(&[&path, "--backward"], &["dlse holds", "24 of 24", "at [0, 0, 0]"]);
+
+    // Keys past the lengths may hold anything: they do not count.
+    let mut keys = values(160, 1.1);
+    keys[4 * 8..5 * 8].fill(f32::NAN);
+    let file = File::new().with("k", &[2, 2, 5, 8], &keys);
+    expect_refusal(&[&file.save("nan-past-the-end")], &["k holds", "8 of 160", "at [0, 0, 4, 0]"]);
+    keys[9 * 8..10 * 8].fill(f32::NAN);
+    let file = File::new().with("k", &[2, 2, 5, 8], &keys).with_lengths(&[4, 5]);
+    expect(&[&file.save("nan-past-length"), "--kernel", "naive"], 0);
+    // The option goes on.
+    let path = changed("q", &[2, 4, 3, 8], 0.7, 50, f32::NAN).save("not-finite");
+    expect(&[&path, "--allow-non-finite", "--kernel", "reference"], 0);
+}
+
+#[test]
+fn the_input_is_not_written_over() {
+    let path = File::new().save("own-output");
+    let before = std::fs::read(&path).unwrap();
+    let folder = Path::new(&path).parent().unwrap();
+    let roundabout = folder.join("..").join(folder.file_name().unwrap()).join(Path::new(&path).file_name().unwrap());
+    expect_refusal(&[&path, "-o", &path], &["is the input"]);
+    expect_refusal(&[&path, "-o", roundabout.to_str().unwrap()], &["is the input"]);
+    #[cfg(unix)]
+    {
+        let link = temporary("own-output-link");
+        let _ = std::fs::remove_file(&link);
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        expect_refusal(&[&path, "-o", link.to_str().unwrap()], &["is the input"]);
+        expect_refusal(&[link.to_str().unwrap(), "-o", &path], &["is the input"]);
+    }
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+/// A name alone in a folder of its own, so that one sees what else is left there.
+fn lonely(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("attend-{name}"));
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir(&folder).unwrap();
+    folder.join("out.safetensors")
+}
+
+#[test]
+fn what_cannot_be_written_is_said_before_anything_is_computed() {
+    let input = File::new().save("early");
+    let folder = lonely("early-folder").parent().unwrap().to_str().unwrap().to_string();
+    for (output, word) in [("no/such/folder/out", "No such file"), (folder.as_str(), "a folder")] {
+        let args = [input.as_str(), "-o", output];
+        let result = attend(&args);
+        refusal(&result, &args, &["cannot write", word]);
+        assert!(!stdout(&result).contains("adapter"), "{}", stdout(&result));
+    }
+}
+
+#[test]
+fn an_output_is_replaced_whole_and_links_to_it_stay() {
+    let input = File::new().save("replaced");
+    let output = lonely("replaced-whole");
+    std::fs::write(&output, "old").unwrap();
+    #[cfg(not(unix))]
+    let name = output.clone();
+    #[cfg(unix)]
+    let name = {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(&output, std::fs::Permissions::from_mode(0o640)).unwrap();
+        let name = output.with_file_name("link");
+        std::os::unix::fs::symlink("out.safetensors", &name).unwrap();
+        name
+    };
+    expect(&[&input, "-o", name.to_str().unwrap(), "--kernel", "reference"], 0);
+    let bytes = std::fs::read(&output).unwrap();
+    assert_eq!(shape_and_type(&bytes, "o"), (vec![2, 4, 3, 6], Dtype::F32));
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        assert!(std::fs::symlink_metadata(&name).unwrap().is_symlink());
+        assert_eq!(std::fs::metadata(&output).unwrap().permissions().mode() & 0o777, 0o640);
+        assert_eq!(std::fs::read_dir(output.parent().unwrap()).unwrap().count(), 2, "a temporary file is left");
+    }
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_full_disk_leaves_the_old_output_as_it_was() {
+    let input = File::new().save("full");
+    let output = lonely("full-disk");
+    std::fs::write(&output, "old").unwrap();
+    let test = std::env::current_exe().unwrap();
+    let program = test.parent().unwrap().parent().unwrap().join("examples/attend");
+    // Files of at most 512 bytes stand for a disk that is full after as many.
+    let limited = r#"trap "" XFSZ; ulimit -f 1; exec "$0" "$@""#;
+    let args = [input.as_str(), "--kernel", "reference", "-o", output.to_str().unwrap()];
+    let result = Command::new("sh").args(["-c", limited]).arg(program).args(args).output().unwrap();
+    refusal(&result, &args, &["cannot write", "out.safetensors"]);
+    assert_eq!(std::fs::read(&output).unwrap(), b"old");
+    assert_eq!(std::fs::read_dir(output.parent().unwrap()).unwrap().count(), 1, "a temporary file is left");
+
+    // A device is written to and not replaced.
+    expect_refusal(&[&input, "--kernel", "reference", "-o", "/dev/full"], &["cannot write /dev/full", "No space left"]);
+    expect(&[&input, "--kernel", "reference", "-o", "/dev/null"], 0);
+    use std::os::unix::fs::FileTypeExt;
+    assert!(std::fs::metadata("/dev/null").unwrap().file_type().is_char_device());
+}
+
+/// Tensors of `[batch, heads, positions, dim]` in the order `[batch, positions, heads, dim]`.
+fn swapped(values: &[f32], [b, h, n, d]: [usize; 4]) -> Vec<f32> {
+    let mut all = vec![];
+    for b in 0..b {
+        for position in 0..n {
+            for head in 0..h {
+                all.extend_from_slice(&values[((b * h + head) * n + position) * d..][..d]);
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn files_of_batch_positions_heads_dim_are_read_on_request() {
+    let problem = Problem::new(File::SHAPE, ElementType::F32).causal(Causal::BottomRight).with_seqlens_k();
+    let lengths = [4, 5];
+    let [q, k, v] = [values(192, 0.7), values(160, 1.1), values(120, 1.9)];
+    let result = reference::forward(&problem, &q, &k, &v, Some(&lengths));
+    let f32s = |values: &[f64]| -> Vec<f32> { values.iter().map(|&x| x as f32).collect() };
+    let file = with_gradients(File::new().with_lengths(&[4, 5]), &problem, Some(&lengths));
+    let mut other = file.with("o", &[2, 4, 3, 6], &f32s(&result.out)).with("lse", &[2, 4, 3], &f32s(&result.lse));
+    for (_, dtype, shape, bytes) in &mut other.0 {
+        if let ([b, h, n, d], Dtype::F32) = (&shape[..], *dtype) {
+            let (values, sizes) = (bytemuck::pod_collect_to_vec::<u8, f32>(bytes), [*b, *h, *n, *d]);
+            *bytes = bytemuck::cast_slice(&swapped(&values, sizes)).to_vec();
+            *shape = vec![*b, *n, *h, *d];
+        }
+    }
+    let path = other.save("bnhd");
+    for kernel in ["tile", "reference"] {
+        let out = temporary(&format!("bnhd-out-{kernel}"));
+        let out = out.to_str().unwrap();
+        let options = ["--layout", "bnhd", "--backward", "--causal", "bottom-right", "--kernel", kernel, "-o", out];
+        let text = expect(&[&[path.as_str()], &options[..]].concat(), 0);
+        assert!(text.contains("PASS: o, lse, dq, dk and dv"), "{text}");
+        for line in ["batch 2, queries 3, heads 4, head dim 8", "batch 2, keys 5, heads 2, head dim 6"] {
+            assert!(text.contains(line), "{text}");
+        }
+        // Outputs have the order of the inputs, so that they serve as what is expected.
+        let bytes = std::fs::read(out).unwrap();
+        assert_eq!(shape_and_type(&bytes, "o").0, [2, 3, 4, 6]);
+        assert_eq!(shape_and_type(&bytes, "lse").0, [2, 4, 3]);
+        assert_eq!(shape_and_type(&bytes, "dk").0, [2, 5, 2, 8]);
+        let written = SafeTensors::deserialize(&bytes).unwrap();
+        let mut again = other.clone();
+        for name in ["o", "dq", "dk", "dv"] {
+            let (shape, _) = shape_and_type(&bytes, name);
+            again = again.put(name, Dtype::F32, &shape, written.tensor(name).unwrap().data());
+        }
+        let again = again.save("bnhd-again");
+        expect(&[&again, "--layout", "bnhd", "--backward", "--causal", "bottom-right", "--kernel", kernel], 0);
+    }
+    // Without the option the sizes do not fit, and the message says what may help.
+    expect_refusal(&[&path], &["divide q's", "--layout bnhd"]);
+}
+
+#[test]
+fn options_that_nothing_would_look_at_are_refused() {
+    for kernel in ["auto", "tile", "naive", "reference"] {
+        expect_refusal(&["--kernel", kernel, "--coop-form", "registers"], &["--coop-form", "--kernel coop"]);
+    }
+    expect_refusal(&["--kernel", "reference", "--checked"], &["--checked", "reference"]);
+    expect_refusal(&["--kernel", "reference", "--adapter", "x"], &["--adapter", "reference"]);
 }
 
 #[test]

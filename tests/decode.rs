@@ -3,7 +3,7 @@
 mod common;
 
 use common::cases::{cases, dims, prepare};
-use common::coop::skipped;
+use common::skipped::skipped;
 use common::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::tune::DecodeTile;
@@ -26,7 +26,7 @@ fn small(splits: u32) -> PlanOptions {
 fn in_subgroups(splits: u32, key_threads: u32) -> Option<PlanOptions> {
     let device = full().device();
     if !device.features().contains(wgpu::Features::SUBGROUP) || device.adapter_info().subgroup_min_size < 8 {
-        skipped("decoding by subgroup operations: the adapter lacks subgroups of 8 lanes");
+        skipped("decoding by subgroup operations, since this adapter has no subgroups of 8 lanes");
         return None;
     }
     let tile = DecodeTile { rows: 4, threads: 64, key_threads, thread_keys: 2, lanes: 8 };

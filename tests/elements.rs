@@ -3,8 +3,10 @@
 //! The last tests need a device with cooperative matrices (`scripts/vulkan --coop cargo test` has one); they say so where
 //! there is none.
 
+#[path = "common/skipped.rs"]
+mod skipped;
+
 use std::collections::HashMap;
-use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
@@ -13,6 +15,8 @@ use wgpu_flash_attention::elements::{self, Bit, ElementModule, LayoutError, Matr
 use wgpu_flash_attention::specialize::layout_part;
 use wgpu_flash_attention::{Context, wgpu};
 
+use skipped::{NEWER_DRIVER, NO_VALIDATOR, skipped};
+
 const FORMATS: [MatrixFormat; 5] = [
     MatrixFormat { size: 8, lanes: 8 },
     MatrixFormat { size: 8, lanes: 32 },
@@ -20,12 +24,6 @@ const FORMATS: [MatrixFormat; 5] = [
     MatrixFormat { size: 16, lanes: 32 },
     MatrixFormat { size: 16, lanes: 64 },
 ];
-
-/// Past the test harness, which keeps what passing tests print to itself.
-fn skipped(why: &str) {
-    let mut terminal = std::io::stderr();
-    writeln!(terminal, "SKIPPED: {why}").unwrap();
-}
 
 // Layouts
 
@@ -406,7 +404,7 @@ fn some_layout(format: MatrixFormat) -> MatrixLayout {
 fn modules_pass_the_validator_of_spirv() {
     let validator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/mesa/spirv-val");
     if !validator.exists() {
-        return skipped("spirv-val: scripts/vulkan --coop fetches it");
+        return skipped(NO_VALIDATOR);
     }
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("elements.spv");
     let validate = |words: &[u32]| {
@@ -451,7 +449,7 @@ fn coop_device() -> Option<(Context, MatrixFormat)> {
         Some((Context::new(&device, &queue), format))
     });
     if opened.is_none() {
-        skipped("no adapter has cooperative matrices and takes SPIR-V");
+        skipped(&format!("the probe of layouts: no adapter has cooperative matrices and takes SPIR-V. {NEWER_DRIVER}"));
     }
     opened
 }

@@ -76,12 +76,14 @@ fn bad_input_is_refused_in_one_line() {
     let short = file("short", "Alice was beginning");
     let empty = file("empty", "");
     let bytes = file("bytes", [0xff, 0xfe, 0xfd]);
+    let text = file("own-plot", "do cats eat bats? ".repeat(20));
     let cases: &[(&[&str], &[&str])] = &[
         (&["no/such/text"], &["cannot read no/such/text"]),
         (&[&bytes], &["cannot read", "train-bytes", "UTF-8"]),
         (&[&empty], &["train-empty has 0 characters", "--context 64", "65"]),
         (&[&short], &["train-short has 19 characters", "--context 64", "65"]),
         (&["--plot", "no/such/folder.svg"], &["cannot write no/such/folder.svg"]),
+        (&[&text, "--plot", &text], &["is the input"]),
         (&["--dim", "36"], &["--dim is 36", "multiple of 8"]),
         (&["--dim", "1024", "--heads", "2"], &["head_dim is 512", "256"]),
         (&["--dim", "0"], &["--dim", "0", "2..=2048"]),
@@ -107,4 +109,5 @@ fn bad_input_is_refused_in_one_line() {
             assert!(text.contains(word), "{args:?}: {text:?} does not say {word:?}");
         }
     }
+    assert!(std::fs::read_to_string(text).unwrap().starts_with("do cats"));
 }

@@ -1,6 +1,9 @@
 //! What the examples and the bench share: inputs, buffers, device time, and the bounds of a check.
 #![allow(dead_code)] // Each of them uses a part of it.
 
+pub mod output;
+pub mod terminal;
+
 use std::time::Instant;
 
 use wgpu_flash_attention::{

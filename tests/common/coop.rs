@@ -1,6 +1,5 @@
 //! What the tests of kernels on cooperative matrices share.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -9,19 +8,16 @@ use wgpu_flash_attention::elements::{Bit, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::Specialization;
 use wgpu_flash_attention::{Context, ElementType, HeadlessOptions, PlanOptions, wgpu};
 
+use super::skipped::{NEWER_DRIVER, NO_VALIDATOR, skipped};
 use super::{Case, cases::dims};
-
-/// Past the test harness, which keeps what passing tests print to itself.
-pub fn skipped(why: &str) {
-    let mut terminal = std::io::stderr();
-    writeln!(terminal, "SKIPPED: {why}").unwrap();
-}
 
 /// A context with cooperative matrices, on a device of its own: software Vulkan compiles the pipelines of a device one by one,
 /// those of several tests at once.
 pub fn context() -> Option<Context> {
     let options = HeadlessOptions::default().cooperative_matrices(true);
-    Context::headless_with(&options).inspect_err(|why| skipped(&format!("coop tests: {why}"))).ok()
+    Context::headless_with(&options)
+        .inspect_err(|why| skipped(&format!("kernels on cooperative matrices. {why}. {NEWER_DRIVER}")))
+        .ok()
 }
 
 /// Whether a processor does the work of the device. It takes minutes to compile large tiles.
@@ -101,7 +97,7 @@ pub fn workgroup_bytes(text: &str) -> u32 {
 pub fn validator() -> Option<PathBuf> {
     let validator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/mesa/spirv-val");
     if !validator.exists() {
-        skipped("spirv-val: scripts/vulkan --coop fetches it");
+        skipped(NO_VALIDATOR);
         return None;
     }
     Some(validator)

@@ -8,6 +8,7 @@ pub mod backward;
 pub mod cases;
 pub mod coop;
 pub mod loops;
+pub mod skipped;
 pub mod stores;
 pub mod switched;
 
@@ -65,7 +66,8 @@ pub fn with_limits(lower: impl FnOnce(&mut wgpu::Limits)) -> Context {
 pub fn with_features(required_features: wgpu::Features) -> Option<Context> {
     let adapter = adapter();
     if !adapter.features().contains(required_features) {
-        coop::skipped(&format!("tests of devices with {required_features:?}: the adapter lacks it"));
+        let names: Vec<_> = required_features.iter_names().map(|(name, _)| name).collect();
+        skipped::skipped(&format!("devices with {}, which this adapter does not have", names.join(" and ")));
         return None;
     }
     Some(device_of(&adapter, wgpu::DeviceDescriptor { required_features, ..Default::default() }))

@@ -1,0 +1,75 @@
+//! The command `compare`, run as a user runs it: what it says on stderr, files, options.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// `cargo test` puts examples beside the folder of the tests.
+fn compare(args: &[&str]) -> Output {
+    let test = std::env::current_exe().unwrap();
+    let profile = test.parent().unwrap().parent().unwrap();
+    let program = profile.join("examples").join(format!("compare{}", std::env::consts::EXE_SUFFIX));
+    let output = Command::new(&program).args(args).output();
+    output.unwrap_or_else(|error| panic!("{}: {error}; `cargo test --examples` builds it", program.display()))
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn temporary(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("compare-{name}"))
+}
+
+#[test]
+fn it_says_what_it_allocates_and_writes_what_it_measured() {
+    let (csv, plot) = (temporary("figures.csv"), temporary("figures.svg"));
+    let files = ["--csv", csv.to_str().unwrap(), "--plot", plot.to_str().unwrap()];
+    let output = compare(&[&["--shapes", "1,2/1,64,16;1,2/1,128,16", "--op", "fwd,bwd"], &files[..]].concat());
+    let (out, notes) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "{out}{notes}");
+    // 2 heads of queries and twice 1 of keys and values, 64 rows of 16 f32: 16 KiB. o is 8 KiB, lse half a KiB.
+    for line in [
+        "compare: 1,2/1,64,16 f32: q, k and v take 16.0 KiB on the device",
+        "o and lse 8.5 KiB, gradients 24.0 KiB",
+        "the most in buffers at one time",
+    ] {
+        assert!(notes.contains(line), "{notes:?} does not say {line:?}");
+    }
+    // Naive and tile, two operations, two shapes.
+    assert_eq!(std::fs::read_to_string(csv).unwrap().lines().count(), 1 + 8);
+    assert!(std::fs::read_to_string(plot).unwrap().contains("<polyline"));
+}
+
+#[test]
+fn options_that_nothing_would_look_at_are_refused() {
+    let tile = ["--tile", "64,64,8,16,32,32,0"];
+    let cases: &[(&[&str], &str)] = &[
+        (&[&tile[..], &["--kernels", "naive"]].concat(), "--tile is for the tile kernel"),
+        (&[&tile[..], &["--op", "bwd"]].concat(), "--tile is for the tile kernel's forward pass"),
+        (&["--backward-tile", "64,64,8,16,32,32,0"], "--backward-tile"),
+        (&["--fused-tile", "64,64,8,16,32,32,0,0,0"], "--fused-tile"),
+        (&["--coop-tile", "1,1,1,1"], "--coop-tile"),
+        (&["--coop-backward-tiles", "1,1,1,1,1/1,1,1,1,1"], "--coop-backward-tiles"),
+        (&["--coop-form", "registers"], "--coop-form"),
+        (&["--splits", "3"], "--splits"),
+        (&["--decode-tile", "4,64,8,2,0"], "--decode-tile"),
+    ];
+    for (args, words) in cases {
+        let output = compare(args);
+        let text = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{args:?}\n{text}");
+        assert!(text.lines().count() == 1 && text.contains(words) && text.contains("not timed"), "{args:?}\n{text}");
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_said_before_anything_is_measured() {
+    for option in ["--csv", "--plot"] {
+        let output = compare(&[option, "no/such/folder/file"]);
+        let notes = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{notes}");
+        assert!(notes.contains("cannot write no/such/folder/file") && output.stdout.is_empty(), "{notes}");
+    }
+    let notes = text(&compare(&["--csv", "same", "--plot", "same"]).stderr);
+    assert!(notes.contains("--csv and --plot name one file"), "{notes}");
+}
