@@ -352,7 +352,7 @@ fn modules_are_valid() {
                 for ((specialization, bindings), (tile, said)) in modules.into_iter().zip([dkdv, dq]) {
                     let text = specialization.source().unwrap().text;
                     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
-                    let loops = loops::uninitialised_in_loop(&text);
+                    let loops = common::loops::uninitialised_in_loop(&text);
                     assert_eq!(loops, None, "a variable in a loop without a value: {specialization:?}");
                     let module = ElementModule::new(&text, format, &bindings, switches >> 3 == 1)
                         .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));

@@ -245,7 +245,7 @@ fn modules_are_valid() {
                 let (specialization, bindings) = coop_module(&problem, Registers, tile, format, &layout);
                 let text = specialization.source().unwrap().text;
                 assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
-                let loops = loops::uninitialised_in_loop(&text);
+                let loops = common::loops::uninitialised_in_loop(&text);
                 assert_eq!(loops, None, "a variable in a loop without a value: {specialization:?}");
                 assert!(said <= 48 << 10, "{specialization:?}");
                 let module = ElementModule::new(&text, format, &bindings, problem.lse)
