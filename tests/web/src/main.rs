@@ -106,10 +106,9 @@ fn answer(stream: TcpStream, folder: &Path, said: &Sender<Said>) -> Result<(), E
         if reader.read_line(&mut header)? == 0 || header.trim().is_empty() {
             break;
         }
-        if let Some((name, value)) = header.split_once(':') {
-            if name.eq_ignore_ascii_case("content-length") {
-                length = value.trim().parse()?;
-            }
+        match header.split_once(':') {
+            Some((name, value)) if name.eq_ignore_ascii_case("content-length") => length = value.trim().parse()?,
+            _ => {}
         }
     }
     let mut words = request.split_whitespace();
