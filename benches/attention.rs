@@ -32,7 +32,7 @@ fn passes(criterion: &mut Criterion) {
             group.throughput(Throughput::Elements(flops as u64));
             group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
             for kernel in [Kernel::Naive, Kernel::Tile] {
-                let options = PlanOptions { kernel: Some(kernel), backward: Some(kernel), ..Default::default() };
+                let options = PlanOptions::default().kernel(kernel).backward(kernel);
                 let plan = context.plan_with(&problem, &options).expect("a small problem");
                 let outputs = Outputs::poisoned(&context, &plan).expect("small outputs");
                 let gradients = GradientBuffers::poisoned(&context, &plan, &upstream).expect("small gradients");

@@ -277,20 +277,14 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
     };
     let seqlens_k = lengths(file, q[0], k[2])?;
     let window = args.window.unwrap_or(Window { left: None, right: None });
-    let mut problem = Problem {
-        scale: args.scale,
-        softcap: args.softcap,
-        causal: args.causal.map(|diagonal| match diagonal {
-            Diagonal::BottomRight => Causal::BottomRight,
-            Diagonal::TopLeft => Causal::TopLeft,
-        }),
-        seqlens_k: seqlens_k.is_some(),
-        lse: true,
-        ..Problem::new(shape, element_type).window(window.left, window.right)
-    };
+    let mut problem = Problem::new(shape, element_type).window(window.left, window.right).with_lse();
+    (problem.scale, problem.softcap, problem.seqlens_k) = (args.scale, args.softcap, seqlens_k.is_some());
+    problem.causal = args.causal.map(|diagonal| match diagonal {
+        Diagonal::BottomRight => Causal::BottomRight,
+        Diagonal::TopLeft => Causal::TopLeft,
+    });
     if let Some(backward) = &backward {
-        problem = problem.with_gradients();
-        problem.gradients.iter_mut().for_each(|gradients| gradients.lse = backward.grad_lse.is_some());
+        problem = if backward.grad_lse.is_some() { problem.with_grad_lse() } else { problem.with_gradients() };
     }
     problem.validate().map_err(|error| error.to_string())?;
     Ok(Task {
@@ -360,11 +354,9 @@ fn on_device<T: Number>(
     upstream: Option<&Upstream<T>>,
 ) -> Result<Results<T>> {
     let words = |error: wgpu_flash_attention::Error| error.to_string();
-    let options = HeadlessOptions {
-        adapter: args.adapter.clone(),
-        checked: args.checked,
-        cooperative_matrices: args.kernel == KernelName::Coop,
-    };
+    let coop = args.kernel == KernelName::Coop;
+    let mut options = HeadlessOptions::default().checked(args.checked).cooperative_matrices(coop);
+    options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options).map_err(words)?;
     say("adapter", support::adapter_name(&context));
     let kernel = match args.kernel {
@@ -375,7 +367,7 @@ fn on_device<T: Number>(
         KernelName::Auto | KernelName::Reference => None,
     };
     let coop_form = args.coop_form.map(Into::into);
-    let options = PlanOptions { kernel, backward: kernel, coop_form, ..Default::default() };
+    let options = PlanOptions::default().kernel(kernel).backward(kernel).coop_form(coop_form);
     let plan = context.plan_with(problem, &options).map_err(words)?;
     say("plan", &plan);
     let inputs = Inputs::upload(&context, tensors)?;
@@ -383,7 +375,7 @@ fn on_device<T: Number>(
     let bound = [support::bind(&plan, &inputs, &outputs).map_err(words)?];
     support::pass_times(&context, &bound, 1, 1).map_err(words)?;
     let (out, lse) = outputs.read(&context, problem).map_err(words)?;
-    let time = |pass: &str, bound: &[BoundPass<'_>]| -> Result<()> {
+    let time = |pass: &str, bound: &[BoundPass]| -> Result<()> {
         let time = support::measure(&context, bound).map_err(words)?;
         let (median, passes, clock) = (time.median * 1e3, time.passes, support::clock(&context));
         say("time", format!("{pass}: {median:.3} ms ({clock}, median of {passes} measurements)"));
@@ -408,6 +400,7 @@ fn write<T: Number>(path: &Path, problem: &Problem, results: &Results<T>) -> Res
         ElementType::F32 => Dtype::F32,
         ElementType::F16 => Dtype::F16,
         ElementType::BF16 => Dtype::BF16,
+        other => return Err(format!("no type of {other} is known to safetensors")),
     };
     let rows = [s.batch, s.heads_q, s.seqlen_q];
     let keys = [s.batch, s.heads_kv, s.seqlen_k];
@@ -559,6 +552,7 @@ fn run(args: &Args) -> Result<bool> {
         ElementType::F32 => attend::<f32>(args, &task),
         ElementType::F16 => attend::<half::f16>(args, &task),
         ElementType::BF16 => attend::<half::bf16>(args, &task),
+        other => Err(format!("{other} is no type of numbers on the host")),
     }
 }
 

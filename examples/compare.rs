@@ -495,18 +495,17 @@ fn compare_one<T: Number>(
     report: &mut Report,
 ) -> Result<()> {
     let name = candidate.to_string();
-    let options = PlanOptions {
-        kernel: Some(candidate.kernel),
-        tile: candidate.tile,
-        coop_tile: candidate.coop_tile,
-        coop_form: candidate.coop_form,
-        coop_backward_tiles: candidate.coop_backward_tiles,
-        decode_tile: candidate.decode_tile,
-        splits: candidate.splits,
-        backward: Some(candidate.kernel),
-        backward_tile: candidate.backward_tile,
-        fused_tile: candidate.fused_tile,
-    };
+    let options = PlanOptions::default()
+        .kernel(candidate.kernel)
+        .tile(candidate.tile)
+        .coop_tile(candidate.coop_tile)
+        .coop_form(candidate.coop_form)
+        .coop_backward_tiles(candidate.coop_backward_tiles)
+        .decode_tile(candidate.decode_tile)
+        .splits(candidate.splits)
+        .backward(candidate.kernel)
+        .backward_tile(candidate.backward_tile)
+        .fused_tile(candidate.fused_tile);
     let problem = match op {
         Op::Forward => problem.clone(),
         Op::Backward | Op::Both => problem.clone().with_gradients(),
@@ -566,7 +565,7 @@ fn compare_all<T: Number>(
     masks: &[Option<Causal>],
     report: &mut Report,
 ) -> Result<()> {
-    let problem = Problem { lse: true, ..Problem::new(shape, T::TYPE) };
+    let problem = Problem::new(shape, T::TYPE).with_lse();
     problem.validate()?;
     let elements =
         |heads: u32, rows: u32| shape.batch as usize * heads as usize * rows as usize * shape.head_dim as usize;
@@ -579,7 +578,8 @@ fn compare_all<T: Number>(
     let inputs = Inputs::upload(context, &tensors)?;
     let upstream = Upstream { out: support::random(elements(shape.heads_q, shape.seqlen_q), 4), lse: None };
     for &causal in masks {
-        let problem = Problem { causal, ..problem.clone() };
+        let mut problem = problem.clone();
+        problem.causal = causal;
         let sample = Sample::of(&problem, &tensors);
         let keys = support::sample_rows([shape.batch, shape.heads_kv, shape.seqlen_k], SAMPLES);
         let needed = args.op.iter().any(|&op| op != Op::Forward);
@@ -602,11 +602,9 @@ fn run(mut args: Args) -> Result<bool> {
     // The yardstick first: naive in f32.
     args.dtype.sort();
     args.kernels.sort();
-    let context = Context::headless_with(&HeadlessOptions {
-        adapter: args.adapter.clone(),
-        cooperative_matrices: args.kernels.contains(&KernelName::Coop),
-        ..Default::default()
-    })?;
+    let mut options = HeadlessOptions::default().cooperative_matrices(args.kernels.contains(&KernelName::Coop));
+    options.adapter = args.adapter.clone();
+    let context = Context::headless_with(&options)?;
     let masks: &[_] = match args.causal {
         Masks::None => &[None],
         Masks::Only => &[Some(Causal::BottomRight)],

@@ -31,19 +31,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
     let size = 8 * 256 * 64 * 4;
     let out = device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false });
-    let workspace = plan.create_workspace();
+    let workspace = plan.create_workspace()?;
 
     // Recorded into the application's encoder; the application submits when it likes.
     let mut encoder = device.create_command_encoder(&Default::default());
-    let buffers = ForwardBuffers {
-        query: q.as_entire_buffer_binding(),
-        key: k.as_entire_buffer_binding(),
-        value: v.as_entire_buffer_binding(),
-        out: out.as_entire_buffer_binding(),
-        lse: None,
-        seqlens_k: None,
-        workspace: workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-    };
+    let buffers = ForwardBuffers::new(&q, &k, &v, &out).workspace(workspace.as_ref());
     plan.forward(&mut encoder, &buffers)?;
     queue.submit([encoder.finish()]);
 

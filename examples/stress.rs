@@ -11,7 +11,7 @@ use clap::Parser;
 use half::{bf16, f16};
 use wgpu_flash_attention::{
     Causal, Context, CoopForm, ElementType, Error, HeadlessOptions, Kernel, Layout, Plan, PlanOptions, Problem, Shape,
-    reference, wgpu,
+    Tensor, reference, wgpu,
 };
 
 use support::{
@@ -102,11 +102,12 @@ fn random_layout(rng: &mut Rng, heads: u32, rows: u32, dim: u32, gaps: bool) -> 
 
 fn random_problem(rng: &mut Rng, most: u32, element_type: ElementType) -> Problem {
     let s = random_shape(rng, most);
-    let mut problem = Problem::new(s, element_type).with_lse();
-    problem.query = random_layout(rng, s.heads_q, s.seqlen_q, s.head_dim, true);
-    problem.key = random_layout(rng, s.heads_kv, s.seqlen_k, s.head_dim, true);
-    problem.value = random_layout(rng, s.heads_kv, s.seqlen_k, s.head_dim_v, true);
-    problem.out = random_layout(rng, s.heads_q, s.seqlen_q, s.head_dim_v, false);
+    let mut problem = Problem::new(s, element_type)
+        .with_lse()
+        .with_layout(Tensor::Query, random_layout(rng, s.heads_q, s.seqlen_q, s.head_dim, true))
+        .with_layout(Tensor::Key, random_layout(rng, s.heads_kv, s.seqlen_k, s.head_dim, true))
+        .with_layout(Tensor::Value, random_layout(rng, s.heads_kv, s.seqlen_k, s.head_dim_v, true))
+        .with_layout(Tensor::Out, random_layout(rng, s.heads_q, s.seqlen_q, s.head_dim_v, false));
     problem.scale = rng.once_in(3).then(|| (3.0 * rng.unit() - 1.5) / (s.head_dim as f32).sqrt());
     problem.softcap = rng.once_in(4).then(|| 0.5 + 20.0 * rng.unit());
     let diagonal = if rng.once_in(2) { Causal::BottomRight } else { Causal::TopLeft };
@@ -192,9 +193,9 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     let value: Vec<T> = tensor(v, 3).into_iter().map(|x| T::nearest(0.7 + 0.5 * x.into() as f32)).collect();
     let tensors = Tensors { query: tensor(q, 1), key: tensor(k, 2), value, seqlens_k: seqlens_k.clone() };
     let laid_out = Tensors {
-        query: lay_out(&tensors.query, &problem.query, q, |_| s.seqlen_q),
-        key: lay_out(&tensors.key, &problem.key, k, keys),
-        value: lay_out(&tensors.value, &problem.value, v, keys),
+        query: lay_out(&tensors.query, &problem.layout(Tensor::Query), q, |_| s.seqlen_q),
+        key: lay_out(&tensors.key, &problem.layout(Tensor::Key), k, keys),
+        value: lay_out(&tensors.value, &problem.layout(Tensor::Value), v, keys),
         seqlens_k: seqlens_k.clone(),
     };
     let inputs = Inputs::upload(context, &laid_out)?;
@@ -215,20 +216,24 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     let plain = Errors::of(plain, &out);
 
     // Gradients of q, k and v have layouts of their own; that of o is laid out as inputs are.
-    let mut with_gradients = problem.clone().with_gradients();
-    if let Some(gradients) = &mut with_gradients.gradients {
-        gradients.out = random_layout(&mut rng, s.heads_q, s.seqlen_q, s.head_dim_v, true);
-        gradients.query = random_layout(&mut rng, s.heads_q, s.seqlen_q, s.head_dim, false);
-        gradients.key = random_layout(&mut rng, s.heads_kv, s.seqlen_k, s.head_dim, false);
-        gradients.value = random_layout(&mut rng, s.heads_kv, s.seqlen_k, s.head_dim_v, false);
-        gradients.lse = rng.once_in(2);
+    let mut with_gradients = problem
+        .clone()
+        .with_gradients()
+        .with_layout(Tensor::GradOut, random_layout(&mut rng, s.heads_q, s.seqlen_q, s.head_dim_v, true))
+        .with_layout(Tensor::GradQuery, random_layout(&mut rng, s.heads_q, s.seqlen_q, s.head_dim, false))
+        .with_layout(Tensor::GradKey, random_layout(&mut rng, s.heads_kv, s.seqlen_k, s.head_dim, false))
+        .with_layout(Tensor::GradValue, random_layout(&mut rng, s.heads_kv, s.seqlen_k, s.head_dim_v, false));
+    let of_lse = rng.once_in(2);
+    if of_lse {
+        with_gradients = with_gradients.with_grad_lse();
     }
-    let gradients = with_gradients.gradients.ok_or("no gradients")?;
     let o = [s.batch, s.heads_q, s.seqlen_q, s.head_dim_v];
-    let grad_lse = gradients.lse.then(|| (0..s.rows()).map(|_| 2.0 * rng.unit() - 1.0).collect());
+    let grad_lse = of_lse.then(|| (0..s.rows()).map(|_| 2.0 * rng.unit() - 1.0).collect());
     let upstream = Upstream { out: tensor(o, 4), lse: grad_lse };
-    let upstream_laid_out =
-        Upstream { out: lay_out(&upstream.out, &gradients.out, o, |_| s.seqlen_q), lse: upstream.lse.clone() };
+    let upstream_laid_out = Upstream {
+        out: lay_out(&upstream.out, &with_gradients.layout(Tensor::GradOut), o, |_| s.seqlen_q),
+        lse: upstream.lse.clone(),
+    };
     let queries = support::sample_rows([s.batch, s.heads_q, s.seqlen_q], affordable.clamp(32, 512) / 4);
     let group_rows = s.group() as u64 * s.seqlen_q as u64 * (s.head_dim + s.head_dim_v) as u64;
     let affordable_keys = (20_000_000 / group_rows).clamp(32, 512) / 4;
@@ -243,7 +248,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     for (kernel, coop_form) in kernels {
         let name = coop_form.map_or(kernel.to_string(), |form| format!("{kernel} {form}"));
         let failed = |what: String| format!("seed {seed}: {name}: {what}\n{problem:?}\nkey lengths {seqlens_k:?}");
-        let options = PlanOptions { kernel: Some(kernel), coop_form, ..Default::default() };
+        let options = PlanOptions::default().kernel(kernel).coop_form(coop_form);
         let plan = match context.plan_with(&problem, &options) {
             Err(Error::Unsupported { .. }) => continue,
             plan => plan.map_err(|error| failed(error.to_string()))?,
@@ -261,7 +266,10 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
             return Err(failed("two runs gave different bits".into()));
         }
         let dim = s.head_dim_v as usize;
-        let found_out = rows.iter().flat_map(|&(_, row)| &first.0[support::place(&problem.out, row)..][..dim]).copied();
+        let found_out = rows
+            .iter()
+            .flat_map(|&(_, row)| &first.0[support::place(&problem.layout(Tensor::Out), row)..][..dim])
+            .copied();
         let found_lse: Vec<f32> = rows.iter().map(|&(n, _)| first.1[n]).collect();
         let errors = Errors::of(found_out, &out);
         let o = match T::TYPE {
@@ -276,16 +284,16 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
             (*count, *worst) = (*count + 1, worst.max(verdict.ratio));
         }
 
-        let options = PlanOptions { backward: Some(kernel), ..options };
+        let options = options.backward(kernel);
         let plan = match context.plan_with(&with_gradients, &options) {
             Err(Error::Unsupported { .. }) => continue,
             plan => plan.map_err(|error| failed(error.to_string()))?,
         };
         let verdicts = run_backward(context, &plan, &inputs, &upstream_laid_out, &sample)
-            .map_err(|what| failed(format!("{what}\n{gradients:?}")))?;
+            .map_err(|what| failed(format!("{what}\n{with_gradients:?}")))?;
         for (what, verdict) in GRADIENTS.into_iter().zip(verdicts) {
             if !verdict.holds {
-                return Err(failed(format!("{what}: {verdict}\n{gradients:?}")));
+                return Err(failed(format!("{what}: {verdict}\n{with_gradients:?}")));
             }
             let (count, worst) = totals.entry(format!("{name}, {}, {what}", T::TYPE)).or_default();
             (*count, *worst) = (*count + 1, worst.max(verdict.ratio));
@@ -295,11 +303,9 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
 }
 
 fn run(args: &Args) -> Result<bool, Box<dyn std::error::Error>> {
-    let context = Context::headless_with(&HeadlessOptions {
-        adapter: args.adapter.clone(),
-        cooperative_matrices: args.coop,
-        ..Default::default()
-    })?;
+    let mut options = HeadlessOptions::default().cooperative_matrices(args.coop);
+    options.adapter = args.adapter.clone();
+    let context = Context::headless_with(&options)?;
     println!("adapter: {}", support::adapter_name(&context));
     let (start, mut totals, mut seed) = (Instant::now(), Totals::new(), args.seed);
     let failure = loop {

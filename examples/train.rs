@@ -247,11 +247,8 @@ fn run(args: &Args) -> Result<()> {
         // Now, rather than after the training.
         std::fs::File::create(path).map_err(|error| format!("cannot write {}: {error}", path.display()))?;
     }
-    let options = HeadlessOptions {
-        adapter: args.adapter.clone(),
-        cooperative_matrices: args.kernel == KernelName::Coop,
-        ..Default::default()
-    };
+    let mut options = HeadlessOptions::default().cooperative_matrices(args.kernel == KernelName::Coop);
+    options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options).map_err(words)?;
     say("adapter", support::adapter_name(&context));
     say("text", format!("{name}: {characters} characters, {} different ones", sizes.vocabulary));

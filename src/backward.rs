@@ -2,28 +2,46 @@
 
 use wgpu::BufferBinding;
 
-use crate::forward::{BoundPass, check_buffers};
+use crate::forward::{BoundPass, ForwardBuffers, ToBinding, ToOptionalBinding, check_buffers};
 use crate::kernel::{self, Access, Slot, backward_delta, forward_coop};
 use crate::plan::{Cut, Part, Recipe, check_limits};
 use crate::problem::Tensor;
 use crate::tune::FusedTile;
 use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tune};
 
-/// The buffers of a backward pass. What [`ForwardBuffers`](crate::ForwardBuffers) says of usages, offsets and sizes holds here
-/// too; gradients of q, k and v may not be in a buffer with an input, and o and lse are inputs here.
+/// The buffers of a backward pass: those of the forward pass, the gradient of o, and where those of q, k and v go.
+///
+/// ```
+/// use wgpu_flash_attention::{BackwardBuffers, Error, ForwardBuffers, Plan, wgpu};
+///
+/// fn backward(
+///     plan: &Plan,
+///     encoder: &mut wgpu::CommandEncoder,
+///     forward: &ForwardBuffers<'_>, // with lse
+///     grad_out: &wgpu::Buffer,
+///     [dq, dk, dv]: [&wgpu::Buffer; 3],
+/// ) -> Result<(), Error> {
+///     let workspace = plan.create_backward_workspace()?;
+///     plan.backward(encoder, &BackwardBuffers::new(forward, grad_out, [dq, dk, dv]).workspace(workspace.as_ref()))
+/// }
+/// ```
+///
+/// What [`ForwardBuffers`] says of usages, offsets and sizes holds here too; gradients of q, k and v may not be in a buffer
+/// with an input, and o and lse are inputs here.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct BackwardBuffers<'a> {
-    /// q, with the problem's `query` layout.
+    /// q, with the problem's layout of [`Tensor::Query`](crate::Tensor::Query); the others likewise.
     pub query: BufferBinding<'a>,
-    /// k, with the problem's `key` layout.
+    /// k.
     pub key: BufferBinding<'a>,
-    /// v, with the problem's `value` layout.
+    /// v.
     pub value: BufferBinding<'a>,
-    /// o as the forward pass left it, with the problem's `out` layout.
+    /// o as the forward pass left it.
     pub out: BufferBinding<'a>,
-    /// lse as the forward pass left it, f32 `[batch, heads_q, seqlen_q]`.
-    pub lse: BufferBinding<'a>,
-    /// The gradient of o, with the layout [`Gradients::out`](crate::Gradients::out).
+    /// lse as the forward pass left it, f32 `[batch, heads_q, seqlen_q]`; always needed.
+    pub lse: Option<BufferBinding<'a>>,
+    /// The gradient of o.
     pub grad_out: BufferBinding<'a>,
     /// The gradient of lse, f32 `[batch, heads_q, seqlen_q]`; given exactly when [`Gradients::lse`](crate::Gradients::lse) is set.
     pub grad_lse: Option<BufferBinding<'a>>,
@@ -37,6 +55,44 @@ pub struct BackwardBuffers<'a> {
     pub seqlens_k: Option<BufferBinding<'a>>,
     /// At least [`Plan::backward_workspace_bytes`], in a buffer of its own; not needed where that is 0.
     pub workspace: Option<BufferBinding<'a>>,
+}
+
+impl<'a> BackwardBuffers<'a> {
+    /// Takes q, k, v, o, lse and the lengths of the forward pass, but for its workspace; then the gradient of o, and where the
+    /// gradients of q, k and v are written.
+    pub fn new<B: ToBinding<'a>>(
+        forward: &ForwardBuffers<'a>,
+        grad_out: impl ToBinding<'a>,
+        [grad_query, grad_key, grad_value]: [B; 3],
+    ) -> Self {
+        let ForwardBuffers { query, key, value, out, lse, seqlens_k, workspace: _ } = forward.clone();
+        BackwardBuffers {
+            query,
+            key,
+            value,
+            out,
+            lse,
+            grad_out: grad_out.to_binding(),
+            grad_lse: None,
+            grad_query: grad_query.to_binding(),
+            grad_key: grad_key.to_binding(),
+            grad_value: grad_value.to_binding(),
+            seqlens_k,
+            workspace: None,
+        }
+    }
+
+    /// The gradient of lse, of a problem with it.
+    pub fn grad_lse(mut self, grad_lse: impl ToOptionalBinding<'a>) -> Self {
+        self.grad_lse = grad_lse.to_optional_binding();
+        self
+    }
+
+    /// The workspace, as [`Plan::create_backward_workspace`] makes it.
+    pub fn workspace(mut self, workspace: impl ToOptionalBinding<'a>) -> Self {
+        self.workspace = workspace.to_optional_binding();
+        self
+    }
 }
 
 impl Plan {
@@ -53,7 +109,7 @@ impl Plan {
     }
 
     /// Checks and binds the buffers, to record into a compute pass of the caller's.
-    pub fn bind_backward(&self, buffers: &BackwardBuffers<'_>) -> Result<BoundPass<'_>, Error> {
+    pub fn bind_backward(&self, buffers: &BackwardBuffers<'_>) -> Result<BoundPass, Error> {
         let problem = &self.problem;
         let (Some(schedule), Some(gradients)) = (&self.backward, &problem.gradients) else {
             return Err(Error::NoGradients);
@@ -70,7 +126,7 @@ impl Plan {
             input(Slot::Value, &buffers.value, Tensor::Value),
             input(Slot::Out, &buffers.out, Tensor::Out),
             input(Slot::GradOut, &buffers.grad_out, Tensor::GradOut),
-            (Slot::Lse, Access::Read, Some(&buffers.lse), rows, true),
+            (Slot::Lse, Access::Read, buffers.lse.as_ref(), rows, true),
             (Slot::GradLse, Access::Read, buffers.grad_lse.as_ref(), grad_lse, gradients.lse),
             (Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens, problem.seqlens_k),
             output(Slot::GradQuery, &buffers.grad_query, Tensor::GradQuery),
@@ -80,7 +136,7 @@ impl Plan {
             (Slot::Workspace, Access::ReadWrite, buffers.workspace.as_ref(), schedule.workspace_bytes, true),
         ];
         let slots = check_buffers(&all, self.offset_alignment)?;
-        Ok(BoundPass { steps: schedule.bind(&self.device, &slots) })
+        BoundPass::new(&self.device, || Ok(schedule.bind(&self.device, &slots)))
     }
 }
 

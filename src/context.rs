@@ -8,7 +8,7 @@ use crate::kernel::forward_coop::{self, Matrices};
 use crate::kernel::{Access, Pass};
 use crate::passthrough;
 use crate::specialize::Specialization;
-use crate::{Error, Plan, PlanOptions, Problem};
+use crate::{Error, Plan, PlanOptions, Problem, faults};
 
 /// A device, its queue, and the pipelines built for it. Plans made from one context share pipelines; clones share
 /// everything.
@@ -110,7 +110,13 @@ impl Context {
 
     /// As [`Context::plan`], with some of its choices made by the caller.
     pub fn plan_with(&self, problem: &Problem, options: &PlanOptions) -> Result<Plan, Error> {
-        Plan::new(self, problem, options)
+        faults::caught(&self.device, "plan", || Plan::new(self, problem, options))
+    }
+
+    /// As [`Context::plan_with`], for the web, where only an asynchronous function can wait for the browser's verdict on the
+    /// pipelines. Off the web it blocks as long as [`Context::plan`] does.
+    pub async fn plan_async(&self, problem: &Problem, options: &PlanOptions) -> Result<Plan, Error> {
+        faults::caught_async(&self.device, "plan", || Plan::new(self, problem, options)).await
     }
 
     pub(crate) fn pipeline(&self, pass: &Pass) -> Result<Arc<Pipeline>, Error> {
@@ -126,8 +132,8 @@ impl Context {
     fn build(&self, pass: &Pass) -> Result<Pipeline, Error> {
         let specialization = &pass.specialization;
         let label = Some(specialization.file);
-        // A test specialises and validates every module, so that this cannot fail on a user's machine.
-        let source = specialization.source().expect("the library's own shaders follow their directives");
+        // A test specialises and validates every module, so that this does not fail on a user's machine.
+        let source = specialization.source().map_err(|error| Error::Device(error.to_string()))?;
         let module = match &self.matrices {
             Some(matrices) if pass.element_access => {
                 ElementModule::new(&source.text, matrices.format, &pass.binding_numbers(), self.checked)

@@ -22,7 +22,7 @@ use std::fmt::Write;
 
 pub use module::ElementModule;
 
-use crate::{Context, Error, passthrough};
+use crate::{Context, Error, faults, passthrough};
 
 /// The device features that kernels on cooperative matrices need, all of them the caller's decision.
 pub const MATRIX_FEATURES: wgpu::Features =
@@ -360,63 +360,60 @@ pub async fn probe(context: &Context, format: MatrixFormat) -> Result<ProbedLayo
     let nothing = vec![u32::MAX; 3 * count as usize];
 
     let device = context.device();
-    let filters = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::Internal, wgpu::ErrorFilter::OutOfMemory];
-    let scopes = filters.map(|filter| device.push_error_scope(filter));
-    let buffers = [
-        context.upload(bytemuck::cast_slice(&indices_f32)),
-        context.upload(bytemuck::cast_slice(&indices_f16)),
-        context.upload(bytemuck::cast_slice(&nothing)),
-    ];
-    let label = Some("coop_probe");
-    let entries = [0, 1, 2].map(|binding| wgpu::BindGroupLayoutEntry {
-        binding,
-        visibility: wgpu::ShaderStages::COMPUTE,
-        ty: wgpu::BindingType::Buffer {
-            ty: wgpu::BufferBindingType::Storage { read_only: false },
-            has_dynamic_offset: false,
-            min_binding_size: None,
-        },
-        count: None,
-    });
-    let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
-    let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
-        label,
-        bind_group_layouts: &[Some(&layout)],
-        immediate_size: 0,
-    });
-    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-        label,
-        layout: Some(&pipeline_layout),
-        module: &passthrough::shader_module(device, "coop_probe", &module)?,
-        entry_point: Some("main"),
-        compilation_options: Default::default(),
-        cache: None,
-    });
-    let entries: Vec<_> = (0..)
-        .zip(&buffers)
-        .map(|(binding, buffer)| wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() })
-        .collect();
-    let group = device.create_bind_group(&wgpu::BindGroupDescriptor { label, layout: &layout, entries: &entries });
-    let mut encoder = device.create_command_encoder(&Default::default());
-    {
-        let mut pass = encoder.begin_compute_pass(&Default::default());
-        pass.set_pipeline(&pipeline);
-        pass.set_bind_group(0, &group, &[]);
-        pass.dispatch_workgroups(1, 1, 1);
-    }
-    context.queue().submit([encoder.finish()]);
-    // The scope opened last closes first; all close before anything is awaited.
-    let [validation, internal, memory] = scopes;
-    let errors = [memory.pop(), internal.pop(), validation.pop()];
-    for error in errors {
-        if let Some(error) = error.await {
-            return Err(NoElementAccess::Probe(error.to_string()));
+    // Asked before any scope opens.
+    passthrough::check(device)?;
+    let submitted = faults::caught_async(device, "probe", || {
+        let shader = passthrough::shader_module(device, "coop_probe", &module)
+            .map_err(|error| Error::Device(error.to_string()))?;
+        let buffers = [
+            context.upload(bytemuck::cast_slice(&indices_f32))?,
+            context.upload(bytemuck::cast_slice(&indices_f16))?,
+            context.upload(bytemuck::cast_slice(&nothing))?,
+        ];
+        let label = Some("coop_probe");
+        let entries = [0, 1, 2].map(|binding| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty: wgpu::BufferBindingType::Storage { read_only: false },
+                has_dynamic_offset: false,
+                min_binding_size: None,
+            },
+            count: None,
+        });
+        let layout = device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });
+        let pipeline_layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label,
+            bind_group_layouts: &[Some(&layout)],
+            immediate_size: 0,
+        });
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label,
+            layout: Some(&pipeline_layout),
+            module: &shader,
+            entry_point: Some("main"),
+            compilation_options: Default::default(),
+            cache: None,
+        });
+        let entries: Vec<_> = (0..)
+            .zip(&buffers)
+            .map(|(binding, buffer)| wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() })
+            .collect();
+        let group = device.create_bind_group(&wgpu::BindGroupDescriptor { label, layout: &layout, entries: &entries });
+        let mut encoder = device.create_command_encoder(&Default::default());
+        {
+            let mut pass = encoder.begin_compute_pass(&Default::default());
+            pass.set_pipeline(&pipeline);
+            pass.set_bind_group(0, &group, &[]);
+            pass.dispatch_workgroups(1, 1, 1);
         }
-    }
-    let bytes = context
-        .read_buffer(&buffers[2], 0, u64::from(3 * count) * 4)
-        .await
-        .map_err(|error: Error| NoElementAccess::Probe(error.to_string()))?;
+        context.queue().submit([encoder.finish()]);
+        let [_, _, held] = buffers;
+        Ok(held)
+    });
+    let failed = |error: Error| NoElementAccess::Probe(error.to_string());
+    let held = submitted.await.map_err(failed)?;
+    let bytes = context.download_async(&held, 0, u64::from(3 * count) * 4).await.map_err(failed)?;
     let held: Vec<u32> = bytemuck::pod_collect_to_vec(&bytes);
     let layout = |role, part: usize| {
         let indices = &held[part * count as usize..][..count as usize];

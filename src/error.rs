@@ -75,6 +75,15 @@ pub enum Error {
         /// What the device allows.
         limit: u64,
     },
+    /// The device's limits would cut the problem into too many parts.
+    #[error(
+        "the device's limits (max_compute_workgroups_per_dimension, max_storage_buffer_binding_size) would split the problem \
+         into more than {most} parts; request larger limits, or compute less at a time"
+    )]
+    TooManyParts {
+        /// The most parts of a plan.
+        most: usize,
+    },
     /// The device was created with a limit below what the kernel needs.
     #[error("the device's {limit} is {found}; the {kernel} kernel needs at least {needed}")]
     DeviceLimit {
@@ -115,12 +124,27 @@ pub enum Error {
         found: u64,
     },
     /// A buffer lacks a usage.
-    #[error("the buffer of {argument} was created with {found:?}; it needs BufferUsages::STORAGE")]
+    #[error("the buffer of {argument} was created with {}; it needs {}", usages(*found), usages(*needed))]
     BufferUsage {
-        /// The tensor or workspace.
+        /// The tensor, workspace, or `download`.
         argument: &'static str,
         /// The usages it has.
         found: wgpu::BufferUsages,
+        /// The usage it needs.
+        needed: wgpu::BufferUsages,
+    },
+    /// Bytes to be downloaded that a copy cannot reach.
+    #[error(
+        "download of {bytes} bytes at {offset} of a buffer of {size}; the offset must be a multiple of 4, and the bytes, \
+         rounded up to one, must end in the buffer"
+    )]
+    DownloadRange {
+        /// The first byte asked for.
+        offset: u64,
+        /// Bytes asked for.
+        bytes: u64,
+        /// Bytes of the buffer.
+        size: u64,
     },
     /// A buffer offset that the device cannot bind at.
     #[error(
@@ -178,7 +202,20 @@ pub enum Error {
     /// No adapter, or none that could make a device.
     #[error("no usable adapter: {0}")]
     Adapter(String),
-    /// The device failed while the host waited for it.
+    /// The device was lost, its driver refused something, or wgpu did: see
+    /// [the crate's documentation](crate#when-the-device-fails).
     #[error("the device failed: {0}")]
     Device(String),
+    /// The device has not enough memory left.
+    #[error("the device has no memory left for the {what}; free some of its buffers, or compute less at a time")]
+    OutOfMemory {
+        /// What was to be made.
+        what: &'static str,
+    },
+}
+
+/// The names of usages as a program writes them.
+fn usages(usages: wgpu::BufferUsages) -> String {
+    let names: Vec<_> = usages.iter_names().map(|(name, _)| format!("BufferUsages::{name}")).collect();
+    if names.is_empty() { "no usage".into() } else { names.join(" | ") }
 }

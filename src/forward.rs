@@ -1,29 +1,83 @@
 //! Recording a planned forward pass: check the buffers, bind them, dispatch.
 
+use std::sync::Arc;
+
 use wgpu::{BindGroupEntry, BindingResource, BufferBinding, BufferUsages};
 
 use crate::kernel::uniform::ProblemUniform;
 use crate::kernel::{Access, Slot};
 use crate::plan::{Launch, Plan};
 use crate::problem::Tensor;
-use crate::{Error, context::Pipeline};
+use crate::{Error, context::Pipeline, faults};
 
-/// The buffers of a forward pass: `BufferBinding { buffer, offset, size }`, or
-/// `buffer.as_entire_buffer_binding()`.
+/// A buffer argument: a whole buffer, `&buffer`, or a part of one, `BufferBinding { buffer, offset, size }`.
+pub trait ToBinding<'a>: ToOptionalBinding<'a> {
+    /// The part of the buffer.
+    fn to_binding(self) -> BufferBinding<'a>;
+}
+
+/// A buffer argument that a call may do without: as [`ToBinding`], or an `Option` of it.
+pub trait ToOptionalBinding<'a> {
+    /// The part of the buffer, if there is one.
+    fn to_optional_binding(self) -> Option<BufferBinding<'a>>;
+}
+
+impl<'a> ToBinding<'a> for &'a wgpu::Buffer {
+    fn to_binding(self) -> BufferBinding<'a> {
+        self.as_entire_buffer_binding()
+    }
+}
+
+impl<'a> ToBinding<'a> for BufferBinding<'a> {
+    fn to_binding(self) -> BufferBinding<'a> {
+        self
+    }
+}
+
+impl<'a> ToOptionalBinding<'a> for &'a wgpu::Buffer {
+    fn to_optional_binding(self) -> Option<BufferBinding<'a>> {
+        Some(self.to_binding())
+    }
+}
+
+impl<'a> ToOptionalBinding<'a> for BufferBinding<'a> {
+    fn to_optional_binding(self) -> Option<BufferBinding<'a>> {
+        Some(self)
+    }
+}
+
+impl<'a, B: ToBinding<'a>> ToOptionalBinding<'a> for Option<B> {
+    fn to_optional_binding(self) -> Option<BufferBinding<'a>> {
+        self.map(B::to_binding)
+    }
+}
+
+/// The buffers of a forward pass, each a whole buffer or a part of one (see [`ToBinding`]):
+///
+/// ```
+/// use wgpu_flash_attention::{Error, ForwardBuffers, Plan, wgpu};
+///
+/// fn forward(plan: &Plan, encoder: &mut wgpu::CommandEncoder, buffers: [&wgpu::Buffer; 5]) -> Result<(), Error> {
+///     let [q, k, v, o, lse] = buffers;
+///     let workspace = plan.create_workspace()?; // `None` if the plan needs none
+///     plan.forward(encoder, &ForwardBuffers::new(q, k, v, o).lse(lse).workspace(workspace.as_ref()))
+/// }
+/// ```
 ///
 /// Each needs `BufferUsages::STORAGE` and an offset that is a multiple of the device's
 /// `min_storage_buffer_offset_alignment`; put finer offsets into the problem's [`Layout`](crate::Layout).
 /// q, k and v may share a buffer; o and lse may not be in a buffer with an input. Sizes are those of the layouts,
 /// rounded up to 4 bytes. A tensor without elements (`seqlen_k` of 0, say) may be any buffer.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct ForwardBuffers<'a> {
-    /// q, with the problem's `query` layout.
+    /// q, with the problem's layout of [`Tensor::Query`](crate::Tensor::Query); the others likewise.
     pub query: BufferBinding<'a>,
-    /// k, with the problem's `key` layout.
+    /// k.
     pub key: BufferBinding<'a>,
-    /// v, with the problem's `value` layout.
+    /// v.
     pub value: BufferBinding<'a>,
-    /// o, with the problem's `out` layout. Every element of it is written; what lies between is left as it is.
+    /// o. Every element of it is written; what lies between is left as it is.
     pub out: BufferBinding<'a>,
     /// lse, f32 `[batch, heads_q, seqlen_q]`; given exactly when the problem has `lse`.
     pub lse: Option<BufferBinding<'a>>,
@@ -33,13 +87,60 @@ pub struct ForwardBuffers<'a> {
     pub workspace: Option<BufferBinding<'a>>,
 }
 
-/// A forward or backward pass with its buffers bound, ready to be recorded any number of times.
-#[derive(Debug)]
-pub struct BoundPass<'p> {
-    pub(crate) steps: Vec<(&'p Pipeline, wgpu::BindGroup, [u32; 3])>,
+impl<'a> ForwardBuffers<'a> {
+    /// q, k, v and o. The methods add what else the problem has.
+    pub fn new(
+        query: impl ToBinding<'a>,
+        key: impl ToBinding<'a>,
+        value: impl ToBinding<'a>,
+        out: impl ToBinding<'a>,
+    ) -> Self {
+        ForwardBuffers {
+            query: query.to_binding(),
+            key: key.to_binding(),
+            value: value.to_binding(),
+            out: out.to_binding(),
+            lse: None,
+            seqlens_k: None,
+            workspace: None,
+        }
+    }
+
+    /// Where lse is written, of a problem with it.
+    pub fn lse(mut self, lse: impl ToOptionalBinding<'a>) -> Self {
+        self.lse = lse.to_optional_binding();
+        self
+    }
+
+    /// Key lengths, of a problem with them.
+    pub fn seqlens_k(mut self, seqlens_k: impl ToOptionalBinding<'a>) -> Self {
+        self.seqlens_k = seqlens_k.to_optional_binding();
+        self
+    }
+
+    /// The workspace, as [`Plan::create_workspace`] makes it.
+    pub fn workspace(mut self, workspace: impl ToOptionalBinding<'a>) -> Self {
+        self.workspace = workspace.to_optional_binding();
+        self
+    }
 }
 
-impl BoundPass<'_> {
+/// A forward or backward pass with its buffers bound, ready to be recorded any number of times. It keeps what it needs of its
+/// plan and its buffers.
+#[derive(Clone, Debug)]
+pub struct BoundPass {
+    pub(crate) steps: Vec<Step>,
+}
+
+/// A dispatch: its pipeline, its bind group, its workgroups.
+pub(crate) type Step = (Arc<Pipeline>, wgpu::BindGroup, [u32; 3]);
+
+impl BoundPass {
+    /// What `bind` binds, unless wgpu finds something wrong with it: a buffer of another device, say.
+    pub(crate) fn new(device: &wgpu::Device, bind: impl FnOnce() -> Result<Vec<Step>, Error>) -> Result<Self, Error> {
+        Ok(BoundPass { steps: faults::caught(device, "bind group", bind)? })
+    }
+
     /// Records a compute pass of its own, if there is anything to record.
     pub(crate) fn encode(&self, encoder: &mut wgpu::CommandEncoder, label: &str) {
         if !self.steps.is_empty() {
@@ -69,9 +170,9 @@ impl Plan {
     }
 
     /// Checks and binds the buffers, to record into a compute pass of the caller's.
-    pub fn bind_forward(&self, buffers: &ForwardBuffers<'_>) -> Result<BoundPass<'_>, Error> {
+    pub fn bind_forward(&self, buffers: &ForwardBuffers<'_>) -> Result<BoundPass, Error> {
         let slots = self.check(buffers)?;
-        Ok(BoundPass { steps: self.forward.bind(&self.device, &slots) })
+        BoundPass::new(&self.device, || Ok(self.forward.bind(&self.device, &slots)))
     }
 
     /// Checks every buffer; returns those that can be bound.
@@ -114,7 +215,8 @@ pub(crate) fn check_buffers<'b, 'a>(
         let rest = binding.buffer.size().saturating_sub(binding.offset);
         let found = binding.size.map_or(rest, |size| rest.min(size.get()));
         if !binding.buffer.usage().contains(BufferUsages::STORAGE) {
-            return Err(Error::BufferUsage { argument, found: binding.buffer.usage() });
+            let needed = BufferUsages::STORAGE;
+            return Err(Error::BufferUsage { argument, found: binding.buffer.usage(), needed });
         }
         if !binding.offset.is_multiple_of(offset_alignment) {
             let alignment = offset_alignment;

@@ -7,8 +7,7 @@ use std::task::{Poll, Waker};
 
 use wgpu::BufferUsages;
 
-use crate::passthrough;
-use crate::{Causal, Context, ElementType, Error, ForwardBuffers, Problem, Shape};
+use crate::{Causal, Context, ElementType, Error, ForwardBuffers, Problem, Shape, faults, passthrough};
 
 /// An element type that host slices can have.
 pub trait Element: bytemuck::Pod + sealed::Sealed {
@@ -33,7 +32,7 @@ impl Element for half::bf16 {
     const TYPE: ElementType = ElementType::BF16;
 }
 
-/// A contiguous host tensor `[batch, heads, positions, dim]`.
+/// A contiguous host tensor `[batch, heads, positions, dim]`. Plain data that stays as it is.
 #[derive(Clone, Copy, Debug)]
 pub struct HostTensor<'a, T> {
     /// The elements, the last index fastest.
@@ -44,6 +43,7 @@ pub struct HostTensor<'a, T> {
 
 /// The options of PyTorch's `scaled_dot_product_attention` that this crate has.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct SdpaOptions {
     /// Query `i` sees keys `j ≤ i`: PyTorch's causal mask, aligned to the top left.
     pub is_causal: bool,
@@ -53,8 +53,30 @@ pub struct SdpaOptions {
     pub enable_gqa: bool,
 }
 
+/// Each method sets the field of its name.
+impl SdpaOptions {
+    /// PyTorch's causal mask, aligned to the top left.
+    pub const fn is_causal(mut self, is_causal: bool) -> Self {
+        self.is_causal = is_causal;
+        self
+    }
+
+    /// Factor of the scores; `None` is `1/√dim`.
+    pub fn scale(mut self, scale: impl Into<Option<f32>>) -> Self {
+        self.scale = scale.into();
+        self
+    }
+
+    /// Allows k and v to have fewer heads than q.
+    pub const fn enable_gqa(mut self, enable_gqa: bool) -> Self {
+        self.enable_gqa = enable_gqa;
+        self
+    }
+}
+
 /// Which device [`Context::headless_with`] opens.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HeadlessOptions {
     /// Takes the first adapter whose name, driver or backend holds this text, without regard to case.
     pub adapter: Option<String>,
@@ -64,6 +86,27 @@ pub struct HeadlessOptions {
     /// experimental: it may have bugs with undefined behaviour; with `PASSTHROUGH_SHADERS` where the adapter has it.
     /// And the context with [`Context::with_cooperative_matrices`].
     pub cooperative_matrices: bool,
+}
+
+/// Each method sets the field of its name.
+impl HeadlessOptions {
+    /// The adapter whose name, driver or backend holds this text.
+    pub fn adapter(mut self, text: impl Into<String>) -> Self {
+        self.adapter = Some(text.into());
+        self
+    }
+
+    /// Bounds checks in every kernel.
+    pub const fn checked(mut self, checked: bool) -> Self {
+        self.checked = checked;
+        self
+    }
+
+    /// Kernels on cooperative matrices.
+    pub const fn cooperative_matrices(mut self, cooperative_matrices: bool) -> Self {
+        self.cooperative_matrices = cooperative_matrices;
+        self
+    }
 }
 
 impl Context {
@@ -83,10 +126,7 @@ impl Context {
 
     /// As [`Context::headless_with`], without blocking.
     pub async fn headless_async(options: &HeadlessOptions) -> Result<Context, Error> {
-        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-        // OpenGL has no compute shaders on some systems, and its start-up complains where there is no display.
-        descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
-        let instance = wgpu::Instance::new(descriptor);
+        let instance = instance();
         let adapter = match &options.adapter {
             None => instance
                 .request_adapter(&wgpu::RequestAdapterOptions {
@@ -148,15 +188,15 @@ impl Context {
         value: HostTensor<'_, T>,
         options: &SdpaOptions,
     ) -> Result<Vec<T>, Error> {
-        let Some((out, bytes)) = self.submit_sdpa(query, key, value, options)? else {
-            return Ok(vec![]);
-        };
-        let mut data = block_on_device(&self.device().clone(), self.read_buffer(&out, 0, bytes))?;
-        data.truncate(bytes as usize);
-        Ok(bytemuck::pod_collect_to_vec(&data))
+        let submit = || self.submit_sdpa(query, key, value, options);
+        match faults::caught(self.device(), "attention", submit)? {
+            Some((out, bytes)) => Ok(bytemuck::pod_collect_to_vec(&self.download(&out, 0, bytes)?)),
+            None => Ok(vec![]),
+        }
     }
 
-    /// As [`Context::scaled_dot_product_attention`], without blocking: polls the device each time that it is polled.
+    /// As [`Context::scaled_dot_product_attention`], without waiting for the device: polls it each time that the future is
+    /// polled. (Pipelines are compiled at the first use of a shape, and off the web that blocks.)
     pub async fn scaled_dot_product_attention_async<T: Element>(
         &self,
         query: HostTensor<'_, T>,
@@ -164,12 +204,11 @@ impl Context {
         value: HostTensor<'_, T>,
         options: &SdpaOptions,
     ) -> Result<Vec<T>, Error> {
-        let Some((out, bytes)) = self.submit_sdpa(query, key, value, options)? else {
-            return Ok(vec![]);
-        };
-        let mut data = self.read_buffer(&out, 0, bytes).await?;
-        data.truncate(bytes as usize);
-        Ok(bytemuck::pod_collect_to_vec(&data))
+        let submit = || self.submit_sdpa(query, key, value, options);
+        match faults::caught_async(self.device(), "attention", submit).await? {
+            Some((out, bytes)) => Ok(bytemuck::pod_collect_to_vec(&self.download_async(&out, 0, bytes).await?)),
+            None => Ok(vec![]),
+        }
     }
 
     /// Submits the pass; returns o's buffer and its bytes, or nothing where o has no element.
@@ -193,62 +232,89 @@ impl Context {
         if let Some(&(argument, bytes)) = sizes.iter().find(|(_, bytes)| *bytes > limit) {
             return Err(Error::BindingTooLarge { argument, bytes, limit });
         }
-        let [q, k, v] = [query.data, key.data, value.data].map(|data| self.upload(bytemuck::cast_slice(data)));
-        let out = self.device().create_buffer(&wgpu::BufferDescriptor {
-            label: Some("out"),
-            size: out_bytes.next_multiple_of(4),
-            usage: BufferUsages::STORAGE | BufferUsages::COPY_SRC,
-            mapped_at_creation: false,
-        });
-        let workspace = plan.create_workspace();
+        let upload = |data: &[T]| self.upload(bytemuck::cast_slice(data));
+        let (q, k, v) = (upload(query.data)?, upload(key.data)?, upload(value.data)?);
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
+        let out = faults::buffer(self.device(), "out", out_bytes.next_multiple_of(4), usage)?;
+        let workspace = plan.create_workspace()?;
         let mut encoder = self.device().create_command_encoder(&Default::default());
-        let buffers = ForwardBuffers {
-            query: q.as_entire_buffer_binding(),
-            key: k.as_entire_buffer_binding(),
-            value: v.as_entire_buffer_binding(),
-            out: out.as_entire_buffer_binding(),
-            lse: None,
-            seqlens_k: None,
-            workspace: workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-        };
+        let buffers = ForwardBuffers::new(&q, &k, &v, &out).workspace(workspace.as_ref());
         plan.forward(&mut encoder, &buffers)?;
         self.queue().submit([encoder.finish()]);
         Ok(Some((out, out_bytes)))
     }
 
     /// A storage buffer with these bytes, padded with zeros to a multiple of 4, and copyable both ways.
-    pub fn upload(&self, bytes: &[u8]) -> wgpu::Buffer {
-        let buffer = self.device().create_buffer(&wgpu::BufferDescriptor {
-            label: Some("wgpu-flash-attention upload"),
-            size: (bytes.len() as u64).next_multiple_of(4).max(4),
-            usage: BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST,
-            mapped_at_creation: true,
-        });
-        if let Ok(mut mapped) = buffer.get_mapped_range_mut(..) {
-            mapped.slice(..bytes.len()).copy_from_slice(bytes);
+    pub fn upload(&self, bytes: &[u8]) -> Result<wgpu::Buffer, Error> {
+        let (size, limit) = ((bytes.len() as u64).next_multiple_of(4), self.limits().max_buffer_size);
+        if size > limit {
+            return Err(Error::BindingTooLarge { argument: "upload", bytes: size, limit });
         }
-        buffer.unmap();
-        buffer
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+        faults::caught(self.device(), "upload", || {
+            faults::mapped(self.device(), "wgpu-flash-attention upload", usage, bytes)
+        })
     }
 
     /// Bytes of a buffer with `COPY_SRC`, from `offset`, which is a multiple of 4; waits for what was submitted before.
     /// Blocks; not on the web.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn download(&self, buffer: &wgpu::Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>, Error> {
-        let mut data = block_on_device(&self.device().clone(), self.read_buffer(buffer, offset, bytes))?;
-        data.truncate(bytes as usize);
-        Ok(data)
+        let data = self.download_async(buffer, offset, bytes);
+        // Waits for the device first, so that the future is ready at once.
+        self.device().poll(wgpu::PollType::wait_indefinitely()).map_err(|error| Error::Device(error.to_string()))?;
+        block_on(data)
     }
 
-    /// A copy of the buffer's bytes, up to the next multiple of 4. The copy is submitted before this returns.
-    pub(crate) fn read_buffer(
+    /// As [`Context::download`], without blocking: polls the device each time that the future is polled. The copy is submitted
+    /// before this returns, so that it holds what was submitted before, whenever the future is awaited.
+    pub fn download_async(
         &self,
         buffer: &wgpu::Buffer,
         offset: u64,
         bytes: u64,
-    ) -> impl Future<Output = Result<Vec<u8>, Error>> {
+    ) -> impl Future<Output = Result<Vec<u8>, Error>> + use<> {
+        let copied = match self.check_download(buffer, offset, bytes) {
+            Ok(()) if bytes == 0 => Ok(None),
+            Ok(()) => {
+                let scopes = faults::Scopes::open(self.device(), "download");
+                let copy = self.copy_to_host(buffer, offset, bytes.next_multiple_of(4));
+                Ok(Some((scopes.close(), copy)))
+            }
+            Err(error) => Err(error),
+        };
+        async move {
+            let Some((closed, copy)) = copied? else {
+                return Ok(vec![]);
+            };
+            closed.await?;
+            let mut data = copy.await?;
+            data.truncate(bytes as usize);
+            Ok(data)
+        }
+    }
+
+    fn check_download(&self, buffer: &wgpu::Buffer, offset: u64, bytes: u64) -> Result<(), Error> {
+        let (found, needed) = (buffer.usage(), BufferUsages::COPY_SRC);
+        if !found.contains(needed) {
+            return Err(Error::BufferUsage { argument: "download", found, needed });
+        }
+        let size = buffer.size();
+        // Whole words are copied.
+        let end = bytes.checked_next_multiple_of(4).and_then(|bytes| bytes.checked_add(offset));
+        if !offset.is_multiple_of(4) || end.is_none_or(|end| end > size) {
+            return Err(Error::DownloadRange { offset, bytes, size });
+        }
+        let limit = self.limits().max_buffer_size;
+        if bytes > limit {
+            return Err(Error::BindingTooLarge { argument: "download", bytes, limit });
+        }
+        Ok(())
+    }
+
+    /// Submits a copy of so many bytes, and maps it.
+    fn copy_to_host(&self, buffer: &wgpu::Buffer, offset: u64, size: u64) -> Mapped {
         let device = self.device().clone();
-        let size = bytes.next_multiple_of(4);
         let staging = device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("wgpu-flash-attention download"),
             size,
@@ -308,6 +374,24 @@ impl Future for Mapped {
                 self.staging.get_mapped_range(..).map(|view| view.to_vec()).map_err(|e| Error::Device(e.to_string())),
             ),
         }
+    }
+}
+
+/// One for the process: wgpu numbers buffers within an instance, so that a buffer of another one could be taken for one of these.
+/// On the web buffers are objects of the browser, which tells them apart.
+fn instance() -> wgpu::Instance {
+    let new = || {
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+        // OpenGL has no compute shaders on some systems, and its start-up complains where there is no display.
+        descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
+        wgpu::Instance::new(descriptor)
+    };
+    #[cfg(target_arch = "wasm32")]
+    return new();
+    #[cfg(not(target_arch = "wasm32"))]
+    {
+        static INSTANCE: std::sync::OnceLock<wgpu::Instance> = std::sync::OnceLock::new();
+        INSTANCE.get_or_init(new).clone()
     }
 }
 
@@ -373,11 +457,4 @@ fn block_on<F: Future>(future: F) -> F::Output {
             Poll::Pending => std::thread::park(),
         }
     }
-}
-
-/// Waits for the device first, so that a future of [`Context::read_buffer`] is ready at once.
-#[cfg(not(target_arch = "wasm32"))]
-fn block_on_device<T>(device: &wgpu::Device, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    device.poll(wgpu::PollType::wait_indefinitely()).map_err(|error| Error::Device(error.to_string()))?;
-    block_on(future)
 }

@@ -17,7 +17,7 @@
 //! let query = HostTensor { data: &[1.0f32, 0.0, 0.0, 1.0], shape };
 //! let key = HostTensor { data: &[0.0, 0.0, 0.0, 3f32.ln()], shape };
 //! let value = HostTensor { data: &[4.0, 40.0, 8.0, 80.0], shape };
-//! let options = SdpaOptions { is_causal: true, scale: Some(1.0), ..Default::default() };
+//! let options = SdpaOptions::default().is_causal(true).scale(1.0);
 //!
 //! let context = Context::headless()?;
 //! let out = context.scaled_dot_product_attention(query, key, value, &options)?;
@@ -42,8 +42,14 @@
 //!
 //! `examples/own_device.rs` is a complete program of this kind, `examples/attend.rs` a command that compares the kernels
 //! with your own framework on a safetensors file, `examples/train.rs` one that trains a small transformer on the device.
-//! [`mod@reference`] has the same mathematics in f64 on the host, in loops one can read; [`tune`] the tiles by device;
-//! [`specialize`] how a shader file becomes a module.
+//! [`mod@reference`] has the same mathematics in f64 on the host, in loops one can read.
+//!
+//! # What may change
+//!
+//! Types that will grow are `#[non_exhaustive]`: they are made by constructors and methods, and their public fields may be read
+//! and set. The modules `tune` (tiles by device), `specialize` (how a shader file becomes a module) and `elements`, and the
+//! choices of tiles in [`PlanOptions`], are public for the crate's own tests and tools. They are not in these pages and may
+//! change in any release.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
@@ -52,6 +58,7 @@ mod context;
 #[doc(hidden)]
 pub mod elements;
 mod error;
+mod faults;
 mod forward;
 mod host;
 mod kernel;
@@ -60,19 +67,21 @@ mod passthrough;
 mod plan;
 mod problem;
 pub mod reference;
+#[doc(hidden)]
 pub mod specialize;
+#[doc(hidden)]
 pub mod tune;
 
 pub use backward::BackwardBuffers;
 pub use context::Context;
 pub use elements::{MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES, NoMatrices};
 pub use error::Error;
-pub use forward::{BoundPass, ForwardBuffers};
+pub use forward::{BoundPass, ForwardBuffers, ToBinding, ToOptionalBinding};
 pub use host::{Element, HeadlessOptions, HostTensor, SdpaOptions};
 pub use kernel::{CoopForm, Kernel};
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};
 pub use plan::{Plan, PlanOptions};
-pub use problem::{Causal, ElementType, Gradients, Layout, MAX_HEAD_DIM, MAX_SEQLEN, Problem, Shape};
+pub use problem::{Causal, ElementType, Gradients, Layout, MAX_HEAD_DIM, MAX_SEQLEN, Problem, Shape, Tensor};
 pub use wgpu;
 
 // The README's code compiles, too.

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use wgpu::BufferBinding;
 
 use crate::context::{Context, Pipeline};
-use crate::forward::{bind_launch, check_buffers};
+use crate::forward::{BoundPass, ToBinding, bind_launch, check_buffers};
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{Access, Kernel, Slot, decode};
 use crate::plan::{Launch, Part, check_limits, uniform_buffer};
 use crate::problem::MAX_HEAD_DIM;
-use crate::{ElementType, Error};
+use crate::{ElementType, Error, faults};
 
 /// Partial results to merge: `parts` times o and lse of the same rows, each over keys of its own.
 ///
@@ -29,12 +29,13 @@ use crate::{ElementType, Error};
 ///
 /// // Two results of 8 heads with 100 queries, of head dim 64.
 /// fn merge(context: &Context, encoder: &mut CommandEncoder, buffers: [&Buffer; 4]) -> Result<(), Error> {
-///     let problem = MergeProblem { parts: 2, rows: 800, head_dim_v: 64, element_type: ElementType::F32 };
-///     let [part_out, part_lse, out, lse] = buffers.map(|buffer| buffer.as_entire_buffer_binding());
-///     context.plan_merge(&problem)?.merge(encoder, &MergeBuffers { part_out, part_lse, out, lse })
+///     let [part_out, part_lse, out, lse] = buffers;
+///     let plan = context.plan_merge(&MergeProblem::new(2, 800, 64, ElementType::F32))?;
+///     plan.merge(encoder, &MergeBuffers::new([part_out, part_lse], [out, lse]))
 /// }
 /// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct MergeProblem {
     /// Partial results.
     pub parts: u32,
@@ -48,6 +49,7 @@ pub struct MergeProblem {
 
 /// The buffers of a merge. What [`ForwardBuffers`](crate::ForwardBuffers) says of usages and offsets holds here too.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct MergeBuffers<'a> {
     /// o of the parts, contiguous `[parts, rows, head_dim_v]`.
     pub part_out: BufferBinding<'a>,
@@ -69,7 +71,24 @@ pub struct MergePlan {
     work: Option<(Launch, wgpu::Buffer)>,
 }
 
+impl<'a> MergeBuffers<'a> {
+    /// o and lse of the parts, then the merged o and lse.
+    pub fn new<P: ToBinding<'a>, B: ToBinding<'a>>([part_out, part_lse]: [P; 2], [out, lse]: [B; 2]) -> Self {
+        MergeBuffers {
+            part_out: part_out.to_binding(),
+            part_lse: part_lse.to_binding(),
+            out: out.to_binding(),
+            lse: lse.to_binding(),
+        }
+    }
+}
+
 impl MergeProblem {
+    /// So many parts, each with so many rows of o.
+    pub const fn new(parts: u32, rows: u32, head_dim_v: u32, element_type: ElementType) -> Self {
+        MergeProblem { parts, rows, head_dim_v, element_type }
+    }
+
     /// Bytes of o of one part.
     fn out_bytes(&self) -> u64 {
         self.rows as u64 * self.head_dim_v as u64 * self.element_type.bytes()
@@ -93,6 +112,10 @@ impl MergeProblem {
 impl Context {
     /// Checks a merge and builds its pipeline. All parts must fit into one binding.
     pub fn plan_merge(&self, problem: &MergeProblem) -> Result<MergePlan, Error> {
+        faults::caught(self.device(), "merge plan", || self.new_merge_plan(problem))
+    }
+
+    fn new_merge_plan(&self, problem: &MergeProblem) -> Result<MergePlan, Error> {
         if !(1..=MAX_HEAD_DIM).contains(&problem.head_dim_v) {
             return Err(Error::HeadDim { argument: "head_dim_v", found: problem.head_dim_v });
         }
@@ -103,6 +126,7 @@ impl Context {
         if let Some(&(slot, bytes)) = ranges.iter().find(|(_, bytes)| *bytes > limit) {
             return Err(Error::BindingTooLarge { argument: slot.name(), bytes, limit });
         }
+        faults::alive(self.device())?;
         let pass = decode::merge(problem);
         let part = Part { batch: 0..1, heads: 0..1, rows: 0..problem.rows };
         check_limits(Kernel::Decode, std::slice::from_ref(&pass), limits)?;
@@ -134,7 +158,7 @@ impl Context {
                 uniform_offset: 0,
                 workgroups: workgroups.map(|n| n as u32),
             };
-            plan.work = Some((launch, uniform_buffer(self.device(), bytemuck::bytes_of(&uniform))));
+            plan.work = Some((launch, uniform_buffer(self.device(), bytemuck::bytes_of(&uniform))?));
         }
         Ok(plan)
     }
@@ -164,13 +188,11 @@ impl MergePlan {
         let Some((launch, uniforms)) = &self.work else {
             return Ok(());
         };
-        let group = bind_launch(&self.device, launch, uniforms, &slots);
-        let label = Some("wgpu-flash-attention merge");
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label, timestamp_writes: None });
-        pass.set_pipeline(&launch.pipeline.pipeline);
-        pass.set_bind_group(0, &group, &[]);
-        let [x, y, z] = launch.workgroups;
-        pass.dispatch_workgroups(x, y, z);
+        let bound = BoundPass::new(&self.device, || {
+            let group = bind_launch(&self.device, launch, uniforms, &slots);
+            Ok(vec![(launch.pipeline.clone(), group, launch.workgroups)])
+        })?;
+        bound.encode(encoder, "wgpu-flash-attention merge");
         Ok(())
     }
 }

@@ -4,39 +4,110 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::context::{Context, Pipeline};
-use crate::forward::bind_launch;
+use crate::forward::{Step, bind_launch};
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{self, CoopForm, Kernel, Pass, Rounds, Slot, forward_coop};
 use crate::problem::{Layout, Tensor};
 use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
-use crate::{ElementType, Error, Problem};
+use crate::{ElementType, Error, Problem, faults};
 
-/// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes.
+/// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes. Those of tiles name types that may change in
+/// any release (see [the crate's documentation](crate#what-may-change)).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[non_exhaustive]
 pub struct PlanOptions {
     /// The kernel; `None` lets the plan choose.
     pub kernel: Option<Kernel>,
-    /// The tile of the tile kernel; `None` takes [`tune::tile`].
-    pub tile: Option<Tile>,
-    /// The tile of the coop kernel; `None` takes [`tune::coop_tile`], or [`tune::coop_scaled_tile`] for f32 and bf16.
-    pub coop_tile: Option<CoopTile>,
-    /// The form of the coop kernel, forward and backward; `None` takes the faster of those that the device allows.
-    pub coop_form: Option<CoopForm>,
-    /// The tile of the decode kernel; `None` takes [`tune::decode_tile`].
-    pub decode_tile: Option<DecodeTile>,
-    /// Into how many splits the decode kernel cuts the keys; `None` takes [`tune::decode_splits`].
-    pub splits: Option<u32>,
     /// The kernel of the backward pass; `None` lets the plan choose.
     pub backward: Option<Kernel>,
-    /// The tile of the backward pass' tile kernels, of which each computes the scores; `None` takes [`tune::backward_tiles`]
+    /// The form of the coop kernel, forward and backward; `None` takes the faster of those that the device allows.
+    pub coop_form: Option<CoopForm>,
+    /// Into how many splits the decode kernel cuts the keys; `None` takes `tune::decode_splits`.
+    pub splits: Option<u32>,
+    /// The tile of the tile kernel; `None` takes `tune::tile`.
+    #[doc(hidden)]
+    pub tile: Option<Tile>,
+    /// The tile of the coop kernel; `None` takes `tune::coop_tile`, or `tune::coop_scaled_tile` for f32 and bf16.
+    #[doc(hidden)]
+    pub coop_tile: Option<CoopTile>,
+    /// The tile of the decode kernel; `None` takes `tune::decode_tile`.
+    #[doc(hidden)]
+    pub decode_tile: Option<DecodeTile>,
+    /// The tile of the backward pass' tile kernels, of which each computes the scores; `None` takes `tune::backward_tiles`
     /// unless there is a `fused_tile`.
+    #[doc(hidden)]
     pub backward_tile: Option<BackwardTile>,
     /// The tile of the backward pass' tile kernel that computes all gradients at once, in f32, whatever `backward_tile` is; `None` takes
-    /// [`tune::fused_tile`], or the other kernels where there is a `backward_tile`.
+    /// `tune::fused_tile`, or the other kernels where there is a `backward_tile`.
+    #[doc(hidden)]
     pub fused_tile: Option<FusedTile>,
     /// The tiles of the backward pass' coop kernels, of the gradients of keys and values and of queries; `None` takes
-    /// [`tune::coop_backward_tiles`], or [`tune::coop_scaled_backward_tiles`] for f32 and bf16.
+    /// `tune::coop_backward_tiles`, or `tune::coop_scaled_backward_tiles` for f32 and bf16.
+    #[doc(hidden)]
     pub coop_backward_tiles: Option<[CoopBackwardTile; 2]>,
+}
+
+/// Each method sets the field of its name; `None` leaves the choice to the plan.
+impl PlanOptions {
+    /// The kernel of the forward pass.
+    pub fn kernel(mut self, kernel: impl Into<Option<Kernel>>) -> Self {
+        self.kernel = kernel.into();
+        self
+    }
+
+    /// The kernel of the backward pass.
+    pub fn backward(mut self, kernel: impl Into<Option<Kernel>>) -> Self {
+        self.backward = kernel.into();
+        self
+    }
+
+    /// The form of the coop kernel, forward and backward.
+    pub fn coop_form(mut self, form: impl Into<Option<CoopForm>>) -> Self {
+        self.coop_form = form.into();
+        self
+    }
+
+    /// The splits of the decode kernel.
+    pub fn splits(mut self, splits: impl Into<Option<u32>>) -> Self {
+        self.splits = splits.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn tile(mut self, tile: impl Into<Option<Tile>>) -> Self {
+        self.tile = tile.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn coop_tile(mut self, tile: impl Into<Option<CoopTile>>) -> Self {
+        self.coop_tile = tile.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn decode_tile(mut self, tile: impl Into<Option<DecodeTile>>) -> Self {
+        self.decode_tile = tile.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn backward_tile(mut self, tile: impl Into<Option<BackwardTile>>) -> Self {
+        self.backward_tile = tile.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn fused_tile(mut self, tile: impl Into<Option<FusedTile>>) -> Self {
+        self.fused_tile = tile.into();
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn coop_backward_tiles(mut self, tiles: impl Into<Option<[CoopBackwardTile; 2]>>) -> Self {
+        self.coop_backward_tiles = tiles.into();
+        self
+    }
 }
 
 /// How a problem is computed on a device. Made by [`Context::plan`]; used any number of times.
@@ -230,19 +301,19 @@ fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backward: bool) ->
         ranges.push((slot, start, size));
         tensor
     };
-    uniform.query = add(Slot::Query, &problem.query, false, shape.head_dim, bytes);
-    uniform.key = add(Slot::Key, &problem.key, true, shape.head_dim, bytes);
-    uniform.value = add(Slot::Value, &problem.value, true, shape.head_dim_v, bytes);
-    uniform.out = add(Slot::Out, &problem.out, false, shape.head_dim_v, bytes);
+    uniform.query = add(Slot::Query, &problem.layout(Tensor::Query), false, shape.head_dim, bytes);
+    uniform.key = add(Slot::Key, &problem.layout(Tensor::Key), true, shape.head_dim, bytes);
+    uniform.value = add(Slot::Value, &problem.layout(Tensor::Value), true, shape.head_dim_v, bytes);
+    uniform.out = add(Slot::Out, &problem.layout(Tensor::Out), false, shape.head_dim_v, bytes);
     let of_lse = Layout::bhnd(shape.heads_q, shape.seqlen_q, 1);
     if problem.lse {
         uniform.lse = add(Slot::Lse, &of_lse, false, 1, 4);
     }
     if let Some(gradients) = problem.gradients.filter(|_| backward) {
-        uniform.grad_out = add(Slot::GradOut, &gradients.out, false, shape.head_dim_v, bytes);
-        uniform.grad_query = add(Slot::GradQuery, &gradients.query, false, shape.head_dim, bytes);
-        uniform.grad_key = add(Slot::GradKey, &gradients.key, true, shape.head_dim, bytes);
-        uniform.grad_value = add(Slot::GradValue, &gradients.value, true, shape.head_dim_v, bytes);
+        uniform.grad_out = add(Slot::GradOut, &problem.layout(Tensor::GradOut), false, shape.head_dim_v, bytes);
+        uniform.grad_query = add(Slot::GradQuery, &problem.layout(Tensor::GradQuery), false, shape.head_dim, bytes);
+        uniform.grad_key = add(Slot::GradKey, &problem.layout(Tensor::GradKey), true, shape.head_dim, bytes);
+        uniform.grad_value = add(Slot::GradValue, &problem.layout(Tensor::GradValue), true, shape.head_dim_v, bytes);
         if gradients.lse {
             add(Slot::GradLse, &of_lse, false, 1, 4);
         }
@@ -339,23 +410,23 @@ impl Schedule {
                 }));
             }
         }
-        schedule.uniforms = Some(uniform_buffer(context.device(), &uniforms));
+        schedule.uniforms = Some(uniform_buffer(context.device(), &uniforms)?);
         Ok(schedule)
     }
 
     /// Binds the buffers of every launch.
-    pub(crate) fn bind<'p>(
-        &'p self,
-        device: &wgpu::Device,
-        slots: &[(Slot, &wgpu::BufferBinding<'_>)],
-    ) -> Vec<(&'p Pipeline, wgpu::BindGroup, [u32; 3])> {
-        let bind = |launch: &'p Launch| {
+    pub(crate) fn bind(&self, device: &wgpu::Device, slots: &[(Slot, &wgpu::BufferBinding<'_>)]) -> Vec<Step> {
+        let bind = |launch: &Launch| {
             let uniforms = self.uniforms.as_ref()?;
-            Some((&*launch.pipeline, bind_launch(device, launch, uniforms, slots), launch.workgroups))
+            Some((launch.pipeline.clone(), bind_launch(device, launch, uniforms, slots), launch.workgroups))
         };
         self.launches.iter().filter_map(bind).collect()
     }
 }
+
+/// The most parts that a problem is split into: each has bind groups, dispatches and pieces of the uniforms of its own, so that
+/// more would take seconds and gigabytes of the host.
+const MOST_PARTS: usize = 1 << 16;
 
 /// Cuts the problem until each part fits into the device's bindings and dispatches. `ranges` are those that a part binds, and
 /// `workspace` is the size of its workspace; `uniforms` bytes tell kernels of a part, of all parts in one buffer.
@@ -392,6 +463,9 @@ fn split(
         match fits(&part) {
             Ok(()) => {
                 done.push(part);
+                if done.len() > MOST_PARTS {
+                    return Err(Error::TooManyParts { most: MOST_PARTS });
+                }
                 let bytes = uniforms * done.len() as u64;
                 if bytes > bounds.buffer {
                     return Err(Error::BindingTooLarge { argument: "uniforms", bytes, limit: bounds.buffer });
@@ -407,23 +481,15 @@ fn split(
 }
 
 /// The uniforms of the launches; bound as a tensor too where that has no elements.
-pub(crate) fn uniform_buffer(device: &wgpu::Device, bytes: &[u8]) -> wgpu::Buffer {
-    let buffer = device.create_buffer(&wgpu::BufferDescriptor {
-        label: Some("wgpu-flash-attention problem"),
-        size: bytes.len() as u64,
-        usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE,
-        mapped_at_creation: true,
-    });
-    if let Ok(mut mapped) = buffer.get_mapped_range_mut(..) {
-        mapped.copy_from_slice(bytes);
-    }
-    buffer.unmap();
-    buffer
+pub(crate) fn uniform_buffer(device: &wgpu::Device, bytes: &[u8]) -> Result<wgpu::Buffer, Error> {
+    let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE;
+    faults::mapped(device, "wgpu-flash-attention problem", usage, bytes)
 }
 
 impl Plan {
     pub(crate) fn new(context: &Context, problem: &Problem, options: &PlanOptions) -> Result<Plan, Error> {
         problem.validate()?;
+        faults::alive(context.device())?;
         let limits = context.limits();
         let shape = &problem.shape;
         let coop_fits = || {
@@ -479,7 +545,7 @@ impl Plan {
                 let workgroups = shape.batch as u64 * shape.heads_kv as u64 * rows.div_ceil(chosen.rows as u64);
                 let tiles = problem.keys_in_sight().div_ceil(chosen.keys()) as u64;
                 let split = options.splits.unwrap_or_else(|| tune::decode_splits(workgroups, tiles));
-                let split = split.clamp(1, limits.max_compute_workgroups_per_dimension);
+                let split = split.clamp(1, limits.max_compute_workgroups_per_dimension.max(1));
                 splits = Some(split);
                 rows_and_keys = Some((chosen.rows, chosen.keys()));
                 kernel::decode::passes(problem, chosen, split)
@@ -548,6 +614,7 @@ impl Plan {
     }
 
     /// The tile kernel's tile; `None` for another kernel.
+    #[doc(hidden)]
     pub fn tile(&self) -> Option<Tile> {
         self.tile
     }
@@ -575,24 +642,18 @@ impl Plan {
 
     /// A buffer for [`ForwardBuffers::workspace`](crate::ForwardBuffers::workspace), or `None` if the plan needs none.
     /// Its contents need not be kept between calls; calls that may run at the same time need one each.
-    pub fn create_workspace(&self) -> Option<wgpu::Buffer> {
+    /// Out of memory, and on a device that is lost, it is an error.
+    pub fn create_workspace(&self) -> Result<Option<wgpu::Buffer>, Error> {
         self.workspace_of(self.workspace_bytes())
     }
 
     /// The same for [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace).
-    pub fn create_backward_workspace(&self) -> Option<wgpu::Buffer> {
+    pub fn create_backward_workspace(&self) -> Result<Option<wgpu::Buffer>, Error> {
         self.workspace_of(self.backward_workspace_bytes())
     }
 
-    fn workspace_of(&self, size: u64) -> Option<wgpu::Buffer> {
-        (size > 0).then(|| {
-            self.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("wgpu-flash-attention workspace"),
-                size,
-                usage: wgpu::BufferUsages::STORAGE,
-                mapped_at_creation: false,
-            })
-        })
+    fn workspace_of(&self, size: u64) -> Result<Option<wgpu::Buffer>, Error> {
+        (size > 0).then(|| faults::buffer(&self.device, "workspace", size, wgpu::BufferUsages::STORAGE)).transpose()
     }
 
     /// Bytes that the kernel moves between device memory (or its caches) and the chip: inputs each time that they are
@@ -665,15 +726,28 @@ fn saturated(bytes: u128) -> u64 {
 pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limits) -> Result<(), Error> {
     for pass in passes {
         let storage_buffers = pass.bindings.len() as u32;
+        let bindings = pass.binding_numbers().into_iter().max().unwrap_or(0) + 1;
+        let uniform_bytes = size_of::<ProblemUniform>() as u64;
         let needs = [
             ("max_compute_workgroup_storage_size", pass.workgroup_bytes, limits.max_compute_workgroup_storage_size),
             ("max_compute_invocations_per_workgroup", pass.threads, limits.max_compute_invocations_per_workgroup),
             ("max_compute_workgroup_size_x", pass.threads, limits.max_compute_workgroup_size_x),
+            ("max_compute_workgroup_size_y", 1, limits.max_compute_workgroup_size_y),
+            ("max_compute_workgroup_size_z", 1, limits.max_compute_workgroup_size_z),
+            ("max_compute_workgroups_per_dimension", 1, limits.max_compute_workgroups_per_dimension),
             ("max_storage_buffers_per_shader_stage", storage_buffers, limits.max_storage_buffers_per_shader_stage),
+            ("max_uniform_buffers_per_shader_stage", 1, limits.max_uniform_buffers_per_shader_stage),
+            ("max_bindings_per_bind_group", bindings, limits.max_bindings_per_bind_group),
+            ("max_bind_groups", 1, limits.max_bind_groups),
         ];
-        for (limit, needed, found) in needs {
+        let needs = needs.map(|(limit, needed, found)| (limit, u64::from(needed), u64::from(found)));
+        let of_uniform = [
+            ("max_uniform_buffer_binding_size", uniform_bytes, limits.max_uniform_buffer_binding_size),
+            ("max_buffer_size", uniform_bytes, limits.max_buffer_size),
+        ];
+        for (limit, needed, found) in needs.into_iter().chain(of_uniform) {
             if needed > found {
-                return Err(Error::DeviceLimit { kernel, limit, needed: needed.into(), found: found.into() });
+                return Err(Error::DeviceLimit { kernel, limit, needed, found });
             }
         }
     }

@@ -1,5 +1,7 @@
 //! What to compute, as plain data: shape, layouts, masks, element type.
 
+use std::hash::{Hash, Hasher};
+
 use crate::Error;
 
 /// The largest sequence length: positions and window bounds are computed in `i32`.
@@ -9,6 +11,7 @@ pub const MAX_HEAD_DIM: u32 = 256;
 
 /// The type of the elements in memory. Arithmetic is f32 (or better) in every case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum ElementType {
     /// IEEE binary32.
     F32,
@@ -40,6 +43,8 @@ impl std::fmt::Display for ElementType {
 
 /// The sizes of q `[batch, heads_q, seqlen_q, head_dim]`, k `[batch, heads_kv, seqlen_k, head_dim]`,
 /// v `[batch, heads_kv, seqlen_k, head_dim_v]` and o `[batch, heads_q, seqlen_q, head_dim_v]`.
+///
+/// This is plain data that stays as it is: a new kind of input becomes a part of [`Problem`], not of its sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
     /// Sequences computed at once; may be 0.
@@ -72,17 +77,20 @@ impl Shape {
         }
     }
 
-    /// Query heads that share one key-value head.
+    /// Query heads that share one key-value head; 0 without key-value heads.
     pub const fn group(&self) -> u32 {
-        self.heads_q / self.heads_kv
+        match self.heads_kv {
+            0 => 0,
+            heads_kv => self.heads_q / heads_kv,
+        }
     }
 
-    /// Rows of the output, `batch · heads_q · seqlen_q`.
-    pub fn rows(&self) -> u64 {
-        self.batch as u64 * self.heads_q as u64 * self.seqlen_q as u64
+    /// Rows of the output, `batch · heads_q · seqlen_q`; `u64::MAX` if they are more.
+    pub const fn rows(&self) -> u64 {
+        (self.batch as u64 * self.heads_q as u64).saturating_mul(self.seqlen_q as u64)
     }
 
-    fn dims(&self, tensor: Tensor) -> [u32; 4] {
+    const fn dims(&self, tensor: Tensor) -> [u32; 4] {
         let (heads, rows, dim) = match tensor {
             Tensor::Query | Tensor::GradQuery => (self.heads_q, self.seqlen_q, self.head_dim),
             Tensor::Key | Tensor::GradKey => (self.heads_kv, self.seqlen_k, self.head_dim),
@@ -94,15 +102,24 @@ impl Shape {
 }
 
 /// The tensors that have a [`Layout`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Tensor {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Tensor {
+    /// q.
     Query,
+    /// k.
     Key,
+    /// v.
     Value,
+    /// o.
     Out,
+    /// The gradient of o, which is given.
     GradOut,
+    /// The gradient of q.
     GradQuery,
+    /// The gradient of k, summed over the query heads that share a key-value head.
     GradKey,
+    /// The gradient of v, summed likewise.
     GradValue,
 }
 
@@ -121,7 +138,22 @@ impl Tensor {
         Tensor::GradValue,
     ];
 
-    pub(crate) const fn name(self) -> &'static str {
+    /// The tensor that this is the gradient of; itself if it is none.
+    const fn of(self) -> Tensor {
+        match self {
+            Tensor::Query | Tensor::GradQuery => Tensor::Query,
+            Tensor::Key | Tensor::GradKey => Tensor::Key,
+            Tensor::Value | Tensor::GradValue => Tensor::Value,
+            Tensor::Out | Tensor::GradOut => Tensor::Out,
+        }
+    }
+
+    pub(crate) const fn is_gradient(self) -> bool {
+        matches!(self, Tensor::GradOut | Tensor::GradQuery | Tensor::GradKey | Tensor::GradValue)
+    }
+
+    /// Its name in errors.
+    pub const fn name(self) -> &'static str {
         match self {
             Tensor::Query => "query",
             Tensor::Key => "key",
@@ -140,6 +172,8 @@ impl Tensor {
 ///
 /// Inputs may have any strides, also 0 (one head for all, say). Layouts whose offset and strides are
 /// multiples of four elements are read four elements at a time.
+///
+/// This is plain data that stays as it is: an element has these four indices and no more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Layout {
     /// First element of the tensor.
@@ -207,6 +241,7 @@ impl Layout {
 
 /// Which diagonal a causal mask follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Causal {
     /// Query `i` sees keys `j ≤ i + seqlen_k − seqlen_q`: the last query sees every key, as in flash-attention.
     BottomRight,
@@ -214,27 +249,32 @@ pub enum Causal {
     TopLeft,
 }
 
-/// What the backward pass is given and gives beyond the forward pass' tensors. Gradients have the shapes of what they are
-/// the gradients of, and the problem's element type; sums are f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What the backward pass is given and gives beyond the gradients of o, q, k and v. Those have the shapes of what they are
+/// the gradients of, and the problem's element type; sums are f32. Where they lie is [`Problem::layout`]'s to say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct Gradients {
-    /// Layout of the gradient of o, which is given.
-    pub out: Layout,
-    /// Layout of the gradient of q; no two elements may share a place, here and in the next two.
-    pub query: Layout,
-    /// Layout of the gradient of k, summed over the query heads that share a key-value head.
-    pub key: Layout,
-    /// Layout of the gradient of v, summed likewise.
-    pub value: Layout,
     /// Whether a gradient of lse is given too, f32 `[batch, heads_q, seqlen_q]`, contiguous: for losses that use lse.
     pub lse: bool,
     /// Whether the gradients of q, k and v are added to what their buffers hold instead of written over it.
     pub accumulate: bool,
 }
 
-/// One attention problem. Build it with [`Problem::new`] and the methods that follow; the fields are public
-/// to be read and set alike.
-#[derive(Clone, Debug, PartialEq)]
+/// One attention problem, as plain data.
+///
+/// Build it with [`Problem::new`] and the methods that follow, in any order; the fields are public to be read and set alike.
+/// Problems are equal if they are the same in every part, numbers by their bits, so that a map from problems to plans works:
+/// a scale of 0 is another than one of −0, and NaN (which no plan takes) is equal to itself.
+///
+/// ```
+/// use wgpu_flash_attention::{Causal, ElementType, Problem, Shape};
+///
+/// // 8 query heads on 2 key-value heads, 256 positions, head dim 64, laid out as flash-attention does.
+/// let shape = Shape { heads_kv: 2, ..Shape::square(1, 8, 256, 64) };
+/// let problem = Problem::new(shape, ElementType::F16).bnhd().causal(Causal::BottomRight).with_gradients();
+/// ```
+#[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Problem {
     /// Sizes.
     pub shape: Shape,
@@ -256,22 +296,32 @@ pub struct Problem {
     pub seqlens_k: bool,
     /// Whether the logarithm of the softmax's denominator is written: f32 `[batch, heads_q, seqlen_q]`, contiguous.
     pub lse: bool,
-    /// Layout of q.
-    pub query: Layout,
-    /// Layout of k.
-    pub key: Layout,
-    /// Layout of v.
-    pub value: Layout,
-    /// Layout of o; no two elements may share a place.
-    pub out: Layout,
     /// What is needed for [`Plan::backward`](crate::Plan::backward); `None` plans the forward pass alone.
     pub gradients: Option<Gradients>,
+    /// Whether tensors without a layout of their own are `[batch, position, head, dim]`.
+    bnhd: bool,
+    /// The layouts that were set, by tensor. The others follow when they are asked for, so that the order of calls, and a shape
+    /// that is changed later, cannot leave one behind.
+    layouts: [Option<Layout>; Tensor::BACKWARD.len()],
+}
+
+impl PartialEq for Problem {
+    fn eq(&self, other: &Self) -> bool {
+        self.parts() == other.parts()
+    }
+}
+
+impl Eq for Problem {}
+
+impl Hash for Problem {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.parts().hash(state);
+    }
 }
 
 impl Problem {
     /// Unmasked attention over contiguous `[batch, head, position, dim]` tensors, without lse.
     pub const fn new(shape: Shape, element_type: ElementType) -> Self {
-        let s = shape;
         Problem {
             shape,
             element_type,
@@ -282,25 +332,58 @@ impl Problem {
             window_right: None,
             seqlens_k: false,
             lse: false,
-            query: Layout::bhnd(s.heads_q, s.seqlen_q, s.head_dim),
-            key: Layout::bhnd(s.heads_kv, s.seqlen_k, s.head_dim),
-            value: Layout::bhnd(s.heads_kv, s.seqlen_k, s.head_dim_v),
-            out: Layout::bhnd(s.heads_q, s.seqlen_q, s.head_dim_v),
             gradients: None,
+            bnhd: false,
+            layouts: [None; Tensor::BACKWARD.len()],
         }
     }
 
-    /// Contiguous `[batch, position, head, dim]` tensors instead.
+    /// All of it, numbers by their bits.
+    fn parts(&self) -> impl Eq + Hash + use<> {
+        let Problem {
+            shape,
+            element_type,
+            scale,
+            softcap,
+            causal,
+            window_left,
+            window_right,
+            seqlens_k,
+            lse,
+            gradients,
+            bnhd,
+            layouts,
+        } = self.clone();
+        let numbers = [scale, softcap].map(|x| x.map(f32::to_bits));
+        let masks = (causal, window_left, window_right);
+        (shape, element_type, numbers, masks, seqlens_k, lse, gradients, bnhd, layouts)
+    }
+
+    /// Contiguous `[batch, position, head, dim]` tensors instead, flash-attention's order, but for those that
+    /// [`Problem::with_layout`] places.
     pub const fn bnhd(mut self) -> Self {
-        let s = self.shape;
-        self.query = Layout::bnhd(s.heads_q, s.seqlen_q, s.head_dim);
-        self.key = Layout::bnhd(s.heads_kv, s.seqlen_k, s.head_dim);
-        self.value = Layout::bnhd(s.heads_kv, s.seqlen_k, s.head_dim_v);
-        self.out = Layout::bnhd(s.heads_q, s.seqlen_q, s.head_dim_v);
-        if self.gradients.is_some() {
-            self = self.with_gradients();
-        }
+        self.bnhd = true;
         self
+    }
+
+    /// Says where a tensor lies. Without it q, k, v and o are contiguous, and a gradient lies as what it is the gradient of
+    /// does. Where that would put two elements of a gradient in one place (of a key that all heads share, say), it needs a
+    /// layout of its own; no two elements of o and of the gradients of q, k and v may share a place.
+    pub const fn with_layout(mut self, tensor: Tensor, layout: Layout) -> Self {
+        self.layouts[tensor as usize] = Some(layout);
+        self
+    }
+
+    /// Where a tensor lies, or would lie if the problem had it.
+    pub const fn layout(&self, tensor: Tensor) -> Layout {
+        if let Some(layout) = self.layouts[tensor as usize] {
+            return layout;
+        }
+        if let Some(layout) = self.layouts[tensor.of() as usize] {
+            return layout;
+        }
+        let [_, heads, rows, dim] = self.shape.dims(tensor);
+        if self.bnhd { Layout::bnhd(heads, rows, dim) } else { Layout::bhnd(heads, rows, dim) }
     }
 
     /// Sets the factor of the scores.
@@ -340,18 +423,30 @@ impl Problem {
         self
     }
 
-    /// Plans the backward pass too: lse is written, and each gradient has the layout of what it is the gradient of. Where
-    /// that puts elements in one place (a key that all heads share, say), set the field to another layout.
+    /// Plans the backward pass too; lse is written, from which it recomputes the probabilities.
     pub const fn with_gradients(mut self) -> Self {
         self.lse = true;
-        self.gradients = Some(Gradients {
-            out: self.out,
-            query: self.query,
-            key: self.key,
-            value: self.value,
-            lse: false,
-            accumulate: false,
-        });
+        if self.gradients.is_none() {
+            self.gradients = Some(Gradients { lse: false, accumulate: false });
+        }
+        self
+    }
+
+    /// Plans the backward pass for a loss that uses lse: expects the gradient of it, f32 `[batch, heads_q, seqlen_q]`.
+    pub const fn with_grad_lse(mut self) -> Self {
+        self = self.with_gradients();
+        if let Some(gradients) = &mut self.gradients {
+            gradients.lse = true;
+        }
+        self
+    }
+
+    /// Plans a backward pass that adds the gradients of q, k and v to what their buffers hold.
+    pub const fn accumulate(mut self) -> Self {
+        self = self.with_gradients();
+        if let Some(gradients) = &mut self.gradients {
+            gradients.accumulate = true;
+        }
         self
     }
 
@@ -364,7 +459,8 @@ impl Problem {
     /// `2 · batch · heads_q · seqlen_q · seqlen_k · (head_dim + head_dim_v)`, halved when causal.
     pub fn forward_flops(&self) -> f64 {
         let s = &self.shape;
-        let full = 2.0 * s.rows() as f64 * s.seqlen_k as f64 * (s.head_dim + s.head_dim_v) as f64;
+        let rows = s.batch as f64 * s.heads_q as f64 * s.seqlen_q as f64;
+        let full = 2.0 * rows * s.seqlen_k as f64 * (s.head_dim as f64 + s.head_dim_v as f64);
         if self.causal.is_some() { full / 2.0 } else { full }
     }
 
@@ -400,7 +496,10 @@ impl Problem {
             return Err(Error::GradientsWithoutLse);
         }
         for tensor in Tensor::BACKWARD {
-            let Some(layout) = self.layout(tensor) else { continue };
+            if tensor.is_gradient() && self.gradients.is_none() {
+                continue;
+            }
+            let layout = self.layout(tensor);
             let end = layout.end(s.dims(tensor));
             if end.and_then(|n| n.checked_mul(8)).is_none() {
                 return Err(Error::LayoutOverflow { argument: tensor.name() });
@@ -411,21 +510,6 @@ impl Problem {
             }
         }
         Ok(())
-    }
-
-    /// A tensor's layout; `None` for a gradient that the problem does without.
-    pub(crate) fn layout(&self, tensor: Tensor) -> Option<&Layout> {
-        let gradients = self.gradients.as_ref();
-        match tensor {
-            Tensor::Query => Some(&self.query),
-            Tensor::Key => Some(&self.key),
-            Tensor::Value => Some(&self.value),
-            Tensor::Out => Some(&self.out),
-            Tensor::GradOut => gradients.map(|g| &g.out),
-            Tensor::GradQuery => gradients.map(|g| &g.query),
-            Tensor::GradKey => gradients.map(|g| &g.key),
-            Tensor::GradValue => gradients.map(|g| &g.value),
-        }
     }
 
     /// Whether the forward pass has nothing to write.
@@ -445,13 +529,13 @@ impl Problem {
             return 0;
         }
         // validate() has shown that this does not overflow.
-        self.layout(tensor).map_or(0, |layout| layout.end(dims).unwrap_or(u64::MAX / 8) * self.element_type.bytes())
+        self.layout(tensor).end(dims).unwrap_or(u64::MAX / 8) * self.element_type.bytes()
     }
 
     /// Whether all of these tensors can be read and written in groups of so many elements.
     pub(crate) fn is_aligned(&self, tensors: &[Tensor], elements: u32) -> bool {
         let s = &self.shape;
-        let aligned = |&t: &Tensor| self.layout(t).is_none_or(|layout| layout.is_aligned(s.dims(t), elements.into()));
+        let aligned = |&t: &Tensor| self.layout(t).is_aligned(s.dims(t), elements.into());
         s.head_dim.is_multiple_of(elements) && s.head_dim_v.is_multiple_of(elements) && tensors.iter().all(aligned)
     }
 

@@ -6,6 +6,7 @@ use crate::Problem;
 
 /// What the forward pass computes.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Forward {
     /// o `[batch, heads_q, seqlen_q, head_dim_v]`.
     pub out: Vec<f64>,
@@ -82,6 +83,7 @@ pub fn forward_row<T: Copy + Into<f64>>(
 
 /// What the backward pass computes: the gradients of a loss in q, k and v.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Backward {
     /// dq `[batch, heads_q, seqlen_q, head_dim]`.
     pub query: Vec<f64>,
@@ -313,7 +315,8 @@ mod tests {
                 for (left, right) in
                     [(None, None), (Some(0), Some(0)), (Some(2), None), (None, Some(1)), (Some(9), Some(9))]
                 {
-                    let problem = Problem { causal, ..problem(n, m).window(left, right) };
+                    let mut problem = problem(n, m).window(left, right);
+                    problem.causal = causal;
                     for keys in 0..=m {
                         for i in 0..n {
                             let (first, end) = problem.key_interval(i, keys);

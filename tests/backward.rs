@@ -17,7 +17,7 @@ fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanO
 /// those of the table's tiles for software Vulkan are not.
 fn small_tile() -> PlanOptions {
     let tile = BackwardTile { own: 12, step: 24, threads_y: 12, threads_x: 6, chunk: 12, block: 12, written_out: true };
-    PlanOptions { backward_tile: Some(tile), ..backward(Kernel::Tile) }
+    backward(Kernel::Tile).backward_tile(tile)
 }
 
 /// All gradients at once, in blocks of one tile, smaller than the cases, so that there are several rounds. A thread has several

@@ -15,14 +15,14 @@ use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::elements::{self, ElementModule, MatrixLayout};
 use wgpu_flash_attention::specialize::coop_backward_modules;
 use wgpu_flash_attention::tune::{self, CoopBackwardTile};
-use wgpu_flash_attention::{Context, ElementType, Error, Kernel, PlanOptions, Problem, Shape};
+use wgpu_flash_attention::{Context, ElementType, Error, Kernel, PlanOptions, Problem, Shape, Tensor};
 
 fn tile(subgroups: u32, matrices: u32, step: u32, columns: u32, ahead: bool) -> CoopBackwardTile {
     CoopBackwardTile { subgroups, matrices, step, columns, ahead }
 }
 
 fn tiled(tiles: [CoopBackwardTile; 2]) -> PlanOptions {
-    PlanOptions { coop_backward_tiles: Some(tiles), ..backward(Kernel::Coop) }
+    backward(Kernel::Coop).coop_backward_tiles(tiles)
 }
 
 /// The table's tiles or, on a processor, in all types two pairs of subgroups with a matrix each.
@@ -230,7 +230,7 @@ fn without_access_to_elements_they_cross_workgroup_memory() {
         (ElementType::F32, None, "takes f16 only"),
         (ElementType::BF16, None, "takes f16 only"),
     ] {
-        let options = PlanOptions { coop_form: form, ..backward(Kernel::Coop) };
+        let options = backward(Kernel::Coop).coop_form(form);
         let error = context.plan_with(&small_problem(element_type), &options).unwrap_err();
         assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
         assert!(error.to_string().contains(why), "{error}");
@@ -254,7 +254,7 @@ fn small_limits_fall_back_to_the_tile_kernel() {
 fn plans_choose_the_form() {
     let Some(context) = small_device(elements::FEATURES, 32 << 10) else { return };
     for (asked, form) in [(None, Registers), (Some(Registers), Registers), (Some(WorkgroupMemory), WorkgroupMemory)] {
-        let options = PlanOptions { coop_form: asked, ..Default::default() };
+        let options = PlanOptions::default().coop_form(asked);
         let plan = context.plan_with(&small_problem(ElementType::F16), &options).unwrap();
         assert_eq!((plan.coop_form(), plan.backward_coop_form()), (Some(form), Some(form)));
     }
@@ -273,7 +273,8 @@ fn tiles_that_do_not_divide_are_refused() {
             assert!(matches!(error, Error::Tile(_)), "{error}");
         }
     }
-    let problem = Problem { element_type: ElementType::F32, ..problem };
+    let mut problem = problem;
+    problem.element_type = ElementType::F32;
     let good = tile(2, 1, 16, 16, true);
     for bad in [tile(3, 1, 16, 16, true), tile(66, 1, 16, 16, true), tile(2, 1, 12, 16, true), tile(2, 1, 16, 8, true)]
     {
@@ -305,11 +306,12 @@ fn problems(element_type: ElementType) -> Vec<(u32, Problem)> {
             let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
             let mut problem = Problem::new(shape, element_type).with_gradients();
             if element_type != ElementType::BF16 {
-                problem.query = problem.query.at(on(0).into());
+                let layout = problem.layout(Tensor::Query).at(on(0).into());
+                problem = problem.with_layout(Tensor::Query, layout);
             }
             problem.softcap = on(1).then_some(2.0);
             problem.seqlens_k = on(2);
-            problem.gradients.as_mut().unwrap().accumulate = on(3);
+            problem.gradients.iter_mut().for_each(|gradients| gradients.accumulate = on(3));
             all.push((switches, problem));
         }
     }
@@ -336,7 +338,7 @@ fn tiles(form: CoopForm, size: u32, problem: &Problem) -> [[(CoopBackwardTile, u
             [tune::coop_backward_tiles(form, size, head_dim, head_dim_v), small].map(half)
         }
         ElementType::F32 => [table(ElementType::F32), small_scaled].map(scaled(2)),
-        ElementType::BF16 => [table(ElementType::BF16), small_scaled].map(scaled(1)),
+        _ => [table(ElementType::BF16), small_scaled].map(scaled(1)),
     }
 }
 

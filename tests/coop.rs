@@ -18,12 +18,12 @@ use wgpu_flash_attention::tune::{self, CoopTile};
 use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, Shape};
 
 fn coop() -> PlanOptions {
-    PlanOptions { kernel: Some(Kernel::Coop), ..Default::default() }
+    PlanOptions::default().kernel(Kernel::Coop)
 }
 
 /// The kernel with this tile.
 fn tiled(subgroups: u32, row_matrices: u32, keys: u32, buffers: u32) -> PlanOptions {
-    PlanOptions { coop_tile: Some(CoopTile { subgroups, row_matrices, keys, buffers }), ..coop() }
+    coop().coop_tile(CoopTile { subgroups, row_matrices, keys, buffers })
 }
 
 /// One subgroup, one buffer. 16 is a multiple of every size that matrices have.
@@ -155,7 +155,8 @@ fn tiles_that_do_not_divide_are_refused() {
         let error = context.plan_with(&problem, &options).unwrap_err();
         assert!(matches!(error, Error::Tile(_)), "{error}");
     }
-    let problem = Problem { element_type: ElementType::F32, ..problem };
+    let mut problem = problem;
+    problem.element_type = ElementType::F32;
     for options in [tiled(1, 1, 12, 1), tiled(1, 1, 16, 2), tiled(64, 1, 16, 1)] {
         let error = context.plan_with(&problem, &options).unwrap_err();
         assert!(matches!(error, Error::Tile(_)), "{error}");
@@ -219,7 +220,7 @@ fn tiles(form: CoopForm, format: MatrixFormat, problem: &Problem) -> Vec<(CoopTi
     let with_bytes = |tile: CoopTile| match problem.element_type {
         ElementType::F16 => (tile, tile.workgroup_bytes(form, size, shape.head_dim, shape.head_dim_v)),
         ElementType::F32 => (tile, tile.scaled_workgroup_bytes(size, 2, shape.head_dim, shape.head_dim_v)),
-        ElementType::BF16 => (tile, tile.scaled_workgroup_bytes(size, 1, shape.head_dim, shape.head_dim_v)),
+        _ => (tile, tile.scaled_workgroup_bytes(size, 1, shape.head_dim, shape.head_dim_v)),
     };
     let mut tiles = match problem.element_type {
         ElementType::F16 => {

@@ -518,9 +518,9 @@ fn run(context: &Context, module: &ElementModule, x: &[f32], identity: &[f16], o
         cache: None,
     });
     let buffers = [
-        context.upload(bytemuck::cast_slice(x)),
-        context.upload(bytemuck::cast_slice(identity)),
-        context.upload(bytemuck::cast_slice(&vec![f32::NAN; out])),
+        context.upload(bytemuck::cast_slice(x)).unwrap(),
+        context.upload(bytemuck::cast_slice(identity)).unwrap(),
+        context.upload(bytemuck::cast_slice(&vec![f32::NAN; out])).unwrap(),
     ];
     let entries = Vec::from_iter(
         [0, 3, 7]

@@ -7,8 +7,8 @@ use common::*;
 use wgpu_flash_attention::tune::{BackwardTile, Tile};
 use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferSize, BufferUsages, ErrorFilter};
 use wgpu_flash_attention::{
-    BackwardBuffers, Context, ElementType, Error, ForwardBuffers, Gradients, HeadlessOptions, Kernel, Layout,
-    PlanOptions, Problem, Shape,
+    BackwardBuffers, Context, ElementType, Error, ForwardBuffers, HeadlessOptions, Kernel, Layout, MergeProblem,
+    PlanOptions, Problem, Shape, Tensor,
 };
 
 const POISON: u32 = 0x7fc5_a5a5;
@@ -31,6 +31,11 @@ fn problem() -> Problem {
     case(2, [4, 2], [6, 10], [8, 4]).seqlens(&[10, 7]).problem
 }
 
+fn of_f16(mut problem: Problem) -> Problem {
+    problem.element_type = ElementType::F16;
+    problem
+}
+
 /// Problems and options that no plan is made for, and what the error says.
 #[test]
 fn plans() {
@@ -40,10 +45,10 @@ fn plans() {
         change(&mut problem.shape);
         problem
     };
-    let with_tile = |found: Tile| PlanOptions { tile: Some(found), ..tile() };
+    let with_tile = |found: Tile| tile().tile(found);
     let fine = Tile { rows: 8, keys: 16, threads_y: 2, threads_x: 4, chunk: 8, value_keys: 4, written_out: false };
     let bad = BackwardTile { own: 9, step: 8, threads_y: 3, threads_x: 2, chunk: 8, block: 8, written_out: false };
-    let backward = PlanOptions { backward: Some(Kernel::Tile), backward_tile: Some(bad), ..tile() };
+    let backward = tile().backward(Kernel::Tile).backward_tile(bad);
     let head_dim = |argument, found| Error::HeadDim { argument, found };
     let seqlen = |argument, found| Error::Seqlen { argument, found };
     let far = Layout { offset: 0, batch: u64::MAX / 2, head: u64::MAX / 2, row: 8 };
@@ -62,13 +67,23 @@ fn plans() {
         (good().softcap(0.0), tile(), Error::Softcap(0.0), "softcap is 0"),
         (good().softcap(-2.0), tile(), Error::Softcap(-2.0), "softcap is -2"),
         (good().softcap(f32::INFINITY), tile(), Error::Softcap(f32::INFINITY), "softcap is inf"),
-        (Problem { query: far, ..good() }, tile(), Error::LayoutOverflow { argument: "query" }, "query"),
-        (Problem { key: far, ..good() }, tile(), Error::LayoutOverflow { argument: "key" }, "key"),
-        (Problem { value: far, ..good() }, tile(), Error::LayoutOverflow { argument: "value" }, "value"),
-        (Problem { out: far, ..good() }, tile(), Error::LayoutOverflow { argument: "out" }, "out"),
-        (Problem { out: Layout { row: 3, ..good().out }, ..good() }, tile(), overlap.clone(), "out"),
-        (Problem { out: Layout { head: 0, ..good().out }, ..good() }, naive(), overlap.clone(), "out"),
-        (Problem { out: Layout { batch: 95, ..good().out }, ..good() }, naive(), overlap, "out"),
+        (good().with_layout(Tensor::Query, far), tile(), Error::LayoutOverflow { argument: "query" }, "query"),
+        (good().with_layout(Tensor::Key, far), tile(), Error::LayoutOverflow { argument: "key" }, "key"),
+        (good().with_layout(Tensor::Value, far), tile(), Error::LayoutOverflow { argument: "value" }, "value"),
+        (good().with_layout(Tensor::Out, far), tile(), Error::LayoutOverflow { argument: "out" }, "out"),
+        (
+            good().with_layout(Tensor::Out, Layout { row: 3, ..good().layout(Tensor::Out) }),
+            tile(),
+            overlap.clone(),
+            "out",
+        ),
+        (
+            good().with_layout(Tensor::Out, Layout { head: 0, ..good().layout(Tensor::Out) }),
+            naive(),
+            overlap.clone(),
+            "out",
+        ),
+        (good().with_layout(Tensor::Out, Layout { batch: 95, ..good().layout(Tensor::Out) }), naive(), overlap, "out"),
         (
             good(),
             with_tile(Tile { threads_y: 3, ..fine }),
@@ -90,7 +105,7 @@ fn plans() {
             "tile",
         ),
         (
-            Problem { element_type: ElementType::F16, ..good() }.with_gradients(),
+            of_f16(good()).with_gradients(),
             fused([32, 32], 8, 16, 16, [32, 32]),
             Error::Unsupported {
                 kernel: Kernel::Tile,
@@ -106,8 +121,8 @@ fn plans() {
         assert!(error.to_string().contains(named), "{error}");
     }
     // This context was made without cooperative matrices.
-    let coop = PlanOptions { kernel: Some(Kernel::Coop), ..Default::default() };
-    let error = full().plan_with(&Problem { element_type: ElementType::F16, ..good() }, &coop).unwrap_err();
+    let coop = PlanOptions::default().kernel(Kernel::Coop);
+    let error = full().plan_with(&of_f16(good()), &coop).unwrap_err();
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
     assert!(error.to_string().contains("with_cooperative_matrices"), "{error}");
     // NaN is not equal to itself.
@@ -142,6 +157,60 @@ fn devices() {
     check(error, Kernel::Tile, "max_storage_buffers_per_shader_stage", 4);
 }
 
+/// Each limit of 0, or too small by one, in turn, is an error that names a limit: for every kernel, forward and backward.
+#[test]
+fn limits_that_are_too_small() {
+    type Lower = fn(&mut wgpu::Limits);
+    let lower: [(&str, Lower); 13] = [
+        ("max_bind_groups", |l| l.max_bind_groups = 0),
+        ("max_bindings_per_bind_group", |l| l.max_bindings_per_bind_group = 4),
+        ("max_uniform_buffers_per_shader_stage", |l| l.max_uniform_buffers_per_shader_stage = 0),
+        ("max_storage_buffers_per_shader_stage", |l| l.max_storage_buffers_per_shader_stage = 0),
+        ("max_uniform_buffer_binding_size", |l| l.max_uniform_buffer_binding_size = 192),
+        ("max_compute_workgroup_storage_size", |l| l.max_compute_workgroup_storage_size = 0),
+        ("max_compute_invocations_per_workgroup", |l| l.max_compute_invocations_per_workgroup = 0),
+        ("max_compute_workgroup_size_x", |l| l.max_compute_workgroup_size_x = 0),
+        ("max_compute_workgroup_size_y", |l| l.max_compute_workgroup_size_y = 0),
+        ("max_compute_workgroup_size_z", |l| l.max_compute_workgroup_size_z = 0),
+        ("max_compute_workgroups_per_dimension", |l| l.max_compute_workgroups_per_dimension = 0),
+        ("max_buffer_size", |l| l.max_buffer_size = 128),
+        ("max_storage_buffer_binding_size", |l| l.max_storage_buffer_binding_size = 0),
+    ];
+    for (name, lower) in lower {
+        let context = with_limits(lower);
+        for kernel in [Kernel::Naive, Kernel::Tile, Kernel::Decode] {
+            let forward = PlanOptions::default().kernel(kernel);
+            let backward = PlanOptions::default().kernel(Kernel::Naive).backward(kernel);
+            for (problem, options) in [(problem(), forward), (problem().with_gradients(), backward)] {
+                let refused = context.plan_with(&problem, &options);
+                let text = match refused {
+                    Err(Error::Unsupported { .. }) => continue,
+                    Err(error @ (Error::DeviceLimit { .. } | Error::BindingTooLarge { .. })) => error.to_string(),
+                    // The naive kernel has no workgroup memory.
+                    Ok(_) if name == "max_compute_workgroup_storage_size" && kernel == Kernel::Naive => continue,
+                    other => panic!("{name}, {kernel}: {other:?}"),
+                };
+                assert!(text.contains(name), "{name}: {text}");
+            }
+        }
+        let error = context.plan_merge(&MergeProblem::new(2, 10, 8, ElementType::F32));
+        assert!(error.is_err() || matches!(name, "max_compute_workgroup_storage_size"), "{name}");
+    }
+}
+
+/// Limits that would split a problem into billions of parts are refused within a moment.
+#[test]
+fn too_many_parts() {
+    let context = with_limits(|limits| limits.max_compute_workgroups_per_dimension = 1);
+    let problem = Problem::new(Shape::square(1 << 20, 1 << 10, 16, 1), ElementType::F32)
+        .with_layout(Tensor::Query, Layout { offset: 0, batch: 0, head: 0, row: 0 });
+    let start = std::time::Instant::now();
+    let error = context.plan_with(&problem, &tile()).unwrap_err();
+    assert!(matches!(error, Error::TooManyParts { most: 65_536 }), "{error}");
+    assert!(error.to_string().contains("request larger limits"), "{error}");
+    assert!(start.elapsed().as_secs() < 5);
+}
+
 /// The buffers of [`problem`], outputs poisoned, and one that cannot be bound.
 struct Buffers {
     query: wgpu::Buffer,
@@ -156,8 +225,8 @@ struct Buffers {
 
 impl Buffers {
     fn new(context: &Context) -> Self {
-        let numbers = |n: usize| context.upload(bytemuck::cast_slice(&vec![0.5f32; n]));
-        let poisoned = |n: usize| context.upload(bytemuck::cast_slice(&vec![POISON; n]));
+        let numbers = |n: usize| context.upload(bytemuck::cast_slice(&vec![0.5f32; n])).unwrap();
+        let poisoned = |n: usize| context.upload(bytemuck::cast_slice(&vec![POISON; n])).unwrap();
         let usage = BufferUsages::COPY_DST | BufferUsages::UNIFORM;
         let no_storage = wgpu::BufferDescriptor { label: None, size: 4096, usage, mapped_at_creation: false };
         Buffers {
@@ -166,22 +235,17 @@ impl Buffers {
             value: numbers(2 * 2 * 10 * 4),
             out: poisoned(1024),
             lse: poisoned(2 * 4 * 6),
-            seqlens_k: context.upload(bytemuck::cast_slice(&[10i32, 7])),
+            seqlens_k: context.upload(bytemuck::cast_slice(&[10i32, 7])).unwrap(),
             workspace: poisoned(2 * 4 * 6 * 10),
             no_storage: context.device().create_buffer(&no_storage),
         }
     }
 
     fn bound(&self) -> ForwardBuffers<'_> {
-        ForwardBuffers {
-            query: self.query.as_entire_buffer_binding(),
-            key: self.key.as_entire_buffer_binding(),
-            value: self.value.as_entire_buffer_binding(),
-            out: self.out.as_entire_buffer_binding(),
-            lse: Some(self.lse.as_entire_buffer_binding()),
-            seqlens_k: Some(self.seqlens_k.as_entire_buffer_binding()),
-            workspace: Some(self.workspace.as_entire_buffer_binding()),
-        }
+        ForwardBuffers::new(&self.query, &self.key, &self.value, &self.out)
+            .lse(&self.lse)
+            .seqlens_k(&self.seqlens_k)
+            .workspace(&self.workspace)
     }
 
     fn poisoned(&self, context: &Context) -> bool {
@@ -240,7 +304,10 @@ fn buffers() {
     let missing = |argument, bytes| Error::BufferMissing { argument, bytes };
     let short = |argument, needed, found| Error::BufferTooSmall { argument, needed, found };
     let aliased = |output, other| Error::BufferAliased { output, other };
-    let usage = |argument| Error::BufferUsage { argument, found: BufferUsages::COPY_DST | BufferUsages::UNIFORM };
+    let usage = |argument| {
+        let (found, needed) = (BufferUsages::COPY_DST | BufferUsages::UNIFORM, BufferUsages::STORAGE);
+        Error::BufferUsage { argument, found, needed }
+    };
     // 2 · 4 · 6 rows: 8 and 4 elements each in q and o, 10 scores each. 2 · 2 · 10 keys.
     let refused: Vec<(Change, Error)> = vec![
         (|_, b| b.lse = None, missing("lse", 192)),
@@ -289,7 +356,8 @@ fn buffers() {
 
 #[test]
 fn unexpected_buffers() {
-    let plain = Problem { lse: false, seqlens_k: false, ..problem() };
+    let mut plain = problem();
+    (plain.lse, plain.seqlens_k) = (false, false);
     let changes: [(Change, &str); 2] =
         [(|w, b| b.lse = Some(at(&w.lse, 0)), "lse"), (|w, b| b.seqlens_k = Some(at(&w.seqlens_k, 0)), "seqlens_k")];
     for (change, argument) in changes {
@@ -360,40 +428,26 @@ struct GradientBuffers {
 
 impl GradientBuffers {
     fn new(context: &Context, workspace_bytes: u64) -> Self {
-        let numbers = |n: usize| context.upload(bytemuck::cast_slice(&vec![0.5f32; n]));
-        let poisoned = |n: usize| context.upload(bytemuck::cast_slice(&vec![POISON; n]));
+        let numbers = |n: usize| context.upload(bytemuck::cast_slice(&vec![0.5f32; n])).unwrap();
+        let poisoned = |n: usize| context.upload(bytemuck::cast_slice(&vec![POISON; n])).unwrap();
         let (rows, keys) = (2 * 4 * 6, 2 * 2 * 10);
         let usage = BufferUsages::COPY_DST | BufferUsages::UNIFORM;
         let no_storage = wgpu::BufferDescriptor { label: None, size: 4096, usage, mapped_at_creation: false };
         GradientBuffers {
             inputs: [rows * 8, keys * 8, keys * 4, rows * 4, rows, rows * 4, rows].map(numbers).into(),
-            seqlens_k: context.upload(bytemuck::cast_slice(&[10i32, 7])),
+            seqlens_k: context.upload(bytemuck::cast_slice(&[10i32, 7])).unwrap(),
             outputs: [1024, keys * 8, keys * 4, workspace_bytes as usize / 4].map(poisoned).into(),
             no_storage: context.device().create_buffer(&no_storage),
         }
     }
 
     fn bound(&self) -> BackwardBuffers<'_> {
-        let [query, key, value, out, lse, grad_out, grad_lse] =
-            [0, 1, 2, 3, 4, 5, 6].map(|n| self.inputs[n].as_entire_buffer_binding());
-        let [grad_query, grad_key, grad_value, workspace] =
-            [0, 1, 2, 3].map(|n| self.outputs[n].as_entire_buffer_binding());
-        let (grad_lse, workspace) = (Some(grad_lse), Some(workspace));
-        let seqlens_k = Some(self.seqlens_k.as_entire_buffer_binding());
-        BackwardBuffers {
-            query,
-            key,
-            value,
-            out,
-            lse,
-            grad_out,
-            grad_lse,
-            grad_query,
-            grad_key,
-            grad_value,
-            seqlens_k,
-            workspace,
-        }
+        let [query, key, value, out, lse, grad_out, grad_lse] = [0, 1, 2, 3, 4, 5, 6].map(|n| &self.inputs[n]);
+        let [grad_query, grad_key, grad_value, workspace] = [0, 1, 2, 3].map(|n| &self.outputs[n]);
+        let forward = ForwardBuffers::new(query, key, value, out).lse(lse).seqlens_k(&self.seqlens_k);
+        BackwardBuffers::new(&forward, grad_out, [grad_query, grad_key, grad_value])
+            .grad_lse(grad_lse)
+            .workspace(workspace)
     }
 
     fn poisoned(&self, context: &Context) -> bool {
@@ -405,9 +459,7 @@ impl GradientBuffers {
 }
 
 fn problem_with_gradients() -> Problem {
-    let mut problem = problem().with_gradients();
-    problem.gradients.as_mut().unwrap().lse = true;
-    problem
+    problem().with_grad_lse()
 }
 
 #[test]
@@ -416,8 +468,12 @@ fn backward_buffers() {
     let missing = |argument, bytes| Error::BufferMissing { argument, bytes };
     let short = |argument, needed, found| Error::BufferTooSmall { argument, needed, found };
     let aliased = |output, other| Error::BufferAliased { output, other };
-    let usage = |argument| Error::BufferUsage { argument, found: BufferUsages::COPY_DST | BufferUsages::UNIFORM };
+    let usage = |argument| {
+        let (found, needed) = (BufferUsages::COPY_DST | BufferUsages::UNIFORM, BufferUsages::STORAGE);
+        Error::BufferUsage { argument, found, needed }
+    };
     let refused: Vec<(Change, Error)> = vec![
+        (|_, b| b.lse = None, missing("lse", 192)),
         (|_, b| b.grad_lse = None, missing("grad_lse", 192)),
         (|_, b| b.seqlens_k = None, missing("seqlens_k", 8)),
         (|_, b| b.workspace = None, missing("workspace", 384)),
@@ -425,7 +481,7 @@ fn backward_buffers() {
         (|w, b| b.key = first(&w.inputs[1], 1276), short("key", 1280, 1276)),
         (|w, b| b.value = first(&w.inputs[2], 636), short("value", 640, 636)),
         (|w, b| b.out = first(&w.inputs[3], 764), short("out", 768, 764)),
-        (|w, b| b.lse = first(&w.inputs[4], 188), short("lse", 192, 188)),
+        (|w, b| b.lse = Some(first(&w.inputs[4], 188)), short("lse", 192, 188)),
         (|w, b| b.grad_out = first(&w.inputs[5], 764), short("grad_out", 768, 764)),
         (|w, b| b.grad_lse = Some(first(&w.inputs[6], 188)), short("grad_lse", 192, 188)),
         (|w, b| b.grad_query = first(&w.outputs[0], 1532), short("grad_query", 1536, 1532)),
@@ -433,7 +489,7 @@ fn backward_buffers() {
         (|w, b| b.grad_value = first(&w.outputs[2], 636), short("grad_value", 640, 636)),
         (|w, b| b.workspace = Some(first(&w.outputs[3], 380)), short("workspace", 384, 380)),
         (|w, b| b.out = at(&w.no_storage, 0), usage("out")),
-        (|w, b| b.lse = at(&w.no_storage, 0), usage("lse")),
+        (|w, b| b.lse = Some(at(&w.no_storage, 0)), usage("lse")),
         (|w, b| b.grad_out = at(&w.no_storage, 0), usage("grad_out")),
         (|w, b| b.grad_lse = Some(at(&w.no_storage, 0)), usage("grad_lse")),
         (|w, b| b.grad_query = at(&w.no_storage, 0), usage("grad_query")),
@@ -488,45 +544,47 @@ fn backward_of_other_plans() {
 #[test]
 fn problems_with_bad_gradients() {
     let good = problem_with_gradients;
-    let gradients = |change: fn(&mut Gradients)| {
-        let mut problem = good();
-        change(problem.gradients.as_mut().unwrap());
-        problem
+    let with = |tensor, change: fn(&mut Layout)| {
+        let mut layout = good().layout(tensor);
+        change(&mut layout);
+        good().with_layout(tensor, layout)
     };
+    let mut without_lse = good();
+    without_lse.lse = false;
     let far = |argument| Error::LayoutOverflow { argument };
     let overlap = |argument| Error::OutputOverlap { argument };
     for (problem, expected, named) in [
-        (Problem { lse: false, ..good() }, Error::GradientsWithoutLse, "lse"),
-        (gradients(|g| g.out.batch = u64::MAX), far("grad_out"), "grad_out"),
-        (gradients(|g| g.key.batch = u64::MAX), far("grad_key"), "grad_key"),
-        (gradients(|g| g.query.row = 7), overlap("grad_query"), "grad_query"),
-        (gradients(|g| g.key.head = 0), overlap("grad_key"), "grad_key"),
-        (gradients(|g| g.value.row = 0), overlap("grad_value"), "grad_value"),
+        (without_lse, Error::GradientsWithoutLse, "lse"),
+        (with(Tensor::GradOut, |l| l.batch = u64::MAX), far("grad_out"), "grad_out"),
+        (with(Tensor::GradKey, |l| l.batch = u64::MAX), far("grad_key"), "grad_key"),
+        (with(Tensor::GradQuery, |l| l.row = 7), overlap("grad_query"), "grad_query"),
+        (with(Tensor::GradKey, |l| l.head = 0), overlap("grad_key"), "grad_key"),
+        (with(Tensor::GradValue, |l| l.row = 0), overlap("grad_value"), "grad_value"),
     ] {
         let error = without_device_error(full(), || full().plan(&problem)).unwrap_err();
         assert_eq!(error, expected);
         assert!(error.to_string().contains(named), "{error}");
     }
-    let options = PlanOptions { backward: Some(Kernel::Decode), ..Default::default() };
+    let options = PlanOptions::default().backward(Kernel::Decode);
     let error = full().plan_with(&good(), &options).unwrap_err();
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Decode, .. }), "{error}");
 }
 
 #[test]
 fn adapters() {
-    let options = HeadlessOptions { adapter: Some("no such adapter".into()), ..Default::default() };
+    let options = HeadlessOptions::default().adapter("no such adapter");
     let error = Context::headless_with(&options).unwrap_err();
     assert!(matches!(&error, Error::Adapter(why) if why.contains("no such adapter")), "{error}");
     // Its own name finds it.
     let name = full().device().adapter_info().name;
-    Context::headless_with(&HeadlessOptions { adapter: Some(name.to_uppercase()), ..Default::default() }).unwrap();
+    Context::headless_with(&HeadlessOptions::default().adapter(name.to_uppercase())).unwrap();
 }
 
 #[test]
 fn a_device_that_is_gone() {
     let context = with_limits(|_| {});
     context.device().on_uncaptured_error(std::sync::Arc::new(|_| {}));
-    let buffer = context.upload(&[0; 16]);
+    let buffer = context.upload(&[0; 16]).unwrap();
     context.device().destroy();
     let error = context.download(&buffer, 0, 16).unwrap_err();
     assert!(matches!(&error, Error::Device(_)), "{error}");

@@ -5,7 +5,7 @@ mod common;
 use common::cases::{cases, dims, prepare};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
-use wgpu_flash_attention::{Context, ElementType, Layout, PlanOptions, Problem, Shape};
+use wgpu_flash_attention::{Context, ElementType, Layout, PlanOptions, Problem, Shape, Tensor};
 
 fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanOptions)> {
     every_kernel(element_type, naive(), tile())
@@ -100,8 +100,8 @@ fn bytes_moved_by_the_tile_kernel() {
 #[test]
 fn bytes_past_2_to_the_64() {
     let mut problem = Problem::new(Shape::square(1, 4, 1 << 29, 1), ElementType::F32);
-    for layout in [&mut problem.query, &mut problem.key, &mut problem.value] {
-        *layout = Layout { offset: 0, batch: 0, head: 0, row: 0 };
+    for tensor in [Tensor::Query, Tensor::Key, Tensor::Value] {
+        problem = problem.with_layout(tensor, Layout { offset: 0, batch: 0, head: 0, row: 0 });
     }
     let plan = full().plan_with(&problem, &tile()).unwrap();
     assert_eq!(plan.materialized_bytes(), u64::MAX);

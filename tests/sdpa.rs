@@ -52,46 +52,48 @@ fn check<T: Element + Into<f64> + PartialEq + std::fmt::Debug>(
     }
 }
 
-const PLAIN: SdpaOptions = SdpaOptions { is_causal: false, scale: None, enable_gqa: false };
+fn plain() -> SdpaOptions {
+    SdpaOptions::default()
+}
 
 #[test]
 fn every_element_type() {
     let (q, v) = ([2, 3, 17, 20], [2, 3, 29, 12]);
     // Values are below 2: half a unit in the last place is 2^-11 and 2^-8.
-    check(q, v, PLAIN, |x| x, 2e-6);
-    check(q, v, PLAIN, f16::from_f32, 1.01 / 2048.0);
-    check(q, v, PLAIN, bf16::from_f32, 1.01 / 256.0);
+    check(q, v, plain(), |x| x, 2e-6);
+    check(q, v, plain(), f16::from_f32, 1.01 / 2048.0);
+    check(q, v, plain(), bf16::from_f32, 1.01 / 256.0);
 }
 
 #[test]
 fn an_odd_number_of_halves() {
-    check([1, 1, 3, 5], [1, 1, 4, 3], PLAIN, f16::from_f32, 1.01 / 2048.0);
+    check([1, 1, 3, 5], [1, 1, 4, 3], plain(), f16::from_f32, 1.01 / 2048.0);
 }
 
 #[test]
 fn causal_is_aligned_to_the_top_left() {
-    let causal = SdpaOptions { is_causal: true, ..PLAIN };
+    let causal = plain().is_causal(true);
     check([1, 2, 9, 8], [1, 2, 23, 8], causal, |x| x, 2e-6);
     check([1, 2, 23, 8], [1, 2, 9, 8], causal, |x| x, 2e-6);
 }
 
 #[test]
 fn scale_is_used() {
-    check([1, 2, 9, 8], [1, 2, 23, 8], SdpaOptions { scale: Some(-0.7), ..PLAIN }, |x| x, 2e-6);
+    check([1, 2, 9, 8], [1, 2, 23, 8], plain().scale(-0.7), |x| x, 2e-6);
 }
 
 #[test]
 fn grouped_heads() {
-    let gqa = SdpaOptions { enable_gqa: true, ..PLAIN };
+    let gqa = plain().enable_gqa(true);
     check([2, 6, 9, 8], [2, 2, 23, 8], gqa, |x| x, 2e-6);
     check([2, 2, 9, 8], [2, 2, 23, 8], gqa, |x| x, 2e-6);
 }
 
 #[test]
 fn empty_sizes() {
-    check([0, 2, 9, 8], [0, 2, 5, 8], PLAIN, |x| x, 0.0);
-    check([2, 2, 0, 8], [2, 2, 5, 8], PLAIN, |x| x, 0.0);
-    check([2, 2, 9, 8], [2, 2, 0, 8], PLAIN, |x| x, 0.0);
+    check([0, 2, 9, 8], [0, 2, 5, 8], plain(), |x| x, 0.0);
+    check([2, 2, 0, 8], [2, 2, 5, 8], plain(), |x| x, 0.0);
+    check([2, 2, 9, 8], [2, 2, 0, 8], plain(), |x| x, 0.0);
 }
 
 #[test]
@@ -106,16 +108,16 @@ fn shapes_that_do_not_go_together() {
         other => panic!("{other}"),
     };
     let q = [2, 4, 3, 8];
-    named(error(q, [1, 4, 5, 8], [1, 4, 5, 8], &PLAIN), "key");
-    named(error(q, [2, 4, 5, 6], [2, 4, 5, 6], &PLAIN), "key");
-    named(error(q, [2, 4, 5, 8], [2, 4, 6, 8], &PLAIN), "value");
-    named(error(q, [2, 4, 5, 8], [2, 2, 5, 8], &PLAIN), "value");
-    named(error(q, [2, 2, 5, 8], [2, 2, 5, 8], &PLAIN), "key");
-    let gqa = SdpaOptions { enable_gqa: true, ..PLAIN };
+    named(error(q, [1, 4, 5, 8], [1, 4, 5, 8], &plain()), "key");
+    named(error(q, [2, 4, 5, 6], [2, 4, 5, 6], &plain()), "key");
+    named(error(q, [2, 4, 5, 8], [2, 4, 6, 8], &plain()), "value");
+    named(error(q, [2, 4, 5, 8], [2, 2, 5, 8], &plain()), "value");
+    named(error(q, [2, 2, 5, 8], [2, 2, 5, 8], &plain()), "key");
+    let gqa = plain().enable_gqa(true);
     let odd = error(q, [2, 3, 5, 8], [2, 3, 5, 8], &gqa);
     assert_eq!(odd, Error::Heads { heads_q: 4, heads_kv: 3 });
-    named(error([0, 4, 1 << 32, 8], [0, 4, 5, 8], [0, 4, 5, 8], &PLAIN), "query");
-    named(error(q, [2, 4, 5, 8], [2, 1 << 32, 0, 8], &PLAIN), "value");
+    named(error([0, 4, 1 << 32, 8], [0, 4, 5, 8], [0, 4, 5, 8], &plain()), "query");
+    named(error(q, [2, 4, 5, 8], [2, 1 << 32, 0, 8], &plain()), "value");
 }
 
 #[test]
@@ -123,7 +125,7 @@ fn more_than_a_buffer_holds() {
     let context = with_limits(|limits| limits.max_buffer_size = 4096);
     let data = vec![0f32; 2048];
     let tensor = |heads: usize, dim: usize| HostTensor { data: &data[..heads * 8 * dim], shape: [1, heads, 8, dim] };
-    let error = |q, k, v| context.scaled_dot_product_attention(q, k, v, &PLAIN).unwrap_err();
+    let error = |q, k, v| context.scaled_dot_product_attention(q, k, v, &plain()).unwrap_err();
     let too_large = |argument| Error::BindingTooLarge { argument, bytes: 8192, limit: 4096 };
     assert_eq!(error(tensor(8, 32), tensor(8, 32), tensor(8, 4)), too_large("query"));
     assert_eq!(error(tensor(8, 4), tensor(8, 4), tensor(8, 32)), too_large("value"));
@@ -135,10 +137,10 @@ fn a_slice_of_the_wrong_length() {
     let tensor = |data| HostTensor { data, shape: [1, 2, 3, 4] };
     for (wrong, name) in ["query", "key", "value"].into_iter().enumerate() {
         let [q, k, v] = [0, 1, 2].map(|n| tensor(if n == wrong { &good[1..] } else { &good[..] }));
-        let error = full().scaled_dot_product_attention(q, k, v, &PLAIN).unwrap_err();
+        let error = full().scaled_dot_product_attention(q, k, v, &plain()).unwrap_err();
         let Error::SliceLength { argument, needed: 24, found: 23, .. } = error else { panic!("{error}") };
         assert_eq!(argument, name);
-        let error = pollster::block_on(full().scaled_dot_product_attention_async(q, k, v, &PLAIN)).unwrap_err();
+        let error = pollster::block_on(full().scaled_dot_product_attention_async(q, k, v, &plain())).unwrap_err();
         assert!(matches!(error, Error::SliceLength { .. }), "{error}");
     }
 }

@@ -293,7 +293,7 @@ fn merge() {
     for element_type in [ElementType::F32, ElementType::F16, ElementType::BF16] {
         for head_dim_v in [1, 7, 12, 64, 128, 255, 256] {
             for parts in [1, 2, 5, 100] {
-                let specialization = merge_module(&MergeProblem { parts, rows: 10, head_dim_v, element_type });
+                let specialization = merge_module(&MergeProblem::new(parts, 10, head_dim_v, element_type));
                 let (module, info) = validate(&specialization);
                 write(&specialization, &module, &info);
                 fits(&module, &wgpu::Limits::default());

@@ -6,7 +6,7 @@ use common::backward::{Ask, backward, fused};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::tune::BackwardTile;
-use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Layout, Plan, PlanOptions, Problem, Shape};
+use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Layout, Plan, PlanOptions, Problem, Shape, Tensor};
 
 fn narrow(binding: u64, workgroups: u32) -> Context {
     with_limits(|limits| {
@@ -116,7 +116,7 @@ fn both_limits_at_once() {
 /// Backward passes: as [`check_split`].
 fn check_backward_split(context: &Context, kernel: Kernel, least: usize, cases: &[(&str, Case)]) {
     let tile = BackwardTile { own: 8, step: 8, threads_y: 4, threads_x: 2, chunk: 8, block: 8, written_out: false };
-    let options = PlanOptions { backward_tile: Some(tile), ..backward(kernel) };
+    let options = backward(kernel).backward_tile(tile);
     check_backward_split_with(context, &options, &TYPES, least, cases);
 }
 
@@ -235,23 +235,29 @@ fn offsets_past_2_to_the_32() {
     let shape = Shape { batch: 3, ..Shape::square(1, 2, 8, 16) };
     let contiguous = Problem::new(shape, ElementType::F16);
     let far = |layout: Layout| Layout { batch: (1 << 33) + 4, ..layout.at(1 << 34) };
-    let (query, key, value, out) =
-        (far(contiguous.query), far(contiguous.key), far(contiguous.value), far(contiguous.out));
+    let [query, key, value, out] =
+        [Tensor::Query, Tensor::Key, Tensor::Value, Tensor::Out].map(|tensor| far(contiguous.layout(tensor)));
+    let all = contiguous
+        .clone()
+        .with_layout(Tensor::Query, query)
+        .with_layout(Tensor::Key, key)
+        .with_layout(Tensor::Value, value)
+        .with_layout(Tensor::Out, out);
     // Batch entries are far apart: each is a part of its own, with small numbers.
-    let plan = webgpu().plan(&Problem { query, key, value, out, ..contiguous.clone() }).unwrap();
+    let plan = webgpu().plan(&all).unwrap();
     assert_eq!(parts(&plan), 3);
     // So are rows: those of q and o are parts of their own, those of k and v must be bound at once.
     let apart = |layout: Layout| Layout { row: 1 << 33, batch: 1 << 40, head: 1 << 36, ..layout };
-    let rows = Problem { query: apart(query), out: apart(out), ..contiguous.clone() };
-    let decode = PlanOptions { kernel: Some(Kernel::Decode), ..Default::default() };
+    let rows = contiguous.clone().with_layout(Tensor::Query, apart(query)).with_layout(Tensor::Out, apart(out));
+    let decode = PlanOptions::default().kernel(Kernel::Decode);
     let plan = webgpu().plan_with(&rows, &decode).unwrap();
     assert_eq!(parts(&plan), 3 * 2 * 8);
     for (far, argument) in [
-        (Problem { key: apart(key), ..contiguous.clone() }, "key"),
-        (Problem { value: apart(value), ..contiguous.clone() }, "value"),
+        (contiguous.clone().with_layout(Tensor::Key, apart(key)), "key"),
+        (contiguous.clone().with_layout(Tensor::Value, apart(value)), "value"),
         // The rows of a tile are bound at once.
-        (Problem { query: apart(query), ..contiguous.clone() }, "query"),
-        (Problem { out: apart(out), ..contiguous.clone() }, "out"),
+        (contiguous.clone().with_layout(Tensor::Query, apart(query)), "query"),
+        (contiguous.clone().with_layout(Tensor::Out, apart(out)), "out"),
     ] {
         let error = refused(webgpu(), &far, &tile());
         assert!(matches!(error, Error::BindingTooLarge { argument: found, .. } if found == argument), "{error}");

@@ -65,7 +65,7 @@ impl<T: Number> DeviceAttention<T> {
     /// For this many blocks of causal self-attention; `kernel` is that of both passes.
     pub fn new(context: &Context, shape: Shape, layers: usize, kernel: Option<Kernel>) -> Result<Self, Error> {
         let problem = Problem::new(shape, T::TYPE).bnhd().causal(Causal::BottomRight).with_gradients();
-        let plan = context.plan_with(&problem, &PlanOptions { kernel, backward: kernel, ..Default::default() })?;
+        let plan = context.plan_with(&problem, &PlanOptions::default().kernel(kernel).backward(kernel))?;
         let bytes = shape.rows() * shape.head_dim as u64 * T::TYPE.bytes();
         let step = bytes.next_multiple_of(context.device().limits().min_storage_buffer_offset_alignment as u64);
         let saved = |_| {
@@ -79,8 +79,8 @@ impl<T: Number> DeviceAttention<T> {
             blocks: (0..layers).map(saved).collect::<Result<_, Error>>()?,
             grad_out: buffer(context, "do", bytes)?,
             gradients: buffer(context, "dq, dk and dv", 3 * step)?,
-            workspace: plan.create_workspace(),
-            backward_workspace: plan.create_backward_workspace(),
+            workspace: plan.create_workspace()?,
+            backward_workspace: plan.create_backward_workspace()?,
             context: context.clone(),
             plan,
             bytes,
@@ -93,9 +93,10 @@ impl<T: Number> DeviceAttention<T> {
         &self.plan
     }
 
-    /// One of the three tensors in a buffer.
-    fn third<'a>(&self, buffer: &'a wgpu::Buffer, n: u64) -> BufferBinding<'a> {
-        BufferBinding { buffer, offset: n * self.step, size: wgpu::BufferSize::new(self.bytes.next_multiple_of(4)) }
+    /// The three tensors in a buffer.
+    fn thirds<'a>(&self, buffer: &'a wgpu::Buffer) -> [BufferBinding<'a>; 3] {
+        let size = wgpu::BufferSize::new(self.bytes.next_multiple_of(4));
+        [0, 1, 2].map(|n| BufferBinding { buffer, offset: n * self.step, size })
     }
 
     /// Records and submits a pass.
@@ -113,15 +114,8 @@ impl<T: Number> Attention for DeviceAttention<T> {
         for (n, tensor) in (0..).zip([query, key, value]) {
             write::<T>(&self.context, inputs, n * self.step, tensor, 1.0);
         }
-        let buffers = ForwardBuffers {
-            query: self.third(inputs, 0),
-            key: self.third(inputs, 1),
-            value: self.third(inputs, 2),
-            out: out.as_entire_buffer_binding(),
-            lse: Some(lse.as_entire_buffer_binding()),
-            seqlens_k: None,
-            workspace: self.workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-        };
+        let [q, k, v] = self.thirds(inputs);
+        let buffers = ForwardBuffers::new(q, k, v, out).lse(lse).workspace(self.workspace.as_ref());
         self.submit(|encoder| self.plan.forward(encoder, &buffers))?;
         Ok(matrix::<T>(&self.context.download(out, 0, self.bytes)?, query.dim(), 1.0))
     }
@@ -135,20 +129,10 @@ impl<T: Number> Differentiable for DeviceAttention<T> {
         let factor = if largest > 0.0 { (-largest.log2().floor()).exp2() } else { 1.0 };
         write::<T>(&self.context, &self.grad_out, 0, grad_out, factor);
         let Saved { inputs, out, lse } = &self.blocks[block];
-        let buffers = BackwardBuffers {
-            query: self.third(inputs, 0),
-            key: self.third(inputs, 1),
-            value: self.third(inputs, 2),
-            out: out.as_entire_buffer_binding(),
-            lse: lse.as_entire_buffer_binding(),
-            grad_out: self.grad_out.as_entire_buffer_binding(),
-            grad_lse: None,
-            grad_query: self.third(&self.gradients, 0),
-            grad_key: self.third(&self.gradients, 1),
-            grad_value: self.third(&self.gradients, 2),
-            seqlens_k: None,
-            workspace: self.backward_workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-        };
+        let [q, k, v] = self.thirds(inputs);
+        let forward = ForwardBuffers::new(q, k, v, out).lse(lse);
+        let buffers = BackwardBuffers::new(&forward, &self.grad_out, self.thirds(&self.gradients))
+            .workspace(self.backward_workspace.as_ref());
         self.submit(|encoder| self.plan.backward(encoder, &buffers))?;
         let bytes = self.context.download(&self.gradients, 0, 2 * self.step + self.bytes)?;
         let tensor =
@@ -183,7 +167,7 @@ impl<T: Number> CachedAttention<T> {
         let shape = Shape { batch: 1, seqlen_q: 1, ..Shape::square(1, heads, most, head_dim) };
         // The length stands in for the causal mask.
         let problem = Problem::new(shape, T::TYPE).bnhd().with_seqlens_k();
-        let plan = context.plan_with(&problem, &PlanOptions { kernel: Some(Kernel::Decode), ..Default::default() })?;
+        let plan = context.plan_with(&problem, &PlanOptions::default().kernel(Kernel::Decode))?;
         let row = (heads * head_dim) as u64 * T::TYPE.bytes();
         let cache = |_| {
             Ok(Cache {
@@ -196,7 +180,7 @@ impl<T: Number> CachedAttention<T> {
             query: buffer(context, "q", row)?,
             out: buffer(context, "o", row)?,
             length: buffer(context, "the length of the cache", 4)?,
-            workspace: plan.create_workspace(),
+            workspace: plan.create_workspace()?,
             context: context.clone(),
             plan,
             position: 0,
@@ -220,15 +204,9 @@ impl<T: Number> Attention for CachedAttention<T> {
         write::<T>(&self.context, &self.query, 0, query, 1.0);
         write::<T>(&self.context, &cache.key, offset, key, 1.0);
         write::<T>(&self.context, &cache.value, offset, value, 1.0);
-        let buffers = ForwardBuffers {
-            query: self.query.as_entire_buffer_binding(),
-            key: cache.key.as_entire_buffer_binding(),
-            value: cache.value.as_entire_buffer_binding(),
-            out: self.out.as_entire_buffer_binding(),
-            lse: None,
-            seqlens_k: Some(self.length.as_entire_buffer_binding()),
-            workspace: self.workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-        };
+        let buffers = ForwardBuffers::new(&self.query, &cache.key, &cache.value, &self.out)
+            .seqlens_k(&self.length)
+            .workspace(self.workspace.as_ref());
         let mut encoder = self.context.device().create_command_encoder(&Default::default());
         self.plan.forward(&mut encoder, &buffers)?;
         self.context.queue().submit([encoder.finish()]);

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use wgpu_flash_attention::{
     BackwardBuffers, BoundPass, Context, CoopForm, Element, ElementType, Error, ForwardBuffers, Kernel, Layout, Plan,
-    PlanOptions, Problem, reference, wgpu,
+    PlanOptions, Problem, Tensor, reference, wgpu,
 };
 
 /// The forms of the coop kernel, as options name them.
@@ -101,14 +101,14 @@ impl Inputs {
             query: upload(context, "q", &tensors.query)?,
             key: upload(context, "k", &tensors.key)?,
             value: upload(context, "v", &tensors.value)?,
-            seqlens_k: tensors.seqlens_k.as_ref().map(|lengths| context.upload(bytemuck::cast_slice(lengths))),
+            seqlens_k: tensors.seqlens_k.as_deref().map(|lengths| upload(context, "seqlens_k", lengths)).transpose()?,
         })
     }
 }
 
-fn upload<T: Number>(context: &Context, name: &str, data: &[T]) -> Result<wgpu::Buffer, String> {
+fn upload<T: bytemuck::Pod>(context: &Context, name: &str, data: &[T]) -> Result<wgpu::Buffer, String> {
     fits(context, name, size_of_val(data) as u64)?;
-    Ok(context.upload(bytemuck::cast_slice(data)))
+    context.upload(bytemuck::cast_slice(data)).map_err(|error| format!("{name}: {error}"))
 }
 
 fn fits(context: &Context, name: &str, bytes: u64) -> Result<(), String> {
@@ -121,7 +121,7 @@ fn fits(context: &Context, name: &str, bytes: u64) -> Result<(), String> {
 /// A buffer full of NaN.
 fn poisoned(context: &Context, name: &str, bytes: u64) -> Result<wgpu::Buffer, String> {
     fits(context, name, bytes)?;
-    Ok(context.upload(&vec![0xff; bytes as usize]))
+    context.upload(&vec![0xff; bytes as usize]).map_err(|error| format!("{name}: {error}"))
 }
 
 /// o and lse, filled with NaN, and the plan's workspace.
@@ -137,7 +137,7 @@ impl Outputs {
         Ok(Outputs {
             out: poisoned(context, "o", out)?,
             lse: poisoned(context, "lse", lse)?,
-            workspace: plan.create_workspace(),
+            workspace: plan.create_workspace().map_err(|error| error.to_string())?,
         })
     }
 
@@ -159,16 +159,15 @@ fn output_bytes(problem: &Problem) -> (u64, u64) {
 }
 
 /// Binds the buffers of a plan with lse.
-pub fn bind<'p>(plan: &'p Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundPass<'p>, Error> {
-    plan.bind_forward(&ForwardBuffers {
-        query: inputs.query.as_entire_buffer_binding(),
-        key: inputs.key.as_entire_buffer_binding(),
-        value: inputs.value.as_entire_buffer_binding(),
-        out: outputs.out.as_entire_buffer_binding(),
-        lse: Some(outputs.lse.as_entire_buffer_binding()),
-        seqlens_k: inputs.seqlens_k.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-        workspace: outputs.workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-    })
+pub fn bind(plan: &Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundPass, Error> {
+    plan.bind_forward(&forward_buffers(inputs, outputs).workspace(outputs.workspace.as_ref()))
+}
+
+/// The tensors of a plan with lse, without a workspace.
+fn forward_buffers<'a>(inputs: &'a Inputs, outputs: &'a Outputs) -> ForwardBuffers<'a> {
+    ForwardBuffers::new(&inputs.query, &inputs.key, &inputs.value, &outputs.out)
+        .lse(&outputs.lse)
+        .seqlens_k(inputs.seqlens_k.as_ref())
 }
 
 /// The buffers of a backward pass that its forward pass has no use for; dq, dk and dv are filled with NaN.
@@ -185,30 +184,17 @@ impl GradientBuffers {
         let [query, key, value] = gradient_bytes(plan.problem());
         Ok(GradientBuffers {
             out: upload(context, "do", &upstream.out)?,
-            lse: upstream.lse.as_ref().map(|lse| context.upload(bytemuck::cast_slice(lse))),
+            lse: upstream.lse.as_deref().map(|lse| upload(context, "dlse", lse)).transpose()?,
             results: [poisoned(context, "dq", query)?, poisoned(context, "dk", key)?, poisoned(context, "dv", value)?],
-            workspace: plan.create_backward_workspace(),
+            workspace: plan.create_backward_workspace().map_err(|error| error.to_string())?,
         })
     }
 
     /// Binds the backward pass of a plan, over what its forward pass has been given and has left.
-    pub fn bind<'p>(&self, plan: &'p Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundPass<'p>, Error> {
-        let [grad_query, grad_key, grad_value] =
-            self.results.each_ref().map(|buffer| buffer.as_entire_buffer_binding());
-        plan.bind_backward(&BackwardBuffers {
-            query: inputs.query.as_entire_buffer_binding(),
-            key: inputs.key.as_entire_buffer_binding(),
-            value: inputs.value.as_entire_buffer_binding(),
-            out: outputs.out.as_entire_buffer_binding(),
-            lse: outputs.lse.as_entire_buffer_binding(),
-            grad_out: self.out.as_entire_buffer_binding(),
-            grad_lse: self.lse.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-            grad_query,
-            grad_key,
-            grad_value,
-            seqlens_k: inputs.seqlens_k.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-            workspace: self.workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-        })
+    pub fn bind(&self, plan: &Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundPass, Error> {
+        let forward = forward_buffers(inputs, outputs);
+        let buffers = BackwardBuffers::new(&forward, &self.out, self.results.each_ref());
+        plan.bind_backward(&buffers.grad_lse(self.lse.as_ref()).workspace(self.workspace.as_ref()))
     }
 
     /// dq, dk and dv as they are now.
@@ -243,7 +229,7 @@ fn has_timestamps(context: &Context) -> bool {
 /// Seconds that each of `passes` compute passes takes, every one of them `bound` (a forward pass, say, and a backward one)
 /// `runs` times in a row. With timestamps all are queued before the host waits for anything, so that the device does
 /// not idle in between.
-pub fn pass_times(context: &Context, bound: &[BoundPass<'_>], runs: u32, passes: u32) -> Result<Vec<f64>, Error> {
+pub fn pass_times(context: &Context, bound: &[BoundPass], runs: u32, passes: u32) -> Result<Vec<f64>, Error> {
     let (device, queue) = (context.device(), context.queue());
     let wait =
         || device.poll(wgpu::PollType::wait_indefinitely()).map(drop).map_err(|error| Error::Device(error.to_string()));
@@ -311,7 +297,7 @@ impl Time {
 /// without a gap on at least 250 ms of the same work, and each takes at least 2 ms and, on a GPU, two dispatches. Where the
 /// median is more than 3 % above the minimum the clock has changed meanwhile; then once or twice again, and the steadiest
 /// counts.
-pub fn measure(context: &Context, bound: &[BoundPass<'_>]) -> Result<Time, Error> {
+pub fn measure(context: &Context, bound: &[BoundPass]) -> Result<Time, Error> {
     // A processor needs no warming up, and takes its time as it is.
     let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
     // Somewhat more of both, since the estimate comes from a device that may still be getting faster. No more than that:
@@ -586,20 +572,20 @@ impl GradientSample {
 
     /// Judges dq, dk and dv, laid out as the problem says, without gaps.
     pub fn judge<T: Number>(&self, problem: &Problem, found: &[Vec<T>; 3]) -> Result<[Verdict; 3], String> {
-        let gradients = problem.gradients.ok_or("a problem without gradients")?;
         let s = &problem.shape;
         let nan = (0..3).find(|&n| found[n].iter().any(|&x| x.into().is_nan()));
         if let Some(n) = nan {
             return Err(format!("{}: some elements were not written or are NaN", GRADIENTS[n]));
         }
-        let judge = |n: usize, layout: &Layout, rows: &[[u32; 3]], dim: u32| {
-            let of_row = |&at: &[u32; 3]| found[n][place(layout, at)..][..dim as usize].iter().copied();
+        let judge = |n: usize, tensor: Tensor, rows: &[[u32; 3]], dim: u32| {
+            let layout = problem.layout(tensor);
+            let of_row = |&at: &[u32; 3]| found[n][place(&layout, at)..][..dim as usize].iter().copied();
             self.expected[n].judge(rows.iter().flat_map(of_row))
         };
         Ok([
-            judge(0, &gradients.query, &self.queries, s.head_dim),
-            judge(1, &gradients.key, &self.keys, s.head_dim),
-            judge(2, &gradients.value, &self.keys, s.head_dim_v),
+            judge(0, Tensor::GradQuery, &self.queries, s.head_dim),
+            judge(1, Tensor::GradKey, &self.keys, s.head_dim),
+            judge(2, Tensor::GradValue, &self.keys, s.head_dim_v),
         ])
     }
 }
@@ -628,9 +614,11 @@ fn forward_f32<T: Number>(
     problem: &Problem,
     tensors: &Tensors<T>,
 ) -> Result<(Vec<f32>, Vec<f32>), String> {
-    let Problem { query, key, value, out, .. } = Problem::new(problem.shape, ElementType::F32);
-    let element_type = ElementType::F32;
-    let problem = Problem { element_type, query, key, value, out, gradients: None, ..problem.clone() };
+    // All but the layouts and the gradients.
+    let mut of_f32 = Problem::new(problem.shape, ElementType::F32).window(problem.window_left, problem.window_right);
+    (of_f32.scale, of_f32.softcap, of_f32.causal) = (problem.scale, problem.softcap, problem.causal);
+    (of_f32.seqlens_k, of_f32.lse) = (problem.seqlens_k, problem.lse);
+    let problem = of_f32;
     let f32s = |values: &[T]| -> Vec<f32> { values.iter().map(|&x| x.into() as f32).collect() };
     let tensors = Tensors {
         query: f32s(&tensors.query),
@@ -639,7 +627,7 @@ fn forward_f32<T: Number>(
         seqlens_k: tensors.seqlens_k.clone(),
     };
     let words = |error: Error| error.to_string();
-    let options = PlanOptions { kernel: Some(Kernel::Tile), ..Default::default() };
+    let options = PlanOptions::default().kernel(Kernel::Tile);
     let plan = context.plan_with(&problem, &options).map_err(words)?;
     let inputs = Inputs::upload(context, &tensors)?;
     let outputs = Outputs::poisoned(context, &plan)?;

@@ -9,6 +9,7 @@ use crate::{ElementType, Error, Kernel, PlanOptions, Problem};
 
 /// Where the coop kernel keeps scores and probabilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum CoopForm {
     /// In the registers where the matrices lie: faster, for devices that give access to the elements of matrices.
     Registers,

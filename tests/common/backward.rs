@@ -3,7 +3,8 @@
 use wgpu_flash_attention::tune::FusedTile;
 use wgpu_flash_attention::wgpu::{self, BufferBinding};
 use wgpu_flash_attention::{
-    BackwardBuffers, Context, ElementType, Gradients, Kernel, Layout, Plan, PlanOptions, Problem, reference,
+    BackwardBuffers, Context, ElementType, ForwardBuffers, Kernel, Layout, Plan, PlanOptions, Problem, Tensor,
+    reference,
 };
 
 use super::{
@@ -12,7 +13,7 @@ use super::{
 
 /// The plan's own choice of forward kernel, and this one for the backward pass.
 pub fn backward(kernel: Kernel) -> PlanOptions {
-    PlanOptions { kernel: Some(Kernel::Tile), backward: Some(kernel), ..Default::default() }
+    PlanOptions::default().kernel(Kernel::Tile).backward(kernel)
 }
 
 /// The tile kernel that computes all gradients at once, with this tile: keys and rows of a tile, threads of a side of the grid,
@@ -20,7 +21,7 @@ pub fn backward(kernel: Kernel) -> PlanOptions {
 pub fn fused([own, step]: [u32; 2], threads: u32, chunk: u32, lines: u32, blocks: [u32; 2]) -> PlanOptions {
     let ([block_keys, block_rows], threads_y, threads_x, written_out) = (blocks, threads, threads, false);
     let tile = FusedTile { own, step, threads_y, threads_x, chunk, lines, block_keys, block_rows, written_out };
-    PlanOptions { fused_tile: Some(tile), ..backward(Kernel::Tile) }
+    backward(Kernel::Tile).fused_tile(tile)
 }
 
 /// What is asked of the gradients besides the case.
@@ -64,11 +65,12 @@ impl Case {
         if let Some(gradients) = &mut problem.gradients {
             gradients.lse = ask.grad_lse;
             gradients.accumulate = ask.accumulate;
-            // Keys that share a place have gradients of their own.
-            if problem.key.batch == 0 {
-                gradients.key = Layout::bhnd(shape.heads_kv, shape.seqlen_k, shape.head_dim);
-                gradients.value = Layout::bhnd(shape.heads_kv, shape.seqlen_k, shape.head_dim_v);
-            }
+        }
+        // Keys that share a place have gradients of their own.
+        if problem.layout(Tensor::Key).batch == 0 {
+            problem = problem
+                .with_layout(Tensor::GradKey, Layout::bhnd(shape.heads_kv, shape.seqlen_k, shape.head_dim))
+                .with_layout(Tensor::GradValue, Layout::bhnd(shape.heads_kv, shape.seqlen_k, shape.head_dim_v));
         }
         let mut rng = Rng(0x9ad);
         let mut numbers =
@@ -117,18 +119,14 @@ impl PreparedBackward {
         };
 
         let mut inputs = forward.inputs;
-        let gradients = problem.gradients.unwrap();
-        for (layout, n, elements) in [(&problem.out, 3, &out), (&gradients.out, 4, &grad_out)] {
+        for (tensor, n, elements) in [(Tensor::Out, 3, &out), (Tensor::GradOut, 4, &grad_out)] {
+            let layout = &problem.layout(tensor);
             let mut buffer = vec![poison(ty, 0); end(layout, dims[n])];
             places(layout, dims[n]).zip(elements).for_each(|((place, ..), &x)| buffer[place] = to_bits(ty, x));
             inputs.push(guarded(ty, &buffer, poison(ty, 0)));
         }
         let (problem, seqlens_k) = (problem.clone(), forward.seqlens_k);
         PreparedBackward { problem, inputs, lse, grad_lse, seqlens_k, before, expected, plain_error, terms, untouched }
-    }
-
-    fn gradients(&self) -> Gradients {
-        self.problem.gradients.unwrap()
     }
 
     /// Computes the case twice and compares with the oracle.
@@ -152,10 +150,10 @@ impl PreparedBackward {
     pub fn submit(&self, context: &Context, plan: &Plan, round: u32) -> Result<Vec<wgpu::Buffer>, String> {
         let (problem, ty) = (&self.problem, self.problem.element_type);
         let dims = input_dims(problem);
-        let gradients = self.gradients();
         let nan = poison(ty, round);
-        let layouts = [&gradients.query, &gradients.key, &gradients.value];
-        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes)).collect();
+        let layouts = [Tensor::GradQuery, Tensor::GradKey, Tensor::GradValue].map(|tensor| problem.layout(tensor));
+        let layouts = layouts.each_ref();
+        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes).unwrap()).collect();
         let outputs = [0, 1, 2].map(|n| {
             let mut elements = vec![nan; end(layouts[n], dims[n])];
             if let Some(before) = &self.before {
@@ -163,35 +161,29 @@ impl PreparedBackward {
                     .zip(&before[n])
                     .for_each(|((place, ..), &x)| elements[place] = to_bits(ty, x));
             }
-            context.upload(&guarded(ty, &elements, nan))
+            context.upload(&guarded(ty, &elements, nan)).unwrap()
         });
-        let of_rows = |numbers: &[f32]| context.upload(bytemuck::cast_slice(numbers));
+        let of_rows = |numbers: &[f32]| context.upload(bytemuck::cast_slice(numbers)).unwrap();
         let (lse, grad_lse) = (of_rows(&self.lse), self.grad_lse.as_deref().map(of_rows));
-        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)));
+        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)).unwrap());
         let words = plan.backward_workspace_bytes() as usize / 4;
         let nan32 = poison(ElementType::F32, round);
-        let workspace = (words > 0).then(|| context.upload(&guarded(ElementType::F32, &vec![nan32; words], nan32)));
+        let workspace =
+            (words > 0).then(|| context.upload(&guarded(ElementType::F32, &vec![nan32; words], nan32)).unwrap());
         // As few bytes as the layouts say.
         fn bind(buffer: &wgpu::Buffer, bytes: u64) -> BufferBinding<'_> {
             BufferBinding { buffer, offset: GUARD, size: wgpu::BufferSize::new(bytes.next_multiple_of(4).max(4)) }
         }
-        let tensor = |buffer, layout, n: usize| bind(buffer, end(layout, dims[n]) as u64 * ty.bytes());
+        let tensor = |buffer, tensor, n: usize| bind(buffer, end(&problem.layout(tensor), dims[n]) as u64 * ty.bytes());
         let [.., out, grad_out] = &inputs[..] else { unreachable!() };
         let input = |n: usize| if inputs.len() == 3 { &inputs[0] } else { &inputs[n] };
-        let buffers = BackwardBuffers {
-            query: tensor(input(0), &problem.query, 0),
-            key: tensor(input(1), &problem.key, 1),
-            value: tensor(input(2), &problem.value, 2),
-            out: tensor(out, &problem.out, 3),
-            lse: lse.as_entire_buffer_binding(),
-            grad_out: tensor(grad_out, &gradients.out, 4),
-            grad_lse: grad_lse.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-            grad_query: tensor(&outputs[0], layouts[0], 0),
-            grad_key: tensor(&outputs[1], layouts[1], 1),
-            grad_value: tensor(&outputs[2], layouts[2], 2),
-            seqlens_k: lengths.as_ref().map(|lengths| lengths.as_entire_buffer_binding()),
-            workspace: workspace.as_ref().map(|workspace| bind(workspace, plan.backward_workspace_bytes())),
-        };
+        let [q, k, v] = [(Tensor::Query, 0), (Tensor::Key, 1), (Tensor::Value, 2)].map(|(t, n)| tensor(input(n), t, n));
+        let forward = ForwardBuffers::new(q, k, v, tensor(out, Tensor::Out, 3)).lse(&lse).seqlens_k(lengths.as_ref());
+        let results = [(Tensor::GradQuery, 0), (Tensor::GradKey, 1), (Tensor::GradValue, 2)]
+            .map(|(t, n)| tensor(&outputs[n], t, n));
+        let buffers = BackwardBuffers::new(&forward, tensor(grad_out, Tensor::GradOut, 4), results)
+            .grad_lse(grad_lse.as_ref())
+            .workspace(workspace.as_ref().map(|workspace| bind(workspace, plan.backward_workspace_bytes())));
         let mut encoder = context.device().create_command_encoder(&Default::default());
         plan.backward(&mut encoder, &buffers).map_err(|error| error.to_string())?;
         context.queue().submit([encoder.finish()]);

@@ -20,7 +20,7 @@ pub fn skipped(why: &str) {
 /// A context with cooperative matrices, on a device of its own: software Vulkan compiles the pipelines of a device one by one,
 /// those of several tests at once.
 pub fn context() -> Option<Context> {
-    let options = HeadlessOptions { cooperative_matrices: true, ..Default::default() };
+    let options = HeadlessOptions::default().cooperative_matrices(true);
     Context::headless_with(&options).inspect_err(|why| skipped(&format!("coop tests: {why}"))).ok()
 }
 
@@ -62,7 +62,7 @@ pub fn small_device(features: wgpu::Features, workgroup_bytes: u32) -> Option<Co
 }
 
 pub fn in_form(form: CoopForm, options: PlanOptions) -> PlanOptions {
-    PlanOptions { coop_form: Some(form), ..options }
+    options.coop_form(form)
 }
 
 /// Each way in each form that takes the type.

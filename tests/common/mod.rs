@@ -26,18 +26,18 @@ pub use devices::{every_kernel, full, webgpu, with_features, with_limits};
 use half::{bf16, f16};
 use wgpu_flash_attention::wgpu::{self, BufferBinding};
 use wgpu_flash_attention::{
-    Causal, Context, ElementType, ForwardBuffers, Kernel, Layout, Plan, PlanOptions, Problem, Shape, reference,
+    Causal, Context, ElementType, ForwardBuffers, Kernel, Layout, Plan, PlanOptions, Problem, Shape, Tensor, reference,
     tune::Tile,
 };
 
 pub const TYPES: [ElementType; 3] = [ElementType::F32, ElementType::F16, ElementType::BF16];
 
 pub fn naive() -> PlanOptions {
-    PlanOptions { kernel: Some(Kernel::Naive), ..Default::default() }
+    PlanOptions::default().kernel(Kernel::Naive)
 }
 
 pub fn tile() -> PlanOptions {
-    PlanOptions { kernel: Some(Kernel::Tile), ..Default::default() }
+    PlanOptions::default().kernel(Kernel::Tile)
 }
 
 /// The tile kernel with this tile: rows, keys, grid of threads (y, x), chunk, value_keys; its loops are written out, which those
@@ -45,7 +45,7 @@ pub fn tile() -> PlanOptions {
 pub fn tiled(rows: u32, keys: u32, grid: (u32, u32), chunk: u32, value_keys: u32) -> PlanOptions {
     let (threads_y, threads_x) = grid;
     let of_tile = Tile { rows, keys, threads_y, threads_x, chunk, value_keys, written_out: true };
-    PlanOptions { tile: Some(of_tile), ..tile() }
+    tile().tile(of_tile)
 }
 
 /// What q and k hold; v is random in either case.
@@ -135,8 +135,12 @@ impl Case {
     /// Each tensor's layout from its batch, heads, rows and dim, and its number (q, k, v, o).
     pub fn layouts(mut self, layout: impl Fn([u32; 4], u64) -> Layout) -> Self {
         let [q, k, v, o] = tensor_dims(&self.problem.shape);
-        let p = &mut self.problem;
-        (p.query, p.key, p.value, p.out) = (layout(q, 0), layout(k, 1), layout(v, 2), layout(o, 3));
+        self.problem = self
+            .problem
+            .with_layout(Tensor::Query, layout(q, 0))
+            .with_layout(Tensor::Key, layout(k, 1))
+            .with_layout(Tensor::Value, layout(v, 2))
+            .with_layout(Tensor::Out, layout(o, 3));
         self
     }
 
@@ -194,17 +198,20 @@ impl Case {
             row,
         };
         assert_eq!(s.seqlen_q, s.seqlen_k);
-        self.problem.query = view(0, s.head_dim, s.seqlen_q);
-        self.problem.key = view(q, s.head_dim, s.seqlen_k);
-        self.problem.value = view(q + k, s.head_dim_v, s.seqlen_k);
+        self.problem = self
+            .problem
+            .with_layout(Tensor::Query, view(0, s.head_dim, s.seqlen_q))
+            .with_layout(Tensor::Key, view(q, s.head_dim, s.seqlen_k))
+            .with_layout(Tensor::Value, view(q + k, s.head_dim_v, s.seqlen_k));
         self.one_buffer = true;
         self
     }
 
     /// All batch entries and heads share one k and one v.
     pub fn shared_kv(mut self) -> Self {
-        for layout in [&mut self.problem.key, &mut self.problem.value] {
-            (layout.batch, layout.head) = (0, 0);
+        for tensor in [Tensor::Key, Tensor::Value] {
+            let layout = Layout { batch: 0, head: 0, ..self.problem.layout(tensor) };
+            self.problem = self.problem.with_layout(tensor, layout);
         }
         self
     }
@@ -283,6 +290,7 @@ pub fn to_bits(element_type: ElementType, x: f32) -> u32 {
         ElementType::F32 => x.to_bits(),
         ElementType::F16 => f16::from_f32(x).to_bits().into(),
         ElementType::BF16 => bf16::from_f32(x).to_bits().into(),
+        other => unreachable!("{other}"),
     }
 }
 
@@ -291,6 +299,7 @@ pub fn from_bits(element_type: ElementType, bits: u32) -> f32 {
         ElementType::F32 => f32::from_bits(bits),
         ElementType::F16 => f16::from_bits(bits as u16).to_f32(),
         ElementType::BF16 => bf16::from_bits(bits as u16).to_f32(),
+        other => unreachable!("{other}"),
     }
 }
 
@@ -300,6 +309,7 @@ fn poison(element_type: ElementType, round: u32) -> u32 {
         ElementType::F32 => 0x7fc5_a5a5 + round,
         ElementType::F16 => 0xfe5a + round,
         ElementType::BF16 => 0xffda + round,
+        other => unreachable!("{other}"),
     }
 }
 
@@ -336,7 +346,8 @@ impl Prepared {
     pub fn new(problem: &Problem, inputs: [Vec<f32>; 3], seqlens_k: Option<Vec<i32>>, one_buffer: bool) -> Self {
         let (shape, ty) = (&problem.shape, problem.element_type);
         let dims = tensor_dims(shape);
-        let layouts = [&problem.query, &problem.key, &problem.value];
+        let layouts = [Tensor::Query, Tensor::Key, Tensor::Value].map(|tensor| problem.layout(tensor));
+        let layouts = layouts.each_ref();
         let ends = [0, 1, 2].map(|n| end(layouts[n], dims[n]));
         let buffer_of = |n: usize| if one_buffer { 0 } else { n };
         let nan = poison(ty, 0);
@@ -394,34 +405,31 @@ impl Prepared {
     pub fn submit(&self, context: &Context, plan: &Plan, round: u32) -> Result<Vec<wgpu::Buffer>, String> {
         let (problem, ty) = (&self.problem, self.problem.element_type);
         let dims = tensor_dims(&problem.shape);
-        let out_end = end(&problem.out, dims[3]);
+        let out_layout = problem.layout(Tensor::Out);
+        let out_end = end(&out_layout, dims[3]);
         let rows = problem.shape.rows() as usize;
         let [nan, nan32] = [ty, ElementType::F32].map(|ty| poison(ty, round));
         let words = |n: usize| guarded(ElementType::F32, &vec![nan32; n], nan32);
 
-        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes)).collect();
-        let out = context.upload(&guarded(ty, &vec![nan; out_end], nan));
-        let lse = problem.lse.then(|| context.upload(&words(rows)));
-        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)));
+        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes).unwrap()).collect();
+        let out = context.upload(&guarded(ty, &vec![nan; out_end], nan)).unwrap();
+        let lse = problem.lse.then(|| context.upload(&words(rows)).unwrap());
+        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)).unwrap());
         let workspace_words = plan.workspace_bytes() as usize / 4;
-        let workspace = (workspace_words > 0).then(|| context.upload(&words(workspace_words)));
+        let workspace = (workspace_words > 0).then(|| context.upload(&words(workspace_words)).unwrap());
         // As few bytes as the layouts say.
         fn bind(buffer: &wgpu::Buffer, bytes: u64) -> BufferBinding<'_> {
             BufferBinding { buffer, offset: GUARD, size: wgpu::BufferSize::new(bytes.next_multiple_of(4).max(4)) }
         }
-        let input = |n: usize, layout| {
+        let input = |n: usize, tensor| {
             let buffer = if inputs.len() == 1 { &inputs[0] } else { &inputs[n] };
-            bind(buffer, end(layout, dims[n]) as u64 * ty.bytes())
+            bind(buffer, end(&problem.layout(tensor), dims[n]) as u64 * ty.bytes())
         };
-        let buffers = ForwardBuffers {
-            query: input(0, &problem.query),
-            key: input(1, &problem.key),
-            value: input(2, &problem.value),
-            out: bind(&out, out_end as u64 * ty.bytes()),
-            lse: lse.as_ref().map(|lse| bind(lse, rows as u64 * 4)),
-            seqlens_k: lengths.as_ref().map(|lengths| lengths.as_entire_buffer_binding()),
-            workspace: workspace.as_ref().map(|workspace| bind(workspace, plan.workspace_bytes())),
-        };
+        let [q, k, v] = [input(0, Tensor::Query), input(1, Tensor::Key), input(2, Tensor::Value)];
+        let buffers = ForwardBuffers::new(q, k, v, bind(&out, out_end as u64 * ty.bytes()))
+            .lse(lse.as_ref().map(|lse| bind(lse, rows as u64 * 4)))
+            .seqlens_k(lengths.as_ref())
+            .workspace(workspace.as_ref().map(|workspace| bind(workspace, plan.workspace_bytes())));
         let mut encoder = context.device().create_command_encoder(&Default::default());
         plan.forward(&mut encoder, &buffers).map_err(|error| error.to_string())?;
         context.queue().submit([encoder.finish()]);
@@ -435,7 +443,7 @@ impl Prepared {
         let rows = problem.shape.rows() as usize;
         let out = unguard(&outputs[0], ty, poison(ty, round), |end| {
             let mut taken = vec![false; end];
-            let places: Vec<_> = places(&problem.out, dims[3]).map(|(place, ..)| place).collect();
+            let places: Vec<_> = places(&out_layout, dims[3]).map(|(place, ..)| place).collect();
             places.iter().for_each(|&place| taken[place] = true);
             (places, taken)
         });
@@ -477,7 +485,7 @@ impl Prepared {
         }
         let (measure, error, bound) = match ty {
             ElementType::F32 => ("relative", (error2 / f64::max(norm2, f64::MIN_POSITIVE)).sqrt(), 2e-6),
-            ElementType::F16 | ElementType::BF16 => ("largest", worst.0, 2.0 * self.plain_error + 1e-5),
+            _ => ("largest", worst.0, 2.0 * self.plain_error + 1e-5),
         };
         let mut problems = String::new();
         // Written so that NaN does not pass.

@@ -16,6 +16,7 @@
 //!
 //! Burn and the kernels have one device, queue and memory: tensors are read and written where they are.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
@@ -33,14 +34,14 @@ use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use wgpu_flash_attention::wgpu::{Buffer, BufferBinding, CommandEncoder};
 use wgpu_flash_attention::{
-    BackwardBuffers, Causal, Context, ElementType, Error, ForwardBuffers, Layout, Plan, Problem, Shape,
+    BackwardBuffers, Causal, Context, ElementType, Error, ForwardBuffers, Layout, Plan, Problem, Shape, Tensor as Part,
 };
 
 /// The kernels on Burn's device, and the plans made so far. Clones share everything.
 #[derive(Clone, Debug)]
 pub struct FlashAttention {
     context: Context,
-    plans: Arc<Mutex<Vec<Arc<Plan>>>>,
+    plans: Arc<Mutex<HashMap<Problem, Arc<Plan>>>>,
 }
 
 impl FlashAttention {
@@ -71,11 +72,12 @@ impl FlashAttention {
     /// The plan for a problem, made at its first use.
     fn plan(&self, problem: &Problem) -> Result<Arc<Plan>, Error> {
         let mut plans = self.plans.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(plan) = plans.iter().find(|plan| plan.problem() == problem) {
+        if let Some(plan) = plans.get(problem) {
             return Ok(plan.clone());
         }
-        plans.push(Arc::new(self.context.plan(problem)?));
-        Ok(plans[plans.len() - 1].clone())
+        let plan = Arc::new(self.context.plan(problem)?);
+        plans.insert(problem.clone(), plan.clone());
+        Ok(plan)
     }
 
     fn submit(&self, record: impl FnOnce(&mut CommandEncoder) -> Result<(), Error>) -> Result<(), Error> {
@@ -229,32 +231,36 @@ fn problem(inputs: [&CubeTensor; 3], causal: Option<Causal>) -> Problem {
         head_dim: q[3] as u32,
         head_dim_v: v[3] as u32,
     };
-    Problem { causal, ..Problem::new(shape, element_type) }.with_gradients()
+    let mut problem = Problem::new(shape, element_type).with_gradients();
+    problem.causal = causal;
+    problem
+}
+
+fn forward_layouts(problem: Problem, [q, k, v, o]: [&Operand; 4]) -> Problem {
+    problem
+        .with_layout(Part::Query, q.layout)
+        .with_layout(Part::Key, k.layout)
+        .with_layout(Part::Value, v.layout)
+        .with_layout(Part::Out, o.layout)
 }
 
 impl AttentionKernels for CubeBackend {
     fn forward(kernels: &FlashAttention, causal: Option<Causal>, inputs: [CubeTensor; 3]) -> (CubeTensor, CubeTensor) {
         let [query, key, value] = inputs.map(with_rows);
-        let mut problem = problem([&query, &key, &value], causal);
+        let problem = problem([&query, &key, &value], causal);
         let [batch, heads, rows, _] = [0, 1, 2, 3].map(|n| query.meta.shape()[n]);
         let out = empty_like(&query, [batch, heads, rows, value.meta.shape()[3]], query.dtype);
         let lse = empty_like(&query, [batch, heads, rows, 1], DType::F32);
 
         let alignment = kernels.context.device().limits().min_storage_buffer_offset_alignment as u64;
         let [q, k, v, o, l] = [&query, &key, &value, &out, &lse].map(|tensor| Operand::new(tensor, alignment));
-        (problem.query, problem.key, problem.value, problem.out) = (q.layout, k.layout, v.layout, o.layout);
+        let problem = forward_layouts(problem, [&q, &k, &v, &o]);
         submit_pending(&query);
         let done = kernels.plan(&problem).and_then(|plan| {
-            let workspace = plan.create_workspace();
-            let buffers = ForwardBuffers {
-                query: q.binding(),
-                key: k.binding(),
-                value: v.binding(),
-                out: o.binding(),
-                lse: Some(l.binding()),
-                seqlens_k: None,
-                workspace: workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-            };
+            let workspace = plan.create_workspace()?;
+            let buffers = ForwardBuffers::new(q.binding(), k.binding(), v.binding(), o.binding())
+                .lse(l.binding())
+                .workspace(workspace.as_ref());
             kernels.submit(|encoder| plan.forward(encoder, &buffers))
         });
         done.unwrap_or_else(|error| panic!("attention: {error}"));
@@ -263,7 +269,7 @@ impl AttentionKernels for CubeBackend {
 
     fn backward(kernels: &FlashAttention, causal: Option<Causal>, tensors: [CubeTensor; 6]) -> [CubeTensor; 3] {
         let [query, key, value, out, lse, grad_out] = tensors.map(with_rows);
-        let mut problem = problem([&query, &key, &value], causal);
+        let problem = problem([&query, &key, &value], causal);
         let results = [&query, &key, &value]
             .map(|tensor| empty_like(tensor, [0, 1, 2, 3].map(|n| tensor.meta.shape()[n]), tensor.dtype));
 
@@ -271,28 +277,17 @@ impl AttentionKernels for CubeBackend {
         let operand = |tensor| Operand::new(tensor, alignment);
         let [q, k, v, o, l, g] = [&query, &key, &value, &out, &lse, &grad_out].map(operand);
         let [dq, dk, dv] = results.each_ref().map(operand);
-        (problem.query, problem.key, problem.value, problem.out) = (q.layout, k.layout, v.layout, o.layout);
-        if let Some(gradients) = &mut problem.gradients {
-            (gradients.out, gradients.query) = (g.layout, dq.layout);
-            (gradients.key, gradients.value) = (dk.layout, dv.layout);
-        }
+        let problem = forward_layouts(problem, [&q, &k, &v, &o])
+            .with_layout(Part::GradOut, g.layout)
+            .with_layout(Part::GradQuery, dq.layout)
+            .with_layout(Part::GradKey, dk.layout)
+            .with_layout(Part::GradValue, dv.layout);
         submit_pending(&query);
         let done = kernels.plan(&problem).and_then(|plan| {
-            let workspace = plan.create_backward_workspace();
-            let buffers = BackwardBuffers {
-                query: q.binding(),
-                key: k.binding(),
-                value: v.binding(),
-                out: o.binding(),
-                lse: l.binding(),
-                grad_out: g.binding(),
-                grad_lse: None,
-                grad_query: dq.binding(),
-                grad_key: dk.binding(),
-                grad_value: dv.binding(),
-                seqlens_k: None,
-                workspace: workspace.as_ref().map(|buffer| buffer.as_entire_buffer_binding()),
-            };
+            let workspace = plan.create_backward_workspace()?;
+            let forward = ForwardBuffers::new(q.binding(), k.binding(), v.binding(), o.binding()).lse(l.binding());
+            let results = [dq.binding(), dk.binding(), dv.binding()];
+            let buffers = BackwardBuffers::new(&forward, g.binding(), results).workspace(workspace.as_ref());
             kernels.submit(|encoder| plan.backward(encoder, &buffers))
         });
         done.unwrap_or_else(|error| panic!("attention: {error}"));

@@ -1,0 +1,126 @@
+//! Problems as plain data: what they are equal to, and that the order of calls does not matter.
+
+use std::collections::{HashMap, HashSet};
+
+use wgpu_flash_attention::{Causal, ElementType, Layout, Problem, Shape, Tensor};
+
+const TENSORS: [Tensor; 8] = [
+    Tensor::Query,
+    Tensor::Key,
+    Tensor::Value,
+    Tensor::Out,
+    Tensor::GradOut,
+    Tensor::GradQuery,
+    Tensor::GradKey,
+    Tensor::GradValue,
+];
+
+fn problem() -> Problem {
+    Problem::new(Shape { heads_kv: 2, seqlen_k: 9, head_dim_v: 4, ..Shape::square(2, 4, 6, 8) }, ElementType::F32)
+}
+
+fn layouts(problem: &Problem) -> [Layout; 8] {
+    TENSORS.map(|tensor| problem.layout(tensor))
+}
+
+/// Each method in each place among the others gives the same problem, with the same layouts.
+#[test]
+fn the_order_of_calls_does_not_matter() {
+    type Step = fn(Problem) -> Problem;
+    let steps: [Step; 6] = [
+        |p| p.bnhd(),
+        |p| p.with_gradients(),
+        |p| p.with_grad_lse(),
+        |p| p.accumulate(),
+        |p| p.with_layout(Tensor::Key, Layout { offset: 3, batch: 500, head: 50, row: 8 }),
+        |p| p.with_layout(Tensor::GradQuery, Layout { offset: 0, batch: 900, head: 90, row: 9 }),
+    ];
+    let forward = steps.iter().fold(problem(), |p, step| step(p));
+    let backward = steps.iter().rev().fold(problem(), |p, step| step(p));
+    assert_eq!(forward, backward);
+    for first in 0..steps.len() {
+        for second in 0..steps.len() {
+            let rest = (0..steps.len()).filter(|n| ![first, second].contains(n));
+            let order: Vec<_> = [second, first].into_iter().chain(rest).chain([first]).collect();
+            let found = order.iter().fold(problem(), |p, &n| steps[n](p));
+            assert_eq!(found, forward, "{order:?}");
+            assert_eq!(layouts(&found), layouts(&forward), "{order:?}");
+        }
+    }
+    let gradients = forward.gradients.unwrap();
+    assert!(gradients.lse && gradients.accumulate && forward.lse);
+}
+
+#[test]
+fn a_gradient_lies_as_its_tensor_does_unless_it_is_placed() {
+    let placed = Layout { offset: 3, batch: 500, head: 50, row: 8 };
+    let problem = problem().with_gradients().with_layout(Tensor::Key, placed).bnhd();
+    assert_eq!(problem.layout(Tensor::Key), placed);
+    assert_eq!(problem.layout(Tensor::GradKey), placed);
+    assert_eq!(problem.layout(Tensor::GradQuery), Layout::bnhd(4, 6, 8));
+    assert_eq!(problem.layout(Tensor::GradOut), Layout::bnhd(4, 6, 4));
+    let contiguous = Layout::bhnd(2, 9, 8);
+    let problem = problem.with_layout(Tensor::GradKey, contiguous);
+    assert_eq!((problem.layout(Tensor::Key), problem.layout(Tensor::GradKey)), (placed, contiguous));
+}
+
+/// A shape that is changed after the fact leaves no layout of the old one behind.
+#[test]
+fn layouts_follow_the_shape() {
+    let mut changed = problem().bnhd();
+    changed.shape.seqlen_k = 100;
+    let made = Problem::new(changed.shape, ElementType::F32).bnhd();
+    assert_eq!(layouts(&changed), layouts(&made));
+    assert_eq!(changed, made);
+}
+
+#[test]
+fn problems_are_keys_of_a_map() {
+    let mut plans = HashMap::new();
+    let all = [
+        problem(),
+        problem().causal(Causal::TopLeft),
+        problem().causal(Causal::BottomRight),
+        problem().scale(0.0),
+        problem().scale(-0.0),
+        problem().softcap(0.0),
+        problem().scale(f32::NAN),
+        problem().scale(1.0),
+        problem().window(Some(1), None),
+        problem().window(None, Some(1)),
+        problem().with_lse(),
+        problem().with_seqlens_k(),
+        problem().with_gradients(),
+        problem().with_grad_lse(),
+        problem().accumulate(),
+        problem().bnhd(),
+        problem().with_layout(Tensor::Query, Layout::bhnd(4, 6, 8).at(1)),
+        problem().with_layout(Tensor::GradQuery, Layout::bhnd(4, 6, 8).at(1)),
+        Problem::new(problem().shape, ElementType::F16),
+    ];
+    for (n, problem) in all.iter().enumerate() {
+        assert_eq!(plans.insert(problem.clone(), n), None, "{problem:?}");
+    }
+    for (n, problem) in all.iter().enumerate() {
+        assert_eq!(plans.get(&problem.clone()), Some(&n));
+    }
+    // NaN too: a key that is not equal to itself could never be found again.
+    assert_eq!(all.iter().cloned().collect::<HashSet<_>>().len(), all.len());
+}
+
+/// Sizes that no plan takes have words for them, not a panic of the arithmetic, however they are asked about.
+#[test]
+fn shapes_that_no_plan_takes_can_be_asked_about() {
+    let no_heads = Shape { heads_kv: 0, ..Shape::square(1, 4, 6, 8) };
+    assert_eq!(no_heads.group(), 0);
+    let max = u32::MAX;
+    let huge =
+        Shape { batch: max, heads_q: max, heads_kv: 1, seqlen_q: max, seqlen_k: max, head_dim: max, head_dim_v: max };
+    assert_eq!(huge.rows(), u64::MAX);
+    for shape in [no_heads, huge, Shape { heads_q: 0, ..no_heads }, Shape { batch: 0, ..huge }] {
+        let problem = Problem::new(shape, ElementType::F32).bnhd().with_grad_lse();
+        assert!(problem.forward_flops() >= 0.0 && problem.backward_flops().is_finite());
+        let _ = (problem.key_interval(max, max), problem.effective_scale(), layouts(&problem));
+        assert!(problem.validate().is_err());
+    }
+}
