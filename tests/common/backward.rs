@@ -192,14 +192,13 @@ impl PreparedBackward {
 
     /// What the buffers of [`PreparedBackward::submit`] hold, if nothing else in them was written.
     pub fn take(&self, outputs: &[Vec<u8>], round: u32) -> Result<[Vec<u32>; 3], String> {
-        let ty = self.problem.element_type;
-        let dims = input_dims(&self.problem);
-        let gradients = self.gradients();
-        let layouts = [&gradients.query, &gradients.key, &gradients.value];
+        let (problem, ty) = (&self.problem, self.problem.element_type);
+        let dims = input_dims(problem);
+        let layouts = [Tensor::GradQuery, Tensor::GradKey, Tensor::GradValue].map(|tensor| problem.layout(tensor));
         let read = |n: usize| {
             unguard(&outputs[n], ty, poison(ty, round), |end| {
                 let mut taken = vec![false; end];
-                let places: Vec<_> = places(layouts[n], dims[n]).map(|(place, ..)| place).collect();
+                let places: Vec<_> = places(&layouts[n], dims[n]).map(|(place, ..)| place).collect();
                 places.iter().for_each(|&place| taken[place] = true);
                 (places, taken)
             })

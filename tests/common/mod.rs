@@ -443,7 +443,7 @@ impl Prepared {
         let rows = problem.shape.rows() as usize;
         let out = unguard(&outputs[0], ty, poison(ty, round), |end| {
             let mut taken = vec![false; end];
-            let places: Vec<_> = places(&out_layout, dims[3]).map(|(place, ..)| place).collect();
+            let places: Vec<_> = places(&problem.layout(Tensor::Out), dims[3]).map(|(place, ..)| place).collect();
             places.iter().for_each(|&place| taken[place] = true);
             (places, taken)
         });

@@ -77,7 +77,7 @@ fn backward_entries() -> Vec<Entry> {
     let mut add = |few: bool, kernel: &str, options: PlanOptions, ty: ElementType, what: &str, ask: Ask, case: Case| {
         let name = format!("{kernel} {ty}, {what}");
         // The plan's forward pass does not run. Its naive kernel takes the shortest time to compile.
-        let options = PlanOptions { kernel: Some(Kernel::Naive), ..options };
+        let options = options.kernel(Kernel::Naive);
         all.push(Entry { name, case: case.element_type(ty), options, gradients: Some(ask), few });
     };
     let square = || case(1, [2, 1], [150, 170], [16, 12]);
@@ -110,16 +110,15 @@ fn backward_entries() -> Vec<Entry> {
 
 /// So few splits that each has several tiles of keys, of 64 in f32 and of 128 in the other types.
 fn decode(splits: u32) -> PlanOptions {
-    PlanOptions { kernel: Some(Kernel::Decode), splits: Some(splits), ..Default::default() }
+    PlanOptions::default().kernel(Kernel::Decode).splits(splits)
 }
 
 fn backward_written_out() -> PlanOptions {
     let tile = BackwardTile { own: 32, step: 32, threads_y: 8, threads_x: 8, chunk: 16, block: 32, written_out: true };
-    PlanOptions { backward_tile: Some(tile), ..backward(Kernel::Tile) }
+    backward(Kernel::Tile).backward_tile(tile)
 }
 
 fn fused_written_out() -> PlanOptions {
-    let mut options = fused([32, 32], 8, 8, 16, [96, 64]);
-    options.fused_tile = options.fused_tile.map(|tile| FusedTile { written_out: true, ..tile });
-    options
+    let options = fused([32, 32], 8, 8, 16, [96, 64]);
+    options.fused_tile(options.fused_tile.map(|tile| FusedTile { written_out: true, ..tile }))
 }

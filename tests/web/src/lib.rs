@@ -6,12 +6,11 @@ mod cases;
 mod common;
 
 use std::sync::{Arc, Mutex};
-use std::task::{Poll, Waker};
 
 use cases::Entry;
 use common::Measured;
 use wasm_bindgen::prelude::*;
-use wgpu_flash_attention::{Context, wgpu};
+use wgpu_flash_attention::{Context, Plan, PlanOptions, Problem, wgpu};
 
 #[wasm_bindgen]
 extern "C" {
@@ -76,7 +75,7 @@ async fn check(entry: &Entry, context: &Context) -> Result<Vec<Measured>, String
     match entry.gradients {
         None => {
             let case = entry.case.prepare();
-            let plan = context.plan_with(&case.problem, &entry.options).map_err(|error| error.to_string())?;
+            let plan = plan(context, &case.problem, &entry.options).await?;
             let mut runs = vec![];
             for round in 0..2 {
                 let outputs = case.submit(context, &plan, round)?;
@@ -87,7 +86,7 @@ async fn check(entry: &Entry, context: &Context) -> Result<Vec<Measured>, String
         }
         Some(ask) => {
             let case = entry.case.prepare_backward(ask);
-            let plan = context.plan_with(&case.problem, &entry.options).map_err(|error| error.to_string())?;
+            let plan = plan(context, &case.problem, &entry.options).await?;
             let mut runs = vec![];
             for round in 0..2 {
                 let outputs = case.submit(context, &plan, round)?;
@@ -99,6 +98,10 @@ async fn check(entry: &Entry, context: &Context) -> Result<Vec<Measured>, String
     }
 }
 
+async fn plan(context: &Context, problem: &Problem, options: &PlanOptions) -> Result<Plan, String> {
+    context.plan_async(problem, options).await.map_err(|error| error.to_string())
+}
+
 fn same<T: PartialEq>(runs: &[T]) -> Result<(), String> {
     if runs[0] == runs[1] { Ok(()) } else { Err("two runs gave different bits".into()) }
 }
@@ -107,37 +110,7 @@ fn same<T: PartialEq>(runs: &[T]) -> Result<(), String> {
 async fn download(context: &Context, buffers: &[wgpu::Buffer]) -> Result<Vec<Vec<u8>>, String> {
     let mut all = vec![];
     for buffer in buffers {
-        let staging = context.device().create_buffer(&wgpu::BufferDescriptor {
-            label: None,
-            size: buffer.size(),
-            usage: wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::MAP_READ,
-            mapped_at_creation: false,
-        });
-        let mut encoder = context.device().create_command_encoder(&Default::default());
-        encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, buffer.size());
-        context.queue().submit([encoder.finish()]);
-        mapped(&staging).await.map_err(|error| error.to_string())?;
-        all.push(staging.get_mapped_range(..).map_err(|error| error.to_string())?.to_vec());
+        all.push(context.download_async(buffer, 0, buffer.size()).await.map_err(|error| error.to_string())?);
     }
     Ok(all)
-}
-
-type Mapped = (Option<Result<(), wgpu::BufferAsyncError>>, Option<Waker>);
-
-async fn mapped(buffer: &wgpu::Buffer) -> Result<(), wgpu::BufferAsyncError> {
-    let state = Arc::new(Mutex::new(Mapped::default()));
-    let tell = state.clone();
-    buffer.map_async(wgpu::MapMode::Read, .., move |result| {
-        let mut state = tell.lock().unwrap();
-        state.0 = Some(result);
-        if let Some(waker) = state.1.take() {
-            waker.wake();
-        }
-    });
-    std::future::poll_fn(|task| {
-        let mut state = state.lock().unwrap();
-        state.1 = Some(task.waker().clone());
-        state.0.take().map_or(Poll::Pending, Poll::Ready)
-    })
-    .await
 }
