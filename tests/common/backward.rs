@@ -8,7 +8,7 @@ use wgpu_flash_attention::{
 };
 
 use super::{
-    Case, GUARD, Prepared, Rng, check_each, end, from_bits, guarded, places, poison, tensor_dims, to_bits, unguard,
+    Case, GUARD, Measured, Prepared, Rng, end, from_bits, guarded, places, poison, tensor_dims, to_bits, unguard,
 };
 
 /// The plan's own choice of forward kernel, and this one for the backward pass.
@@ -130,17 +130,24 @@ impl PreparedBackward {
     }
 
     /// Computes the case twice and compares with the oracle.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn check(&self, context: &Context, options: &PlanOptions) -> Result<(), String> {
         let plan = context.plan_with(&self.problem, options).map_err(|error| error.to_string())?;
         let bits = self.run(context, &plan, 0)?;
         if self.run(context, &plan, 1)? != bits {
             return Err("two runs gave different bits".into());
         }
-        self.compare(&bits)
+        self.compare(&bits).map(drop)
     }
 
     /// The bits of dq, dk and dv, contiguous, of one run on freshly poisoned outputs.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn run(&self, context: &Context, plan: &Plan, round: u32) -> Result<[Vec<u32>; 3], String> {
+        self.take(&super::download(context, &self.submit(context, plan, round)?)?, round)
+    }
+
+    /// Submits one run on freshly poisoned outputs; the buffers of dq, dk and dv.
+    pub fn submit(&self, context: &Context, plan: &Plan, round: u32) -> Result<Vec<wgpu::Buffer>, String> {
         let (problem, ty) = (&self.problem, self.problem.element_type);
         let dims = input_dims(problem);
         let nan = poison(ty, round);
@@ -180,10 +187,18 @@ impl PreparedBackward {
         let mut encoder = context.device().create_command_encoder(&Default::default());
         plan.backward(&mut encoder, &buffers).map_err(|error| error.to_string())?;
         context.queue().submit([encoder.finish()]);
+        Ok(outputs.into())
+    }
+
+    /// What the buffers of [`PreparedBackward::submit`] hold, if nothing else in them was written.
+    pub fn take(&self, outputs: &[Vec<u8>], round: u32) -> Result<[Vec<u32>; 3], String> {
+        let (problem, ty) = (&self.problem, self.problem.element_type);
+        let dims = input_dims(problem);
+        let layouts = [Tensor::GradQuery, Tensor::GradKey, Tensor::GradValue].map(|tensor| problem.layout(tensor));
         let read = |n: usize| {
-            unguard(context, &outputs[n], ty, nan, |end| {
+            unguard(&outputs[n], ty, poison(ty, round), |end| {
                 let mut taken = vec![false; end];
-                let places: Vec<_> = places(layouts[n], dims[n]).map(|(place, ..)| place).collect();
+                let places: Vec<_> = places(&layouts[n], dims[n]).map(|(place, ..)| place).collect();
                 places.iter().for_each(|&place| taken[place] = true);
                 (places, taken)
             })
@@ -193,9 +208,9 @@ impl PreparedBackward {
     }
 
     /// Compares with the oracle, under the bounds of the design.
-    pub fn compare(&self, found: &[Vec<u32>; 3]) -> Result<(), String> {
+    pub fn compare(&self, found: &[Vec<u32>; 3]) -> Result<Vec<Measured>, String> {
         let ty = self.problem.element_type;
-        let mut problems = vec![];
+        let (mut problems, mut measured) = (vec![], vec![]);
         // lse is given in f32, and so are scores: where they are huge, this is how well a probability can be known.
         let largest_lse = self.lse.iter().filter(|x| x.is_finite()).fold(0.0, |most, x| f32::max(most, x.abs()));
         let lse_error = f32::EPSILON as f64 * largest_lse as f64;
@@ -213,6 +228,7 @@ impl PreparedBackward {
                     ("largest", 2.0 * self.plain_error[n] + 1e-5 + lse_error * largest)
                 }
             };
+            measured.push(Measured { name: NAMES[n], error, bound });
             // Written so that NaN does not pass.
             if !matches!(error.partial_cmp(&bound), Some(std::cmp::Ordering::Less | std::cmp::Ordering::Equal)) {
                 let off = |place: &usize| (values[*place] - expected[*place]).abs();
@@ -229,7 +245,7 @@ impl PreparedBackward {
                 }
             }
         }
-        if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
+        if problems.is_empty() { Ok(measured) } else { Err(problems.join("; ")) }
     }
 }
 
@@ -312,8 +328,9 @@ fn plain(
 }
 
 /// Runs every case in every way and reports all that fail.
+#[cfg(not(target_arch = "wasm32"))]
 pub fn check_all(cases: &[(String, PreparedBackward)], ways: &[(&str, &Context, PlanOptions)]) {
-    check_each(cases, ways, PreparedBackward::check);
+    super::check_each(cases, ways, PreparedBackward::check);
 }
 
 /// Inputs and expected gradients of cases in an element type.

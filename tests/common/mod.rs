@@ -2,18 +2,29 @@
 //!
 //! A case says what to compute and how its tensors lie in memory. Gaps in the inputs, and keys past their length, hold
 //! NaN; outputs and workspace hold NaN before each run, and what is not the output's must hold it afterwards.
+//!
+//! `tests/web` runs cases in a browser, where nothing may wait: there [`Prepared::submit`] and [`Prepared::take`] stand for
+//! [`Prepared::run`].
 #![allow(dead_code)] // Each test binary uses a part.
 
 pub mod backward;
 pub mod cases;
+#[cfg(not(target_arch = "wasm32"))]
 pub mod coop;
+#[cfg(not(target_arch = "wasm32"))]
+mod devices;
 pub mod loops;
+#[cfg(not(target_arch = "wasm32"))]
 pub mod skipped;
+#[cfg(not(target_arch = "wasm32"))]
 pub mod stores;
 pub mod switched;
 
 use std::fmt::Write;
 
+#[cfg(not(target_arch = "wasm32"))]
+#[allow(unused_imports)]
+pub use devices::{every_kernel, full, webgpu, with_features, with_limits};
 use half::{bf16, f16};
 use wgpu_flash_attention::wgpu::{self, BufferBinding};
 use wgpu_flash_attention::{
@@ -37,69 +48,6 @@ pub fn tiled(rows: u32, keys: u32, grid: (u32, u32), chunk: u32, value_keys: u32
     let (threads_y, threads_x) = grid;
     let of_tile = Tile { rows, keys, threads_y, threads_x, chunk, value_keys, written_out: true };
     tile().tile(of_tile)
-}
-
-thread_local! {
-    static FULL: &'static Context = Box::leak(Box::new(Context::headless().unwrap()));
-    static WEBGPU: &'static Context = Box::leak(Box::new(with_limits(|_| {})));
-}
-
-/// The system's adapter with all its limits. A device for each test: software Vulkan compiles the pipelines of a device one by
-/// one, those of several tests at once.
-pub fn full() -> &'static Context {
-    FULL.with(|context| *context)
-}
-
-/// The same adapter with no more than every WebGPU device has.
-pub fn webgpu() -> &'static Context {
-    WEBGPU.with(|context| *context)
-}
-
-/// WebGPU's default limits, changed by `lower`.
-pub fn with_limits(lower: impl FnOnce(&mut wgpu::Limits)) -> Context {
-    let mut required_limits = wgpu::Limits::default();
-    lower(&mut required_limits);
-    device_of(&adapter(), wgpu::DeviceDescriptor { required_limits, ..Default::default() })
-}
-
-/// WebGPU's default limits, and these features; nothing where the adapter does not have them.
-pub fn with_features(required_features: wgpu::Features) -> Option<Context> {
-    let adapter = adapter();
-    if !adapter.features().contains(required_features) {
-        let names: Vec<_> = required_features.iter_names().map(|(name, _)| name).collect();
-        skipped::skipped(&format!("devices with {}, which this adapter does not have", names.join(" and ")));
-        return None;
-    }
-    Some(device_of(&adapter, wgpu::DeviceDescriptor { required_features, ..Default::default() }))
-}
-
-fn adapter() -> wgpu::Adapter {
-    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
-    pollster::block_on(wgpu::Instance::new(descriptor).request_adapter(&Default::default())).unwrap()
-}
-
-fn device_of(adapter: &wgpu::Adapter, descriptor: wgpu::DeviceDescriptor<'_>) -> Context {
-    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
-    Context::new(&device, &queue)
-}
-
-/// Every kernel as a plan chooses it, with options that ask for the naive kernel and for the tile kernel. 16-bit types differ
-/// only in how elements are read, so each goes through one of the table's two tiles: each switch and pair of head dims is a
-/// module to compile.
-pub fn every_kernel(
-    element_type: ElementType,
-    naive: PlanOptions,
-    tile: PlanOptions,
-) -> Vec<(&'static str, &'static Context, PlanOptions)> {
-    let mut ways = vec![("naive", full(), naive)];
-    if element_type != ElementType::BF16 {
-        ways.push(("tile", full(), tile));
-    }
-    if element_type != ElementType::F16 {
-        ways.push(("tile within WebGPU's limits", webgpu(), tile));
-    }
-    ways
 }
 
 /// What q and k hold; v is random in either case.
@@ -434,21 +382,29 @@ impl Prepared {
     }
 
     /// Computes the case twice and compares with the oracle.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn check(&self, context: &Context, options: &PlanOptions) -> Result<(), String> {
         let plan = context.plan_with(&self.problem, options).map_err(|error| error.to_string())?;
         self.check_plan(context, &plan)
     }
 
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn check_plan(&self, context: &Context, plan: &Plan) -> Result<(), String> {
         let bits = self.run(context, plan, 0)?;
         if self.run(context, plan, 1)? != bits {
             return Err("two runs gave different bits".into());
         }
-        self.compare(&bits)
+        self.compare(&bits).map(drop)
     }
 
     /// One run on freshly poisoned outputs.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn run(&self, context: &Context, plan: &Plan, round: u32) -> Result<Bits, String> {
+        self.take(&download(context, &self.submit(context, plan, round)?)?, round)
+    }
+
+    /// Submits one run on freshly poisoned outputs; the buffers of o and, if the problem has it, of lse.
+    pub fn submit(&self, context: &Context, plan: &Plan, round: u32) -> Result<Vec<wgpu::Buffer>, String> {
         let (problem, ty) = (&self.problem, self.problem.element_type);
         let dims = tensor_dims(&problem.shape);
         let out_layout = problem.layout(Tensor::Out);
@@ -479,15 +435,22 @@ impl Prepared {
         let mut encoder = context.device().create_command_encoder(&Default::default());
         plan.forward(&mut encoder, &buffers).map_err(|error| error.to_string())?;
         context.queue().submit([encoder.finish()]);
+        Ok(std::iter::once(out).chain(lse).collect())
+    }
 
-        let out = unguard(context, &out, ty, nan, |end| {
+    /// What the buffers of [`Prepared::submit`] hold, if nothing else in them was written.
+    pub fn take(&self, outputs: &[Vec<u8>], round: u32) -> Result<Bits, String> {
+        let (problem, ty) = (&self.problem, self.problem.element_type);
+        let dims = tensor_dims(&problem.shape);
+        let rows = problem.shape.rows() as usize;
+        let out = unguard(&outputs[0], ty, poison(ty, round), |end| {
             let mut taken = vec![false; end];
-            let places: Vec<_> = places(&out_layout, dims[3]).map(|(place, ..)| place).collect();
+            let places: Vec<_> = places(&problem.layout(Tensor::Out), dims[3]).map(|(place, ..)| place).collect();
             places.iter().for_each(|&place| taken[place] = true);
             (places, taken)
         });
-        let lse = lse.map_or(Ok(vec![]), |lse| {
-            unguard(context, &lse, ElementType::F32, nan32, |end| {
+        let lse = outputs.get(1).map_or(Ok(vec![]), |lse| {
+            unguard(lse, ElementType::F32, poison(ElementType::F32, round), |end| {
                 ((0..rows).collect(), (0..end).map(|place| place < rows).collect())
             })
         });
@@ -495,7 +458,7 @@ impl Prepared {
     }
 
     /// Compares with the oracle, under the bounds of the design.
-    pub fn compare(&self, (out, lse): &Bits) -> Result<(), String> {
+    pub fn compare(&self, (out, lse): &Bits) -> Result<Vec<Measured>, String> {
         let (shape, ty) = (&self.problem.shape, self.problem.element_type);
         let dim = shape.head_dim_v as usize;
         let element = |n: usize| {
@@ -537,31 +500,50 @@ impl Prepared {
                 element(n)
             );
         }
+        let mut measured = vec![Measured { name: "o", error, bound }];
+        let mut worst = Measured { name: "lse", error: 0.0, bound: 1e-5 };
         for (row, (&bits, &expected)) in lse.iter().zip(&self.expected.lse).enumerate() {
             let found = f32::from_bits(bits) as f64;
+            let of_row = Measured { name: "lse", error: (found - expected).abs(), bound: 1e-5 + 1e-6 * expected.abs() };
+            if of_row.error / of_row.bound > worst.error / worst.bound {
+                worst = of_row;
+            }
             let good = found == expected || (found - expected).abs() <= 1e-5 + 1e-6 * expected.abs();
             if !good || (expected == f64::NEG_INFINITY && found != expected) {
                 let _ = write!(problems, "lse at row {row} is {found}, {expected} expected; ");
                 break;
             }
         }
-        if problems.is_empty() { Ok(()) } else { Err(problems) }
+        measured.extend(self.problem.lse.then_some(worst));
+        if problems.is_empty() { Ok(measured) } else { Err(problems) }
     }
+}
+
+/// How far a result is off, and how far it may be.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured {
+    pub name: &'static str,
+    pub error: f64,
+    pub bound: f64,
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+fn download(context: &Context, buffers: &[wgpu::Buffer]) -> Result<Vec<Vec<u8>>, String> {
+    let one = |buffer: &wgpu::Buffer| context.download(buffer, 0, buffer.size()).map_err(|error| error.to_string());
+    buffers.iter().map(one).collect()
 }
 
 /// The elements at the places that belong to a tensor, in its order; an error if anything else changed.
 /// `owned(n)` gives those places, and for each of n whether it is one.
 fn unguard(
-    context: &Context,
-    buffer: &wgpu::Buffer,
+    bytes: &[u8],
     element_type: ElementType,
     poison: u32,
     owned: impl FnOnce(usize) -> (Vec<usize>, Vec<bool>),
 ) -> Result<Vec<u32>, String> {
-    let bytes = context.download(buffer, 0, buffer.size()).map_err(|error| error.to_string())?;
     let all: Vec<u32> = match element_type {
-        ElementType::F32 => bytemuck::pod_collect_to_vec(&bytes),
-        _ => bytemuck::pod_collect_to_vec::<u8, u16>(&bytes).into_iter().map(u32::from).collect(),
+        ElementType::F32 => bytemuck::pod_collect_to_vec(bytes),
+        _ => bytemuck::pod_collect_to_vec::<u8, u16>(bytes).into_iter().map(u32::from).collect(),
     };
     let guard = GUARD as usize / element_type.bytes() as usize;
     let (places, taken) = owned(all.len() - 2 * guard);
@@ -609,10 +591,12 @@ fn plain(problem: &Problem, [query, key, value]: [&[f32]; 3], seqlens_k: Option<
 }
 
 /// Runs every case in every way and reports all that fail.
+#[cfg(not(target_arch = "wasm32"))]
 pub fn check_all(cases: &[(String, Prepared)], ways: &[(&str, &Context, PlanOptions)]) {
     check_each(cases, ways, Prepared::check);
 }
 
+#[cfg(not(target_arch = "wasm32"))]
 fn check_each<T>(
     cases: &[(String, T)],
     ways: &[(&str, &Context, PlanOptions)],
