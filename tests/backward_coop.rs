@@ -9,7 +9,7 @@ use common::coop::{
     WGSL_FORMATS, check_wgsl, context, dims_of, in_forms, is_software, known_matrices, matrix_size, small_device,
     spirv_error, validator, workgroup_bytes,
 };
-use common::{Case, TYPES, case, full};
+use common::{Case, TYPES, case, full, loops};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::elements::{self, ElementModule, MatrixLayout};
