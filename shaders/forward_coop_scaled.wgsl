@@ -73,9 +73,6 @@ const LARGEST_SUM = 1073741824.0 * f32(DM * M);
 // With the one factor all of them are 0; with the other they are finite, and no score.
 const SMALLEST_FACTOR = 1.0e-22;
 const LARGEST_FACTOR = 1.0e25;
-// Exponents of 2 that are larger are rounded before they are compared with their row's largest. Else they are not: an fma
-// gives differences from the row's largest as rounded, which is off by 1 at most here.
-const LARGEST_EXPONENT = 33554432.0;
 
 // The parts of a tile of K, then those of V; before them Q, a part at a time.
 var<workgroup> tiles: array<vec4<f16>, max(PARTS * (K_SIZE + V_SIZE), ROWS * K_STRIDE)>;

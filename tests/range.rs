@@ -228,3 +228,66 @@ fn huge_rows_leave_others_alone() {
         _ => [1e-2, 1e-2, 2e-2, 2e-2, 2e-2],
     });
 }
+
+/// No bound, but neither infinity nor NaN passes.
+const FINITE: f64 = f64::MAX;
+
+/// All scores are this or a little more or less, and exact in f32.
+fn equal_scores(element_type: ElementType, score: f32) -> Case {
+    let x = (score.abs() / 4.0).sqrt().round();
+    let case = Case::random(element_type, [19, 45], 16);
+    case.all(0, x).all(1, if score < 0.0 { -x } else { x })
+}
+
+/// q and k as large as f16 has them: the softmax is right, and nothing is infinite.
+#[test]
+fn the_largest_f16() {
+    let most = 65504.0;
+    let all = Case::random(F16, [37, 70], 16).all(0, most).all(1, most);
+    let mut signs = Case::random(F16, [37, 70], 16);
+    // Less than the most, so that sums are exact in f32 and equal scores stay equal.
+    signs.inputs[..2].iter_mut().flatten().for_each(|x| *x = 61440.0f32.copysign(*x));
+    let cases = [
+        ("all 65504", all.clone()),
+        ("all 65504, negative scores", all.clone().problem(|problem| problem.scale(-0.25))),
+        ("all 65504, scores of 4e13", all.clone().problem(|problem| problem.scale(582.0))),
+        ("all 65504, scores of -4e13", all.problem(|problem| problem.scale(-582.0))),
+        ("61440 of either sign", signs.clone()),
+        ("61440 of either sign, causal", signs.problem(|problem| problem.causal(BottomRight))),
+    ];
+    let cases = cases.map(|(name, case)| (name.to_string(), case));
+    check(&cases, |_, _| [1e-3, 1e-6, FINITE, FINITE, FINITE]);
+}
+
+/// The backward pass has lse as the forward pass rounded it: probabilities are off by |lse| · 2^-24, in the kernels on cooperative
+/// matrices, whose lse is rounded in base 2 too, by twice that. Of q's gradient, a difference of nearly equal numbers here, this
+/// says nothing.
+#[test]
+fn gradients_lose_what_lse_loses() {
+    let mut cases = vec![];
+    for ty in [F32, F16] {
+        for score in [900.0, -900.0, 1e3, 1e4, 1e5] {
+            cases.push((format!("equal scores of {score:e}"), equal_scores(ty, score)));
+        }
+    }
+    check(&cases, |way, case| {
+        let largest = case.expected()[1].iter().fold(0.0, |most, lse| f64::max(most, lse.abs()));
+        let lost = largest * 2f64.powi(if way.starts_with("coop") { -23 } else { -24 });
+        match case.problem.element_type {
+            F32 => [2e-6, 1e-6, FINITE, 1e-5 + lost, 1e-5 + lost],
+            // o as rounded to f16 is in the gradients of k.
+            _ => [1e-3, 1e-6, FINITE, 1e-2 + lost, 1e-3 + lost],
+        }
+    });
+}
+
+/// With one key, probabilities are 1. The naive kernel, with which others are compared, computes scores in both passes alike.
+#[test]
+fn one_key_of_large_scores() {
+    let case = Case::random(F32, [19, 1], 16).problem(|problem| problem.scale(300.0));
+    check(&[("one key".to_string(), case)], |way, case| {
+        let largest = case.expected()[1].iter().fold(0.0, |most, lse| f64::max(most, lse.abs()));
+        let lost = if way == "naive" { 0.0 } else { largest * 2f64.powi(-22) };
+        [1e-6, 1e-6, FINITE, FINITE, 1e-6 + lost]
+    });
+}
