@@ -234,7 +234,7 @@ fn forward(
         let value_scale = scales.tile.y;
         // Times the factor, scores are exponents of 2.
 #if SHAPED
-        var factor = clamp(score_factor(), SMALLEST_FACTOR, LARGEST_FACTOR);
+        var factor = max(score_factor(), SMALLEST_FACTOR);
         let small = factor < LARGEST_EXPONENT;
 #else
         var factor = clamp(unscaled(score_factor(), query_scales.tile.x, key_scale), SMALLEST_FACTOR, LARGEST_FACTOR);

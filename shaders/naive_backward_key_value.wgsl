@@ -1,4 +1,4 @@
-// Materialised backward pass, step 2 of 3: dv_j = sum of P[i, j] dO_i and dk_j = sum of dS[i, j] q_i, over all rows i of all
+// Materialised backward pass, step 2 of 3: dv_j = sum of P[i, j] dO_i and dk_j = scale · sum of dS[i, j] q_i, over all rows i of all
 // query heads that share the key. One invocation four columns of each.
 #include "common/problem.wgsl"
 #include "common/elements.wgsl"
@@ -41,6 +41,6 @@ fn gradients_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_i
             dv += dv_sum;
         }
     }
-    write_grad_key(head_start(problem.grad_key, batch, head_kv) + j * problem.grad_key.row, d, HEAD_DIM, dk);
+    write_grad_key(head_start(problem.grad_key, batch, head_kv) + j * problem.grad_key.row, d, HEAD_DIM, dk * problem.scale);
     write_grad_value(head_start(problem.grad_value, batch, head_kv) + j * problem.grad_value.row, d, HEAD_DIM_V, dv);
 }

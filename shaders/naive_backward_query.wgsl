@@ -1,4 +1,4 @@
-// Materialised backward pass, step 3 of 3: dq_i = sum over j of dS[i, j] k_j. One invocation four columns.
+// Materialised backward pass, step 3 of 3: dq_i = scale · sum over j of dS[i, j] k_j. One invocation four columns.
 #include "common/problem.wgsl"
 #include "common/elements.wgsl"
 
@@ -27,5 +27,5 @@ fn gradient_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id
         }
         dq += sum;
     }
-    write_grad_query(head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row, d, HEAD_DIM, dq);
+    write_grad_query(head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row, d, HEAD_DIM, dq * problem.scale);
 }

@@ -1,5 +1,5 @@
-// Materialised backward pass, step 1 of 3: P[i, j] = exp(S[i, j] - lse_i) and dS[i, j] = P[i, j] (dO_i · v_j - delta_i), the
-// gradient of the score, times that of the score in q_i · k_j. One invocation a pair.
+// Materialised backward pass, step 1 of 3: P[i, j] = exp(S[i, j] - lse_i) and dS[i, j] = P[i, j] (dO_i · v_j - delta_i) score', the
+// gradient of the score as scaled, score' being what a softcap leaves of it. One invocation a pair.
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/score.wgsl"
@@ -44,7 +44,7 @@ fn scores_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) 
         // The larger of the two, which is the score: no compiler makes the product and the difference one fma, which would not
         // round the score as the forward pass did.
         let p = exp_difference(max(score_size() * shape, MASKED), rows[row].x);
-        p_and_ds = vec2f(p, p * (sum4(dp) - rows[row].y) * problem.scale * score_slope(shape));
+        p_and_ds = vec2f(p, p * (sum4(dp) - rows[row].y) * score_slope(shape));
     }
     scores[row * problem.seqlen_k + j] = p_and_ds;
 }

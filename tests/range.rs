@@ -6,7 +6,7 @@ mod common;
 
 use common::backward::backward;
 use common::coop::{in_forms, is_software};
-use common::{Rng, coop, from_bits, full, to_bits};
+use common::{Rng, TYPES, coop, from_bits, full, to_bits};
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::ElementType::{self, BF16, F16, F32};
 use wgpu_flash_attention::tune::{CoopBackwardTile, CoopTile};
@@ -182,12 +182,21 @@ fn ways(element_type: ElementType) -> Vec<Way> {
 
 /// Runs each case in each way; `bounds` of o, lse, dq, dk and dv say what the way may be off by.
 fn check(cases: &[(String, Case)], bounds: impl Fn(&str, &Case) -> [f64; 5]) {
+    check_some(cases, |_| true, bounds);
+}
+
+/// The same in the ways that are `taken`.
+fn check_some(cases: &[(String, Case)], taken: impl Fn(&str) -> bool, bounds: impl Fn(&str, &Case) -> [f64; 5]) {
     let mut failed = vec![];
+    let has = |ty| cases.iter().any(|(_, case)| case.problem.element_type == ty);
+    let ways = TYPES.map(|ty| if has(ty) { ways(ty) } else { vec![] });
     for (name, case) in cases {
         let ty = case.problem.element_type;
         let expected = case.expected();
-        for (way, context, options) in ways(ty) {
-            let errors = case.errors(&case.found(context, &options), &expected);
+        for (way, context, options) in
+            ways[TYPES.iter().position(|&x| x == ty).unwrap()].iter().filter(|(way, ..)| taken(way))
+        {
+            let errors = case.errors(&case.found(context, options), &expected);
             println!(
                 "{name}, {ty}, {way}: {}",
                 NAMES.iter().zip(errors).map(|(n, e)| format!("{n} {e:.1e}")).collect::<Vec<_>>().join(", ")
@@ -290,4 +299,68 @@ fn one_key_of_large_scores() {
         let lost = if way == "naive" { 0.0 } else { largest * 2f64.powi(-22) };
         [1e-6, 1e-6, FINITE, FINITE, 1e-6 + lost]
     });
+}
+
+/// Scales down to 0 and up to the largest, with products of q and k that make scores of some size or none.
+#[test]
+fn scales_at_their_edges() {
+    let mut cases = vec![];
+    for ty in [F32, BF16] {
+        for (scale, q, k) in [
+            (0.0, 1.0, 1.0),
+            (1e-37, 1e18, 1e18),
+            (1e-31, 1.0, 1e31),
+            (-1e-31, 1e31, 1.0),
+            (1e-32, 1e16, 1e16),
+            (5e-31, 1e15, 1e15),
+            (1e-29, 1e15, 1e14),
+            (1e-27, 1e14, 1e13),
+            (1e-24, 1e12, 1e12),
+            (1e30, 1e-15, 1e-15),
+            (-1e30, 1e-6, 1e-24),
+        ] {
+            let mut case = Case::random(ty, [37, 70], 16).problem(|problem| problem.scale(scale));
+            case.inputs[0].iter_mut().for_each(|x| *x *= q);
+            case.inputs[1].iter_mut().for_each(|x| *x *= k);
+            cases.push((format!("scale {scale:e}, q times {q:e}, k times {k:e}"), case.rounded()));
+        }
+    }
+    cases.push(("scale 0".into(), Case::random(F16, [37, 70], 16).problem(|problem| problem.scale(0.0))));
+    check(&cases, |_, case| match case.problem.element_type {
+        F32 => [2e-6, 2e-6, 1e-5, 1e-5, 1e-5],
+        _ => [1e-2, 1e-2, 2e-2, 2e-2, 2e-2],
+    });
+}
+
+#[test]
+fn softcaps_at_their_edges() {
+    let mut cases = vec![];
+    for ty in [F32, BF16] {
+        for softcap in [1e-30, 1e30] {
+            let case = Case::random(ty, [37, 70], 16).problem(|problem| problem.softcap(softcap));
+            cases.push((format!("softcap {softcap:e}"), case));
+        }
+    }
+    check(&cases, |_, case| match case.problem.element_type {
+        F32 => [2e-6, 2e-6, 1e-5, 1e-5, 1e-5],
+        _ => [1e-2, 1e-2, 2e-2, 2e-2, 2e-2],
+    });
+}
+
+/// As large as docs/kernels.md says that scores and values may be.
+#[test]
+fn scores_and_values_at_the_ends_of_their_ranges() {
+    let bounds = |_: &str, _: &Case| [2e-6, 1e-6, FINITE, FINITE, FINITE];
+    let cases =
+        |score: f32| [score, -score].map(|score| (format!("equal scores of {score:e}"), equal_scores(F32, score)));
+    check(&cases(4e13), bounds);
+    // With a scale of 1/4, and with one of 1.
+    let largest = cases(1.25e37).into_iter().flat_map(|(name, case)| {
+        let of_one = case.clone().problem(|problem| problem.scale(1.0));
+        [(name.clone(), case), (name + " times 4", of_one)]
+    });
+    check_some(&largest.collect::<Vec<_>>(), |way| !way.starts_with("coop"), bounds);
+    let values = Case::random(F32, [5, 100], 16).all(0, 1.0).all(1, 1.0).all(2, 1e33);
+    let values = [("values of 1e33, 100 equal keys".to_string(), values)];
+    check(&values, |_, _| [2e-6, 1e-6, FINITE, FINITE, 1e-5]);
 }

@@ -164,14 +164,19 @@ pub(crate) fn backward_switches(problem: &Problem, vector: u32) -> Vec<&'static 
     on
 }
 
+/// Products times a smaller scale than this become scores before anything is done with them.
+const TINY_SCALE: f32 = 1e-28;
+
 fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'static str> {
     let aligned = problem.is_aligned(tensors, vector);
+    let tiny = problem.effective_scale().abs() < TINY_SCALE;
     let mut on = vec![problem.element_type.switch()];
     let flags = [
         (aligned, "ALIGNED"),
         (aligned && problem.element_type != ElementType::F32, "PACKED"),
         (problem.softcap.is_some(), "SOFTCAP"),
-        (problem.softcap.is_some(), "SHAPED"),
+        (problem.softcap.is_some() || tiny, "SHAPED"),
+        (problem.softcap.is_none() && tiny, "TINY_SCALE"),
         (problem.seqlens_k, "SEQLENS_K"),
         (problem.lse, "LSE"),
     ];
