@@ -102,6 +102,11 @@ fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, V
     return x;
 }
 
+// Of a row of Q.
+fn query_scale(scales: Scales, row: u32) -> f32 {
+    return select(scales.tile.x, row_scale(row), scales.apart);
+}
+
 // A tile of K and one of V to workgroup memory, each row times its own scale. Has barriers.
 fn store_by_rows(keys: array<Elements4, K_LOADS>, values: array<Elements4, V_LOADS>, thread: u32) {
     clear_sizes(ROWS, 2u * KEYS, thread);
@@ -164,18 +169,21 @@ fn forward(
         query_sizes = max(query_sizes, sizes_of(query_rest[n]));
     }
     let query_scales = scales_of(query_sizes, vec2u(), subgroup, lane);
-    clear_sizes(0u, ROWS, thread);
-    workgroupBarrier();
-    for (var n = 0u; n < Q_LOADS; n++) {
-        let t = thread + n * THREADS;
-        if t < ROWS * D4 {
-            add_size(t / D4, query_rest[n]);
+    // A loop of one trip at most: naga takes the condition for one that may differ between threads.
+    for (var once = u32(query_scales.apart); once > 0u; once--) {
+        clear_sizes(0u, ROWS, thread);
+        workgroupBarrier();
+        for (var n = 0u; n < Q_LOADS; n++) {
+            let row = (thread + n * THREADS) / D4;
+            if row < ROWS {
+                add_size(row, query_rest[n]);
+            }
         }
+        workgroupBarrier();
     }
-    workgroupBarrier();
     for (var n = 0u; n < Q_LOADS; n++) {
         let row = min((thread + n * THREADS) / D4, ROWS - 1u);
-        query_rest[n] *= select(query_scales.tile.x, row_scale(row), query_scales.apart);
+        query_rest[n] *= query_scale(query_scales, row);
     }
     var q: array<array<array<Left, PARTS>, DM>, ROW_MATRICES>;
     for (var part = 0u; part < PARTS; part++) {
@@ -257,7 +265,6 @@ fn forward(
                 }
             }
         }
-        // A loop of one trip at most: naga takes the condition for one that may differ between threads.
         for (var once = u32(by_rows); once > 0u; once--) {
             store_by_rows(key_next, value_next, thread);
         }
@@ -294,7 +301,7 @@ fn forward(
                 for (var c = 0u; c < KM; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let row = mine + r * M + row_of(lane, e);
-                        let of_row = select(query_scales.tile.x, row_scale(row), query_scales.apart);
+                        let of_row = query_scale(query_scales, row);
                         let of_key = row_scale(ROWS + c * M + column_of(lane, e));
 #if SHAPED
                         x[r][c][e] = factor * score_shape(unscaled(x[r][c][e], of_row, of_key));

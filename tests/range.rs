@@ -360,7 +360,34 @@ fn scores_and_values_at_the_ends_of_their_ranges() {
         [(name.clone(), case), (name + " times 4", of_one)]
     });
     check_some(&largest.collect::<Vec<_>>(), |way| !way.starts_with("coop"), bounds);
-    let values = Case::random(F32, [5, 100], 16).all(0, 1.0).all(1, 1.0).all(2, 1e33);
-    let values = [("values of 1e33, 100 equal keys".to_string(), values)];
-    check(&values, |_, _| [2e-6, 1e-6, FINITE, FINITE, 1e-5]);
+    let values = |of: f32| {
+        let case = Case::random(F32, [5, 100], 16).all(0, 1.0).all(1, 1.0).all(2, of);
+        [(format!("values of {of:e}, 100 equal keys"), case)]
+    };
+    let bounds = |_: &str, _: &Case| [2e-6, 1e-6, FINITE, FINITE, 1e-5];
+    check(&values(1e33), bounds);
+    check_some(&values(1e36), |way| !way.starts_with("coop"), bounds);
+    check_some(&values(1e37), |way| way == "naive", bounds);
+}
+
+/// What a row does to itself in two parts of f16: elements below 2^-16 of the row's largest lose up to 2^-39 of that one. Those
+/// above lose nothing.
+#[test]
+fn a_column_of_huge_values() {
+    let mut case = Case::random(F32, [37, 70], 16);
+    case.inputs[2].chunks_mut(16).for_each(|row| row[7] *= 1e10);
+    let expected = case.expected();
+    for (way, context, options) in ways(F32) {
+        let found = case.found(context, &options);
+        let others = found[0].iter().zip(&expected[0]).enumerate().filter(|(n, _)| n % 16 != 7);
+        let error = others.map(|(_, (x, e))| (x - e).abs()).fold(0.0, f64::max);
+        println!("{way}: {error:e}");
+        let bound = if way.starts_with("coop") { 1e10 * 2f64.powi(-39) } else { 1e-6 };
+        assert!(error <= bound, "{way}: {error:e} > {bound:e}");
+    }
+    let mut case = Case::random(F32, [37, 70], 16);
+    for (tensor, factor) in [(0, 1.0 / 6e4), (1, 6e4)] {
+        case.inputs[tensor].chunks_mut(16).for_each(|row| row[7] *= factor);
+    }
+    check(&[("a column of k times 6e4, of q over 6e4".into(), case)], |_, _| [2e-6, 2e-6, 5e-5, 1e-5, 1e-5]);
 }

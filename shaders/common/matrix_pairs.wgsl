@@ -83,16 +83,19 @@ fn owned_parts(
         second_sizes = max(second_sizes, sizes_of(second[n]));
     }
     *scales = scales_of(first_sizes, second_sizes, subgroup, lane);
-    clear_sizes(0u, 2u * OWN, thread);
-    workgroupBarrier();
-    for (var n = 0u; n < OWN_LOADS; n++) {
-        let row = (thread + n * THREADS) / W4;
-        if row < OWN {
-            add_size(row, first[n]);
-            add_size(OWN + row, second[n]);
+    // A loop of one trip at most: naga takes the condition for one that may differ between threads.
+    for (var once = u32((*scales).apart); once > 0u; once--) {
+        clear_sizes(0u, 2u * OWN, thread);
+        workgroupBarrier();
+        for (var n = 0u; n < OWN_LOADS; n++) {
+            let row = (thread + n * THREADS) / W4;
+            if row < OWN {
+                add_size(row, first[n]);
+                add_size(OWN + row, second[n]);
+            }
         }
+        workgroupBarrier();
     }
-    workgroupBarrier();
     for (var n = 0u; n < OWN_LOADS; n++) {
         let row = min((thread + n * THREADS) / W4, OWN - 1u);
         first[n] *= owned_scale(*scales, 0u, row);
@@ -156,7 +159,6 @@ fn store_step(step: Step, owned: Scales, thread: u32, subgroup: u32, lane: u32) 
             }
         }
     }
-    // A loop of one trip at most: naga takes the condition for one that may differ between threads.
     for (var once = u32(scales.apart); once > 0u; once--) {
         clear_sizes(2u * OWN, 2u * STEP, thread);
         workgroupBarrier();
