@@ -49,7 +49,7 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
         numbers: Numbers(1),
     };
     let seqlens_k = buffer("seqlens_k", BATCH);
-    let workspace = plan.create_workspace();
+    let workspace = plan.create_workspace()?;
     let [keys, values] = &cache.device;
     let buffers = ForwardBuffers::new(&q, keys, values, &o).seqlens_k(&seqlens_k).workspace(workspace.as_ref());
     let bound = plan.bind_forward(&buffers)?;

@@ -100,7 +100,7 @@ fn dkdv(
         load_key(head_start(problem.key, at.batch, at.head_kv), key0, last, thread),
         load_value(head_start(problem.value, at.batch, at.head_kv), key0, last, thread),
     );
-    var owned_scales: vec2f;
+    var owned_scales: Scales;
     var lefts = owned_parts(owned, HEAD_DIM, HEAD_DIM_V, thread, subgroup, lane, &owned_scales);
     // dV in one half, dK in the other.
     var sums: Gradients;
@@ -129,7 +129,7 @@ fn dkdv(
         step = load_step(at.batch, head, u32(i0), thread);
         step_numbers = load_numbers(at.batch, head, u32(i0), thread);
 #endif
-        let scales = store_step(step, thread, subgroup, lane);
+        let scales = store_step(step, owned_scales, thread, subgroup, lane);
         store_numbers(step_numbers, u32(i0), thread);
         workgroupBarrier();
         let row0 = i0;
@@ -147,17 +147,37 @@ fn dkdv(
 
         // S^T = K Q^T, or dP^T = V dO^T
         var x = products(&lefts, half);
+        // What takes the scales of owned rows and of the step back.
+        var unscale = vec2f(inverse(of_half(owned_scales.tile, half)), inverse(of_half(scales.tile, half)));
+#if SHAPED
+        var factor = unscale.x * unscale.y;
+#else
+        var factor = unscaled(size, owned_scales.tile.x, scales.tile.x);
+#endif
+        if scales.apart {
+#if SHAPED
+            take_scales_back(&x, owned_scales, 1.0, pair, half, lane);
+#else
+            take_scales_back(&x, owned_scales, size, pair, half, lane);
+#endif
+            unscale = vec2f(1.0);
+            factor = 1.0;
+        }
 
         // P^T = exp(score(S^T) - lse), or dS^T = P^T score' (dP^T - delta)
         if half == 0u {
-            let unscale = inverse(owned_scales.x) * inverse(scales.x);
             var slope = Scores();
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < SM; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        let shape = score_shape(x[r][c][e] * unscale);
+#if SHAPED
+                        let shape = score_shape(x[r][c][e] * factor);
                         slope[r][c][e] = score_slope(shape);
                         x[r][c][e] = fma(shape, size, -numbers[c * M + column_of(lane, 0u) + column_of(0u, e)]);
+#else
+                        slope[r][c][e] = 1.0;
+                        x[r][c][e] = fma(x[r][c][e], factor, -numbers[c * M + column_of(lane, 0u) + column_of(0u, e)]);
+#endif
                     }
                 }
             }
@@ -190,8 +210,8 @@ fn dkdv(
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let delta = numbers[STEP + c * M + column_of(lane, 0u) + column_of(0u, e)];
                         // One scale after the other: both at once, 2^-128 with a V of 1e-30, may be no f32.
-                        let dp = x[r][c][e] * inverse(owned_scales.y);
-                        x[r][c][e] = p[e] * fma(dp, inverse(scales.y), -delta);
+                        let dp = x[r][c][e] * unscale.x;
+                        x[r][c][e] = p[e] * fma(dp, unscale.y, -delta);
                     }
                 }
             }
@@ -199,7 +219,7 @@ fn dkdv(
 
         // dV = dV + P^T dO, or dK = dK + dS^T Q
         let other = 1u - half;
-        add_products(&sums, x, other, of_half(scales, other), 0u);
+        add_products(&sums, x, other, scales, 0u, lane);
     }
 
     // Out in whole rows, a matrix of each subgroup at a time

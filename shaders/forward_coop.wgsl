@@ -105,6 +105,8 @@ fn forward(
 
     var o: array<array<Accumulator, VM>, ROW_MATRICES>;
     var m: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
+    // Whether some row's m is so large that its exponents are rounded.
+    var rounds = false;
     var l: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
 #unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {

@@ -34,11 +34,11 @@ pub enum Error {
         /// The value given.
         found: u32,
     },
-    /// The scale is NaN or infinite.
-    #[error("scale is {0}; it must be finite")]
+    /// The scale is NaN, or beyond ±1e30.
+    #[error("scale is {0:?}; it must be from -1e30 to 1e30")]
     Scale(f32),
-    /// The softcap is NaN, infinite, zero or negative.
-    #[error("softcap is {0}; it must be finite and above 0")]
+    /// The softcap is NaN, or not from 1e-30 to 1e30.
+    #[error("softcap is {0:?}; it must be from 1e-30 to 1e30 (leave it out for scores without a cap)")]
     Softcap(f32),
     /// Gradients need lse, from which the backward pass recomputes the probabilities.
     #[error("lse is not set and gradients are; set both, as Problem::with_gradients does")]

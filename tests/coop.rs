@@ -208,6 +208,7 @@ fn problems(element_types: &[ElementType]) -> Vec<Problem> {
         let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
         for &element_type in element_types {
             all.extend((0..16).map(|bits| switched(shape, element_type, bits)));
+            all.push(switched(shape, element_type, 8).scale(0.0));
         }
     }
     all

@@ -48,6 +48,8 @@ fn problems() -> Vec<Problem> {
             for &seqlen in seqlens {
                 let shape = Shape { head_dim_v, ..Shape::square(2, 2, seqlen, head_dim) };
                 all.extend((0..16).map(|bits| switched(shape, element_type, bits)));
+                // Aligned or not, with lse and a scale of 0.
+                all.extend([8, 9].map(|bits| switched(shape, element_type, bits).scale(0.0)));
             }
         }
     }

@@ -93,11 +93,12 @@
 #unroll
             for (var h = 0u; h < LANE_ROWS; h++) {
                 most[r][h] = row_max(most[r][h]) * factor;
-                grown = grown || most[r][h] > m[r][h] + GROWTH;
+                grown = grown || most[r][h] - m[r][h] > GROWTH;
             }
         }
         // A loop of one trip at most: for an if, drivers copy O to other registers and back.
         for (var once = u32(subgroupAny(grown)); once > 0u; once--) {
+            var large = false;
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 var shrink = array<f32, LANE_ROWS>();
@@ -106,6 +107,7 @@
                     let larger = max(m[r][h], most[r][h]);
                     shrink[h] = exp2(m[r][h] - larger);
                     m[r][h] = larger;
+                    large = large || abs(larger) > LARGEST_EXPONENT;
                     l[r][h] *= shrink[h];
                 }
 #unroll
@@ -118,7 +120,21 @@
                     o[r][d] = accumulator(y);
                 }
             }
+            rounds = subgroupAny(large);
         }
+        for (var once = u32(rounds); once > 0u; once--) {
+#unroll
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+                for (var c = 0u; c < KM; c++) {
+#unroll
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        x[r][c][e] *= factor;
+                    }
+                }
+            }
+        }
+        let unrounded = select(factor, 1.0, rounds);
 
         // P = 2^(S - m),  l = l + rowsum P
 #unroll
@@ -127,7 +143,7 @@
             for (var c = 0u; c < KM; c++) {
 #unroll
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    let p = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
+                    let p = exp2(fma(x[r][c][e], unrounded, -m[r][held_row(e)]));
                     x[r][c][e] = p;
                     l[r][held_row(e)] += p;
                 }

@@ -11,7 +11,8 @@ fn score(dot: f32, at: Sequence, i: i32, j: i32) -> f32 {
 }
 
 // The same in parts: the sign that Q takes on, the shape, and the size, never negative.
-// score(dot) = score_size() · score_shape(score_sign() · dot). Unless SHAPED, a shape is the product itself.
+// score(dot) = score_size() · score_shape(score_sign() · dot). Unless SHAPED, a shape is the product itself. With a TINY_SCALE, 0
+// included, it is the score: products of which f32 does not hold differences times the scale are weighed by it nevertheless.
 fn score_sign() -> f32 {
     return select(1.0, -1.0, problem.scale < 0.0);
 }
@@ -20,7 +21,11 @@ fn score_shape(dot: f32) -> f32 {
 #if SOFTCAP
     return tanh_exact(abs(problem.scale) * dot / problem.softcap);
 #else
+#if TINY_SCALE
+    return abs(problem.scale) * dot;
+#else
     return dot;
+#endif
 #endif
 }
 
@@ -28,7 +33,11 @@ fn score_size() -> f32 {
 #if SOFTCAP
     return problem.softcap;
 #else
+#if TINY_SCALE
+    return 1.0;
+#else
     return abs(problem.scale);
+#endif
 #endif
 }
 

@@ -73,7 +73,7 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
     };
     // The hooks are for the scores.
     let mut on = switches(problem, 4);
-    on.retain(|name| !["SOFTCAP", "SHAPED", "SEQLENS_K"].contains(name));
+    on.retain(|name| !["SOFTCAP", "SHAPED", "TINY_SCALE", "SEQLENS_K"].contains(name));
     let mut used = vec![
         (Slot::Workspace, Access::Read),
         (Slot::WorkspaceStats, Access::Read),

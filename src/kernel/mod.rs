@@ -21,6 +21,10 @@ use crate::specialize::{Specialization, SpecializeError};
 use crate::{ElementType, Problem};
 
 /// Which algorithm computes a problem.
+///
+/// All are right for scores (and products of q and k) within ±5e13 and values within ±1e35 over the number of keys. All but
+/// [`Kernel::Coop`] are right for scores within ±5e37, and values within ±1e38 over the number of keys. Nothing looks for larger
+/// ones. `docs/kernels.md` has more on this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
@@ -210,14 +214,19 @@ pub(crate) fn backward_switches(problem: &Problem, vector: u32) -> Vec<&'static 
     on
 }
 
+/// Products times a smaller scale than this become scores before anything is done with them.
+const TINY_SCALE: f32 = 1e-28;
+
 fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'static str> {
     let aligned = problem.is_aligned(tensors, vector);
+    let tiny = problem.effective_scale().abs() < TINY_SCALE;
     let mut on = vec![problem.element_type.switch()];
     let flags = [
         (aligned, "ALIGNED"),
         (aligned && problem.element_type != ElementType::F32, "PACKED"),
         (problem.softcap.is_some(), "SOFTCAP"),
-        (problem.softcap.is_some(), "SHAPED"),
+        (problem.softcap.is_some() || tiny, "SHAPED"),
+        (problem.softcap.is_none() && tiny, "TINY_SCALE"),
         (problem.seqlens_k, "SEQLENS_K"),
         (problem.lse, "LSE"),
     ];
