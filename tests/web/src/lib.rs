@@ -8,9 +8,9 @@ mod common;
 use std::sync::{Arc, Mutex};
 
 use cases::Entry;
-use common::Measured;
+use common::{Measured, case};
 use wasm_bindgen::prelude::*;
-use wgpu_flash_attention::{Context, Plan, PlanOptions, Problem, wgpu};
+use wgpu_flash_attention::{Causal, Context, HostTensor, Plan, PlanOptions, Problem, SdpaOptions, wgpu};
 
 #[wasm_bindgen]
 extern "C" {
@@ -24,7 +24,7 @@ extern "C" {
 pub async fn run(adapter_limits: bool, few: bool, say: js_sys::Function) -> Result<u32, JsError> {
     std::panic::set_hook(Box::new(|info| error(&info.to_string())));
     let say = |line: String| drop(say.call1(&JsValue::NULL, &line.into()));
-    let (context, errors) = device(adapter_limits).await.map_err(|error| JsError::new(&error))?;
+    let (context, _, errors) = device(adapter_limits).await.map_err(|error| JsError::new(&error))?;
     let limits = context.device().limits();
     say(format!(
         "{} limits: {} bytes of workgroup memory, {} invocations",
@@ -34,31 +34,38 @@ pub async fn run(adapter_limits: bool, few: bool, say: js_sys::Function) -> Resu
     ));
     let mut entries = cases::entries();
     entries.retain(|entry| entry.few || !few);
-    let (mut failed, count) = (0, entries.len());
-    for entry in entries {
-        let begin = js_sys::Date::now();
-        let mut result = check(&entry, &context).await;
+    let (mut passed, mut count) = (0, 0);
+    let mut report = |name: &str, begin: f64, mut result: Result<Vec<Measured>, String>| {
         // What the browser refused leaves zeros or poison behind; its own words say more.
         let refused = std::mem::take(&mut *errors.lock().unwrap());
         if !refused.is_empty() {
             result = Err(refused.join("; "));
         }
-        let took = js_sys::Date::now() - begin;
-        failed += u32::from(result.is_err());
-        match result {
+        count += 1;
+        passed += u32::from(result.is_ok());
+        let (verdict, words) = match result {
             Ok(measured) => {
                 let words = measured.iter().map(|m| format!("{} {:.1e} of {:.1e}", m.name, m.error, m.bound));
-                say(format!("PASS {}: {} ({took:.0} ms)", entry.name, words.collect::<Vec<_>>().join(", ")));
+                ("PASS", words.collect::<Vec<_>>().join(", "))
             }
-            Err(why) => say(format!("FAIL {}: {why} ({took:.0} ms)", entry.name)),
-        }
+            Err(why) => ("FAIL", why),
+        };
+        say(format!("{verdict} {name}: {words} ({:.0} ms)", js_sys::Date::now() - begin));
+    };
+    for entry in entries {
+        let begin = js_sys::Date::now();
+        report(&entry.name, begin, check(&entry, &context).await);
     }
-    say(format!("{} of {count} cases passed", count as u32 - failed));
-    Ok(failed)
+    let begin = js_sys::Date::now();
+    report("host slices f32, top-left", begin, host_slices(&context).await);
+    let begin = js_sys::Date::now();
+    report("a destroyed device and missing matrices are errors", begin, errors_are_errors(adapter_limits).await);
+    say(format!("{passed} of {count} cases passed"));
+    Ok(count - passed)
 }
 
 /// A device, and what goes wrong on it that no one asked about.
-async fn device(adapter_limits: bool) -> Result<(Context, Arc<Mutex<Vec<String>>>), String> {
+async fn device(adapter_limits: bool) -> Result<(Context, wgpu::Adapter, Arc<Mutex<Vec<String>>>), String> {
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
     let adapter = instance.request_adapter(&Default::default()).await.map_err(|error| error.to_string())?;
     let required_limits = if adapter_limits { adapter.limits() } else { wgpu::Limits::default() };
@@ -67,7 +74,7 @@ async fn device(adapter_limits: bool) -> Result<(Context, Arc<Mutex<Vec<String>>
     let errors = Arc::new(Mutex::new(vec![]));
     let list = errors.clone();
     device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| list.lock().unwrap().push(error.to_string())));
-    Ok((Context::new(&device, &queue), errors))
+    Ok((Context::new(&device, &queue), adapter, errors))
 }
 
 /// Computes the case twice and compares with the oracle.
@@ -95,6 +102,30 @@ async fn check(entry: &Entry, context: &Context) -> Result<Vec<Measured>, String
             same(&runs)?;
             case.compare(&runs[0])
         }
+    }
+}
+
+/// The function that applications call first.
+async fn host_slices(context: &Context) -> Result<Vec<Measured>, String> {
+    let shape = [1, 4, 100, 64];
+    let case = case(1, [4, 4], [100, 100], [64, 64]).no_lse().causal(Causal::TopLeft).prepare();
+    let [q, k, v] = &case.seen();
+    let [q, k, v] = [q, k, v].map(|data| HostTensor { data, shape });
+    let options = SdpaOptions::default().is_causal(true);
+    let out = context.scaled_dot_product_attention_async(q, k, v, &options).await.map_err(|error| error.to_string())?;
+    case.compare(&(out.into_iter().map(f32::to_bits).collect(), vec![]))
+}
+
+/// What must not go unnoticed.
+async fn errors_are_errors(adapter_limits: bool) -> Result<Vec<Measured>, String> {
+    let (context, adapter, _) = device(adapter_limits).await?;
+    if context.clone().with_cooperative_matrices(&adapter).await.is_ok() {
+        return Err("a context with cooperative matrices, which browsers do not have".into());
+    }
+    context.device().destroy();
+    match host_slices(&context).await {
+        Ok(_) => Err("results from a device that was destroyed".into()),
+        Err(_) => Ok(vec![]),
     }
 }
 

@@ -1,0 +1,8 @@
+// What backward_delta.wgsl leaves of each row: lse and delta, as bits, [batch, heads, seqlen_q] of this launch. Behind them, where the
+// problem has lengths, are the numbers of valid queries and keys of each batch entry: a binding less for the kernels that read it.
+@group(0) @binding(7) var<storage, $access> rows: array<vec2u>;
+
+// lse and delta of a row.
+fn row_stats(row: u32) -> vec2f {
+    return bitcast<vec2f>(rows[row]);
+}
