@@ -68,9 +68,10 @@
             }
         }
 
-        // If a row of the subgroup has grown:  m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
+        // If a row of the subgroup has grown, or is so large that exponents are rounded:
+        //     m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
         var most = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
-        var grown = false;
+        var grown = rounds;
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
@@ -121,19 +122,19 @@
                 }
             }
             rounds = subgroupAny(large);
-        }
-        for (var once = u32(rounds); once > 0u; once--) {
+            let rounded = select(1.0, factor, rounds);
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
                 for (var c = 0u; c < KM; c++) {
 #unroll
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        x[r][c][e] *= factor;
+                        x[r][c][e] *= rounded;
                     }
                 }
             }
         }
+        // What is left of the factor.
         let unrounded = select(factor, 1.0, rounds);
 
         // P = 2^(S - m),  l = l + rowsum P

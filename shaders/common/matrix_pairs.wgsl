@@ -201,18 +201,20 @@ fn scale_of_lanes(x: Scores, other: f32) -> f32 {
 }
 
 // Where rows have scales of their own: products of a half, without them. Those of the first half, which become scores, are
-// multiplied by `size`.
+// multiplied by `size`. None is infinite: what is masked is multiplied by a probability of 0.
 fn take_scales_back(x: ptr<function, Scores>, owned: Scales, size: f32, pair: u32, half: u32, lane: u32) {
     for (var r = 0u; r < MATRICES; r++) {
         for (var c = 0u; c < SM; c++) {
             for (var e = 0u; e < ELEMENTS; e++) {
                 let a = owned_scale(owned, half, (pair * MATRICES + r) * M + row_of(lane, e));
                 let b = step_scale(half, c * M + column_of(lane, e));
+                var y = (*x)[r][c][e];
                 if half == 0u {
-                    (*x)[r][c][e] *= unscaled(size, a, b);
+                    y *= unscaled(size, a, b);
                 } else {
-                    (*x)[r][c][e] = unscaled((*x)[r][c][e], a, b);
+                    y = unscaled(y, a, b);
                 }
+                (*x)[r][c][e] = clamp(y, -NO_KEYS, NO_KEYS);
             }
         }
     }
@@ -220,6 +222,7 @@ fn take_scales_back(x: ptr<function, Scores>, owned: Scales, size: f32, pair: u3
 
 // Numbers of the rows that a lane holds of what a subgroup holds.
 alias RowNumbers = array<array<f32, LANE_ROWS>, MATRICES>;
+alias RowExponents = array<array<i32, LANE_ROWS>, MATRICES>;
 
 // Multiplies each row by the power of two that brings its largest element to between 2^14 and 2^15, but by 2^most at most.
 // The exponents of these powers are added to `exponents`.
@@ -244,8 +247,6 @@ fn scale_rows(x: ptr<function, Scores>, most: i32, exponents: ptr<function, RowE
         }
     }
 }
-
-alias RowExponents = array<array<i32, LANE_ROWS>, MATRICES>;
 
 // Where rows have scales of their own: what is to be multiplied with a step's rows of a tensor, over their scales, and each row
 // times a scale. Returns what takes all of these back.
