@@ -24,7 +24,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
-@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
@@ -50,29 +50,29 @@ const NUMBER_LOADS = (STEP + THREADS - 1u) / THREADS;
 // lse of the tile's rows, then delta.
 var<workgroup> numbers: array<f32, 2u * STEP>;
 
-fn load_step(batch: u32, head: u32, i0: u32, thread: u32) -> Step {
-    let last = problem.seqlen_q - 1u;
+fn load_step(at: Sequence, head: u32, i0: u32, thread: u32) -> Step {
+    let last = last_query(at);
     return Step(
-        load_query(head_start(problem.query, batch, head), i0, last, thread),
-        load_grad_out(head_start(problem.grad_out, batch, head), i0, last, thread),
+        load_query(head_start(problem.query, at.batch, head), i0, last, thread),
+        load_grad_out(head_start(problem.grad_out, at.batch, head), i0, last, thread),
     );
 }
 
-fn load_numbers(batch: u32, head: u32, i0: u32, thread: u32) -> array<vec2f, NUMBER_LOADS> {
+fn load_numbers(at: Sequence, head: u32, i0: u32, thread: u32) -> array<vec2f, NUMBER_LOADS> {
     var x: array<vec2f, NUMBER_LOADS>;
     for (var n = 0u; n < NUMBER_LOADS; n++) {
-        let i = min(i0 + thread + n * THREADS, problem.seqlen_q - 1u);
-        x[n] = rows[(batch * problem.heads + head) * problem.seqlen_q + i];
+        let i = min(i0 + thread + n * THREADS, last_query(at));
+        x[n] = row_stats((at.batch * problem.heads + head) * problem.seqlen_q + i);
     }
     return x;
 }
 
-fn store_numbers(x: array<vec2f, NUMBER_LOADS>, i0: u32, thread: u32) {
+fn store_numbers(at: Sequence, x: array<vec2f, NUMBER_LOADS>, i0: u32, thread: u32) {
     for (var n = 0u; n < NUMBER_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < STEP {
             // A row past the end is as one without keys.
-            numbers[t] = select(x[n].x, NO_KEYS, i0 + t >= problem.seqlen_q);
+            numbers[t] = select(x[n].x, NO_KEYS, i0 + t > last_query(at));
             numbers[STEP + t] = x[n].y;
         }
     }
@@ -120,17 +120,17 @@ fn dkdv(
     var step_numbers: array<vec2f, NUMBER_LOADS>;
 #if AHEAD
     if count > 0 {
-        step = load_step(at.batch, head, u32(i0), thread);
-        step_numbers = load_numbers(at.batch, head, u32(i0), thread);
+        step = load_step(at, head, u32(i0), thread);
+        step_numbers = load_numbers(at, head, u32(i0), thread);
     }
 #endif
     for (var n = 0; n < count; n++) {
 #if !AHEAD
-        step = load_step(at.batch, head, u32(i0), thread);
-        step_numbers = load_numbers(at.batch, head, u32(i0), thread);
+        step = load_step(at, head, u32(i0), thread);
+        step_numbers = load_numbers(at, head, u32(i0), thread);
 #endif
         let scales = store_step(step, owned_scales, thread, subgroup, lane);
-        store_numbers(step_numbers, u32(i0), thread);
+        store_numbers(at, step_numbers, u32(i0), thread);
         workgroupBarrier();
         let row0 = i0;
         i0 += i32(STEP);
@@ -141,8 +141,8 @@ fn dkdv(
 #if AHEAD
         // The last one is loaded for nothing.
         let next = min(head, at.head_q + problem.group - 1u);
-        step = load_step(at.batch, next, u32(i0), thread);
-        step_numbers = load_numbers(at.batch, next, u32(i0), thread);
+        step = load_step(at, next, u32(i0), thread);
+        step_numbers = load_numbers(at, next, u32(i0), thread);
 #endif
 
         // S^T = K Q^T, or dP^T = V dO^T

@@ -19,7 +19,7 @@
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-@group(0) @binding(7) var<storage, read> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
@@ -52,7 +52,7 @@ fn dkdv(
     let at = sequence(group.z, head_kv * problem.group);
     let range = row_range(at, i32(j0), i32(j0 + OWN));
     let last_key = u32(max(at.keys, 1) - 1);
-    let last_row = problem.seqlen_q - 1u;
+    let last_row = last_query(at);
     let key_start = head_start(problem.key, at.batch, head_kv);
     let value_start = head_start(problem.value, at.batch, head_kv);
 
@@ -113,7 +113,7 @@ fn dkdv(
             let full = tile_is_full(at, step, step + i32(STEP), i32(j0), i32(j0 + OWN));
             for (var c = 0u; c < TC; c++) {
                 let i = i0 + tx * TC + c;
-                var row = rows[rows_start + min(i, last_row)];
+                var row = row_stats(rows_start + min(i, last_row));
                 row.x = select(row.x, NO_KEYS, i > last_row);
                 for (var r = 0u; r < TR; r++) {
                     let shape = score_shape(score_sign() * s[r][c / 4u][c % 4u]);

@@ -23,7 +23,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
-@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 #include "common/matrix_elements.wgsl"
@@ -64,7 +64,7 @@ fn dq(
     // Shapes of scores times this are scores; a shape is odd in its score.
     let size = score_sign() * score_size();
 
-    let last_row = problem.seqlen_q - 1u;
+    let last_row = last_query(at);
     let owned = Owned(
         load_query(head_start(problem.query, at.batch, at.head_q), row0, last_row, thread),
         load_grad_out(head_start(problem.grad_out, at.batch, at.head_q), row0, last_row, thread),
@@ -80,7 +80,7 @@ fn dq(
         }
         for (var e = 0u; e < ELEMENTS; e++) {
             let i = min(mine + r * M + row_of(lane, e), last_row);
-            let of_row = rows[(at.batch * problem.heads + at.head_q) * problem.seqlen_q + i];
+            let of_row = row_stats((at.batch * problem.heads + at.head_q) * problem.seqlen_q + i);
             number[r][held_row(e)] = of_half(of_row, half);
         }
     }

@@ -36,7 +36,7 @@
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-@group(0) @binding(7) var<storage, read> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
@@ -167,7 +167,7 @@ fn fused(
     let key0 = block * problem.block_keys;
     let key1 = min(key0 + problem.block_keys, problem.seqlen_k);
     let last_key = u32(max(at.keys, 1) - 1);
-    let last_row = problem.seqlen_q - 1u;
+    let last_row = last_query(at);
     let key_start = head_start(problem.key, at.batch, head_kv);
     let value_start = head_start(problem.value, at.batch, head_kv);
 #if ADD_AT_FIRST
@@ -206,7 +206,7 @@ fn fused(
                     var row = array<vec2f, 4u * ROW_PIECES>();
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                         let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
-                        row[c] = rows[rows_start + min(i, last_row)];
+                        row[c] = row_stats(rows_start + min(i, last_row));
                         row[c].x = select(row[c].x, NO_KEYS, i > last_row);
                     }
 

@@ -162,7 +162,7 @@ fn forward(
     var query_sizes = vec2u();
     for (var n = 0u; n < Q_LOADS; n++) {
         let t = thread + n * THREADS;
-        let i = min(row0 + t / D4, problem.row_end - 1u) - problem.row_begin;
+        let i = min(row0 + t / D4, last_query(at)) - problem.row_begin;
         let d = 4u * (t % D4);
         let x = unpack4(read_query(query_start + i * problem.query.row, d, HEAD_DIM));
         query_rest[n] = first_elements(x, max(d, HEAD_DIM) - d) * score_sign();

@@ -103,7 +103,7 @@ fn forward(
 #unroll
     for (var d = 0u; d < DM; d++) {
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            let i = min(my_row + r * M, problem.row_end - 1u) - problem.row_begin;
+            let i = min(my_row + r * M, last_query(at)) - problem.row_begin;
             put_elements(query_elements(query_start + i * problem.query.row, d * M, lane), mine + r, 0u, lane);
         }
         workgroupBarrier();

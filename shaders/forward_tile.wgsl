@@ -82,14 +82,14 @@ alias Keys = array<array<Elements4, 4>, KEY_LOADS>;
 alias KeyRows = array<array<u32, 4>, KEY_LOADS>;
 alias Values = array<array<Elements4, TV>, VALUE_LOADS>;
 
-fn load_query(start: u32, row0: u32, d0: u32, thread: u32) -> Queries {
+fn load_query(at: Sequence, start: u32, row0: u32, d0: u32, thread: u32) -> Queries {
     var x: Queries;
     for (var n = 0u; n < QUERY_LOADS; n++) {
         let t = thread + n * THREADS;
         // Threads without a vector load none; no branch where all have one.
         if QUERY_LOADS * THREADS == ROWS4 * CHUNK4 || t < ROWS4 * CHUNK4 {
             for (var r = 0u; r < 4u; r++) {
-                let i = min(row0 + 4u * (t / CHUNK4) + r, problem.row_end - 1u) - problem.row_begin;
+                let i = min(row0 + 4u * (t / CHUNK4) + r, last_query(at)) - problem.row_begin;
                 x[n][r] = read_vector_query(start + i * (problem.query.row / UNIT), d0 / 4u + t % CHUNK4, HEAD_DIM, WHOLE_CHUNKS);
             }
         }
@@ -236,7 +236,7 @@ fn forward(
     var queries: array<Queries, KEPT>;
 #unroll
     for (var c = 0u; c < KEPT; c++) {
-        queries[c] = load_query(query_start, row0, c * CHUNK, thread);
+        queries[c] = load_query(at, query_start, row0, c * CHUNK, thread);
     }
     var key_next: Keys;
     var value_next: Values;
@@ -263,7 +263,7 @@ fn forward(
             }
             key_next = load_key(rows, d1, thread);
             if KEPT < CHUNKS {
-                queries[0] = load_query(query_start, row0, d1, thread);
+                queries[0] = load_query(at, query_start, row0, d1, thread);
             }
             add_scores(&s, ty, tx);
             if more {

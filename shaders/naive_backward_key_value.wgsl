@@ -8,6 +8,9 @@
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
 @group(0) @binding(16) var<storage, read> scores: array<vec2f>;
+#if LENGTHS_IN_ROWS
+#include "common/row_stats.wgsl" access=read
+#endif
 #include "common/read.wgsl" tensor=query
 #include "common/read.wgsl" tensor=grad_out
 #include "common/write.wgsl" tensor=grad_key
@@ -23,16 +26,17 @@ fn gradients_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_i
     if j >= problem.seqlen_k || d >= max(HEAD_DIM, HEAD_DIM_V) {
         return;
     }
+    let queries = u32(lengths_of(batch).x);
     var dk = vec4f();
     var dv = vec4f();
     for (var head = head_kv * problem.group; head < (head_kv + 1u) * problem.group; head++) {
         let q = head_start(problem.query, batch, head);
         let g = head_start(problem.grad_out, batch, head);
         // Sums of sums, as in naive_output.wgsl.
-        for (var i0 = 0u; i0 < problem.seqlen_q; i0 += 256u) {
+        for (var i0 = 0u; i0 < queries; i0 += 256u) {
             var dk_sum = vec4f();
             var dv_sum = vec4f();
-            for (var i = i0; i < min(i0 + 256u, problem.seqlen_q); i++) {
+            for (var i = i0; i < min(i0 + 256u, queries); i++) {
                 let p_and_ds = scores[((batch * problem.heads + head) * problem.seqlen_q + i) * problem.seqlen_k + j];
                 dv_sum += p_and_ds.x * unpack4(read_grad_out(g + i * problem.grad_out.row, d, HEAD_DIM_V));
                 dk_sum += p_and_ds.y * unpack4(read_query(q + i * problem.query.row, d, HEAD_DIM));

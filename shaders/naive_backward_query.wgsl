@@ -5,6 +5,9 @@
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 @group(0) @binding(16) var<storage, read> scores: array<vec2f>;
+#if LENGTHS_IN_ROWS
+#include "common/row_stats.wgsl" access=read
+#endif
 #include "common/read.wgsl" tensor=key
 #include "common/write.wgsl" tensor=grad_query
 

@@ -9,7 +9,7 @@
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
 // Not written; in the buffer of the scores, of which a dispatch may only see all parts as writable.
-@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(16) var<storage, read_write> scores: array<vec2f>;
 #include "common/read.wgsl" tensor=query
@@ -43,8 +43,8 @@ fn scores_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) 
         let shape = score_shape(score_sign() * dot);
         // The larger of the two, which is the score: no compiler makes the product and the difference one fma, which would not
         // round the score as the forward pass did.
-        let p = exp_difference(max(score_size() * shape, MASKED), rows[row].x);
-        p_and_ds = vec2f(p, p * (sum4(dp) - rows[row].y) * score_slope(shape));
+        let p = exp_difference(max(score_size() * shape, MASKED), row_stats(row).x);
+        p_and_ds = vec2f(p, p * (sum4(dp) - row_stats(row).y) * score_slope(shape));
     }
     scores[row * problem.seqlen_k + j] = p_and_ds;
 }

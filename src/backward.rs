@@ -51,6 +51,8 @@ pub struct BackwardBuffers<'a> {
     pub grad_key: BufferBinding<'a>,
     /// The gradient of v.
     pub grad_value: BufferBinding<'a>,
+    /// Query lengths, `i32 [batch]`; given exactly when the problem has `seqlens_q`.
+    pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
     /// At least [`Plan::backward_workspace_bytes`], in a buffer of its own; not needed where that is 0.
@@ -65,7 +67,7 @@ impl<'a> BackwardBuffers<'a> {
         grad_out: impl ToBinding<'a>,
         [grad_query, grad_key, grad_value]: [B; 3],
     ) -> Self {
-        let ForwardBuffers { query, key, value, out, lse, seqlens_k, workspace: _ } = forward.clone();
+        let ForwardBuffers { query, key, value, out, lse, seqlens_q, seqlens_k, workspace: _ } = forward.clone();
         BackwardBuffers {
             query,
             key,
@@ -77,6 +79,7 @@ impl<'a> BackwardBuffers<'a> {
             grad_query: grad_query.to_binding(),
             grad_key: grad_key.to_binding(),
             grad_value: grad_value.to_binding(),
+            seqlens_q,
             seqlens_k,
             workspace: None,
         }
@@ -116,7 +119,8 @@ impl Plan {
         };
         let rows = 4 * problem.shape.rows();
         let grad_lse = if gradients.lse { rows } else { 0 };
-        let seqlens = if problem.seqlens_k { 4 * problem.shape.batch as u64 } else { 0 };
+        let lengths = |has: bool| if has { 4 * problem.shape.batch as u64 } else { 0 };
+        let (seqlens_q, seqlens_k) = (lengths(problem.seqlens_q), lengths(problem.seqlens_k));
         let input = |slot, binding, tensor| Argument::tensor(slot, Access::Read, binding, problem, tensor);
         let output = |slot, binding, tensor| Argument::tensor(slot, Access::ReadWrite, binding, problem, tensor);
         let all = [
@@ -127,7 +131,8 @@ impl Plan {
             input(Slot::GradOut, &buffers.grad_out, Tensor::GradOut),
             Argument::bytes(Slot::Lse, Access::Read, buffers.lse.as_ref(), rows, true),
             Argument::bytes(Slot::GradLse, Access::Read, buffers.grad_lse.as_ref(), grad_lse, gradients.lse),
-            Argument::bytes(Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens, problem.seqlens_k),
+            Argument::bytes(Slot::SeqlensQ, Access::Read, buffers.seqlens_q.as_ref(), seqlens_q, problem.seqlens_q),
+            Argument::bytes(Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens_k, problem.seqlens_k),
             output(Slot::GradQuery, &buffers.grad_query, Tensor::GradQuery),
             output(Slot::GradKey, &buffers.grad_key, Tensor::GradKey),
             output(Slot::GradValue, &buffers.grad_value, Tensor::GradValue),
@@ -198,7 +203,7 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
         Kernel::Decode => return Err(unsupported("it has no backward pass")),
     }
     let workspaces = move |part: &Part| {
-        let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(part))];
+        let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(problem, part))];
         if kernel == Kernel::Naive {
             all.push((Slot::WorkspaceScores, kernel::backward_naive::workspace_bytes(problem, part)));
         }

@@ -84,6 +84,8 @@ pub struct ForwardBuffers<'a> {
     pub out: BufferBinding<'a>,
     /// lse, f32 `[batch, heads_q, seqlen_q]`; given exactly when the problem has `lse`.
     pub lse: Option<BufferBinding<'a>>,
+    /// Query lengths, `i32 [batch]`; given exactly when the problem has `seqlens_q`.
+    pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
     /// At least [`Plan::workspace_bytes`], in a buffer of its own; not needed where that is 0.
@@ -104,6 +106,7 @@ impl<'a> ForwardBuffers<'a> {
             value: value.to_binding(),
             out: out.to_binding(),
             lse: None,
+            seqlens_q: None,
             seqlens_k: None,
             workspace: None,
         }
@@ -112,6 +115,12 @@ impl<'a> ForwardBuffers<'a> {
     /// Where lse is written, of a problem with it.
     pub fn lse(mut self, lse: impl ToOptionalBinding<'a>) -> Self {
         self.lse = lse.to_optional_binding();
+        self
+    }
+
+    /// Query lengths, of a problem with them.
+    pub fn seqlens_q(mut self, seqlens_q: impl ToOptionalBinding<'a>) -> Self {
+        self.seqlens_q = seqlens_q.to_optional_binding();
         self
     }
 
@@ -182,14 +191,16 @@ impl Plan {
     fn check<'b, 'a>(&self, buffers: &'b ForwardBuffers<'a>) -> Result<Vec<(Slot, &'b BufferBinding<'a>)>, Error> {
         let problem = &self.problem;
         let lse = if problem.lse { 4 * problem.shape.rows() } else { 0 };
-        let seqlens = if problem.seqlens_k { 4 * problem.shape.batch as u64 } else { 0 };
+        let lengths = |has: bool| if has { 4 * problem.shape.batch as u64 } else { 0 };
+        let (seqlens_q, seqlens_k) = (lengths(problem.seqlens_q), lengths(problem.seqlens_k));
         let all = [
             Argument::tensor(Slot::Query, Access::Read, &buffers.query, problem, Tensor::Query),
             Argument::tensor(Slot::Key, Access::Read, &buffers.key, problem, Tensor::Key),
             Argument::tensor(Slot::Value, Access::Read, &buffers.value, problem, Tensor::Value),
             Argument::tensor(Slot::Out, Access::ReadWrite, &buffers.out, problem, Tensor::Out),
             Argument::bytes(Slot::Lse, Access::ReadWrite, buffers.lse.as_ref(), lse, problem.lse),
-            Argument::bytes(Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens, problem.seqlens_k),
+            Argument::bytes(Slot::SeqlensQ, Access::Read, buffers.seqlens_q.as_ref(), seqlens_q, problem.seqlens_q),
+            Argument::bytes(Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens_k, problem.seqlens_k),
             // A workspace that this plan does without may be given all the same.
             Argument::bytes(
                 Slot::Workspace,
@@ -330,7 +341,8 @@ pub(crate) fn bind_launch(
     });
     let shared: Vec<_> = shared.collect();
     // To a browser what a buffer holds that may be written is not the same for a whole workgroup, as a number of keys must be.
-    if shared.contains(&Slot::SeqlensK) && device.adapter_info().backend == wgpu::Backend::BrowserWebGpu {
+    let lengths = shared.iter().find(|slot| [Slot::SeqlensQ, Slot::SeqlensK].contains(slot));
+    if lengths.is_some() && device.adapter_info().backend == wgpu::Backend::BrowserWebGpu {
         let why = "seqlens_k shares a buffer with an output, which browsers do not take; give it a buffer of its own";
         return Err(Error::Device(why.into()));
     }

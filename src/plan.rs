@@ -318,9 +318,12 @@ fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backward: bool) ->
             add(Slot::GradLse, &of_lse, false, 1, 4);
         }
     }
-    if problem.seqlens_k {
-        ranges.push((Slot::SeqlensK, 0, shape.batch as u64 * 4));
+    for (slot, has) in [(Slot::SeqlensQ, problem.seqlens_q), (Slot::SeqlensK, problem.seqlens_k)] {
+        if has {
+            ranges.push((slot, 0, shape.batch as u64 * 4));
+        }
     }
+    uniform.lengths_at = u32::try_from(kernel::backward_delta::rows(part)).unwrap_or(u32::MAX);
     uniform.row_begin = part.rows.start;
     uniform.row_end = part.rows.end;
     uniform.batch_begin = part.batch.start;

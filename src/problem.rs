@@ -300,6 +300,10 @@ pub struct Problem {
     /// on are never read, and bottom-right masks and windows count from it instead of `seqlen_k`.
     /// Values outside `0 ..= seqlen_k` act as the nearest of the two.
     pub seqlens_k: bool,
+    /// Whether a buffer of query lengths is given: `i32 [batch]`, each at most `seqlen_q`. Queries from a length on are padding:
+    /// they are never read, their o is 0, their lse −∞, and they add nothing to any gradient. Bottom-right masks and windows count
+    /// from the length instead of `seqlen_q`. Values outside `0 ..= seqlen_q` act as the nearest of the two.
+    pub seqlens_q: bool,
     /// Whether the logarithm of the softmax's denominator is written: f32 `[batch, heads_q, seqlen_q]`, contiguous.
     pub lse: bool,
     /// What is needed for [`Plan::backward`](crate::Plan::backward); `None` plans the forward pass alone.
@@ -336,6 +340,7 @@ impl Problem {
             causal: None,
             window_left: None,
             window_right: None,
+            seqlens_q: false,
             seqlens_k: false,
             lse: false,
             gradients: None,
@@ -354,6 +359,7 @@ impl Problem {
             causal,
             window_left,
             window_right,
+            seqlens_q,
             seqlens_k,
             lse,
             gradients,
@@ -362,7 +368,7 @@ impl Problem {
         } = self.clone();
         let numbers = [scale, softcap].map(|x| x.map(f32::to_bits));
         let masks = (causal, window_left, window_right);
-        (shape, element_type, numbers, masks, seqlens_k, lse, gradients, bnhd, layouts)
+        (shape, element_type, numbers, masks, (seqlens_q, seqlens_k), lse, gradients, bnhd, layouts)
     }
 
     /// Contiguous `[batch, position, head, dim]` tensors instead, flash-attention's order, but for those that
@@ -418,9 +424,26 @@ impl Problem {
     }
 
     /// Expects a buffer of key lengths, `i32 [batch]`.
+    ///
+    /// Alone it is for queries that are all real, which end where the keys end: a step of decoding on a padded cache, say. For a batch
+    /// of padded sequences, whose q ends at a length as well, a bottom-right mask or a window needs
+    /// [`with_seqlens_q`](Problem::with_seqlens_q) too: without it the diagonal ends at the last row of padding, and real queries
+    /// see fewer keys, or none.
     pub const fn with_seqlens_k(mut self) -> Self {
         self.seqlens_k = true;
         self
+    }
+
+    /// Expects a buffer of query lengths, `i32 [batch]`: of a batch of padded sequences, as [`with_seqlens_k`](Problem::with_seqlens_k)
+    /// for keys.
+    pub const fn with_seqlens_q(mut self) -> Self {
+        self.seqlens_q = true;
+        self
+    }
+
+    /// Whether queries or keys have lengths.
+    pub(crate) const fn has_lengths(&self) -> bool {
+        self.seqlens_q || self.seqlens_k
     }
 
     /// Writes lse, f32 `[batch, heads_q, seqlen_q]`.
@@ -566,10 +589,18 @@ impl Problem {
         (self.causal.is_some() || self.window_right.is_some()) && self.window_left.is_none()
     }
 
-    /// The keys that query `i` may see when `keys` of them are valid: first, and one past the last.
+    /// The keys that query `i` may see when `keys` of them, and all queries, are valid: first, and one past the last.
     /// The same arithmetic as `key_interval` in `shaders/common/score.wgsl`.
     pub fn key_interval(&self, i: u32, keys: u32) -> (u32, u32) {
-        let diagonal = i as i64 + keys as i64 - self.shape.seqlen_q as i64;
+        self.key_interval_of(i, self.shape.seqlen_q, keys)
+    }
+
+    /// The same when `queries` of the queries are valid. A query that is not sees no key.
+    pub fn key_interval_of(&self, i: u32, queries: u32, keys: u32) -> (u32, u32) {
+        if i >= queries {
+            return (0, 0);
+        }
+        let diagonal = i as i64 + keys as i64 - queries as i64;
         let first = self.window_left.map_or(0, |left| diagonal - left as i64);
         let mut last = keys as i64;
         if let Some(right) = self.window_right {

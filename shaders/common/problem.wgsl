@@ -44,6 +44,8 @@ struct Problem {
     block_keys: u32,
     block_rows: u32,
     round: u32,
+    // Where lengths are in the buffer of row_stats.wgsl.
+    lengths_at: u32,
 }
 
 @group(0) @binding(0) var<uniform> problem: Problem;
@@ -73,7 +75,7 @@ fn sequence(batch: u32, head: u32) -> Sequence {
 fn lengths_of(batch: u32) -> vec2i {
     var lengths = vec2i(i32(problem.seqlen_q), i32(problem.seqlen_k));
 #if LENGTHS_IN_ROWS
-    lengths = vec2i(rows[lengths_at() + batch]);
+    lengths = vec2i(rows[problem.lengths_at + batch]);
 #endif
 #if SEQLENS_Q
     lengths.x = clamp(seqlens_q[problem.batch_begin + batch], 0, lengths.x);

@@ -60,6 +60,7 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
                 (Slot::Query, Access::Read),
                 (Slot::Key, Access::Read),
                 (Slot::Value, Access::Read),
+                (Slot::SeqlensQ, Access::Read),
                 (Slot::SeqlensK, Access::Read),
                 (Slot::Workspace, Access::ReadWrite),
                 (Slot::WorkspaceStats, Access::ReadWrite),
@@ -73,7 +74,7 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
     };
     // The hooks are for the scores.
     let mut on = switches(problem, 4);
-    on.retain(|name| !["SOFTCAP", "SHAPED", "TINY_SCALE", "SEQLENS_K"].contains(name));
+    on.retain(|name| !["SOFTCAP", "SHAPED", "TINY_SCALE", "SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"].contains(name));
     let mut used = vec![
         (Slot::Workspace, Access::Read),
         (Slot::WorkspaceStats, Access::Read),

@@ -72,6 +72,7 @@ pub(crate) enum Slot {
     GradValue = 15,
     /// Probabilities and score gradients of the naive backward pass, at the workspace's end.
     WorkspaceScores = 16,
+    SeqlensQ = 17,
 }
 
 impl Slot {
@@ -83,6 +84,7 @@ impl Slot {
             Slot::Out => "out",
             Slot::Lse => "lse",
             Slot::SeqlensK => "seqlens_k",
+            Slot::SeqlensQ => "seqlens_q",
             Slot::Workspace | Slot::WorkspaceStats | Slot::WorkspaceScores => "workspace",
             Slot::PartOut => "part_out",
             Slot::PartLse => "part_lse",
@@ -108,6 +110,7 @@ pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Value, Access::Read),
     (Slot::Out, Access::ReadWrite),
     (Slot::Lse, Access::ReadWrite),
+    (Slot::SeqlensQ, Access::Read),
     (Slot::SeqlensK, Access::Read),
 ];
 
@@ -207,7 +210,10 @@ pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
 /// The same for a backward kernel.
 pub(crate) fn backward_switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
     let mut on = switches_of(problem, &Tensor::BACKWARD, vector);
-    on.retain(|&name| name != "LSE");
+    on.retain(|name| !["LSE", "SEQLENS_Q", "SEQLENS_K"].contains(name));
+    if problem.has_lengths() {
+        on.push("LENGTHS_IN_ROWS");
+    }
     if problem.gradients.is_some_and(|gradients| gradients.accumulate) {
         on.push("ACCUMULATE");
     }
@@ -227,6 +233,8 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
         (problem.softcap.is_some(), "SOFTCAP"),
         (problem.softcap.is_some() || tiny, "SHAPED"),
         (problem.softcap.is_none() && tiny, "TINY_SCALE"),
+        (problem.seqlens_q, "SEQLENS_Q"),
+        (problem.seqlens_q, "QUERY_LENGTHS"),
         (problem.seqlens_k, "SEQLENS_K"),
         (problem.lse, "LSE"),
     ];
@@ -238,6 +246,7 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
 pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(Slot, Access)> {
     let used = |slot| match slot {
         Slot::Lse => problem.lse,
+        Slot::SeqlensQ => problem.seqlens_q,
         Slot::SeqlensK => problem.seqlens_k,
         Slot::GradLse => problem.gradients.is_some_and(|gradients| gradients.lse),
         _ => true,

@@ -8,7 +8,7 @@ use wgpu_flash_attention::{
 };
 
 use super::{
-    Case, GUARD, Measured, Prepared, Rng, end, from_bits, guarded, places, poison, tensor_dims, to_bits, unguard,
+    Case, GUARD, Inputs, Lengths, Measured, Prepared, Rng, end, from_bits, guarded, places, poison, tensor_dims, to_bits, unguard,
 };
 
 /// The plan's own choice of forward kernel, and this one for the backward pass.
@@ -40,7 +40,7 @@ pub struct PreparedBackward {
     inputs: Vec<Vec<u8>>,
     lse: Vec<f32>,
     grad_lse: Option<Vec<f32>>,
-    seqlens_k: Option<Vec<i32>>,
+    lengths: Lengths,
     /// What dq, dk and dv hold before, contiguous, in the problem's type; where they accumulate.
     before: Option<[Vec<f32>; 3]>,
     pub expected: [Vec<f64>; 3],
@@ -76,8 +76,14 @@ impl Case {
         let mut numbers =
             |n: usize, low: f32, high: f32| -> Vec<f32> { (0..n).map(|_| low + (high - low) * rng.unit()).collect() };
         let len = |n: usize| input_dims(&problem)[n].iter().map(|&d| d as usize).product::<usize>();
-        let grad_out = numbers(len(3), -1.0, 1.5);
-        let grad_lse = ask.grad_lse.then(|| numbers(shape.rows() as usize, -1.0, 1.0));
+        let mut grad_out = numbers(len(3), -1.0, 1.5);
+        let mut grad_lse = ask.grad_lse.then(|| numbers(shape.rows() as usize, -1.0, 1.0));
+        if matches!(self.inputs, Inputs::Alike) {
+            // Each column has one number, and so has lse's gradient.
+            let dim = shape.head_dim_v as usize;
+            (dim..grad_out.len()).for_each(|n| grad_out[n] = grad_out[n - dim]);
+            grad_lse.iter_mut().for_each(|grad| grad.fill(0.3));
+        }
         let before = ask.accumulate.then(|| [0, 1, 2].map(|n| numbers(len(n), -1.0, 1.0)));
         PreparedBackward::new(&problem, self.prepare(), grad_out, grad_lse, before)
     }
@@ -101,7 +107,7 @@ impl PreparedBackward {
         let lse: Vec<f32> = forward.expected.lse.iter().map(|&x| x as f32).collect();
 
         let [q, k, v] = forward.seen();
-        let lengths = forward.seqlens_k.as_deref();
+        let lengths = forward.lengths.borrow();
         let exact = reference::backward(problem, [&q, &k, &v, &grad_out], grad_lse.as_deref(), lengths);
         let exact = [exact.query, exact.key, exact.value];
         let (plain, terms) = plain(problem, [&q, &k, &v, &out, &grad_out], &lse, grad_lse.as_deref(), lengths);
@@ -122,11 +128,16 @@ impl PreparedBackward {
         for (tensor, n, elements) in [(Tensor::Out, 3, &out), (Tensor::GradOut, 4, &grad_out)] {
             let layout = &problem.layout(tensor);
             let mut buffer = vec![poison(ty, 0); end(layout, dims[n])];
-            places(layout, dims[n]).zip(elements).for_each(|((place, ..), &x)| buffer[place] = to_bits(ty, x));
+            for ((place, b, i), &x) in places(layout, dims[n]).zip(elements) {
+                // Nothing is read of the gradient of a row that is no query.
+                if tensor == Tensor::Out || i < lengths.of(problem, b).0 {
+                    buffer[place] = to_bits(ty, x);
+                }
+            }
             inputs.push(guarded(ty, &buffer, poison(ty, 0)));
         }
-        let (problem, seqlens_k) = (problem.clone(), forward.seqlens_k);
-        PreparedBackward { problem, inputs, lse, grad_lse, seqlens_k, before, expected, plain_error, terms, untouched }
+        let (problem, lengths) = (problem.clone(), forward.lengths.clone());
+        PreparedBackward { problem, inputs, lse, grad_lse, lengths, before, expected, plain_error, terms, untouched }
     }
 
     /// Computes the case twice and compares with the oracle.
@@ -165,7 +176,7 @@ impl PreparedBackward {
         });
         let of_rows = |numbers: &[f32]| context.upload(bytemuck::cast_slice(numbers)).unwrap();
         let (lse, grad_lse) = (of_rows(&self.lse), self.grad_lse.as_deref().map(of_rows));
-        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)).unwrap());
+        let [seqlens_q, seqlens_k] = self.lengths.upload(context);
         let words = plan.backward_workspace_bytes() as usize / 4;
         let nan32 = poison(ElementType::F32, round);
         let workspace =
@@ -178,7 +189,8 @@ impl PreparedBackward {
         let [.., out, grad_out] = &inputs[..] else { unreachable!() };
         let input = |n: usize| if inputs.len() == 3 { &inputs[0] } else { &inputs[n] };
         let [q, k, v] = [(Tensor::Query, 0), (Tensor::Key, 1), (Tensor::Value, 2)].map(|(t, n)| tensor(input(n), t, n));
-        let forward = ForwardBuffers::new(q, k, v, tensor(out, Tensor::Out, 3)).lse(&lse).seqlens_k(lengths.as_ref());
+        let forward = ForwardBuffers::new(q, k, v, tensor(out, Tensor::Out, 3)).lse(&lse);
+        let forward = forward.seqlens_q(seqlens_q.as_ref()).seqlens_k(seqlens_k.as_ref());
         let results = [(Tensor::GradQuery, 0), (Tensor::GradKey, 1), (Tensor::GradValue, 2)]
             .map(|(t, n)| tensor(&outputs[n], t, n));
         let buffers = BackwardBuffers::new(&forward, tensor(grad_out, Tensor::GradOut, 4), results)
@@ -263,13 +275,13 @@ fn error(ty: ElementType, found: impl Iterator<Item = f64>, expected: &[f64], te
 }
 
 /// Rows that see no key, and keys that no row sees (of k, and of v): their gradients are exactly 0.
-fn untouched(problem: &Problem, lse: &[f32], seqlens_k: Option<&[i32]>) -> [Vec<bool>; 3] {
+fn untouched(problem: &Problem, lse: &[f32], lengths: reference::Lengths) -> [Vec<bool>; 3] {
     let s = &problem.shape;
     let mut keys = vec![];
     for b in 0..s.batch {
-        let valid = seqlens_k.map_or(s.seqlen_k, |lengths| lengths[b as usize].clamp(0, s.seqlen_k as i32) as u32);
+        let (queries, valid) = lengths.of(problem, b);
         let sees = |i: u32, j: u32| {
-            let (first, end) = problem.key_interval(i, valid);
+            let (first, end) = problem.key_interval_of(i, queries, valid);
             (first..end).contains(&j)
         };
         let seen = |&j: &u32| (0..s.seqlen_q).any(|i| sees(i, j));
@@ -288,7 +300,7 @@ fn plain(
     [q, k, v, out, grad_out]: [&[f32]; 5],
     lse: &[f32],
     grad_lse: Option<&[f32]>,
-    seqlens_k: Option<&[i32]>,
+    lengths: reference::Lengths,
 ) -> ([Vec<f32>; 3], [f64; 3]) {
     let s = &problem.shape;
     let ty = problem.element_type;
@@ -302,8 +314,8 @@ fn plain(
     for n in 0..s.rows() as usize {
         let (i, head) = (n % s.seqlen_q as usize, n / s.seqlen_q as usize);
         let (b, h) = (head / s.heads_q as usize, head % s.heads_q as usize);
-        let keys = seqlens_k.map_or(s.seqlen_k, |lengths| lengths[b].clamp(0, s.seqlen_k as i32) as u32);
-        let (first, last) = problem.key_interval(i as u32, keys);
+        let (queries, keys) = lengths.of(problem, b as u32);
+        let (first, last) = problem.key_interval_of(i as u32, queries, keys);
         let grad = &grad_out[n * dv..][..dv];
         let delta = dot(grad, &out[n * dv..][..dv]) - grad_lse.map_or(0.0, |grad| grad[n]);
         for j in first..last {

@@ -58,12 +58,35 @@ pub enum Inputs {
     Integers(i32),
     /// Random numbers times these, for q, k and v.
     Times([f32; 3]),
+    /// Random columns, of which each row has the same: all scores are equal, and all values of a column.
+    Alike,
+    /// Random columns times numbers that grow from row to row: each key's scores and values are larger than those before.
+    Sorted,
+}
+
+/// How many queries and keys of each batch entry are valid, where a case has lengths.
+#[derive(Clone, Debug, Default)]
+pub struct Lengths {
+    pub queries: Option<Vec<i32>>,
+    pub keys: Option<Vec<i32>>,
+}
+
+impl Lengths {
+    pub fn borrow(&self) -> reference::Lengths<'_> {
+        reference::Lengths { queries: self.queries.as_deref(), keys: self.keys.as_deref() }
+    }
+
+    /// Those of queries, and those of keys.
+    pub fn upload(&self, context: &Context) -> [Option<wgpu::Buffer>; 2] {
+        let upload = |lengths: &Vec<i32>| context.upload(bytemuck::cast_slice(lengths)).unwrap();
+        [&self.queries, &self.keys].map(|lengths| lengths.as_ref().map(upload))
+    }
 }
 
 #[derive(Clone, Debug)]
 pub struct Case {
     pub problem: Problem,
-    pub seqlens_k: Option<Vec<i32>>,
+    pub lengths: Lengths,
     pub inputs: Inputs,
     /// q, k and v lie in one buffer.
     pub one_buffer: bool,
@@ -81,7 +104,7 @@ pub const fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]
         head_dim_v: dims[1],
     };
     let problem = Problem::new(shape, ElementType::F32).with_lse();
-    Case { problem, seqlens_k: None, inputs: Inputs::Random, one_buffer: false }
+    Case { problem, lengths: Lengths { queries: None, keys: None }, inputs: Inputs::Random, one_buffer: false }
 }
 
 impl Case {
@@ -109,7 +132,15 @@ impl Case {
     pub fn seqlens(mut self, lengths: &[i32]) -> Self {
         assert_eq!(lengths.len(), self.problem.shape.batch as usize);
         self.problem.seqlens_k = true;
-        self.seqlens_k = Some(lengths.to_vec());
+        self.lengths.keys = Some(lengths.to_vec());
+        self
+    }
+
+    /// Lengths of queries.
+    pub fn seqlens_q(mut self, lengths: &[i32]) -> Self {
+        assert_eq!(lengths.len(), self.problem.shape.batch as usize);
+        self.problem.seqlens_q = true;
+        self.lengths.queries = Some(lengths.to_vec());
         self
     }
 
@@ -125,6 +156,16 @@ impl Case {
 
     pub fn integers(mut self, largest: i32) -> Self {
         self.inputs = Inputs::Integers(largest);
+        self
+    }
+
+    pub fn alike(mut self) -> Self {
+        self.inputs = Inputs::Alike;
+        self
+    }
+
+    pub fn sorted(mut self) -> Self {
+        self.inputs = Inputs::Sorted;
         self
     }
 
@@ -230,16 +271,27 @@ impl Case {
             (0..len).map(|_| one(&mut rng)).collect()
         };
         let (integers, [q, k, v]) = match self.inputs {
-            Inputs::Random => (None, [1.0; 3]),
+            Inputs::Random | Inputs::Alike | Inputs::Sorted => (None, [1.0; 3]),
             Inputs::Integers(most) => (Some(most), [1.0; 3]),
             Inputs::Times(factors) => (None, factors),
         };
-        let inputs = [
+        let mut inputs = [
             tensor(0, integers, -1.5 * q, 2.0 * q),
             tensor(1, integers, -2.0 * k, 1.5 * k),
             tensor(2, None, -v, 2.0 * v),
         ];
-        Prepared::new(&self.problem, inputs, self.seqlens_k.clone(), self.one_buffer)
+        if matches!(self.inputs, Inputs::Alike | Inputs::Sorted) {
+            for (tensor, dims) in inputs.iter_mut().zip(dims) {
+                let (rows, dim) = (dims[2] as usize, dims[3] as usize);
+                let columns: Vec<f32> = tensor.iter().copied().take(dim).collect();
+                let grown = |row: usize| (row % rows + 1) as f32 / rows as f32;
+                for (n, row) in tensor.chunks_mut(dim).enumerate() {
+                    let factor = if matches!(self.inputs, Inputs::Sorted) { grown(n) } else { 1.0 };
+                    row.iter_mut().zip(&columns).for_each(|(x, column)| *x = factor * column);
+                }
+            }
+        }
+        Prepared::new(&self.problem, inputs, self.lengths.clone(), self.one_buffer)
     }
 }
 
@@ -332,7 +384,7 @@ pub struct Prepared {
     pub problem: Problem,
     /// Guarded: q, k and v, or one buffer for all of them.
     inputs: Vec<Vec<u8>>,
-    seqlens_k: Option<Vec<i32>>,
+    lengths: Lengths,
     pub expected: reference::Forward,
     /// q, k and v as the kernels see them, contiguous.
     seen: [Vec<f32>; 3],
@@ -345,7 +397,7 @@ pub type Bits = (Vec<u32>, Vec<u32>);
 
 impl Prepared {
     /// `inputs` are contiguous; they are rounded to the problem's type.
-    pub fn new(problem: &Problem, inputs: [Vec<f32>; 3], seqlens_k: Option<Vec<i32>>, one_buffer: bool) -> Self {
+    pub fn new(problem: &Problem, inputs: [Vec<f32>; 3], lengths: Lengths, one_buffer: bool) -> Self {
         let (shape, ty) = (&problem.shape, problem.element_type);
         let dims = tensor_dims(shape);
         let layouts = [Tensor::Query, Tensor::Key, Tensor::Value].map(|tensor| problem.layout(tensor));
@@ -359,7 +411,8 @@ impl Prepared {
         };
         for n in 0..3 {
             for ((place, b, i), &x) in places(layouts[n], dims[n]).zip(&inputs[n]) {
-                let exists = n == 0 || seqlens_k.as_ref().is_none_or(|lengths| (i as i32) < lengths[b as usize]);
+                let of_tensor = if n == 0 { &lengths.queries } else { &lengths.keys };
+                let exists = of_tensor.as_ref().is_none_or(|lengths| (i as i32) < lengths[b as usize]);
                 if exists {
                     buffers[buffer_of(n)][place] = to_bits(ty, x);
                 }
@@ -369,11 +422,11 @@ impl Prepared {
         let [q, k, v] = [0, 1, 2].map(|n| -> Vec<f32> {
             places(layouts[n], dims[n]).map(|(place, ..)| from_bits(ty, buffers[buffer_of(n)][place])).collect()
         });
-        let expected = reference::forward(problem, &q, &k, &v, seqlens_k.as_deref());
-        let plain = plain(problem, [&q, &k, &v], seqlens_k.as_deref());
+        let expected = reference::forward(problem, &q, &k, &v, lengths.borrow());
+        let plain = plain(problem, [&q, &k, &v], lengths.borrow());
         let plain_error = plain.iter().zip(&expected.out).map(|(&x, e)| (x as f64 - e).abs()).fold(0.0, f64::max);
         let inputs = buffers.iter().map(|elements| guarded(ty, elements, nan)).collect();
-        Prepared { problem: problem.clone(), inputs, seqlens_k, expected, seen: [q, k, v], plain_error }
+        Prepared { problem: problem.clone(), inputs, lengths, expected, seen: [q, k, v], plain_error }
     }
 
     /// q, k and v as the kernels see them, contiguous.
@@ -416,7 +469,7 @@ impl Prepared {
         let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes).unwrap()).collect();
         let out = context.upload(&guarded(ty, &vec![nan; out_end], nan)).unwrap();
         let lse = problem.lse.then(|| context.upload(&words(rows)).unwrap());
-        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)).unwrap());
+        let [seqlens_q, seqlens_k] = self.lengths.upload(context);
         let workspace_words = plan.workspace_bytes() as usize / 4;
         let workspace = (workspace_words > 0).then(|| context.upload(&words(workspace_words)).unwrap());
         // As few bytes as the layouts say.
@@ -430,7 +483,8 @@ impl Prepared {
         let [q, k, v] = [input(0, Tensor::Query), input(1, Tensor::Key), input(2, Tensor::Value)];
         let buffers = ForwardBuffers::new(q, k, v, bind(&out, out_end as u64 * ty.bytes()))
             .lse(lse.as_ref().map(|lse| bind(lse, rows as u64 * 4)))
-            .seqlens_k(lengths.as_ref())
+            .seqlens_q(seqlens_q.as_ref())
+            .seqlens_k(seqlens_k.as_ref())
             .workspace(workspace.as_ref().map(|workspace| bind(workspace, plan.workspace_bytes())));
         let mut encoder = context.device().create_command_encoder(&Default::default());
         plan.forward(&mut encoder, &buffers).map_err(|error| error.to_string())?;
@@ -560,7 +614,7 @@ fn unguard(
 }
 
 /// What one would write in the type itself: scores, softmax and products in f32, p and o rounded.
-fn plain(problem: &Problem, [query, key, value]: [&[f32]; 3], seqlens_k: Option<&[i32]>) -> Vec<f32> {
+fn plain(problem: &Problem, [query, key, value]: [&[f32]; 3], lengths: reference::Lengths) -> Vec<f32> {
     let s = &problem.shape;
     let (d, dv) = (s.head_dim as usize, s.head_dim_v as usize);
     let round = |x: f32| from_bits(problem.element_type, to_bits(problem.element_type, x));
@@ -573,8 +627,8 @@ fn plain(problem: &Problem, [query, key, value]: [&[f32]; 3], seqlens_k: Option<
         let (i, head) = (n % s.seqlen_q as usize, n / s.seqlen_q as usize);
         let (b, h) = (head / s.heads_q as usize, head % s.heads_q as usize);
         let first_key = (b * s.heads_kv as usize + h / s.group() as usize) * s.seqlen_k as usize;
-        let keys = seqlens_k.map_or(s.seqlen_k, |lengths| lengths[b].clamp(0, s.seqlen_k as i32) as u32);
-        let (first, end) = problem.key_interval(i as u32, keys);
+        let (queries, keys) = lengths.of(problem, b as u32);
+        let (first, end) = problem.key_interval_of(i as u32, queries, keys);
         let row =
             |x: &'_ [f32], j: u32, dim: usize| -> Vec<f32> { x[(first_key + j as usize) * dim..][..dim].to_vec() };
         let scores: Vec<f32> = (first..end).map(|j| score(&query[n * d..][..d], &row(key, j, d))).collect();
