@@ -1,5 +1,5 @@
 use crate::problem::MAX_SEQLEN;
-use crate::{ElementType, Kernel};
+use crate::{ElementType, Kernel, NoMatrices};
 
 /// What was wrong with an argument, and what would be right.
 ///
@@ -202,6 +202,17 @@ pub enum Error {
         /// The reason.
         why: &'static str,
     },
+    /// The adapter, or a device of it, has no cooperative matrices that the kernels can use.
+    #[error(
+        "{adapter}: {why}. Kernels on cooperative matrices were asked for \
+         (HeadlessOptions::cooperative_matrices); all others run without"
+    )]
+    Matrices {
+        /// The adapter's name.
+        adapter: String,
+        /// What is missing.
+        why: NoMatrices,
+    },
     /// No adapter, or none that could make a device.
     #[error("no usable adapter: {0}")]
     Adapter(String),
@@ -215,6 +226,19 @@ pub enum Error {
         /// What was to be made.
         what: &'static str,
     },
+}
+
+/// The names of features as a program writes them, those first that have a name in plain words.
+pub(crate) fn features(features: wgpu::Features) -> String {
+    let words = |name: &str| match name {
+        "EXPERIMENTAL_COOPERATIVE_MATRIX" => "cooperative matrices",
+        "SHADER_F16" => "f16 arithmetic",
+        "SUBGROUP" => "subgroup operations",
+        "PASSTHROUGH_SHADERS" => "shaders in SPIR-V",
+        _ => "a feature",
+    };
+    let names = features.iter_names().map(|(name, _)| format!("{} (Features::{name})", words(name)));
+    names.collect::<Vec<_>>().join(", ")
 }
 
 /// The names of usages as a program writes them.

@@ -7,7 +7,7 @@ use std::task::{Poll, Waker};
 
 use wgpu::BufferUsages;
 
-use crate::{Causal, Context, ElementType, Error, ForwardBuffers, Problem, Shape, faults, passthrough};
+use crate::{Causal, Context, ElementType, Error, ForwardBuffers, NoMatrices, Problem, Shape, faults, passthrough};
 
 /// An element type that host slices can have.
 pub trait Element: bytemuck::Pod + sealed::Sealed {
@@ -134,7 +134,7 @@ impl Context {
                     ..Default::default()
                 })
                 .await
-                .map_err(|error| Error::Adapter(error.to_string()))?,
+                .map_err(|error| Error::Adapter(format!("{error}. {NO_DRIVER}")))?,
             Some(wanted) => {
                 let all = instance.enumerate_adapters(wgpu::Backends::all()).await;
                 let name = |adapter: &wgpu::Adapter| {
@@ -145,6 +145,7 @@ impl Context {
                 let found = names.iter().position(|name| name.to_lowercase().contains(&wanted.to_lowercase()));
                 match found.and_then(|n| all.into_iter().nth(n)) {
                     Some(adapter) => adapter,
+                    None if names.is_empty() => return Err(Error::Adapter(format!("there is none. {NO_DRIVER}"))),
                     None => return Err(Error::Adapter(format!("none of {names:?} has {wanted:?} in its name"))),
                 }
             }
@@ -156,9 +157,10 @@ impl Context {
             wanted = crate::COOPERATIVE_MATRIX_FEATURES;
             experimental = passthrough::experimental_features();
         }
+        let name = || adapter.get_info().name;
         let missing = wanted - adapter.features();
         if !missing.is_empty() {
-            return Err(Error::Adapter(format!("{} lacks {missing:?}", adapter.get_info().name)));
+            return Err(Error::Matrices { adapter: name(), why: NoMatrices::AdapterFeatures(missing) });
         }
         let (device, queue) = adapter
             .request_device(&wgpu::DeviceDescriptor {
@@ -169,11 +171,11 @@ impl Context {
                 ..Default::default()
             })
             .await
-            .map_err(|error| Error::Adapter(error.to_string()))?;
+            .map_err(|error| Error::Adapter(format!("{}: {error}", name())))?;
         let mut context = Context::new(&device, &queue);
         if options.cooperative_matrices {
-            context =
-                context.with_cooperative_matrices(&adapter).await.map_err(|error| Error::Adapter(error.to_string()))?;
+            let with = context.with_cooperative_matrices(&adapter).await;
+            context = with.map_err(|why| Error::Matrices { adapter: name(), why })?;
         }
         Ok(if options.checked { context.checked() } else { context })
     }
@@ -376,6 +378,10 @@ impl Future for Mapped {
         }
     }
 }
+
+/// What helps where no adapter is found.
+const NO_DRIVER: &str = "Install a driver for Vulkan, Metal or DirectX 12 (on Linux `scripts/vulkan COMMAND` of this crate's \
+                         repository sees to one), and see that WGPU_BACKEND, if it is set, names that";
 
 /// One for the process: wgpu numbers buffers within an instance, so that a buffer of another one could be taken for one of these.
 /// On the web buffers are objects of the browser, which tells them apart.

@@ -44,6 +44,32 @@
 //! with your own framework on a safetensors file, `examples/train.rs` one that trains a small transformer on the device.
 //! [`mod@reference`] has the same mathematics in f64 on the host, in loops one can read.
 //!
+//! # When the device fails
+//!
+//! What returns a `Result` does not panic. A device that is lost gives [`Error::Device`] from plans, workspaces, uploads and
+//! downloads; a device out of memory gives [`Error::OutOfMemory`] from what makes a buffer; and what wgpu or a driver refuses
+//! is an [`Error::Device`] in their words. The library catches these in error scopes of its own, so a handler that
+//! the device's owner installed does not see them. On an error nothing has been recorded.
+//!
+//! - Recording on a lost device may be `Ok`: wgpu tells only who set `Device::set_device_lost_callback`. The next download is
+//!   an error.
+//! - A device that is lost while `Device::poll` waits for it makes wgpu itself panic there, in [`Context::download`] too.
+//! - In a browser errors come later than the call: [`Context::plan_async`], [`Context::download_async`] and
+//!   [`Context::scaled_dot_product_attention_async`] wait for them, other functions leave them to the device's handler.
+//!
+//! [`Context::headless`] and the functions on host slices wait for the device, which their documentation says; the rest of the
+//! library never does. Making a plan may take as long as the driver compiles ([`Context::plan`]).
+//!
+//! # What cannot be checked
+//!
+//! wgpu does not let a library ask some things about what it is given. They are the caller's to see to:
+//!
+//! - A buffer of another device is an [`Error::Device`] if both devices are of one `wgpu::Instance`. Of another instance it can
+//!   pass for a buffer with the same number there. All that [`Context::headless`] opens is of one instance.
+//! - A buffer that is destroyed or mapped, and an encoder that is finished, of another device or has a pass open, give wgpu's own
+//!   error when the encoder is finished or submitted.
+//! - A workspace that two passes use at the same time, and inputs that are not finite, give wrong numbers.
+//!
 //! # What may change
 //!
 //! Types that will grow are `#[non_exhaustive]`: they are made by constructors and methods, and their public fields may be read

@@ -676,7 +676,8 @@ impl Plan {
         (size > 0).then(|| faults::buffer(&self.device, "workspace", size, wgpu::BufferUsages::STORAGE)).transpose()
     }
 
-    /// Bytes that the kernel moves between device memory (or its caches) and the chip: inputs each time that they are
+    /// Bytes that the kernel asks of device memory or its caches, which is not to be compared with
+    /// [`Plan::materialized_bytes`], for what caches serve is counted here and not there: inputs each time that they are
     /// loaded, outputs each time that they are stored or, being sums in the making, loaded, and scores where they are stored.
     /// `u64::MAX` if they are more.
     pub fn bytes_moved(&self) -> u64 {
@@ -723,7 +724,7 @@ impl Plan {
         heads * elements * self.problem.element_type.bytes() as u128 + self.lse_bytes()
     }
 
-    /// Bytes that the materialised form moves at the least: inputs and output once; the scores written, read and
+    /// Bytes that the materialised form moves to and from device memory at the least, with caches of any size: inputs and output once; the scores written, read and
     /// written by the softmax, and read by the second product. `u64::MAX` if they are more.
     pub fn materialized_bytes(&self) -> u64 {
         let s = &self.problem.shape;
@@ -808,11 +809,12 @@ impl std::fmt::Display for Plan {
         let aligned = p.is_aligned(&Tensor::FORWARD, vector);
         writeln!(f, "access: {}", if aligned { "whole vectors" } else { "element by element" })?;
         writeln!(f, "{}", self.forward)?;
+        let stored = if self.kernel() == Kernel::Naive { "kept in the workspace" } else { "kept in no buffer" };
         write!(
             f,
-            "memory traffic: {}; with the scores in memory it would be {}",
-            Bytes(self.bytes_moved()),
-            Bytes(self.materialized_bytes())
+            "tensors: {}; scores: {}, {stored}",
+            Bytes(p.forward_bytes()),
+            Bytes(saturated(4 * s.rows() as u128 * s.seqlen_k as u128))
         )?;
         if let Some(backward) = &self.backward {
             write!(f, "\nbackward kernel: {} ({})", backward.kernel, backward.reason)?;

@@ -503,6 +503,14 @@ impl Problem {
         2.5 * self.forward_flops()
     }
 
+    /// Bytes of the elements of q, k, v, o and, if it is written, lse; `u64::MAX` if they are more.
+    pub(crate) fn forward_bytes(&self) -> u64 {
+        let elements = |t: &Tensor| self.shape.dims(*t).iter().fold(1u64, |n, &d| n.saturating_mul(d.into()));
+        let all = Tensor::FORWARD.iter().fold(0u64, |sum, t| sum.saturating_add(elements(t)));
+        let lse = if self.lse { self.shape.rows().saturating_mul(4) } else { 0 };
+        all.saturating_mul(self.element_type.bytes()).saturating_add(lse)
+    }
+
     /// Checks everything that does not depend on a device or a buffer.
     pub fn validate(&self) -> Result<(), Error> {
         let s = &self.shape;

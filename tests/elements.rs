@@ -549,4 +549,8 @@ fn a_device_without_the_features_is_refused() {
     let missing = elements::MATRIX_FEATURES - context.device().features();
     let error = MatrixFormat::of(context.device(), &[]).unwrap_err();
     assert_eq!(error, elements::NoMatrices::Features(missing));
+    // In words, with the name to look for.
+    let text = error.to_string();
+    assert!(text.contains("cooperative matrices (Features::EXPERIMENTAL_COOPERATIVE_MATRIX)"), "{text}");
+    assert!(!text.contains("FeaturesWGPU") && !text.contains('{'), "{text}");
 }

@@ -6,8 +6,8 @@ use common::*;
 use pollster::block_on;
 use wgpu_flash_attention::wgpu::{self, BufferUsages};
 use wgpu_flash_attention::{
-    BackwardBuffers, Context, ElementType, Error, ForwardBuffers, HostTensor, MergeBuffers, MergeProblem, PlanOptions,
-    Problem, SdpaOptions, Shape,
+    BackwardBuffers, Context, ElementType, Error, ForwardBuffers, HeadlessOptions, HostTensor, MergeBuffers,
+    MergeProblem, PlanOptions, Problem, SdpaOptions, Shape,
 };
 
 /// A context whose device's owner is told of no error: whatever is caught here is caught by the library.
@@ -63,6 +63,77 @@ fn a_lost_device() {
         let backward = BackwardBuffers::new(&forward, &all[6], [&all[7], &all[8], &all[9]]).workspace(&all[5]);
         let _ = plan.backward(&mut encoder, &backward);
         let _ = merge.merge(&mut encoder, &MergeBuffers::new([&all[0], &all[1]], [&all[2], &all[3]]));
+    }
+}
+
+/// The pipelines of the backward pass are built when it is first asked for, or ahead by those who say so.
+#[test]
+fn backward_pipelines_are_built_when_they_are_asked_for() {
+    let backward = |context: &Context| format!("{context:?}").contains("backward_");
+    let problem = problem().with_gradients();
+    for way in 0..3 {
+        let context = context();
+        if way == 2 {
+            block_on(context.plan_async(&problem, &PlanOptions::default())).unwrap();
+            assert!(backward(&context));
+            continue;
+        }
+        let plan = context.plan(&problem).unwrap();
+        assert!(!backward(&context), "the forward pass built them");
+        if way == 0 {
+            plan.prepare_backward().unwrap();
+        } else {
+            let all: Vec<_> = (0..9).map(|_| context.upload(&[0; 4096]).unwrap()).collect();
+            let forward = ForwardBuffers::new(&all[0], &all[1], &all[2], &all[3]).lse(&all[4]);
+            let workspace = plan.create_backward_workspace().unwrap();
+            let buffers = BackwardBuffers::new(&forward, &all[5], [&all[6], &all[7], &all[8]]);
+            plan.bind_backward(&buffers.workspace(workspace.as_ref())).unwrap();
+        }
+        assert!(backward(&context));
+    }
+    // Nothing to build without gradients.
+    context().plan(&self::problem()).unwrap().prepare_backward().unwrap();
+}
+
+/// A bound pass outlives its plan: a model can keep it.
+#[test]
+fn a_bound_pass_keeps_what_it_needs() {
+    let context = full();
+    let out = context.upload(&[0xff; 1024]).unwrap();
+    let bound = {
+        let inputs = [0; 3].map(|_| context.upload(bytemuck::cast_slice(&[1f32; 256])).unwrap());
+        let plan = context.plan_with(&problem(), &tile()).unwrap();
+        plan.bind_forward(&ForwardBuffers::new(&inputs[0], &inputs[1], &inputs[2], &out)).unwrap()
+    };
+    let mut encoder = context.device().create_command_encoder(&Default::default());
+    bound.record(&mut encoder.begin_compute_pass(&Default::default()));
+    context.queue().submit([encoder.finish()]);
+    let found: Vec<f32> = bytemuck::pod_collect_to_vec(&context.download(&out, 0, 1024).unwrap());
+    assert!(found.iter().all(|x| (x - 1.0).abs() < 1e-6));
+}
+
+/// Plans can be made on a thread of their own, ahead of their use.
+#[test]
+fn plans_are_made_on_any_thread() {
+    fn is_send<T: Send + Sync>(_: &T) {}
+    let context = context();
+    let other = context.clone();
+    let plan = std::thread::spawn(move || other.plan(&problem()).unwrap()).join().unwrap();
+    is_send(&plan);
+    is_send(&context);
+    plan.create_workspace().unwrap();
+}
+
+/// Errors that name features and adapters do so in words.
+#[test]
+fn messages_in_words() {
+    let without = Context::headless_with(&HeadlessOptions::default().cooperative_matrices(true));
+    if let Err(error) = without {
+        let text = error.to_string();
+        assert!(matches!(error, Error::Matrices { .. }), "{text}");
+        assert!(!text.contains("FeaturesWGPU") && !text.contains("no usable adapter"), "{text}");
+        assert!(text.contains("cooperative matrices (Features::EXPERIMENTAL_COOPERATIVE_MATRIX)"), "{text}");
+        assert!(text.contains("all others run without"), "{text}");
     }
 }
 
