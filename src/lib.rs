@@ -44,6 +44,40 @@
 //! with your own framework on a safetensors file, `examples/train.rs` one that trains a small transformer on the device.
 //! [`mod@reference`] has the same mathematics in f64 on the host, in loops one can read.
 //!
+//! `examples/decode.rs` is a decode loop on a cache of keys and values.
+//!
+//! # Conventions
+//!
+//! q `[B, Hq, Nq, D]`, k `[B, Hkv, Nk, D]` and v `[B, Hkv, Nk, Dv]` give o `[B, Hq, Nq, Dv]` and, on request, lse `[B, Hq, Nq]`.
+//!
+//! | subject | convention |
+//! |---|---|
+//! | order of operations | `s = scale · q·k`, then softcap `c · tanh(s / c)`, then masks, then softmax |
+//! | scale | `1/sqrt(D)` by default |
+//! | grouped heads | `kv_head = q_head / (Hq / Hkv)`; `Hkv` divides `Hq` |
+//! | causal | [bottom-right](Causal::BottomRight), `j ≤ i + Nk − Nq`, as flash-attention, or [top-left](Causal::TopLeft), `j ≤ i`, as PyTorch |
+//! | window | inclusive, from `i + Nk − Nq − left` to `i + Nk − Nq + right`, each side optional |
+//! | key lengths, query lengths | how many keys, and queries, of each batch entry count; the bottom-right diagonal and the window use them for `Nk` and `Nq` |
+//! | lse | natural logarithm, f32; includes scale, softcap and masks |
+//! | a query that sees no key | o = 0, lse = −∞, every gradient through it 0; never NaN |
+//! | `B`, `Nq` or `Nk` of 0 | allowed: the right, possibly zero, result |
+//! | element types | q, k, v and o in one of f32, f16, bf16; products, softmax and lse in f32. On cooperative matrices f16 is multiplied: f32 as two parts of 11 bits, bf16 scaled |
+//! | gradients | in the element type, their sums in f32; those of k and v summed over the query heads that share them; written or, on request, added |
+//! | the same input twice | the same bits, of gradients too |
+//!
+//! # Limits
+//!
+//! - `D` and `Dv` are 1 to 256, each ([`MAX_HEAD_DIM`]); sequences have at most 2²⁹ positions ([`MAX_SEQLEN`]).
+//! - Work that exceeds a binding or a dispatch limit of the device is split, down to a tile of rows of one head. The keys of a head, and
+//!   its values, must each lie within one binding (`max_storage_buffer_binding_size`). Of gradients, all that heads sharing a key-value
+//!   head read and write must: q, o and their gradients.
+//! - There is no boolean mask, additive bias, ALiBi, dropout, sink, packed or paged sequence or block-sparse mask.
+//! - Inputs must be finite where they count: WGSL leaves NaN and infinity undefined. How large scores and values may be is in `docs/kernels.md`, by kernel.
+//! - Offsets of bindings are multiples of the device's `min_storage_buffer_offset_alignment`; finer ones go into [`Layout`].
+//!
+//! What breaks a limit is an [`Error`] that names the argument, what was found and what would be right, before anything is recorded. Values are the
+//! exception: nobody looks at them.
+//!
 //! # When the device fails
 //!
 //! What returns a `Result` does not panic. A device that is lost gives [`Error::Device`] from plans, workspaces, uploads and

@@ -32,7 +32,10 @@ fn by_rows() -> PlanOptions {
 
 fn run_cases(element_type: ElementType) {
     let mut ways = ways(element_type);
-    ways.push(("tile of 12 by 24", full(), small_tile()));
+    // f16 and bf16 differ in how elements are read and written alone; `within_bounds` has this tile in each type.
+    if element_type != ElementType::F16 {
+        ways.push(("tile of 12 by 24", full(), small_tile()));
+    }
     if element_type == ElementType::F32 {
         ways.push(("fused tile of 64 by 32", full(), by_keys()));
         ways.push(("fused tile of 32 by 64", full(), by_rows()));
@@ -100,7 +103,8 @@ fn gradients_of_lse_and_sums_with_what_is_there() {
             written_out.fused_tile = written_out.fused_tile.map(|tile| FusedTile { written_out: true, ..tile });
             ways.push(("fused, written out", full(), written_out));
         }
-        for (grad_lse, accumulate) in [(true, false), (false, true), (true, true)] {
+        // Both at once: see `within_bounds`.
+        for (grad_lse, accumulate) in [(true, false), (false, true)] {
             check_all(&prepare(few(), element_type, Ask { grad_lse, accumulate }), &ways);
         }
     }
@@ -117,9 +121,10 @@ fn blocks_of_several_tiles() {
     ];
     let cases: Vec<_> = all.into_iter().map(|(name, case)| (name.to_string(), case)).collect();
     let options = |block_keys, block_rows| ("fused", full(), fused([32, 64], 8, 8, 16, [block_keys, block_rows]));
-    for accumulate in [false, true] {
+    // Each shape of block once, and each way to store: every module takes software Vulkan seconds to compile.
+    for (accumulate, blocks) in [(false, options(96, 64)), (true, options(64, 128))] {
         let prepared = prepare(cases.clone(), ElementType::F32, Ask { grad_lse: false, accumulate });
-        check_all(&prepared, &[options(96, 64), options(64, 128)]);
+        check_all(&prepared, &[blocks]);
     }
 }
 

@@ -16,7 +16,7 @@ use naga::proc::Layouter;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, Module};
 use stores::stores_components;
-use switched::switched;
+use switched::{PAIRWISE, switched};
 use wgpu_flash_attention::specialize::{
     Source, Specialization, backward_modules, decode_modules, fused_modules, merge_module, modules,
 };
@@ -47,7 +47,7 @@ fn problems() -> Vec<Problem> {
             let seqlens: &[u32] = if element_type == ElementType::F32 { &[8, 8192] } else { &[8] };
             for &seqlen in seqlens {
                 let shape = Shape { head_dim_v, ..Shape::square(2, 2, seqlen, head_dim) };
-                all.extend((0..16).map(|bits| switched(shape, element_type, bits)));
+                all.extend(PAIRWISE.map(|bits| switched(shape, element_type, bits)));
                 // Aligned or not, with lse and a scale of 0.
                 all.extend([8, 9].map(|bits| switched(shape, element_type, bits).scale(0.0)));
             }
