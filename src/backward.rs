@@ -2,7 +2,7 @@
 
 use wgpu::BufferBinding;
 
-use crate::forward::{BoundPass, ForwardBuffers, ToBinding, ToOptionalBinding, check_buffers};
+use crate::forward::{Argument, BoundPass, ForwardBuffers, ToBinding, ToOptionalBinding, check_buffers};
 use crate::kernel::{self, Access, Slot, backward_delta, forward_coop};
 use crate::plan::{Cut, Part, Recipe, check_limits};
 use crate::problem::Tensor;
@@ -26,8 +26,8 @@ use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tun
 /// }
 /// ```
 ///
-/// What [`ForwardBuffers`] says of usages, offsets and sizes holds here too; gradients of q, k and v may not be in a buffer
-/// with an input, and o and lse are inputs here.
+/// What [`ForwardBuffers`] says of usages, offsets, sizes and shared buffers holds here too; the gradients of q, k and v are the
+/// outputs, and o and lse are inputs. So the gradients may be views of one tensor `[batch, position, 3, head, dim]`, say.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct BackwardBuffers<'a> {
@@ -117,26 +117,31 @@ impl Plan {
         let rows = 4 * problem.shape.rows();
         let grad_lse = if gradients.lse { rows } else { 0 };
         let seqlens = if problem.seqlens_k { 4 * problem.shape.batch as u64 } else { 0 };
-        let bytes = |tensor| problem.tensor_bytes(tensor).next_multiple_of(4);
-        let input = |slot, binding, tensor| (slot, Access::Read, Some(binding), bytes(tensor), true);
-        let output = |slot, binding, tensor| (slot, Access::ReadWrite, Some(binding), bytes(tensor), true);
+        let input = |slot, binding, tensor| Argument::tensor(slot, Access::Read, binding, problem, tensor);
+        let output = |slot, binding, tensor| Argument::tensor(slot, Access::ReadWrite, binding, problem, tensor);
         let all = [
             input(Slot::Query, &buffers.query, Tensor::Query),
             input(Slot::Key, &buffers.key, Tensor::Key),
             input(Slot::Value, &buffers.value, Tensor::Value),
             input(Slot::Out, &buffers.out, Tensor::Out),
             input(Slot::GradOut, &buffers.grad_out, Tensor::GradOut),
-            (Slot::Lse, Access::Read, buffers.lse.as_ref(), rows, true),
-            (Slot::GradLse, Access::Read, buffers.grad_lse.as_ref(), grad_lse, gradients.lse),
-            (Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens, problem.seqlens_k),
+            Argument::bytes(Slot::Lse, Access::Read, buffers.lse.as_ref(), rows, true),
+            Argument::bytes(Slot::GradLse, Access::Read, buffers.grad_lse.as_ref(), grad_lse, gradients.lse),
+            Argument::bytes(Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens, problem.seqlens_k),
             output(Slot::GradQuery, &buffers.grad_query, Tensor::GradQuery),
             output(Slot::GradKey, &buffers.grad_key, Tensor::GradKey),
             output(Slot::GradValue, &buffers.grad_value, Tensor::GradValue),
             // A workspace that this plan does without may be given all the same.
-            (Slot::Workspace, Access::ReadWrite, buffers.workspace.as_ref(), schedule.workspace_bytes, true),
+            Argument::bytes(
+                Slot::Workspace,
+                Access::ReadWrite,
+                buffers.workspace.as_ref(),
+                schedule.workspace_bytes,
+                true,
+            ),
         ];
         let slots = check_buffers(&all, self.offset_alignment)?;
-        BoundPass::new(&self.device, || Ok(schedule.bind(&self.device, &slots)))
+        BoundPass::new(&self.device, || schedule.bind(&self.device, &slots))
     }
 }
 

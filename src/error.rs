@@ -159,8 +159,11 @@ pub enum Error {
         /// Bytes required to divide it.
         alignment: u64,
     },
-    /// An output shares its buffer with an input, or overlaps another output.
-    #[error("{output} and {other} share a buffer; an output needs a buffer that no input of the same call is in")]
+    /// An output lies where another argument does.
+    #[error(
+        "{output} and {other} have bytes in common, or lie too intricately among each other to tell; they may share a buffer, \
+         but an output needs bytes of its own there, and 4-byte words in which no input is"
+    )]
     BufferAliased {
         /// The output.
         output: &'static str,

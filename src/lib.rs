@@ -63,6 +63,7 @@ mod forward;
 mod host;
 mod kernel;
 mod merge;
+mod overlap;
 mod passthrough;
 mod plan;
 mod problem;

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use wgpu::BufferBinding;
 
-use crate::context::{Context, Pipeline};
-use crate::forward::{BoundPass, ToBinding, bind_launch, check_buffers};
+use crate::context::{Context, LazyPipeline};
+use crate::forward::{Argument, BoundPass, ToBinding, bind_launch, check_buffers};
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{Access, Kernel, Slot, decode};
 use crate::plan::{Launch, Part, check_limits, uniform_buffer};
@@ -55,9 +55,9 @@ pub struct MergeBuffers<'a> {
     pub part_out: BufferBinding<'a>,
     /// lse of the parts, f32 `[parts, rows]`; −∞ where a part saw no key.
     pub part_lse: BufferBinding<'a>,
-    /// The merged o, contiguous `[rows, head_dim_v]`; not in a buffer of the parts.
+    /// The merged o, contiguous `[rows, head_dim_v]`; not where a part is.
     pub out: BufferBinding<'a>,
-    /// The merged lse, f32 `[rows]`; not in a buffer of the parts.
+    /// The merged lse, f32 `[rows]`; not where a part is.
     pub lse: BufferBinding<'a>,
 }
 
@@ -151,7 +151,8 @@ impl Context {
                 split_rows: problem.rows,
                 ..Default::default()
             };
-            let pipeline: Arc<Pipeline> = self.pipeline(&pass)?;
+            let pipeline = Arc::new(LazyPipeline::new(self, &pass));
+            pipeline.build()?;
             let launch = Launch {
                 pipeline,
                 ranges: ranges.map(|(slot, bytes)| (slot, 0, bytes)).to_vec(),
@@ -181,17 +182,14 @@ impl MergePlan {
             .map(|(&(slot, bytes), binding)| {
                 let output = matches!(slot, Slot::Out | Slot::Lse);
                 let access = if output { Access::ReadWrite } else { Access::Read };
-                (slot, access, Some(binding), bytes, true)
+                Argument::bytes(slot, access, Some(binding), bytes, true)
             })
             .collect();
         let slots = check_buffers(&all, self.offset_alignment)?;
         let Some((launch, uniforms)) = &self.work else {
             return Ok(());
         };
-        let bound = BoundPass::new(&self.device, || {
-            let group = bind_launch(&self.device, launch, uniforms, &slots);
-            Ok(vec![(launch.pipeline.clone(), group, launch.workgroups)])
-        })?;
+        let bound = BoundPass::new(&self.device, || Ok(vec![bind_launch(&self.device, launch, uniforms, &slots)?]))?;
         bound.encode(encoder, "wgpu-flash-attention merge");
         Ok(())
     }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::context::{Context, Pipeline};
+use crate::context::{Context, LazyPipeline};
 use crate::forward::{Step, bind_launch};
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{self, CoopForm, Kernel, Pass, Rounds, Slot, forward_coop};
@@ -217,7 +217,7 @@ impl Part {
 /// One dispatch.
 #[derive(Debug)]
 pub(crate) struct Launch {
-    pub pipeline: Arc<Pipeline>,
+    pub pipeline: Arc<LazyPipeline>,
     /// For each binding of the pipeline: what it holds, its first byte and its size, from where the caller binds it.
     pub ranges: Vec<(Slot, u64, u64)>,
     pub uniform_offset: u64,
@@ -345,7 +345,7 @@ impl Schedule {
         }
     }
 
-    /// Cuts the problem into parts that fit the device, builds the pipelines, and says what each launch binds.
+    /// Cuts the problem into parts that fit the device, and says what each launch binds.
     fn new(context: &Context, problem: &Problem, recipe: &Recipe<'_>, backward: bool) -> Result<Self, Error> {
         let limits = context.limits();
         let mut schedule = Schedule::empty(recipe);
@@ -378,7 +378,7 @@ impl Schedule {
         let parts = split(problem, recipe, &|part| bind(part).0, &|part| end_of(&workspace(part)), of_part, &bounds)?;
         schedule.workspace_bytes = parts.iter().map(|part| end_of(&workspace(part))).max().unwrap_or(0);
         schedule.parts = parts.len();
-        let pipelines = recipe.passes.iter().map(|pass| context.pipeline(pass)).collect::<Result<Vec<_>, _>>()?;
+        let pipelines: Vec<_> = recipe.passes.iter().map(|pass| Arc::new(LazyPipeline::new(context, pass))).collect();
 
         let mut uniforms = vec![0u8; of_part as usize * parts.len()];
         for (n, part) in parts.iter().enumerate() {
@@ -414,13 +414,21 @@ impl Schedule {
         Ok(schedule)
     }
 
+    /// Builds the pipelines that are not there yet.
+    pub(crate) fn build(&self) -> Result<(), Error> {
+        self.launches.iter().try_for_each(|launch| launch.pipeline.build())
+    }
+
     /// Binds the buffers of every launch.
-    pub(crate) fn bind(&self, device: &wgpu::Device, slots: &[(Slot, &wgpu::BufferBinding<'_>)]) -> Vec<Step> {
-        let bind = |launch: &Launch| {
-            let uniforms = self.uniforms.as_ref()?;
-            Some((launch.pipeline.clone(), bind_launch(device, launch, uniforms, slots), launch.workgroups))
+    pub(crate) fn bind(
+        &self,
+        device: &wgpu::Device,
+        slots: &[(Slot, &wgpu::BufferBinding<'_>)],
+    ) -> Result<Vec<Step>, Error> {
+        let Some(uniforms) = &self.uniforms else {
+            return Ok(vec![]);
         };
-        self.launches.iter().filter_map(bind).collect()
+        self.launches.iter().map(|launch| bind_launch(device, launch, uniforms, slots)).collect()
     }
 }
 
@@ -586,16 +594,25 @@ impl Plan {
             }
             None => None,
         };
+        let forward = Schedule::new(context, problem, &forward, false)?;
+        forward.build()?;
         Ok(Plan {
             device: context.device().clone(),
             problem: problem.clone(),
             offset_alignment: limits.min_storage_buffer_offset_alignment as u64,
-            forward: Schedule::new(context, problem, &forward, false)?,
+            forward,
             backward,
             tile,
             splits,
             rows_and_keys,
         })
+    }
+
+    /// Builds the pipelines of the backward pass, if the problem has gradients and they are not there yet. The first backward pass
+    /// does so otherwise: drivers can take seconds, and those who only want the forward pass do without.
+    pub fn prepare_backward(&self) -> Result<(), Error> {
+        let build = || self.backward.as_ref().map_or(Ok(()), Schedule::build);
+        faults::caught(&self.device, "backward plan", build)
     }
 
     /// The problem that this plan computes.

@@ -3,6 +3,7 @@
 use std::hash::{Hash, Hasher};
 
 use crate::Error;
+use crate::overlap::Region;
 
 /// The largest sequence length: positions and window bounds are computed in `i32`.
 pub const MAX_SEQLEN: u32 = 1 << 29;
@@ -530,6 +531,11 @@ impl Problem {
         }
         // validate() has shown that this does not overflow.
         self.layout(tensor).end(dims).unwrap_or(u64::MAX / 8) * self.element_type.bytes()
+    }
+
+    /// The bytes of a tensor in its buffer.
+    pub(crate) fn region(&self, tensor: Tensor) -> Region {
+        Region::of(&self.layout(tensor), self.shape.dims(tensor), self.element_type.bytes())
     }
 
     /// Whether all of these tensors can be read and written in groups of so many elements.

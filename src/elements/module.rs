@@ -90,6 +90,8 @@ fn spirv_options(bindings: &[u32], checked: bool) -> naga::back::spv::Options<'s
         },
         force_loop_bounding: checked,
         emit_int_div_checks: checked,
+        // Otherwise each module declares StorageInputOutput16, which the device need not have and nobody asked it for.
+        use_storage_input_output_16: false,
         ..Default::default()
     }
 }

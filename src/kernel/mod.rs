@@ -17,7 +17,7 @@ pub use forward_coop::CoopForm;
 
 use crate::plan::Part;
 use crate::problem::Tensor;
-use crate::specialize::Specialization;
+use crate::specialize::{Specialization, SpecializeError};
 use crate::{ElementType, Problem};
 
 /// Which algorithm computes a problem.
@@ -121,9 +121,55 @@ pub(crate) struct Pass {
 }
 
 impl Pass {
+    /// What is compiled for it.
+    pub(crate) fn module(&self) -> Module {
+        Module {
+            specialization: self.specialization.clone(),
+            bindings: self.bindings.clone(),
+            element_access: self.element_access,
+        }
+    }
+
+    /// The numbers of all its bindings.
+    pub(crate) fn binding_numbers(&self) -> Vec<u32> {
+        self.module().binding_numbers()
+    }
+}
+
+/// What a pipeline is compiled from. Equal ones are one pipeline.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Module {
+    pub specialization: Specialization,
+    pub bindings: Vec<(Slot, Access)>,
+    pub element_access: bool,
+}
+
+impl Module {
     /// The numbers of all its bindings.
     pub(crate) fn binding_numbers(&self) -> Vec<u32> {
         std::iter::once(0).chain(self.bindings.iter().map(|&(slot, _)| slot as u32)).collect()
+    }
+
+    /// The same, with these inputs declared as if they were written: wgpu wants that of a buffer that is bound as an input and as
+    /// an output of one dispatch.
+    pub(crate) fn sharing(&self, inputs: &[Slot]) -> Module {
+        let mut module = self.clone();
+        for (slot, access) in &mut module.bindings {
+            if inputs.contains(slot) {
+                *access = Access::ReadWrite;
+            }
+        }
+        module
+    }
+
+    /// Its WGSL.
+    pub(crate) fn text(&self) -> Result<String, SpecializeError> {
+        let mut text = self.specialization.source()?.text;
+        for (slot, _) in self.bindings.iter().filter(|(_, access)| *access == Access::ReadWrite) {
+            let declared = |access: &str| format!("@binding({}) var<storage, {access}>", *slot as u32);
+            text = text.replace(&declared("read"), &declared("read_write"));
+        }
+        Ok(text)
     }
 }
 
