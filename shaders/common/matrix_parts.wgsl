@@ -8,7 +8,7 @@
 // The small products come first: what tensor cores add up is truncated to the size of the sum. And sums of many tiles are
 // plain numbers, to which the sum of a tile is added.
 //
-// Elements below 2^-16 of the largest lose bits. So a tile whose elements are that far apart has a scale for each of its
+// Elements below 2^-16 of the largest lose bits (of a bf16, 2^-32). So a tile whose elements are that far apart has a scale for each of its
 // rows: then a key that no query may see, however large, takes no bits from its neighbours.
 
 // Of each subgroup's part of two tiles, the largest size and, as what it lacks to 2^32, the smallest size other than 0.
@@ -16,8 +16,9 @@
 var<workgroup> largest: array<vec4u, SUBGROUPS>;
 // Where tiles have a scale for each row: the sizes of rows. SIZED_ROWS is the kernel's.
 var<workgroup> row_sizes: array<atomic<u32>, SIZED_ROWS>;
-// How many powers of two elements of a tile may be apart before its rows have scales of their own.
-const APART = 16u;
+// How many powers of two elements of a tile may be apart before its rows have scales of their own: 16 in f32, and 24 in bf16,
+// whose 8 bits are in one f16 down to 2^-32 of the largest.
+const APART = 32u - 8u * PARTS;
 
 // The size of elements is the largest absolute value.
 fn size_of(x: vec4f) -> f32 {
