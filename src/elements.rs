@@ -22,6 +22,7 @@ use std::fmt::Write;
 
 pub use module::ElementModule;
 
+use crate::error::features;
 use crate::{Context, Error, faults, passthrough};
 
 /// The device features that kernels on cooperative matrices need, all of them the caller's decision.
@@ -36,8 +37,11 @@ pub const FEATURES: wgpu::Features = MATRIX_FEATURES.union(wgpu::Features::PASST
 #[non_exhaustive]
 pub enum NoMatrices {
     /// The device was created without features that are needed.
-    #[error("the device lacks {0:?}")]
+    #[error("the device was created without {}; request it where the adapter has it", features(*.0))]
     Features(wgpu::Features),
+    /// The adapter does not have features that are needed.
+    #[error("the adapter has no {}; its driver may be too old, or the hardware has none", features(*.0))]
+    AdapterFeatures(wgpu::Features),
     /// The adapter has no square matrices of a size that WGSL can name, f16 with f32 sums.
     #[error("the adapter lists no f16 matrices of 16x16 or 8x8 with f32 sums")]
     MatrixSize,
@@ -58,7 +62,7 @@ pub enum NoMatrices {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum NoElementAccess {
     /// The device was created without features that are needed.
-    #[error("the device lacks {0:?}")]
+    #[error("the device was created without {}", features(*.0))]
     Features(wgpu::Features),
     /// Only Vulkan takes SPIR-V.
     #[error("the backend is {0}, not Vulkan")]
