@@ -49,7 +49,7 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
         numbers: Numbers(1),
     };
     let seqlens_k = buffer("seqlens_k", BATCH);
-    let workspace = plan.create_workspace();
+    let workspace = plan.create_workspace()?;
     let [keys, values] = &cache.device;
     let buffers = ForwardBuffers::new(&q, keys, values, &o).seqlens_k(&seqlens_k).workspace(workspace.as_ref());
     let bound = plan.bind_forward(&buffers)?;
@@ -82,7 +82,7 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
 
         // With one position, [batch, position, head, dim] and [batch, head, position, dim] are the same order.
         let found: Vec<f32> = bytemuck::pod_collect_to_vec(&context.download(&o, 0, o.size())?);
-        let exact = reference::forward(&problem, &query, &cache.host[0], &cache.host[1], Some(&counts)).out;
+        let exact = reference::forward(&problem, &query, &cache.host[0], &cache.host[1], Some(&counts[..])).out;
         let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
         let difference = squares(&mut found.iter().zip(&exact).map(|(&x, y)| x as f64 - y));
         let error = (difference / squares(&mut exact.iter().copied())).sqrt();

@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC;
     let size = 8 * 256 * 64 * 4;
     let out = device.create_buffer(&wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false });
-    let workspace = plan.create_workspace();
+    let workspace = plan.create_workspace()?;
 
     // Recorded into the application's encoder; the application submits when it likes.
     let mut encoder = device.create_command_encoder(&Default::default());

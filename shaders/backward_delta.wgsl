@@ -2,7 +2,9 @@
 // score gradients have subtracted, and its lse, side by side.
 //
 //     delta_i = sum over d of dO[i, d] O[i, d], less dlse_i where lse has a gradient of its own
-//     rows_i = (lse_i, delta_i), lse_i being NO_KEYS for a row that sees no key
+//     rows_i = (lse_i, delta_i), lse_i being NO_KEYS for a row that sees no key, and a little more where it is huge
+//
+// With LENGTHS, the numbers of valid queries and keys of each batch entry go behind the rows, for the kernels that follow.
 //
 // ROW_THREADS threads share a row. With CLEAR, the gradient of queries is set to 0, for backward_fused_tile.wgsl to add to.
 #include "common/problem.wgsl"
@@ -11,7 +13,7 @@
 
 @group(0) @binding(4) var<storage, read> out: InElements;
 @group(0) @binding(5) var<storage, read> lse: array<u32>;
-@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 #if GRAD_LSE
 @group(0) @binding(12) var<storage, read> grad_lse: array<f32>;
@@ -57,7 +59,15 @@ fn delta(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) t
 #endif
         // WGSL may assume that infinity does not occur, so an empty row is told by its bits.
         let is_empty = lse[place] == 0xff800000u;
-        let row_lse = select(bitcast<f32>(lse[place]), NO_KEYS, is_empty);
-        rows[(group.z * problem.heads + group.y) * problem.seqlen_q + i] = vec2f(row_lse, delta);
+        // From 4 million on the rounding of lse is so many units that exp(score - lse) of a largest score could be infinite. So
+        // much more makes it finite. It is right only below.
+        let given = bitcast<f32>(lse[place]);
+        let row_lse = select(given + max(abs(given) * 0x1p-20 - 4.0, 0.0), NO_KEYS, is_empty);
+        rows[(group.z * problem.heads + group.y) * problem.seqlen_q + i] = bitcast<vec2u>(vec2f(row_lse, delta));
     }
+#if LENGTHS
+    if group.x == 0u && group.y == 0u && thread == 0u {
+        rows[problem.lengths_at + group.z] = vec2u(lengths_of(group.z));
+    }
+#endif
 }

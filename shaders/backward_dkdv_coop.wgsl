@@ -23,7 +23,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
-@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
@@ -113,27 +113,27 @@ struct Tile {
     numbers: array<vec2f, NUMBER_MOVES>,
 }
 
-fn load_tile(batch: u32, head: u32, i0: u32, thread: u32) -> Tile {
+fn load_tile(at: Sequence, head: u32, i0: u32, thread: u32) -> Tile {
     var x: Tile;
-    let last = problem.seqlen_q - 1u;
-    let query_start = head_start(problem.query, batch, head);
+    let last = last_query(at);
+    let query_start = head_start(problem.query, at.batch, head);
     for (var n = 0u; n < Q_MOVES; n++) {
         let t = thread + n * THREADS;
         x.q[n] = read_query(query_start + min(i0 + t / D8, last) * problem.query.row, 8u * (t % D8), HEAD_DIM);
     }
-    let grad_start = head_start(problem.grad_out, batch, head);
+    let grad_start = head_start(problem.grad_out, at.batch, head);
     for (var n = 0u; n < DO_MOVES; n++) {
         let t = thread + n * THREADS;
         x.grad[n] = read_grad_out(grad_start + min(i0 + t / V8, last) * problem.grad_out.row, 8u * (t % V8), HEAD_DIM_V);
     }
-    let first_row = (batch * problem.heads + head) * problem.seqlen_q;
+    let first_row = (at.batch * problem.heads + head) * problem.seqlen_q;
     for (var n = 0u; n < NUMBER_MOVES; n++) {
-        x.numbers[n] = rows[first_row + min(i0 + thread + n * THREADS, last)];
+        x.numbers[n] = row_stats(first_row + min(i0 + thread + n * THREADS, last));
     }
     return x;
 }
 
-fn store_tile(x: Tile, i0: u32, thread: u32) {
+fn store_tile(at: Sequence, x: Tile, i0: u32, thread: u32) {
     for (var n = 0u; n < Q_MOVES; n++) {
         let t = thread + n * THREADS;
         if t < ROWS * D8 {
@@ -150,7 +150,7 @@ fn store_tile(x: Tile, i0: u32, thread: u32) {
         let t = thread + n * THREADS;
         if t < ROWS {
             // A row past the end is as one without keys.
-            let number = select(x.numbers[n], vec2f(NO_KEYS, 0.0), i0 + t >= problem.seqlen_q);
+            let number = select(x.numbers[n], vec2f(NO_KEYS, 0.0), i0 + t > last_query(at));
             numbers[t] = vec2f(number.x * LOG2_E, number.y);
         }
     }
@@ -227,15 +227,15 @@ fn dkdv(
     var tile: Tile;
 #if AHEAD
     if count > 0 {
-        tile = load_tile(at.batch, head, u32(i0), thread);
+        tile = load_tile(at, head, u32(i0), thread);
     }
 #endif
     for (var n = 0; n < count; n++) {
         workgroupBarrier();
 #if !AHEAD
-        tile = load_tile(at.batch, head, u32(i0), thread);
+        tile = load_tile(at, head, u32(i0), thread);
 #endif
-        store_tile(tile, u32(i0), thread);
+        store_tile(at, tile, u32(i0), thread);
         workgroupBarrier();
         let row0 = i0;
         i0 += i32(ROWS);
@@ -245,7 +245,7 @@ fn dkdv(
         }
 #if AHEAD
         // The last one is loaded for nothing.
-        tile = load_tile(at.batch, min(head, at.head_q + problem.group - 1u), u32(i0), thread);
+        tile = load_tile(at, min(head, at.head_q + problem.group - 1u), u32(i0), thread);
 #endif
 
         // A matrix of rows after the other; not unrolled, which would take more registers.

@@ -24,7 +24,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
-@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
@@ -50,29 +50,29 @@ const NUMBER_LOADS = (STEP + THREADS - 1u) / THREADS;
 // lse of the tile's rows, then delta.
 var<workgroup> numbers: array<f32, 2u * STEP>;
 
-fn load_step(batch: u32, head: u32, i0: u32, thread: u32) -> Step {
-    let last = problem.seqlen_q - 1u;
+fn load_step(at: Sequence, head: u32, i0: u32, thread: u32) -> Step {
+    let last = last_query(at);
     return Step(
-        load_query(head_start(problem.query, batch, head), i0, last, thread),
-        load_grad_out(head_start(problem.grad_out, batch, head), i0, last, thread),
+        load_query(head_start(problem.query, at.batch, head), i0, last, thread),
+        load_grad_out(head_start(problem.grad_out, at.batch, head), i0, last, thread),
     );
 }
 
-fn load_numbers(batch: u32, head: u32, i0: u32, thread: u32) -> array<vec2f, NUMBER_LOADS> {
+fn load_numbers(at: Sequence, head: u32, i0: u32, thread: u32) -> array<vec2f, NUMBER_LOADS> {
     var x: array<vec2f, NUMBER_LOADS>;
     for (var n = 0u; n < NUMBER_LOADS; n++) {
-        let i = min(i0 + thread + n * THREADS, problem.seqlen_q - 1u);
-        x[n] = rows[(batch * problem.heads + head) * problem.seqlen_q + i];
+        let i = min(i0 + thread + n * THREADS, last_query(at));
+        x[n] = row_stats((at.batch * problem.heads + head) * problem.seqlen_q + i);
     }
     return x;
 }
 
-fn store_numbers(x: array<vec2f, NUMBER_LOADS>, i0: u32, thread: u32) {
+fn store_numbers(at: Sequence, x: array<vec2f, NUMBER_LOADS>, i0: u32, thread: u32) {
     for (var n = 0u; n < NUMBER_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < STEP {
             // A row past the end is as one without keys.
-            numbers[t] = select(x[n].x, NO_KEYS, i0 + t >= problem.seqlen_q);
+            numbers[t] = select(x[n].x, NO_KEYS, i0 + t > last_query(at));
             numbers[STEP + t] = x[n].y;
         }
     }
@@ -100,7 +100,7 @@ fn dkdv(
         load_key(head_start(problem.key, at.batch, at.head_kv), key0, last, thread),
         load_value(head_start(problem.value, at.batch, at.head_kv), key0, last, thread),
     );
-    var owned_scales: vec2f;
+    var owned_scales: Scales;
     var lefts = owned_parts(owned, HEAD_DIM, HEAD_DIM_V, thread, subgroup, lane, &owned_scales);
     // dV in one half, dK in the other.
     var sums: Gradients;
@@ -120,17 +120,17 @@ fn dkdv(
     var step_numbers: array<vec2f, NUMBER_LOADS>;
 #if AHEAD
     if count > 0 {
-        step = load_step(at.batch, head, u32(i0), thread);
-        step_numbers = load_numbers(at.batch, head, u32(i0), thread);
+        step = load_step(at, head, u32(i0), thread);
+        step_numbers = load_numbers(at, head, u32(i0), thread);
     }
 #endif
     for (var n = 0; n < count; n++) {
 #if !AHEAD
-        step = load_step(at.batch, head, u32(i0), thread);
-        step_numbers = load_numbers(at.batch, head, u32(i0), thread);
+        step = load_step(at, head, u32(i0), thread);
+        step_numbers = load_numbers(at, head, u32(i0), thread);
 #endif
-        let scales = store_step(step, thread, subgroup, lane);
-        store_numbers(step_numbers, u32(i0), thread);
+        let scales = store_step(step, owned_scales, thread, subgroup, lane);
+        store_numbers(at, step_numbers, u32(i0), thread);
         workgroupBarrier();
         let row0 = i0;
         i0 += i32(STEP);
@@ -141,23 +141,43 @@ fn dkdv(
 #if AHEAD
         // The last one is loaded for nothing.
         let next = min(head, at.head_q + problem.group - 1u);
-        step = load_step(at.batch, next, u32(i0), thread);
-        step_numbers = load_numbers(at.batch, next, u32(i0), thread);
+        step = load_step(at, next, u32(i0), thread);
+        step_numbers = load_numbers(at, next, u32(i0), thread);
 #endif
 
         // S^T = K Q^T, or dP^T = V dO^T
         var x = products(&lefts, half);
+        // What takes the scales of owned rows and of the step back.
+        var unscale = vec2f(inverse(of_half(owned_scales.tile, half)), inverse(of_half(scales.tile, half)));
+#if SHAPED
+        var factor = unscale.x * unscale.y;
+#else
+        var factor = unscaled(size, owned_scales.tile.x, scales.tile.x);
+#endif
+        if scales.apart {
+#if SHAPED
+            take_scales_back(&x, owned_scales, 1.0, pair, half, lane);
+#else
+            take_scales_back(&x, owned_scales, size, pair, half, lane);
+#endif
+            unscale = vec2f(1.0);
+            factor = 1.0;
+        }
 
         // P^T = exp(score(S^T) - lse), or dS^T = P^T score' (dP^T - delta)
         if half == 0u {
-            let unscale = inverse(owned_scales.x) * inverse(scales.x);
             var slope = Scores();
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < SM; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        let shape = score_shape(x[r][c][e] * unscale);
+#if SHAPED
+                        let shape = score_shape(x[r][c][e] * factor);
                         slope[r][c][e] = score_slope(shape);
                         x[r][c][e] = fma(shape, size, -numbers[c * M + column_of(lane, 0u) + column_of(0u, e)]);
+#else
+                        slope[r][c][e] = 1.0;
+                        x[r][c][e] = fma(x[r][c][e], factor, -numbers[c * M + column_of(lane, 0u) + column_of(0u, e)]);
+#endif
                     }
                 }
             }
@@ -190,8 +210,8 @@ fn dkdv(
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let delta = numbers[STEP + c * M + column_of(lane, 0u) + column_of(0u, e)];
                         // One scale after the other: both at once, 2^-128 with a V of 1e-30, may be no f32.
-                        let dp = x[r][c][e] * inverse(owned_scales.y);
-                        x[r][c][e] = p[e] * fma(dp, inverse(scales.y), -delta);
+                        let dp = x[r][c][e] * unscale.x;
+                        x[r][c][e] = p[e] * fma(dp, unscale.y, -delta);
                     }
                 }
             }
@@ -199,7 +219,7 @@ fn dkdv(
 
         // dV = dV + P^T dO, or dK = dK + dS^T Q
         let other = 1u - half;
-        add_products(&sums, x, other, of_half(scales, other), 0u);
+        add_products(&sums, x, other, scales, 0u, lane);
     }
 
     // Out in whole rows, a matrix of each subgroup at a time

@@ -28,7 +28,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-@group(0) @binding(7) var<storage, read> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
@@ -80,7 +80,7 @@ fn row_of_step(steps: Steps, n: i32) -> i32 {
 // The tile of step n; past the last one that again.
 fn load_tile(at: Sequence, steps: Steps, n: i32, thread: u32) -> Tile {
     var x: Tile;
-    let last = problem.seqlen_q - 1u;
+    let last = last_query(at);
     let step = min(n, steps.count - 1);
     let head = at.head_q + u32(step / steps.of_head);
     x.i0 = row_of_step(steps, step);
@@ -88,19 +88,19 @@ fn load_tile(at: Sequence, steps: Steps, n: i32, thread: u32) -> Tile {
     x.grad = load_grad_out(head_start(problem.grad_out, at.batch, head), u32(x.i0), last, thread);
     let first_row = (at.batch * problem.heads + head) * problem.seqlen_q;
     for (var n = 0u; n < NUMBER_LOADS; n++) {
-        x.numbers[n] = rows[first_row + min(u32(x.i0) + thread + n * THREADS, last)];
+        x.numbers[n] = row_stats(first_row + min(u32(x.i0) + thread + n * THREADS, last));
     }
     return x;
 }
 
-fn store_tile(x: Tile, buffer: u32, thread: u32) {
+fn store_tile(at: Sequence, x: Tile, buffer: u32, thread: u32) {
     store_query(x.q, buffer, thread);
     store_grad_out(x.grad, buffer, thread);
     for (var n = 0u; n < NUMBER_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < ROWS {
             // A row past the end is as one without keys.
-            let number = select(x.numbers[n], vec2f(NO_KEYS, 0.0), u32(x.i0) + t >= problem.seqlen_q);
+            let number = select(x.numbers[n], vec2f(NO_KEYS, 0.0), u32(x.i0) + t > last_query(at));
             numbers[buffer * ROWS + t] = vec2f(number.x * LOG2_E, number.y);
         }
     }
@@ -171,7 +171,7 @@ fn dkdv(
     steps.count = select(steps.of_head * i32(problem.group), 0, range.x >= range.y);
     var next: Tile;
     if steps.count > 0 {
-        store_tile(load_tile(at, steps, 0, thread), 0u, thread);
+        store_tile(at, load_tile(at, steps, 0, thread), 0u, thread);
 #if AHEAD
         next = load_tile(at, steps, 1, thread);
 #endif
@@ -247,7 +247,7 @@ fn dkdv(
 #if !AHEAD
         next = load_tile(at, steps, n + 1, thread);
 #endif
-        store_tile(next, 1u - buffer, thread);
+        store_tile(at, next, 1u - buffer, thread);
         workgroupBarrier();
 
         // dV = dV + P^T dO,  dK = dK + dS^T Q

@@ -23,7 +23,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
-@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 #include "common/matrix_elements.wgsl"
@@ -72,11 +72,11 @@ fn store_eight(place: u32, x: Eight) {
 
 // A block of columns of Q, from column d0 on, and one of dO. Past the head dimension they have 0, so that these columns add
 // nothing, whatever K and V have there.
-fn store_queries(start: u32, row0: u32, d0: u32, thread: u32) {
+fn store_queries(start: u32, row0: u32, last_row: u32, d0: u32, thread: u32) {
     for (var n = 0u; n < DQ_MOVES; n++) {
         let t = thread + n * THREADS;
         let d = d0 + 8u * (t % DQ8);
-        let i = min(row0 + t / DQ8, problem.seqlen_q - 1u);
+        let i = min(row0 + t / DQ8, last_row);
         let x = read_query(start + i * problem.query.row, d, HEAD_DIM);
         if t < ROWS * DQ8 {
             store_eight(t / DQ8 * DQ_STRIDE + 2u * (t % DQ8), first_elements(x, max(d, HEAD_DIM) - d));
@@ -84,11 +84,11 @@ fn store_queries(start: u32, row0: u32, d0: u32, thread: u32) {
     }
 }
 
-fn store_grads(start: u32, row0: u32, d0: u32, thread: u32) {
+fn store_grads(start: u32, row0: u32, last_row: u32, d0: u32, thread: u32) {
     for (var n = 0u; n < DO_MOVES; n++) {
         let t = thread + n * THREADS;
         let d = d0 + 8u * (t % DO8);
-        let i = min(row0 + t / DO8, problem.seqlen_q - 1u);
+        let i = min(row0 + t / DO8, last_row);
         let x = read_grad_out(start + i * problem.grad_out.row, d, HEAD_DIM_V);
         if t < ROWS * DO8 {
             store_eight(t / DO8 * DO_STRIDE + 2u * (t % DO8), first_elements(x, max(d, HEAD_DIM_V) - d));
@@ -143,6 +143,7 @@ fn dq(
     // The last rows first: with a causal mask they take longest.
     let row0 = (workgroups.x - 1u - group.x) / BLOCKS * ROWS;
     let row1 = min(row0 + ROWS, problem.seqlen_q);
+    let last_row = last_query(at);
     let mine = subgroup * ROW_MATRICES * M;
     // The first matrix of columns of dQ.
     let dq0 = group.x % BLOCKS * DQM;
@@ -154,7 +155,7 @@ fn dq(
     let query_start = head_start(problem.query, at.batch, at.head_q);
     var q: array<array<Left, BLOCKS * DQM>, ROW_MATRICES>;
     for (var b = 0u; b < BLOCKS; b++) {
-        store_queries(query_start, row0, b * DQM * M, thread);
+        store_queries(query_start, row0, last_row, b * DQM * M, thread);
         workgroupBarrier();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var d = 0u; d < DQM; d++) {
@@ -167,7 +168,7 @@ fn dq(
     let grad_start = head_start(problem.grad_out, at.batch, at.head_q);
     var grad: array<array<Left, DO_BLOCKS * DOM>, ROW_MATRICES>;
     for (var b = 0u; b < DO_BLOCKS; b++) {
-        store_grads(grad_start, row0, b * DOM * M, thread);
+        store_grads(grad_start, row0, last_row, b * DOM * M, thread);
         workgroupBarrier();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var d = 0u; d < DOM; d++) {
@@ -186,8 +187,8 @@ fn dq(
             dq[r][d] = Accumulator();
         }
         for (var e = 0u; e < ELEMENTS; e++) {
-            let i = min(row0 + mine + r * M + row_of(lane, e), problem.seqlen_q - 1u);
-            let number = rows[(at.batch * problem.heads + at.head_q) * problem.seqlen_q + i];
+            let i = min(row0 + mine + r * M + row_of(lane, e), last_row);
+            let number = row_stats((at.batch * problem.heads + at.head_q) * problem.seqlen_q + i);
             of_row[r][held_row(e)] = vec2f(number.x * LOG2_E, number.y);
         }
     }

@@ -23,7 +23,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
-@group(0) @binding(7) var<storage, read_write> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 #include "common/matrix_elements.wgsl"
@@ -64,12 +64,12 @@ fn dq(
     // Shapes of scores times this are scores; a shape is odd in its score.
     let size = score_sign() * score_size();
 
-    let last_row = problem.seqlen_q - 1u;
+    let last_row = last_query(at);
     let owned = Owned(
         load_query(head_start(problem.query, at.batch, at.head_q), row0, last_row, thread),
         load_grad_out(head_start(problem.grad_out, at.batch, at.head_q), row0, last_row, thread),
     );
-    var owned_scales: vec2f;
+    var owned_scales: Scales;
     var lefts = owned_parts(owned, HEAD_DIM, HEAD_DIM_V, thread, subgroup, lane, &owned_scales);
     var sums: Gradients;
     // lse, or delta, of the rows that the lane holds.
@@ -80,7 +80,7 @@ fn dq(
         }
         for (var e = 0u; e < ELEMENTS; e++) {
             let i = min(mine + r * M + row_of(lane, e), last_row);
-            let of_row = rows[(at.batch * problem.heads + at.head_q) * problem.seqlen_q + i];
+            let of_row = row_stats((at.batch * problem.heads + at.head_q) * problem.seqlen_q + i);
             number[r][held_row(e)] = of_half(of_row, half);
         }
     }
@@ -98,7 +98,7 @@ fn dq(
 #if !AHEAD
         step = Step(load_key(key_start, u32(j0), last, thread), load_value(value_start, u32(j0), last, thread));
 #endif
-        let scales = store_step(step, thread, subgroup, lane);
+        let scales = store_step(step, owned_scales, thread, subgroup, lane);
         workgroupBarrier();
 #if AHEAD
         let j1 = u32(j0) + STEP;
@@ -107,17 +107,37 @@ fn dq(
 
         // S = Q K^T, or dP = dO V^T
         var x = products(&lefts, half);
+        // What takes the scales of owned rows and of the step back.
+        var unscale = vec2f(inverse(of_half(owned_scales.tile, half)), inverse(of_half(scales.tile, half)));
+#if SHAPED
+        var factor = unscale.x * unscale.y;
+#else
+        var factor = unscaled(size, owned_scales.tile.x, scales.tile.x);
+#endif
+        if scales.apart {
+#if SHAPED
+            take_scales_back(&x, owned_scales, 1.0, pair, half, lane);
+#else
+            take_scales_back(&x, owned_scales, size, pair, half, lane);
+#endif
+            unscale = vec2f(1.0);
+            factor = 1.0;
+        }
 
         // P score' = exp(score(S) - lse) score', then dS = P score' (dP - delta)
         if half == 0u {
-            let unscale = inverse(owned_scales.x) * inverse(scales.x);
             var slope = Scores();
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < SM; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        let shape = score_shape(x[r][c][e] * unscale);
+#if SHAPED
+                        let shape = score_shape(x[r][c][e] * factor);
                         slope[r][c][e] = score_slope(shape);
                         x[r][c][e] = fma(shape, size, -number[r][held_row(e)]);
+#else
+                        slope[r][c][e] = 1.0;
+                        x[r][c][e] = fma(x[r][c][e], factor, -number[r][held_row(e)]);
+#endif
                     }
                 }
             }
@@ -148,8 +168,8 @@ fn dq(
                     let p = hear((pair * MATRICES + r) * SM + c, lane);
                     for (var e = 0u; e < ELEMENTS; e++) {
                         // One scale after the other: both at once, 2^-128 with a V of 1e-30, may be no f32.
-                        let dp = x[r][c][e] * inverse(owned_scales.y);
-                        x[r][c][e] = p[e] * fma(dp, inverse(scales.y), -number[r][held_row(e)]);
+                        let dp = x[r][c][e] * unscale.x;
+                        x[r][c][e] = p[e] * fma(dp, unscale.y, -number[r][held_row(e)]);
                     }
                     tell((pair * MATRICES + r) * SM + c, lane, x[r][c]);
                 }
@@ -165,7 +185,7 @@ fn dq(
         }
 
         // dQ = dQ + dS K
-        add_products(&sums, x, 0u, scales.x, half * SUM_MATRICES);
+        add_products(&sums, x, 0u, scales, half * SUM_MATRICES, lane);
     }
 
     // Out in whole rows, a matrix of each subgroup at a time

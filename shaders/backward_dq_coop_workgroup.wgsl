@@ -24,7 +24,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-@group(0) @binding(7) var<storage, read> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 
@@ -86,7 +86,7 @@ fn dq(
     // Shapes of scores times this are exponents of 2; a shape is odd in its score.
     let factor = score_sign() * score_factor();
 
-    let last_row = problem.seqlen_q - 1u;
+    let last_row = last_query(at);
     var q: array<array<Left, DM>, ROW_MATRICES>;
 #unroll
     for (var d = 0u; d < DM; d++) {
@@ -120,7 +120,7 @@ fn dq(
             dq[r][d] = Accumulator();
         }
         let first_row = (at.batch * problem.heads + at.head_q) * problem.seqlen_q;
-        let number = rows[first_row + min(my_row + r * M, last_row)];
+        let number = row_stats(first_row + min(my_row + r * M, last_row));
         of_row[r] = vec2f(number.x * LOG2_E, number.y);
     }
 

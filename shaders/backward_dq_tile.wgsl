@@ -17,7 +17,7 @@
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-@group(0) @binding(7) var<storage, read> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 #include "common/read.wgsl" tensor=query
@@ -46,6 +46,7 @@ fn dq(
     let i0 = (workgroups.x - 1u - group.x) * OWN;
     let i1 = min(i0 + OWN, problem.seqlen_q);
     let range = key_range(at, i32(i0), i32(i1));
+    let last_row = last_query(at);
     let last_key = u32(max(at.keys, 1) - 1);
     let query_start = head_start(problem.query, at.batch, at.head_q);
     let grad_start = head_start(problem.grad_out, at.batch, at.head_q);
@@ -53,14 +54,18 @@ fn dq(
     let value_start = head_start(problem.value, at.batch, at.head_kv);
     var row: array<vec2f, TR>;
     for (var r = 0u; r < TR; r++) {
-        let i = min(i0 + r * THREADS_Y + ty, i1 - 1u);
-        row[r] = rows[(at.batch * problem.heads + at.head_q) * problem.seqlen_q + i];
+        let i = min(i0 + r * THREADS_Y + ty, last_row);
+        row[r] = row_stats((at.batch * problem.heads + at.head_q) * problem.seqlen_q + i);
     }
 
     var dq: array<array<vec4f, TK>, TR>;
+#if STEP_SUMS
+    // A step has a sum of its own, as in backward_dkdv_tile.wgsl.
+    var dq_step: array<array<vec4f, TK>, TR>;
+#endif
     let first = u32(range.x / i32(STEP) * i32(STEP));
-    var query_next = load_chunk_query(query_start, i0, i1 - 1u, 0u, HEAD_DIM, thread);
-    var grad_next = load_chunk_grad_out(grad_start, i0, i1 - 1u, 0u, HEAD_DIM_V, thread);
+    var query_next = load_chunk_query(query_start, i0, last_row, 0u, HEAD_DIM, thread);
+    var grad_next = load_chunk_grad_out(grad_start, i0, last_row, 0u, HEAD_DIM_V, thread);
     var key_next: Chunk_key;
     var value_next: Chunk_value;
     var key_rows: Block_key;
@@ -81,7 +86,7 @@ fn dq(
             // The next chunk: of this tile, or the first of the next tile.
             let more = d0 + CHUNK < HEAD_DIM;
             let d1 = select(0u, d0 + CHUNK, more);
-            query_next = load_chunk_query(query_start, i0, i1 - 1u, d1, HEAD_DIM, thread);
+            query_next = load_chunk_query(query_start, i0, last_row, d1, HEAD_DIM, thread);
             key_next = load_chunk_key(key_start, select(j0 + STEP, j0, more), last_key, d1, HEAD_DIM, thread);
             add_scores(&s, ty, tx);
         }
@@ -93,7 +98,7 @@ fn dq(
             workgroupBarrier();
             let more = d0 + CHUNK < HEAD_DIM_V;
             let d1 = select(0u, d0 + CHUNK, more);
-            grad_next = load_chunk_grad_out(grad_start, i0, i1 - 1u, d1, HEAD_DIM_V, thread);
+            grad_next = load_chunk_grad_out(grad_start, i0, last_row, d1, HEAD_DIM_V, thread);
             value_next = load_chunk_value(value_start, select(j0 + STEP, j0, more), last_key, d1, HEAD_DIM_V, thread);
             add_scores(&ds, ty, tx);
         }
@@ -119,8 +124,21 @@ fn dq(
             store_block_key(key_rows, HEAD_DIM, thread);
             workgroupBarrier();
             key_rows = load_block_key(key_start, j0 + n + BLOCK, last_key, HEAD_DIM, thread);
+#if STEP_SUMS
+            add_result_TK(&dq_step, n, ty, tx);
+#else
             add_result_TK(&dq, n, ty, tx);
+#endif
         }
+#if STEP_SUMS
+        for (var r = 0u; r < TR; r++) {
+            for (var u = 0u; u < TK; u++) {
+                let before = dq[r][u];
+                dq[r][u] += dq_step[r][u];
+                dq_step[r][u] -= dq[r][u] - before;
+            }
+        }
+#endif
     }
 
     for (var r = 0u; r < TR; r++) {

@@ -8,16 +8,17 @@
 // workgroups of a round take equally long.
 //
 //     for each tile of keys of the block:           OWN keys
-//         dK = 0, dV = 0
-//         for each query head of the group, for each tile of rows of the block that may see some key:
-//             S = score(Q K^T)                      STEP x OWN
-//             P = exp(S - lse)
-//             dP = dO V^T
-//             dV = dV + P^T dO                      OWN x HEAD_DIM_V
-//             dS = P (dP - delta) score'
-//             dK = dK + dS^T Q                      OWN x HEAD_DIM
-//             dQ in memory += dS K                  STEP x HEAD_DIM
-//         dK, dV in memory += dK, dV                in the first round, = instead of +=
+//         for each query head of the group, for each FOLD_ROWS rows of the block:
+//             dK = 0, dV = 0
+//             for each tile of these rows that may see some key:
+//                 S = score(Q K^T)                  STEP x OWN
+//                 P = exp(S - lse)
+//                 dP = dO V^T
+//                 dV = dV + P^T dO                  OWN x HEAD_DIM_V
+//                 dS = P (dP - delta) score'
+//                 dK = dK + dS^T Q                  OWN x HEAD_DIM
+//                 dQ in memory += dS K              STEP x HEAD_DIM
+//             dK, dV in memory += dK, dV            the first time in the first round, = instead of +=
 //
 // Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) has, in registers, of vectors of four keys or rows: the scores
 // of keys ty, ty + THREADS_Y, ... with rows tx, tx + THREADS_X, ... ; dK and dV of keys ty, ty + THREADS_Y, ... ; dQ of rows
@@ -35,7 +36,7 @@
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-@group(0) @binding(7) var<storage, read> rows: array<vec2f>;
+#include "common/row_stats.wgsl" access=read
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
@@ -166,7 +167,7 @@ fn fused(
     let key0 = block * problem.block_keys;
     let key1 = min(key0 + problem.block_keys, problem.seqlen_k);
     let last_key = u32(max(at.keys, 1) - 1);
-    let last_row = problem.seqlen_q - 1u;
+    let last_row = last_query(at);
     let key_start = head_start(problem.key, at.batch, head_kv);
     let value_start = head_start(problem.value, at.batch, head_kv);
 #if ADD_AT_FIRST
@@ -182,199 +183,204 @@ fn fused(
         if first >= end && add {
             continue;
         }
-        var dk = array<array<vec4f, TK>, 4u * KEY_PIECES>();
-        var dv = array<array<vec4f, TV>, 4u * KEY_PIECES>();
-        // Where no row sees a key there is nothing to load.
-        let heads = select(0u, problem.group, first < end);
-        for (var head = head_kv * problem.group; head < head_kv * problem.group + heads; head++) {
+        // Without rows that see a key, zeros are written.
+        let first_head = head_kv * problem.group;
+        let heads = select(1u, problem.group, first < end);
+        for (var head = first_head; head < first_head + heads; head++) {
             let query_start = head_start(problem.query, at.batch, head);
             let grad_start = head_start(problem.grad_out, at.batch, head);
             let dq_start = head_start(problem.grad_query, at.batch, head);
             let rows_start = (at.batch * problem.heads + head) * problem.seqlen_q;
-            // What workgroup memory holds next: while one product runs, the operands of the next are loaded.
-            var next = load_chunks_s(key_start, j0, last_key, query_start, first, last_row, 0u, HEAD_DIM, thread);
-            store_chunks(next, 0u, HEAD_DIM, thread);
-            workgroupBarrier();
-            var lines_next = Lines();
-            for (var i0 = first; i0 < end; i0 += STEP) {
-                // Of each row of scores lse and delta; of rows that are not there an lse above every score.
-                var row = array<vec2f, 4u * ROW_PIECES>();
-                for (var c = 0u; c < 4u * ROW_PIECES; c++) {
-                    let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
-                    row[c] = rows[rows_start + min(i, last_row)];
-                    row[c].x = select(row[c].x, NO_KEYS, i > last_row);
-                }
-
-                // S = Q K^T
-                var s = Scores();
-                for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
-                    let d1 = d0 + CHUNK;
-                    if d1 < HEAD_DIM {
-                        next = load_chunks_s(key_start, j0, last_key, query_start, i0, last_row, d1, HEAD_DIM, thread);
-                    } else {
-                        next = load_chunks_dp(value_start, j0, last_key, grad_start, i0, last_row, 0u, HEAD_DIM_V, thread);
+            // Each FOLD_ROWS rows have sums of their own, for one sum over all rows would round every time in the same direction
+            // where gradients are alike.
+            for (var fold0 = first; fold0 < max(end, first + 1u); fold0 += FOLD_ROWS) {
+                var dk = array<array<vec4f, TK>, 4u * KEY_PIECES>();
+                var dv = array<array<vec4f, TV>, 4u * KEY_PIECES>();
+                // What workgroup memory holds next: while one product runs, the operands of the next are loaded.
+                var next = load_chunks_s(key_start, j0, last_key, query_start, fold0, last_row, 0u, HEAD_DIM, thread);
+                store_chunks(next, 0u, HEAD_DIM, thread);
+                workgroupBarrier();
+                var lines_next = Lines();
+                for (var i0 = fold0; i0 < min(fold0 + FOLD_ROWS, end); i0 += STEP) {
+                    // Of each row of scores lse and delta; of rows that are not there an lse above every score.
+                    var row = array<vec2f, 4u * ROW_PIECES>();
+                    for (var c = 0u; c < 4u * ROW_PIECES; c++) {
+                        let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
+                        row[c] = row_stats(rows_start + min(i, last_row));
+                        row[c].x = select(row[c].x, NO_KEYS, i > last_row);
                     }
-                    add_scores(&s, ty, tx);
-                    if d1 < HEAD_DIM {
-                        workgroupBarrier();
-                        store_chunks(next, d1, HEAD_DIM, thread);
-                        workgroupBarrier();
-                    }
-                }
 
-                // P, 0 where a row does not see a key. It waits in workgroup memory, so that registers have S or dP, not both (but
-                // for what the derivative of a softcap needs).
-                let full = tile_is_full(at, i32(i0), i32(i0 + STEP), i32(j0), i32(j0 + OWN));
-                for (var c = 0u; c < 4u * ROW_PIECES; c++) {
-                    let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
-                    let interval = key_interval(at, i32(i));
-                    for (var r = 0u; r < KEY_PIECES; r++) {
-                        s[c][r] = shape4(score_sign() * s[c][r]);
-                        var p = exp2((score_size() * s[c][r] - row[c].x) * LOG2_E);
-                        if !full {
-                            let j = vec4i(i32(j0 + r * KEY_PIECE + 4u * ty)) + vec4i(0, 1, 2, 3);
-                            p = select(vec4f(), p, (j >= vec4i(interval.x)) & (j < vec4i(interval.y)));
+                    // S = Q K^T
+                    var s = Scores();
+                    for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
+                        let d1 = d0 + CHUNK;
+                        if d1 < HEAD_DIM {
+                            next = load_chunks_s(key_start, j0, last_key, query_start, i0, last_row, d1, HEAD_DIM, thread);
+                        } else {
+                            next = load_chunks_dp(value_start, j0, last_key, grad_start, i0, last_row, 0u, HEAD_DIM_V, thread);
                         }
-                        tiles[place_of_row(c, tx) + r * THREADS_Y + ty] = p;
-                    }
-                }
-
-                // dP = dO V^T
-                var ds = Scores();
-                workgroupBarrier();
-                store_chunks(next, 0u, HEAD_DIM_V, thread);
-                workgroupBarrier();
-                for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
-                    let d1 = d0 + CHUNK;
-                    if d1 < HEAD_DIM_V {
-                        next = load_chunks_dp(value_start, j0, last_key, grad_start, i0, last_row, d1, HEAD_DIM_V, thread);
-                    } else {
-                        lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, 0u, HEAD_DIM_V, thread);
-                    }
-                    add_scores(&ds, ty, tx);
-                    if d1 < HEAD_DIM_V {
-                        workgroupBarrier();
-                        store_chunks(next, d1, HEAD_DIM_V, thread);
-                        workgroupBarrier();
-                    }
-                }
-
-                // dV = dV + P^T dO
-                for (var l = 0u; l < STEP; l += LINES) {
-                    workgroupBarrier();
-                    store_lines_grad_out(lines_next, thread);
-                    workgroupBarrier();
-                    let l1 = l + LINES;
-                    if l1 < STEP {
-                        lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, l1, HEAD_DIM_V, thread);
-                    } else {
-                        lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, 0u, HEAD_DIM, thread);
-                    }
-                    add_to_dv(&dv, l, ty, tx);
-                }
-
-                // dS = P (dP - delta) score'. A thread reads the P that it wrote.
-                for (var c = 0u; c < 4u * ROW_PIECES; c++) {
-                    for (var r = 0u; r < KEY_PIECES; r++) {
-                        let p = tiles[place_of_row(c, tx) + r * THREADS_Y + ty];
-                        ds[c][r] = p * (ds[c][r] - row[c].y) * slope4(s[c][r]);
-                    }
-                }
-
-                // dK = dK + dS^T Q
-                workgroupBarrier();
-                for (var c = 0u; c < 4u * ROW_PIECES; c++) {
-                    for (var r = 0u; r < KEY_PIECES; r++) {
-                        tiles[place_of_row(c, tx) + r * THREADS_Y + ty] = ds[c][r];
-                    }
-                }
-                for (var l = 0u; l < STEP; l += LINES) {
-                    if l > 0u {
-                        workgroupBarrier();
-                    }
-                    store_lines_query(lines_next, thread);
-                    workgroupBarrier();
-                    let l1 = l + LINES;
-                    if l1 < STEP {
-                        lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, l1, HEAD_DIM, thread);
-                    } else {
-                        lines_next = load_lines_key(key_start, j0, last_key, THREADS_Y, 0u, HEAD_DIM, thread);
-                    }
-                    add_to_dk(&dk, l, ty, tx);
-                }
-
-                // dQ += dS K, in memory. A thread always has the same elements of it.
-                var dq = array<array<vec4f, TK>, 4u * DQ_PIECES>();
-                // Written out, since r must be a constant for dS to be in registers.
-#unroll
-                for (var r = 0u; r < KEY_PIECES; r++) {
-                    workgroupBarrier();
-                    for (var e = 0u; e < 4u; e++) {
-                        for (var c = 0u; c < ROW_PIECES; c++) {
-                            let of_key = vec4f(ds[4u * c][r][e], ds[4u * c + 1u][r][e], ds[4u * c + 2u][r][e], ds[4u * c + 3u][r][e]);
-                            tiles[P_AT + (e * THREADS_Y + ty) * KEY_STRIDE + c * THREADS_X + tx] = of_key;
+                        add_scores(&s, ty, tx);
+                        if d1 < HEAD_DIM {
+                            workgroupBarrier();
+                            store_chunks(next, d1, HEAD_DIM, thread);
+                            workgroupBarrier();
                         }
                     }
-                    for (var l = 0u; l < KEY_PIECE; l += LINES) {
+
+                    // P, 0 where a row does not see a key. It waits in workgroup memory, so that registers have S or dP, not both (but
+                    // for what the derivative of a softcap needs).
+                    let full = tile_is_full(at, i32(i0), i32(i0 + STEP), i32(j0), i32(j0 + OWN));
+                    for (var c = 0u; c < 4u * ROW_PIECES; c++) {
+                        let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
+                        let interval = key_interval(at, i32(i));
+                        for (var r = 0u; r < KEY_PIECES; r++) {
+                            s[c][r] = shape4(score_sign() * s[c][r]);
+                            var p = exp2((score_size() * s[c][r] - row[c].x) * LOG2_E);
+                            if !full {
+                                let j = vec4i(i32(j0 + r * KEY_PIECE + 4u * ty)) + vec4i(0, 1, 2, 3);
+                                p = select(vec4f(), p, (j >= vec4i(interval.x)) & (j < vec4i(interval.y)));
+                            }
+                            tiles[place_of_row(c, tx) + r * THREADS_Y + ty] = p;
+                        }
+                    }
+
+                    // dP = dO V^T
+                    var ds = Scores();
+                    workgroupBarrier();
+                    store_chunks(next, 0u, HEAD_DIM_V, thread);
+                    workgroupBarrier();
+                    for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
+                        let d1 = d0 + CHUNK;
+                        if d1 < HEAD_DIM_V {
+                            next = load_chunks_dp(value_start, j0, last_key, grad_start, i0, last_row, d1, HEAD_DIM_V, thread);
+                        } else {
+                            lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, 0u, HEAD_DIM_V, thread);
+                        }
+                        add_scores(&ds, ty, tx);
+                        if d1 < HEAD_DIM_V {
+                            workgroupBarrier();
+                            store_chunks(next, d1, HEAD_DIM_V, thread);
+                            workgroupBarrier();
+                        }
+                    }
+
+                    // dV = dV + P^T dO
+                    for (var l = 0u; l < STEP; l += LINES) {
+                        workgroupBarrier();
+                        store_lines_grad_out(lines_next, thread);
+                        workgroupBarrier();
+                        let l1 = l + LINES;
+                        if l1 < STEP {
+                            lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, l1, HEAD_DIM_V, thread);
+                        } else {
+                            lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, 0u, HEAD_DIM, thread);
+                        }
+                        add_to_dv(&dv, l, ty, tx);
+                    }
+
+                    // dS = P (dP - delta) score'. A thread reads the P that it wrote.
+                    for (var c = 0u; c < 4u * ROW_PIECES; c++) {
+                        for (var r = 0u; r < KEY_PIECES; r++) {
+                            let p = tiles[place_of_row(c, tx) + r * THREADS_Y + ty];
+                            ds[c][r] = p * (ds[c][r] - row[c].y) * slope4(s[c][r]);
+                        }
+                    }
+
+                    // dK = dK + dS^T Q
+                    workgroupBarrier();
+                    for (var c = 0u; c < 4u * ROW_PIECES; c++) {
+                        for (var r = 0u; r < KEY_PIECES; r++) {
+                            tiles[place_of_row(c, tx) + r * THREADS_Y + ty] = ds[c][r];
+                        }
+                    }
+                    for (var l = 0u; l < STEP; l += LINES) {
                         if l > 0u {
                             workgroupBarrier();
                         }
-                        store_lines_key(lines_next, thread);
+                        store_lines_query(lines_next, thread);
                         workgroupBarrier();
-                        let l1 = r * KEY_PIECE + l + LINES;
-                        if l1 < OWN {
-                            lines_next = load_lines_key(key_start, j0, last_key, THREADS_Y, l1, HEAD_DIM, thread);
+                        let l1 = l + LINES;
+                        if l1 < STEP {
+                            lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, l1, HEAD_DIM, thread);
                         } else {
-                            next = load_chunks_s(key_start, j0, last_key, query_start, i0 + STEP, last_row, 0u, HEAD_DIM, thread);
+                            lines_next = load_lines_key(key_start, j0, last_key, THREADS_Y, 0u, HEAD_DIM, thread);
                         }
-                        add_to_dq(&dq, l, ty, tx);
+                        add_to_dk(&dk, l, ty, tx);
                     }
-                }
-                // What dQ has is on its way while the next tile's first chunk is stored.
-                let old = load_old(dq_start, i0, last_row, ty, tx);
-                workgroupBarrier();
-                store_chunks(next, 0u, HEAD_DIM, thread);
-                workgroupBarrier();
-                for (var c = 0u; c < 4u * DQ_PIECES; c++) {
-                    let i = i0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u;
-                    if i <= last_row {
-                        for (var u = 0u; u < TK; u++) {
-                            let d = 4u * (u * THREADS_X + tx);
-                            let x = fma(dq[c][u], vec4f(problem.scale), old[c][u]);
-                            write_grad_query(dq_start + i * problem.grad_query.row, d, HEAD_DIM, x);
-                        }
-                    }
-                }
-            }
-        }
 
-        for (var c = 0u; c < 4u * KEY_PIECES; c++) {
-            for (var u = 0u; u < TK; u++) {
-                dk[c][u] *= problem.scale;
-            }
-        }
-        let dk_start = head_start(problem.grad_key, at.batch, head_kv);
-        let dv_start = head_start(problem.grad_value, at.batch, head_kv);
-        if add {
-            // All loads before the first store, so that they overlap. What is past the last key or the head dim is not used.
-            for (var c = 0u; c < 4u * KEY_PIECES; c++) {
-                let j = min(j0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u, problem.seqlen_k - 1u);
-                for (var u = 0u; u < TK; u++) {
-                    dk[c][u] += read_grad_key(dk_start + j * problem.grad_key.row, 4u * (u * THREADS_X + tx), HEAD_DIM);
+                    // dQ += dS K, in memory. A thread always has the same elements of it.
+                    var dq = array<array<vec4f, TK>, 4u * DQ_PIECES>();
+                    // Written out, since r must be a constant for dS to be in registers.
+#unroll
+                    for (var r = 0u; r < KEY_PIECES; r++) {
+                        workgroupBarrier();
+                        for (var e = 0u; e < 4u; e++) {
+                            for (var c = 0u; c < ROW_PIECES; c++) {
+                                let of_key = vec4f(ds[4u * c][r][e], ds[4u * c + 1u][r][e], ds[4u * c + 2u][r][e], ds[4u * c + 3u][r][e]);
+                                tiles[P_AT + (e * THREADS_Y + ty) * KEY_STRIDE + c * THREADS_X + tx] = of_key;
+                            }
+                        }
+                        for (var l = 0u; l < KEY_PIECE; l += LINES) {
+                            if l > 0u {
+                                workgroupBarrier();
+                            }
+                            store_lines_key(lines_next, thread);
+                            workgroupBarrier();
+                            let l1 = r * KEY_PIECE + l + LINES;
+                            if l1 < OWN {
+                                lines_next = load_lines_key(key_start, j0, last_key, THREADS_Y, l1, HEAD_DIM, thread);
+                            } else {
+                                next = load_chunks_s(key_start, j0, last_key, query_start, i0 + STEP, last_row, 0u, HEAD_DIM, thread);
+                            }
+                            add_to_dq(&dq, l, ty, tx);
+                        }
+                    }
+                    // What dQ has is on its way while the next tile's first chunk is stored.
+                    let old = load_old(dq_start, i0, last_row, ty, tx);
+                    workgroupBarrier();
+                    store_chunks(next, 0u, HEAD_DIM, thread);
+                    workgroupBarrier();
+                    for (var c = 0u; c < 4u * DQ_PIECES; c++) {
+                        let i = i0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u;
+                        if i <= last_row {
+                            for (var u = 0u; u < TK; u++) {
+                                let d = 4u * (u * THREADS_X + tx);
+                                let x = fma(dq[c][u], vec4f(problem.scale), old[c][u]);
+                                write_grad_query(dq_start + i * problem.grad_query.row, d, HEAD_DIM, x);
+                            }
+                        }
+                    }
                 }
-                for (var u = 0u; u < TV; u++) {
-                    dv[c][u] += read_grad_value(dv_start + j * problem.grad_value.row, 4u * (u * THREADS_X + tx), HEAD_DIM_V);
+
+                for (var c = 0u; c < 4u * KEY_PIECES; c++) {
+                    for (var u = 0u; u < TK; u++) {
+                        dk[c][u] *= problem.scale;
+                    }
                 }
-            }
-        }
-        for (var c = 0u; c < 4u * KEY_PIECES; c++) {
-            let j = j0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u;
-            if j < problem.seqlen_k {
-                for (var u = 0u; u < TK; u++) {
-                    write_grad_key(dk_start + j * problem.grad_key.row, 4u * (u * THREADS_X + tx), HEAD_DIM, dk[c][u]);
+                let dk_start = head_start(problem.grad_key, at.batch, head_kv);
+                let dv_start = head_start(problem.grad_value, at.batch, head_kv);
+                if add || head > first_head || fold0 > first {
+                    // All loads before the first store, so that they overlap. What is past the last key or the head dim is not used.
+                    for (var c = 0u; c < 4u * KEY_PIECES; c++) {
+                        let j = min(j0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u, problem.seqlen_k - 1u);
+                        for (var u = 0u; u < TK; u++) {
+                            dk[c][u] += read_grad_key(dk_start + j * problem.grad_key.row, 4u * (u * THREADS_X + tx), HEAD_DIM);
+                        }
+                        for (var u = 0u; u < TV; u++) {
+                            dv[c][u] += read_grad_value(dv_start + j * problem.grad_value.row, 4u * (u * THREADS_X + tx), HEAD_DIM_V);
+                        }
+                    }
                 }
-                for (var u = 0u; u < TV; u++) {
-                    write_grad_value(dv_start + j * problem.grad_value.row, 4u * (u * THREADS_X + tx), HEAD_DIM_V, dv[c][u]);
+                for (var c = 0u; c < 4u * KEY_PIECES; c++) {
+                    let j = j0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u;
+                    if j < problem.seqlen_k {
+                        for (var u = 0u; u < TK; u++) {
+                            write_grad_key(dk_start + j * problem.grad_key.row, 4u * (u * THREADS_X + tx), HEAD_DIM, dk[c][u]);
+                        }
+                        for (var u = 0u; u < TV; u++) {
+                            write_grad_value(dv_start + j * problem.grad_value.row, 4u * (u * THREADS_X + tx), HEAD_DIM_V, dv[c][u]);
+                        }
+                    }
                 }
             }
         }

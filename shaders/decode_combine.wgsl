@@ -1,10 +1,12 @@
 // Decoding, second half, and the public merge: results over disjoint sets of keys become the result over their union.
 //
-//     lse = ln sum_s exp(lse_s),  o = sum_s exp(lse_s - lse) o_s
+//     m = max_s m_s,  l = sum_s exp(m_s - m) l_s,  o = sum_s exp(m_s - m) O_s / l,  lse = m + ln l
+//
+// Parts of the caller's (MERGE) are finished: there m_s is lse_s, l_s is 1 and O_s is o_s.
 //
 // A workgroup takes ROWS rows. Of the threads of a row, (slice, column) keeps four columns over every SLICES-th part;
-// the slices are then merged in the same way, through workgroup memory. A part with an lse of -inf adds nothing, whatever
-// its o holds.
+// the slices are then merged in the same way, through workgroup memory. A part whose weight is 0 adds nothing, whatever its o
+// holds.
 #include "common/problem.wgsl"
 #include "common/softmax.wgsl"
 #include "common/elements.wgsl"
@@ -27,21 +29,25 @@ const THREADS = ROWS * SLICES * COLUMNS;
 fn read_part(place: u32, column: u32) -> vec4f {
     return unpack4(read_part_out(place * HEAD_DIM_V, 4u * column, HEAD_DIM_V));
 }
+
+// -infinity is taken for MASKED: WGSL may assume that it does not occur.
+fn read_stats(place: u32) -> vec2f {
+    let bits = part_lse[place];
+    return vec2f(bitcast<f32>(select(bits, bitcast<u32>(MASKED), bits == 0xff800000u)), 1.0);
+}
 #else
-// Parts of decode_split.wgsl: [splits, rows, COLUMNS] and [splits, rows].
+// Parts of decode_split.wgsl: O [splits, rows, COLUMNS] and (m, l) [splits, rows].
 @group(0) @binding(7) var<storage, read> part_out: array<vec4f>;
-@group(0) @binding(8) var<storage, read> part_lse: array<u32>;
+@group(0) @binding(8) var<storage, read> part_stats: array<vec2f>;
 
 fn read_part(place: u32, column: u32) -> vec4f {
     return part_out[place * COLUMNS + column];
 }
-#endif
 
-// -infinity is taken for MASKED: WGSL may assume that it does not occur.
-fn read_lse(place: u32) -> f32 {
-    let bits = part_lse[place];
-    return bitcast<f32>(select(bits, bitcast<u32>(MASKED), bits == 0xff800000u));
+fn read_stats(place: u32) -> vec2f {
+    return part_stats[place];
 }
+#endif
 
 var<workgroup> slice_out: array<vec4f, THREADS>;
 var<workgroup> slice_max: array<f32, ROWS * SLICES>;
@@ -60,14 +66,15 @@ fn decode_combine(
 
     var m = LOWEST;
     for (var s = row_slice % SLICES; s < problem.splits; s += SLICES) {
-        m = max(m, read_lse(s * problem.split_rows + row_read));
+        m = max(m, read_stats(s * problem.split_rows + row_read).x);
     }
     var l = 0.0;
     var o = vec4f();
     for (var s = row_slice % SLICES; s < problem.splits; s += SLICES) {
         let place = s * problem.split_rows + row_read;
-        let weight = exp_difference(read_lse(place), m);
-        l += weight;
+        let stats = read_stats(place);
+        let weight = exp_difference(stats.x, m);
+        l = fma(weight, stats.y, l);
         o = fma(vec4f(weight), select(vec4f(), read_part(place, column), weight > 0.0), o);
     }
     slice_out[thread] = o;

@@ -1,6 +1,7 @@
 // Decoding, first half: few rows, many keys (FlashDecoding, Dao et al. 2023). The rows of a tile are the queries of all
 // heads that share a key-value head, so that K and V are read once. Workgroup x takes the x-th share of the keys that
-// some row may see and leaves o and lse over these keys alone; decode_combine.wgsl merges the shares.
+// some row may see and leaves O, m and l over these keys alone; decode_combine.wgsl merges the shares. Merging by lse = m + ln l
+// would weigh them by a number that was rounded at the size of the scores.
 //
 //     m = -inf, l = 0, O = 0
 //     for each tile of the share:
@@ -9,7 +10,7 @@
 //         P = exp(S - m')                           ROWS x KEYS
 //         l = exp(m - m') l + rowsum P
 //         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V
-//     O = O / l,  lse = m + ln l                    of this share; O = 0 and lse = -inf if nothing in it counts
+//     m, l and O of this share; m is LOWEST, l and O are 0 if nothing in it counts
 //
 // A vec4f holds one number of each of four rows. Loads of K and V cover a tile at once and need no barrier:
 // - S: KEY_THREADS neighbours share THREAD_KEYS keys. Thread kx takes vectors kx, kx + KEY_THREADS, ... of each key, and
@@ -26,9 +27,9 @@
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-// [splits, rows, COLUMNS] and [splits, rows]
+// O: [splits, rows, COLUMNS], and (m, l): [splits, rows]
 @group(0) @binding(7) var<storage, read_write> split_out: array<vec4f>;
-@group(0) @binding(8) var<storage, read_write> split_lse: array<u32>;
+@group(0) @binding(8) var<storage, read_write> split_stats: array<vec2f>;
 #include "common/read.wgsl" tensor=query
 #include "common/read.wgsl" tensor=key
 #include "common/read.wgsl" tensor=value
@@ -350,9 +351,9 @@ fn decode_split(
             let row = rows.first + 4u * r4 + r;
             if row < rows.count {
                 let place = group.x * problem.split_rows + rows.start + row;
-                split_out[place * COLUMNS + column] = x * inverse_sum(sum[r]);
+                split_out[place * COLUMNS + column] = x;
                 if column == 0u {
-                    split_lse[place] = lse_bits(m[r4][r], sum[r]);
+                    split_stats[place] = vec2f(m[r4][r], sum[r]);
                 }
             }
         }

@@ -83,7 +83,7 @@ fn forward(
     // Q, with 0 in the columns past the head dimension, so that they add nothing, whatever K has there
     for (var n = 0u; n < Q_LOADS; n++) {
         let t = thread + n * THREADS;
-        let i = min(row0 + t / D8, problem.row_end - 1u) - problem.row_begin;
+        let i = min(row0 + t / D8, last_query(at)) - problem.row_begin;
         let d = 8u * (t % D8);
         let x = first_elements(read_query(query_start + i * problem.query.row, d, HEAD_DIM), max(d, HEAD_DIM) - d);
         if t < ROWS * D8 {
@@ -105,6 +105,8 @@ fn forward(
 
     var o: array<array<Accumulator, VM>, ROW_MATRICES>;
     var m: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
+    // Whether some row's m is so large that its exponents are rounded.
+    var rounds = false;
     var l: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
 #unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {

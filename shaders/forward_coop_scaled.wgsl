@@ -10,6 +10,9 @@
 //         l = 2^(m - m') l + rowsum P
 //         O = 2^(m - m') O + P V                    tensor cores truncate what they add: they only sum P V of one tile
 //     O = O / l,  lse = ln 2 (m + log2 l),          maxima being in base 2
+//
+// Q, and each tile of K and of V, has one scale. Where their elements are far apart, each row has its own: those of Q and K
+// are taken back from S, those of V from P, whose rows are then scaled themselves.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "common/problem.wgsl"
@@ -65,8 +68,11 @@ const K_LOADS = (KEYS * D4 + THREADS - 1u) / THREADS;
 const V_LOADS = (KEYS * V4 + THREADS - 1u) / THREADS;
 // The largest P is 2^HEADROOM, so that the second part of small ones is not lost below the smallest f16.
 const HEADROOM = 8.0;
-// Sums of products of scaled elements stay below 2^38: with this factor, all of them are 0.
+// Sums of products of scaled elements stay below this, and below 2^38.
+const LARGEST_SUM = 1073741824.0 * f32(DM * M);
+// With the one factor all of them are 0; with the other they are finite, and no score.
 const SMALLEST_FACTOR = 1.0e-22;
+const LARGEST_FACTOR = 1.0e25;
 
 // The parts of a tile of K, then those of V; before them Q, a part at a time.
 var<workgroup> tiles: array<vec4<f16>, max(PARTS * (K_SIZE + V_SIZE), ROWS * K_STRIDE)>;
@@ -74,6 +80,8 @@ var<workgroup> tiles: array<vec4<f16>, max(PARTS * (K_SIZE + V_SIZE), ROWS * K_S
 var<workgroup> turned: array<f32, SUBGROUPS * M * M>;
 
 const PART_ROUNDING = 0u;
+// Rows of Q, of K and of V.
+const SIZED_ROWS = ROWS + 2u * KEYS;
 #include "common/matrix_parts.wgsl"
 
 fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, K_LOADS> {
@@ -92,6 +100,43 @@ fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, V
         x[n] = read_value(start + min(j0 + t / V4, last) * problem.value.row, 4u * (t % V4), HEAD_DIM_V);
     }
     return x;
+}
+
+// Of a row of Q.
+fn query_scale(scales: Scales, row: u32) -> f32 {
+    return select(scales.tile.x, row_scale(row), scales.apart);
+}
+
+// A tile of K and one of V to workgroup memory, each row times its own scale. Has barriers.
+fn store_by_rows(keys: array<Elements4, K_LOADS>, values: array<Elements4, V_LOADS>, thread: u32) {
+    clear_sizes(ROWS, 2u * KEYS, thread);
+    workgroupBarrier();
+    for (var n = 0u; n < K_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < KEYS * D4 {
+            add_size(ROWS + t / D4, unpack4(keys[n]));
+        }
+    }
+    for (var n = 0u; n < V_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < KEYS * V4 {
+            add_size(ROWS + KEYS + t / V4, unpack4(values[n]));
+        }
+    }
+    workgroupBarrier();
+    for (var n = 0u; n < K_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < KEYS * D4 {
+            store_parts(t / D4 * K_STRIDE + t % D4, K_SIZE, unpack4(keys[n]) * row_scale(ROWS + t / D4));
+        }
+    }
+    for (var n = 0u; n < V_LOADS; n++) {
+        let t = thread + n * THREADS;
+        if t < KEYS * V4 {
+            let place = PARTS * K_SIZE + t / V4 * V_STRIDE + t % V4;
+            store_parts(place, V_SIZE, unpack4(values[n]) * row_scale(ROWS + KEYS + t / V4));
+        }
+    }
 }
 
 @compute @workgroup_size(THREADS)
@@ -114,18 +159,31 @@ fn forward(
 
     // Q, with 0 in the columns past the head dimension, so that they add nothing, whatever K has there
     var query_rest: array<vec4f, Q_LOADS>;
-    var query_size = 0.0;
+    var query_sizes = vec2u();
     for (var n = 0u; n < Q_LOADS; n++) {
         let t = thread + n * THREADS;
-        let i = min(row0 + t / D4, problem.row_end - 1u) - problem.row_begin;
+        let i = min(row0 + t / D4, last_query(at)) - problem.row_begin;
         let d = 4u * (t % D4);
         let x = unpack4(read_query(query_start + i * problem.query.row, d, HEAD_DIM));
         query_rest[n] = first_elements(x, max(d, HEAD_DIM) - d) * score_sign();
-        query_size = max(query_size, size_of(query_rest[n]));
+        query_sizes = max(query_sizes, sizes_of(query_rest[n]));
     }
-    let query_scale = scales_of(vec2f(query_size, 0.0), subgroup, lane).x;
+    let query_scales = scales_of(query_sizes, vec2u(), subgroup, lane);
+    // A loop of one trip at most: naga takes the condition for one that may differ between threads.
+    for (var once = u32(query_scales.apart); once > 0u; once--) {
+        clear_sizes(0u, ROWS, thread);
+        workgroupBarrier();
+        for (var n = 0u; n < Q_LOADS; n++) {
+            let row = (thread + n * THREADS) / D4;
+            if row < ROWS {
+                add_size(row, query_rest[n]);
+            }
+        }
+        workgroupBarrier();
+    }
     for (var n = 0u; n < Q_LOADS; n++) {
-        query_rest[n] *= query_scale;
+        let row = min((thread + n * THREADS) / D4, ROWS - 1u);
+        query_rest[n] *= query_scale(query_scales, row);
     }
     var q: array<array<array<Left, PARTS>, DM>, ROW_MATRICES>;
     for (var part = 0u; part < PARTS; part++) {
@@ -171,29 +229,44 @@ fn forward(
     }
     for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
         // K and V to workgroup memory
-        var key_size = 0.0;
-        var value_size = 0.0;
+        var key_sizes = vec2u();
+        var value_sizes = vec2u();
         for (var n = 0u; n < K_LOADS; n++) {
-            key_size = max(key_size, size_of(unpack4(key_next[n])));
+            key_sizes = max(key_sizes, sizes_of(unpack4(key_next[n])));
         }
         for (var n = 0u; n < V_LOADS; n++) {
-            value_size = max(value_size, size_of(unpack4(value_next[n])));
+            value_sizes = max(value_sizes, sizes_of(unpack4(value_next[n])));
         }
-        let scales = scales_of(vec2f(key_size, value_size), subgroup, lane);
-        let key_scale = scales.x;
-        let value_scale = scales.y;
-        for (var n = 0u; n < K_LOADS; n++) {
-            let t = thread + n * THREADS;
-            if t < KEYS * D4 {
-                store_parts(t / D4 * K_STRIDE + t % D4, K_SIZE, unpack4(key_next[n]) * key_scale);
+        let scales = scales_of(key_sizes, value_sizes, subgroup, lane);
+        let key_scale = scales.tile.x;
+        let value_scale = scales.tile.y;
+        // Times the factor, scores are exponents of 2.
+#if SHAPED
+        var factor = max(score_factor(), SMALLEST_FACTOR);
+        let small = factor < LARGEST_EXPONENT;
+#else
+        var factor = clamp(unscaled(score_factor(), query_scales.tile.x, key_scale), SMALLEST_FACTOR, LARGEST_FACTOR);
+        let small = factor * LARGEST_SUM < LARGEST_EXPONENT;
+#endif
+        // Whether each row of Q, K and V has a scale of its own, and scores are rounded.
+        let by_rows = query_scales.apart || scales.apart || !small;
+        if !by_rows {
+            for (var n = 0u; n < K_LOADS; n++) {
+                let t = thread + n * THREADS;
+                if t < KEYS * D4 {
+                    store_parts(t / D4 * K_STRIDE + t % D4, K_SIZE, unpack4(key_next[n]) * key_scale);
+                }
+            }
+            for (var n = 0u; n < V_LOADS; n++) {
+                let t = thread + n * THREADS;
+                if t < KEYS * V4 {
+                    let place = PARTS * K_SIZE + t / V4 * V_STRIDE + t % V4;
+                    store_parts(place, V_SIZE, unpack4(value_next[n]) * value_scale);
+                }
             }
         }
-        for (var n = 0u; n < V_LOADS; n++) {
-            let t = thread + n * THREADS;
-            if t < KEYS * V4 {
-                let place = PARTS * K_SIZE + t / V4 * V_STRIDE + t % V4;
-                store_parts(place, V_SIZE, unpack4(value_next[n]) * value_scale);
-            }
+        for (var once = u32(by_rows); once > 0u; once--) {
+            store_by_rows(key_next, value_next, thread);
         }
         workgroupBarrier();
         key_next = load_key(key_start, u32(j0) + KEYS, last, thread);
@@ -222,19 +295,35 @@ fn forward(
             }
         }
 
-        // What each score is, and whether it counts. Times the factor, scores are exponents of 2.
-        let dot = inverse(query_scale) * inverse(key_scale);
+        // What each score is, and whether it counts
+        if by_rows {
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                for (var c = 0u; c < KM; c++) {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let row = mine + r * M + row_of(lane, e);
+                        let of_row = query_scale(query_scales, row);
+                        let of_key = row_scale(ROWS + c * M + column_of(lane, e));
 #if SHAPED
-        let factor = max(score_factor(), SMALLEST_FACTOR);
-        for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    x[r][c][e] = score_shape(x[r][c][e] * dot);
+                        x[r][c][e] = factor * score_shape(unscaled(x[r][c][e], of_row, of_key));
+#else
+                        x[r][c][e] *= min(unscaled(score_factor(), of_row, of_key), LARGEST_FACTOR);
+#endif
+                    }
+                }
+            }
+            factor = 1.0;
+        }
+#if SHAPED
+        else {
+            let dot = unscaled(1.0, query_scales.tile.x, key_scale);
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                for (var c = 0u; c < KM; c++) {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        x[r][c][e] = score_shape(x[r][c][e] * dot);
+                    }
                 }
             }
         }
-#else
-        let factor = max(score_factor() * dot, SMALLEST_FACTOR);
 #endif
         // Times the factor it is far below EMPTY, whatever the factor.
         let masked = -1.0e15 / factor;
@@ -252,7 +341,6 @@ fn forward(
         }
 
         // P = 2^(S - m'),  l = 2^(m - m') l + rowsum P
-        var p = array<array<array<Left, PARTS>, KM>, ROW_MATRICES>();
         var shrink = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             var most = array<f32, LANE_ROWS>();
@@ -276,10 +364,46 @@ fn forward(
                     x[r][c][e] = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
                     sum[held_row(e)] += x[r][c][e];
                 }
-                p[r][c] = left_parts(x[r][c]);
             }
             for (var h = 0u; h < LANE_ROWS; h++) {
                 l[r][h] = fma(l[r][h], shrink[r][h], sum[h]);
+            }
+        }
+
+        // What takes the scales of P and V back, of each row
+        var unscale = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var h = 0u; h < LANE_ROWS; h++) {
+                unscale[r][h] = inverse(value_scale);
+            }
+        }
+        if by_rows {
+            // So many powers of two more, that P over the scales of V is no number below those that f32 has.
+            let lift = min(value_scale * 0x1p100, 0x1p126);
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                var most = array<f32, LANE_ROWS>();
+                for (var c = 0u; c < KM; c++) {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        x[r][c][e] *= lift * inverse(row_scale(ROWS + KEYS + c * M + column_of(lane, e)));
+                        most[held_row(e)] = max(most[held_row(e)], x[r][c][e]);
+                    }
+                }
+                var scale = array<f32, LANE_ROWS>();
+                for (var h = 0u; h < LANE_ROWS; h++) {
+                    scale[h] = scale_for(bitcast<u32>(row_max(most[h])));
+                    unscale[r][h] = unscaled(1.0, scale[h], lift);
+                }
+                for (var c = 0u; c < KM; c++) {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        x[r][c][e] *= scale[held_row(e)];
+                    }
+                }
+            }
+        }
+        var p = array<array<array<Left, PARTS>, KM>, ROW_MATRICES>();
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < KM; c++) {
+                p[r][c] = left_parts(x[r][c]);
             }
         }
 
@@ -303,7 +427,7 @@ fn forward(
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 let y = elements_of(sum[r]);
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    o[r][d][e] = fma(o[r][d][e], shrink[r][held_row(e)], y[e] * inverse(value_scale));
+                    o[r][d][e] = fma(o[r][d][e], shrink[r][held_row(e)], y[e] * unscale[r][held_row(e)]);
                 }
             }
         }

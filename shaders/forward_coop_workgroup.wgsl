@@ -103,7 +103,7 @@ fn forward(
 #unroll
     for (var d = 0u; d < DM; d++) {
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            let i = min(my_row + r * M, problem.row_end - 1u) - problem.row_begin;
+            let i = min(my_row + r * M, last_query(at)) - problem.row_begin;
             put_elements(query_elements(query_start + i * problem.query.row, d * M, lane), mine + r, 0u, lane);
         }
         workgroupBarrier();
@@ -217,7 +217,7 @@ fn forward(
                 }
             }
             let larger = row_max(most) * factor;
-            let grows = larger > m[r] + LAZY;
+            let grows = larger - m[r] > LAZY;
             if grows {
                 atomicStore(&grown[0], j0);
             }
@@ -228,9 +228,18 @@ fn forward(
 
         // P = 2^(S - m'),  l = l + rowsum P
         for (var r = 0u; r < ROW_MATRICES; r++) {
+            var unrounded = factor;
+            if abs(m[r]) > LARGEST_EXPONENT {
+                for (var c = 0u; c < KM; c++) {
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        x[r][c][e] *= factor;
+                    }
+                }
+                unrounded = 1.0;
+            }
             for (var c = 0u; c < KM; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    x[r][c][e] = exp2(fma(x[r][c][e], factor, -m[r]));
+                    x[r][c][e] = exp2(fma(x[r][c][e], unrounded, -m[r]));
                     l[r] += x[r][c][e];
                 }
                 put_elements(x[r][c], mine + r, c, lane);

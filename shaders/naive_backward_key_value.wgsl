@@ -1,4 +1,4 @@
-// Materialised backward pass, step 2 of 3: dv_j = sum of P[i, j] dO_i and dk_j = sum of dS[i, j] q_i, over all rows i of all
+// Materialised backward pass, step 2 of 3: dv_j = sum of P[i, j] dO_i and dk_j = scale · sum of dS[i, j] q_i, over all rows i of all
 // query heads that share the key. One invocation four columns of each.
 #include "common/problem.wgsl"
 #include "common/elements.wgsl"
@@ -8,6 +8,9 @@
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
 @group(0) @binding(16) var<storage, read> scores: array<vec2f>;
+#if LENGTHS_IN_ROWS
+#include "common/row_stats.wgsl" access=read
+#endif
 #include "common/read.wgsl" tensor=query
 #include "common/read.wgsl" tensor=grad_out
 #include "common/write.wgsl" tensor=grad_key
@@ -23,17 +26,25 @@ fn gradients_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_i
     if j >= problem.seqlen_k || d >= max(HEAD_DIM, HEAD_DIM_V) {
         return;
     }
+    let queries = u32(lengths_of(batch).x);
     var dk = vec4f();
     var dv = vec4f();
     for (var head = head_kv * problem.group; head < (head_kv + 1u) * problem.group; head++) {
         let q = head_start(problem.query, batch, head);
         let g = head_start(problem.grad_out, batch, head);
-        for (var i = 0u; i < problem.seqlen_q; i++) {
-            let p_and_ds = scores[((batch * problem.heads + head) * problem.seqlen_q + i) * problem.seqlen_k + j];
-            dv += p_and_ds.x * unpack4(read_grad_out(g + i * problem.grad_out.row, d, HEAD_DIM_V));
-            dk += p_and_ds.y * unpack4(read_query(q + i * problem.query.row, d, HEAD_DIM));
+        // Sums of sums, as in naive_output.wgsl.
+        for (var i0 = 0u; i0 < queries; i0 += 256u) {
+            var dk_sum = vec4f();
+            var dv_sum = vec4f();
+            for (var i = i0; i < min(i0 + 256u, queries); i++) {
+                let p_and_ds = scores[((batch * problem.heads + head) * problem.seqlen_q + i) * problem.seqlen_k + j];
+                dv_sum += p_and_ds.x * unpack4(read_grad_out(g + i * problem.grad_out.row, d, HEAD_DIM_V));
+                dk_sum += p_and_ds.y * unpack4(read_query(q + i * problem.query.row, d, HEAD_DIM));
+            }
+            dk += dk_sum;
+            dv += dv_sum;
         }
     }
-    write_grad_key(head_start(problem.grad_key, batch, head_kv) + j * problem.grad_key.row, d, HEAD_DIM, dk);
+    write_grad_key(head_start(problem.grad_key, batch, head_kv) + j * problem.grad_key.row, d, HEAD_DIM, dk * problem.scale);
     write_grad_value(head_start(problem.grad_value, batch, head_kv) + j * problem.grad_value.row, d, HEAD_DIM_V, dv);
 }

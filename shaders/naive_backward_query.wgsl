@@ -1,10 +1,13 @@
-// Materialised backward pass, step 3 of 3: dq_i = sum over j of dS[i, j] k_j. One invocation four columns.
+// Materialised backward pass, step 3 of 3: dq_i = scale · sum over j of dS[i, j] k_j. One invocation four columns.
 #include "common/problem.wgsl"
 #include "common/elements.wgsl"
 
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 @group(0) @binding(16) var<storage, read> scores: array<vec2f>;
+#if LENGTHS_IN_ROWS
+#include "common/row_stats.wgsl" access=read
+#endif
 #include "common/read.wgsl" tensor=key
 #include "common/write.wgsl" tensor=grad_query
 
@@ -19,8 +22,13 @@ fn gradient_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id
     let k = head_start(problem.key, at.batch, at.head_kv);
     let row = (group.z * problem.seqlen_q + i) * problem.seqlen_k;
     var dq = vec4f();
-    for (var j = 0u; j < u32(at.keys); j++) {
-        dq += scores[row + j].y * unpack4(read_key(k + j * problem.key.row, d, HEAD_DIM));
+    // A sum of sums, as in naive_output.wgsl.
+    for (var j0 = 0u; j0 < u32(at.keys); j0 += 256u) {
+        var sum = vec4f();
+        for (var j = j0; j < min(j0 + 256u, u32(at.keys)); j++) {
+            sum += scores[row + j].y * unpack4(read_key(k + j * problem.key.row, d, HEAD_DIM));
+        }
+        dq += sum;
     }
-    write_grad_query(head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row, d, HEAD_DIM, dq);
+    write_grad_query(head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row, d, HEAD_DIM, dq * problem.scale);
 }

@@ -9,6 +9,7 @@
 @group(0) @binding(7) var<storage, read_write> scores: array<f32>;
 #include "common/read.wgsl" tensor=query
 #include "common/read.wgsl" tensor=key
+#include "common/naive_product.wgsl"
 
 @compute @workgroup_size(16, 16)
 fn scores_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) local: vec3u) {
@@ -25,13 +26,7 @@ fn scores_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) 
     if keep(at, i, i32(j)) {
         let q = head_start(problem.query, at.batch, at.head_q) + row * problem.query.row;
         let k = head_start(problem.key, at.batch, at.head_kv) + j * problem.key.row;
-        var dot = 0.0;
-        for (var d = 0u; d < HEAD_DIM; d += 4u) {
-            let x = first_elements(unpack4(read_query(q, d, HEAD_DIM)), HEAD_DIM - d);
-            let xy = x * unpack4(read_key(k, d, HEAD_DIM));
-            dot += (xy.x + xy.y) + (xy.z + xy.w);
-        }
-        s = score(dot, at, i, i32(j));
+        s = score(query_times_key(q, k), at, i, i32(j));
     }
     scores[(group.z * rows + row) * problem.seqlen_k + j] = s;
 }

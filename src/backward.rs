@@ -2,7 +2,7 @@
 
 use wgpu::BufferBinding;
 
-use crate::forward::{BoundPass, ForwardBuffers, ToBinding, ToOptionalBinding, check_buffers};
+use crate::forward::{Argument, BoundPass, ForwardBuffers, ToBinding, ToOptionalBinding, check_buffers};
 use crate::kernel::{self, Access, Slot, backward_delta, forward_coop};
 use crate::plan::{Cut, Part, Recipe, check_limits};
 use crate::problem::Tensor;
@@ -21,13 +21,13 @@ use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tun
 ///     grad_out: &wgpu::Buffer,
 ///     [dq, dk, dv]: [&wgpu::Buffer; 3],
 /// ) -> Result<(), Error> {
-///     let workspace = plan.create_backward_workspace();
+///     let workspace = plan.create_backward_workspace()?;
 ///     plan.backward(encoder, &BackwardBuffers::new(forward, grad_out, [dq, dk, dv]).workspace(workspace.as_ref()))
 /// }
 /// ```
 ///
-/// What [`ForwardBuffers`] says of usages, offsets and sizes holds here too; gradients of q, k and v may not be in a buffer
-/// with an input, and o and lse are inputs here.
+/// What [`ForwardBuffers`] says of usages, offsets, sizes and shared buffers holds here too; the gradients of q, k and v are the
+/// outputs, and o and lse are inputs. So the gradients may be views of one tensor `[batch, position, 3, head, dim]`, say.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct BackwardBuffers<'a> {
@@ -51,6 +51,8 @@ pub struct BackwardBuffers<'a> {
     pub grad_key: BufferBinding<'a>,
     /// The gradient of v.
     pub grad_value: BufferBinding<'a>,
+    /// Query lengths, `i32 [batch]`; given exactly when the problem has `seqlens_q`.
+    pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
     /// At least [`Plan::backward_workspace_bytes`], in a buffer of its own; not needed where that is 0.
@@ -65,7 +67,7 @@ impl<'a> BackwardBuffers<'a> {
         grad_out: impl ToBinding<'a>,
         [grad_query, grad_key, grad_value]: [B; 3],
     ) -> Self {
-        let ForwardBuffers { query, key, value, out, lse, seqlens_k, workspace: _ } = forward.clone();
+        let ForwardBuffers { query, key, value, out, lse, seqlens_q, seqlens_k, workspace: _ } = forward.clone();
         BackwardBuffers {
             query,
             key,
@@ -77,6 +79,7 @@ impl<'a> BackwardBuffers<'a> {
             grad_query: grad_query.to_binding(),
             grad_key: grad_key.to_binding(),
             grad_value: grad_value.to_binding(),
+            seqlens_q,
             seqlens_k,
             workspace: None,
         }
@@ -116,27 +119,34 @@ impl Plan {
         };
         let rows = 4 * problem.shape.rows();
         let grad_lse = if gradients.lse { rows } else { 0 };
-        let seqlens = if problem.seqlens_k { 4 * problem.shape.batch as u64 } else { 0 };
-        let bytes = |tensor| problem.tensor_bytes(tensor).next_multiple_of(4);
-        let input = |slot, binding, tensor| (slot, Access::Read, Some(binding), bytes(tensor), true);
-        let output = |slot, binding, tensor| (slot, Access::ReadWrite, Some(binding), bytes(tensor), true);
+        let lengths = |has: bool| if has { 4 * problem.shape.batch as u64 } else { 0 };
+        let (seqlens_q, seqlens_k) = (lengths(problem.seqlens_q), lengths(problem.seqlens_k));
+        let input = |slot, binding, tensor| Argument::tensor(slot, Access::Read, binding, problem, tensor);
+        let output = |slot, binding, tensor| Argument::tensor(slot, Access::ReadWrite, binding, problem, tensor);
         let all = [
             input(Slot::Query, &buffers.query, Tensor::Query),
             input(Slot::Key, &buffers.key, Tensor::Key),
             input(Slot::Value, &buffers.value, Tensor::Value),
             input(Slot::Out, &buffers.out, Tensor::Out),
             input(Slot::GradOut, &buffers.grad_out, Tensor::GradOut),
-            (Slot::Lse, Access::Read, buffers.lse.as_ref(), rows, true),
-            (Slot::GradLse, Access::Read, buffers.grad_lse.as_ref(), grad_lse, gradients.lse),
-            (Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens, problem.seqlens_k),
+            Argument::bytes(Slot::Lse, Access::Read, buffers.lse.as_ref(), rows, true),
+            Argument::bytes(Slot::GradLse, Access::Read, buffers.grad_lse.as_ref(), grad_lse, gradients.lse),
+            Argument::bytes(Slot::SeqlensQ, Access::Read, buffers.seqlens_q.as_ref(), seqlens_q, problem.seqlens_q),
+            Argument::bytes(Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens_k, problem.seqlens_k),
             output(Slot::GradQuery, &buffers.grad_query, Tensor::GradQuery),
             output(Slot::GradKey, &buffers.grad_key, Tensor::GradKey),
             output(Slot::GradValue, &buffers.grad_value, Tensor::GradValue),
             // A workspace that this plan does without may be given all the same.
-            (Slot::Workspace, Access::ReadWrite, buffers.workspace.as_ref(), schedule.workspace_bytes, true),
+            Argument::bytes(
+                Slot::Workspace,
+                Access::ReadWrite,
+                buffers.workspace.as_ref(),
+                schedule.workspace_bytes,
+                true,
+            ),
         ];
         let slots = check_buffers(&all, self.offset_alignment)?;
-        Ok(BoundPass { steps: schedule.bind(&self.device, &slots) })
+        BoundPass::new(&self.device, || schedule.bind(&self.device, &slots))
     }
 }
 
@@ -193,7 +203,7 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
         Kernel::Decode => return Err(unsupported("it has no backward pass")),
     }
     let workspaces = move |part: &Part| {
-        let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(part))];
+        let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(problem, part))];
         if kernel == Kernel::Naive {
             all.push((Slot::WorkspaceScores, kernel::backward_naive::workspace_bytes(problem, part)));
         }

@@ -1,14 +1,13 @@
 //! A device as the kernels see it: its limits, and the pipelines built so far.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::elements::{self, ElementModule, MatrixFormat, NoElementAccess, NoMatrices};
 use crate::kernel::forward_coop::{self, Matrices};
-use crate::kernel::{Access, Pass};
+use crate::kernel::{Access, Module, Pass, Slot};
 use crate::passthrough;
-use crate::specialize::Specialization;
-use crate::{Error, Plan, PlanOptions, Problem};
+use crate::{Error, Plan, PlanOptions, Problem, faults};
 
 /// A device, its queue, and the pipelines built for it. Plans made from one context share pipelines; clones share
 /// everything.
@@ -22,13 +21,56 @@ pub struct Context {
     checked: bool,
     cache: Option<wgpu::PipelineCache>,
     pub(crate) matrices: Option<Matrices>,
-    pipelines: Arc<Mutex<HashMap<Specialization, Arc<Pipeline>>>>,
+    pipelines: Arc<Mutex<HashMap<Module, Arc<Pipeline>>>>,
 }
 
 #[derive(Debug)]
 pub(crate) struct Pipeline {
     pub pipeline: wgpu::ComputePipeline,
     pub layout: wgpu::BindGroupLayout,
+}
+
+/// A module, to be compiled when it is asked for.
+#[derive(Debug)]
+pub(crate) struct LazyPipeline {
+    context: Context,
+    module: Module,
+    built: OnceLock<Arc<Pipeline>>,
+}
+
+impl LazyPipeline {
+    pub(crate) fn new(context: &Context, pass: &Pass) -> Self {
+        LazyPipeline { context: context.clone(), module: pass.module(), built: OnceLock::new() }
+    }
+
+    /// Compiles it now, unless it is compiled already.
+    pub(crate) fn build(&self) -> Result<(), Error> {
+        self.get().map(|_| ())
+    }
+
+    fn get(&self) -> Result<Arc<Pipeline>, Error> {
+        if let Some(built) = self.built.get() {
+            return Ok(built.clone());
+        }
+        let built = self.context.pipeline(&self.module)?;
+        Ok(self.built.get_or_init(|| built).clone())
+    }
+
+    /// The same, in which these inputs are declared as if they were written, since their buffers are.
+    pub(crate) fn sharing(&self, inputs: &[Slot]) -> Result<Arc<Pipeline>, Error> {
+        if inputs.is_empty() {
+            return self.get();
+        }
+        self.context.pipeline(&self.module.sharing(inputs))
+    }
+
+    pub(crate) fn written(&self) -> impl Iterator<Item = Slot> + Clone {
+        self.module.bindings.iter().filter(|(_, access)| *access == Access::ReadWrite).map(|&(slot, _)| slot)
+    }
+
+    pub(crate) fn read(&self) -> impl Iterator<Item = Slot> {
+        self.module.bindings.iter().filter(|(_, access)| *access == Access::Read).map(|&(slot, _)| slot)
+    }
 }
 
 impl Context {
@@ -102,41 +144,57 @@ impl Context {
         &self.limits
     }
 
-    /// Checks the problem and decides how to compute it. Builds the pipelines that it needs and that no earlier plan
-    /// of this context built, and a small buffer of parameters.
+    /// Checks the problem and decides how to compute it. Builds the pipelines of the forward pass that no earlier plan of this
+    /// context built, and a small buffer of parameters. Those of the backward pass are built when they are asked for
+    /// ([`Plan::prepare_backward`]).
+    ///
+    /// Drivers compile a pipeline in some milliseconds to some seconds; sizes and strides are not compiled in, so that one serves
+    /// every length of a sequence. To have them ready before they are needed, make the plan early, on a thread of its own if
+    /// you like: contexts and plans are `Send` and `Sync`, clones of a context share pipelines, and a plan is kept and used
+    /// again. A [pipeline cache](Context::with_pipeline_cache) keeps them from one start of the program to the next.
     pub fn plan(&self, problem: &Problem) -> Result<Plan, Error> {
         self.plan_with(problem, &PlanOptions::default())
     }
 
     /// As [`Context::plan`], with some of its choices made by the caller.
     pub fn plan_with(&self, problem: &Problem, options: &PlanOptions) -> Result<Plan, Error> {
-        Plan::new(self, problem, options)
+        faults::caught(&self.device, "plan", || Plan::new(self, problem, options))
     }
 
-    pub(crate) fn pipeline(&self, pass: &Pass) -> Result<Arc<Pipeline>, Error> {
+    /// As [`Context::plan_with`] and [`Plan::prepare_backward`], for the web, where only an asynchronous function can wait for the
+    /// browser's verdict on the pipelines. Off the web it blocks as long as [`Context::plan`] does.
+    pub async fn plan_async(&self, problem: &Problem, options: &PlanOptions) -> Result<Plan, Error> {
+        let build = || {
+            let plan = Plan::new(self, problem, options)?;
+            plan.prepare_backward()?;
+            Ok(plan)
+        };
+        faults::caught_async(&self.device, "plan", build).await
+    }
+
+    fn pipeline(&self, module: &Module) -> Result<Arc<Pipeline>, Error> {
         let lock = || self.pipelines.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pipeline) = lock().get(&pass.specialization) {
+        if let Some(pipeline) = lock().get(module) {
             return Ok(pipeline.clone());
         }
         // Built outside the lock: two threads may build one pipeline twice, but neither waits for the other.
-        let built = Arc::new(self.build(pass)?);
-        Ok(lock().entry(pass.specialization.clone()).or_insert(built).clone())
+        let built = Arc::new(self.build(module)?);
+        Ok(lock().entry(module.clone()).or_insert(built).clone())
     }
 
-    fn build(&self, pass: &Pass) -> Result<Pipeline, Error> {
-        let specialization = &pass.specialization;
+    fn build(&self, key: &Module) -> Result<Pipeline, Error> {
+        let specialization = &key.specialization;
         let label = Some(specialization.file);
-        // A test specialises and validates every module, so that this cannot fail on a user's machine.
-        let source = specialization.source().expect("the library's own shaders follow their directives");
+        // A test specialises and validates every module, so that this does not fail on a user's machine.
+        let text = key.text().map_err(|error| Error::Device(error.to_string()))?;
         let module = match &self.matrices {
-            Some(matrices) if pass.element_access => {
-                ElementModule::new(&source.text, matrices.format, &pass.binding_numbers(), self.checked)
+            Some(matrices) if key.element_access => {
+                ElementModule::new(&text, matrices.format, &key.binding_numbers(), self.checked)
                     .map_err(NoElementAccess::from)
                     .and_then(|module| passthrough::shader_module(&self.device, specialization.file, &module))
                     .map_err(|error| Error::Device(error.to_string()))?
             }
-            _ => self
-                .module(wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(source.text.into()) }),
+            _ => self.module(wgpu::ShaderModuleDescriptor { label, source: wgpu::ShaderSource::Wgsl(text.into()) }),
         };
         let entry = |binding, ty| wgpu::BindGroupLayoutEntry {
             binding,
@@ -145,7 +203,7 @@ impl Context {
             count: None,
         };
         let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform)];
-        entries.extend(pass.bindings.iter().map(|&(slot, access)| {
+        entries.extend(key.bindings.iter().map(|&(slot, access)| {
             entry(slot as u32, wgpu::BufferBindingType::Storage { read_only: access == Access::Read })
         }));
         let layout =

@@ -1,5 +1,5 @@
 use crate::problem::MAX_SEQLEN;
-use crate::{ElementType, Kernel};
+use crate::{ElementType, Kernel, NoMatrices};
 
 /// What was wrong with an argument, and what would be right.
 ///
@@ -34,11 +34,11 @@ pub enum Error {
         /// The value given.
         found: u32,
     },
-    /// The scale is NaN or infinite.
-    #[error("scale is {0}; it must be finite")]
+    /// The scale is NaN, or beyond ±1e30.
+    #[error("scale is {0:?}; it must be from -1e30 to 1e30")]
     Scale(f32),
-    /// The softcap is NaN, infinite, zero or negative.
-    #[error("softcap is {0}; it must be finite and above 0")]
+    /// The softcap is NaN, or not from 1e-30 to 1e30.
+    #[error("softcap is {0:?}; it must be from 1e-30 to 1e30 (leave it out for scores without a cap)")]
     Softcap(f32),
     /// Gradients need lse, from which the backward pass recomputes the probabilities.
     #[error("lse is not set and gradients are; set both, as Problem::with_gradients does")]
@@ -74,6 +74,15 @@ pub enum Error {
         bytes: u64,
         /// What the device allows.
         limit: u64,
+    },
+    /// The device's limits would cut the problem into too many parts.
+    #[error(
+        "the device's limits (max_compute_workgroups_per_dimension, max_storage_buffer_binding_size) would split the problem \
+         into more than {most} parts; request larger limits, or compute less at a time"
+    )]
+    TooManyParts {
+        /// The most parts of a plan.
+        most: usize,
     },
     /// The device was created with a limit below what the kernel needs.
     #[error("the device's {limit} is {found}; the {kernel} kernel needs at least {needed}")]
@@ -115,12 +124,27 @@ pub enum Error {
         found: u64,
     },
     /// A buffer lacks a usage.
-    #[error("the buffer of {argument} was created with {found:?}; it needs BufferUsages::STORAGE")]
+    #[error("the buffer of {argument} was created with {}; it needs {}", usages(*found), usages(*needed))]
     BufferUsage {
-        /// The tensor or workspace.
+        /// The tensor, workspace, or `download`.
         argument: &'static str,
         /// The usages it has.
         found: wgpu::BufferUsages,
+        /// The usage it needs.
+        needed: wgpu::BufferUsages,
+    },
+    /// Bytes to be downloaded that a copy cannot reach.
+    #[error(
+        "download of {bytes} bytes at {offset} of a buffer of {size}; the offset must be a multiple of 4, and the bytes, \
+         rounded up to one, must end in the buffer"
+    )]
+    DownloadRange {
+        /// The first byte asked for.
+        offset: u64,
+        /// Bytes asked for.
+        bytes: u64,
+        /// Bytes of the buffer.
+        size: u64,
     },
     /// A buffer offset that the device cannot bind at.
     #[error(
@@ -135,8 +159,11 @@ pub enum Error {
         /// Bytes required to divide it.
         alignment: u64,
     },
-    /// An output shares its buffer with an input, or overlaps another output.
-    #[error("{output} and {other} share a buffer; an output needs a buffer that no input of the same call is in")]
+    /// An output lies where another argument does.
+    #[error(
+        "{output} and {other} have bytes in common, or lie too intricately among each other to tell; they may share a buffer, \
+         but an output needs bytes of its own there, and 4-byte words in which no input is"
+    )]
     BufferAliased {
         /// The output.
         output: &'static str,
@@ -175,10 +202,47 @@ pub enum Error {
         /// The reason.
         why: &'static str,
     },
+    /// The adapter, or a device of it, has no cooperative matrices that the kernels can use.
+    #[error(
+        "{adapter}: {why}. Kernels on cooperative matrices were asked for \
+         (HeadlessOptions::cooperative_matrices); all others run without"
+    )]
+    Matrices {
+        /// The adapter's name.
+        adapter: String,
+        /// What is missing.
+        why: NoMatrices,
+    },
     /// No adapter, or none that could make a device.
     #[error("no usable adapter: {0}")]
     Adapter(String),
-    /// The device failed while the host waited for it.
+    /// The device was lost, its driver refused something, or wgpu did: see
+    /// [the crate's documentation](crate#when-the-device-fails).
     #[error("the device failed: {0}")]
     Device(String),
+    /// The device has not enough memory left.
+    #[error("the device has no memory left for the {what}; free some of its buffers, or compute less at a time")]
+    OutOfMemory {
+        /// What was to be made.
+        what: &'static str,
+    },
+}
+
+/// The names of features as a program writes them, those first that have a name in plain words.
+pub(crate) fn features(features: wgpu::Features) -> String {
+    let words = |name: &str| match name {
+        "EXPERIMENTAL_COOPERATIVE_MATRIX" => "cooperative matrices",
+        "SHADER_F16" => "f16 arithmetic",
+        "SUBGROUP" => "subgroup operations",
+        "PASSTHROUGH_SHADERS" => "shaders in SPIR-V",
+        _ => "a feature",
+    };
+    let names = features.iter_names().map(|(name, _)| format!("{} (Features::{name})", words(name)));
+    names.collect::<Vec<_>>().join(", ")
+}
+
+/// The names of usages as a program writes them.
+fn usages(usages: wgpu::BufferUsages) -> String {
+    let names: Vec<_> = usages.iter_names().map(|(name, _)| format!("BufferUsages::{name}")).collect();
+    if names.is_empty() { "no usage".into() } else { names.join(" | ") }
 }

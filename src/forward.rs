@@ -6,9 +6,10 @@ use wgpu::{BindGroupEntry, BindingResource, BufferBinding, BufferUsages};
 
 use crate::kernel::uniform::ProblemUniform;
 use crate::kernel::{Access, Slot};
+use crate::overlap::Region;
 use crate::plan::{Launch, Plan};
 use crate::problem::Tensor;
-use crate::{Error, context::Pipeline};
+use crate::{Error, Problem, context::Pipeline, faults};
 
 /// A buffer argument: a whole buffer, `&buffer`, or a part of one, `BufferBinding { buffer, offset, size }`.
 pub trait ToBinding<'a>: ToOptionalBinding<'a> {
@@ -59,14 +60,16 @@ impl<'a, B: ToBinding<'a>> ToOptionalBinding<'a> for Option<B> {
 ///
 /// fn forward(plan: &Plan, encoder: &mut wgpu::CommandEncoder, buffers: [&wgpu::Buffer; 5]) -> Result<(), Error> {
 ///     let [q, k, v, o, lse] = buffers;
-///     let workspace = plan.create_workspace(); // `None` if the plan needs none
+///     let workspace = plan.create_workspace()?; // `None` if the plan needs none
 ///     plan.forward(encoder, &ForwardBuffers::new(q, k, v, o).lse(lse).workspace(workspace.as_ref()))
 /// }
 /// ```
 ///
 /// Each needs `BufferUsages::STORAGE` and an offset that is a multiple of the device's
 /// `min_storage_buffer_offset_alignment`; put finer offsets into the problem's [`Layout`](crate::Layout).
-/// q, k and v may share a buffer; o and lse may not be in a buffer with an input. Sizes are those of the layouts,
+/// Any of them may share a buffer, if no element of o or lse lies where another tensor has one, and no element of o in a 4-byte
+/// word with one of an input: they may be parts of one pool, or strided views of one tensor. (Where inputs and outputs share one,
+/// other pipelines are built at the first use; and browsers want key lengths in a buffer without outputs.) Sizes are those of the layouts,
 /// rounded up to 4 bytes. A tensor without elements (`seqlen_k` of 0, say) may be any buffer.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -81,6 +84,8 @@ pub struct ForwardBuffers<'a> {
     pub out: BufferBinding<'a>,
     /// lse, f32 `[batch, heads_q, seqlen_q]`; given exactly when the problem has `lse`.
     pub lse: Option<BufferBinding<'a>>,
+    /// Query lengths, `i32 [batch]`; given exactly when the problem has `seqlens_q`.
+    pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
     /// At least [`Plan::workspace_bytes`], in a buffer of its own; not needed where that is 0.
@@ -101,6 +106,7 @@ impl<'a> ForwardBuffers<'a> {
             value: value.to_binding(),
             out: out.to_binding(),
             lse: None,
+            seqlens_q: None,
             seqlens_k: None,
             workspace: None,
         }
@@ -109,6 +115,12 @@ impl<'a> ForwardBuffers<'a> {
     /// Where lse is written, of a problem with it.
     pub fn lse(mut self, lse: impl ToOptionalBinding<'a>) -> Self {
         self.lse = lse.to_optional_binding();
+        self
+    }
+
+    /// Query lengths, of a problem with them.
+    pub fn seqlens_q(mut self, seqlens_q: impl ToOptionalBinding<'a>) -> Self {
+        self.seqlens_q = seqlens_q.to_optional_binding();
         self
     }
 
@@ -129,10 +141,18 @@ impl<'a> ForwardBuffers<'a> {
 /// plan and its buffers.
 #[derive(Clone, Debug)]
 pub struct BoundPass {
-    pub(crate) steps: Vec<(Arc<Pipeline>, wgpu::BindGroup, [u32; 3])>,
+    pub(crate) steps: Vec<Step>,
 }
 
+/// A dispatch: its pipeline, its bind group, its workgroups.
+pub(crate) type Step = (Arc<Pipeline>, wgpu::BindGroup, [u32; 3]);
+
 impl BoundPass {
+    /// What `bind` binds, unless wgpu finds something wrong with it: a buffer of another device, say.
+    pub(crate) fn new(device: &wgpu::Device, bind: impl FnOnce() -> Result<Vec<Step>, Error>) -> Result<Self, Error> {
+        Ok(BoundPass { steps: faults::caught(device, "bind group", bind)? })
+    }
+
     /// Records a compute pass of its own, if there is anything to record.
     pub(crate) fn encode(&self, encoder: &mut wgpu::CommandEncoder, label: &str) {
         if !self.steps.is_empty() {
@@ -164,39 +184,81 @@ impl Plan {
     /// Checks and binds the buffers, to record into a compute pass of the caller's.
     pub fn bind_forward(&self, buffers: &ForwardBuffers<'_>) -> Result<BoundPass, Error> {
         let slots = self.check(buffers)?;
-        Ok(BoundPass { steps: self.forward.bind(&self.device, &slots) })
+        BoundPass::new(&self.device, || self.forward.bind(&self.device, &slots))
     }
 
     /// Checks every buffer; returns those that can be bound.
     fn check<'b, 'a>(&self, buffers: &'b ForwardBuffers<'a>) -> Result<Vec<(Slot, &'b BufferBinding<'a>)>, Error> {
         let problem = &self.problem;
         let lse = if problem.lse { 4 * problem.shape.rows() } else { 0 };
-        let seqlens = if problem.seqlens_k { 4 * problem.shape.batch as u64 } else { 0 };
-        let bytes = |tensor| problem.tensor_bytes(tensor).next_multiple_of(4);
+        let lengths = |has: bool| if has { 4 * problem.shape.batch as u64 } else { 0 };
+        let (seqlens_q, seqlens_k) = (lengths(problem.seqlens_q), lengths(problem.seqlens_k));
         let all = [
-            (Slot::Query, Access::Read, Some(&buffers.query), bytes(Tensor::Query), true),
-            (Slot::Key, Access::Read, Some(&buffers.key), bytes(Tensor::Key), true),
-            (Slot::Value, Access::Read, Some(&buffers.value), bytes(Tensor::Value), true),
-            (Slot::Out, Access::ReadWrite, Some(&buffers.out), bytes(Tensor::Out), true),
-            (Slot::Lse, Access::ReadWrite, buffers.lse.as_ref(), lse, problem.lse),
-            (Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens, problem.seqlens_k),
+            Argument::tensor(Slot::Query, Access::Read, &buffers.query, problem, Tensor::Query),
+            Argument::tensor(Slot::Key, Access::Read, &buffers.key, problem, Tensor::Key),
+            Argument::tensor(Slot::Value, Access::Read, &buffers.value, problem, Tensor::Value),
+            Argument::tensor(Slot::Out, Access::ReadWrite, &buffers.out, problem, Tensor::Out),
+            Argument::bytes(Slot::Lse, Access::ReadWrite, buffers.lse.as_ref(), lse, problem.lse),
+            Argument::bytes(Slot::SeqlensQ, Access::Read, buffers.seqlens_q.as_ref(), seqlens_q, problem.seqlens_q),
+            Argument::bytes(Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens_k, problem.seqlens_k),
             // A workspace that this plan does without may be given all the same.
-            (Slot::Workspace, Access::ReadWrite, buffers.workspace.as_ref(), self.workspace_bytes(), true),
+            Argument::bytes(
+                Slot::Workspace,
+                Access::ReadWrite,
+                buffers.workspace.as_ref(),
+                self.workspace_bytes(),
+                true,
+            ),
         ];
         check_buffers(&all, self.offset_alignment)
     }
 }
 
-/// A buffer argument: its slot, its access, the buffer, the bytes it needs, and whether the problem has it.
-pub(crate) type Argument<'b, 'a> = (Slot, Access, Option<&'b BufferBinding<'a>>, u64, bool);
+/// A buffer argument.
+pub(crate) struct Argument<'b, 'a> {
+    slot: Slot,
+    access: Access,
+    given: Option<&'b BufferBinding<'a>>,
+    /// The bytes from where it is bound that it needs.
+    needed: u64,
+    /// Those of them that are its own.
+    region: Region,
+    /// Whether the problem has it.
+    has: bool,
+}
+
+impl<'b, 'a> Argument<'b, 'a> {
+    /// One that lies as a tensor of the problem.
+    pub(crate) fn tensor(
+        slot: Slot,
+        access: Access,
+        given: &'b BufferBinding<'a>,
+        problem: &Problem,
+        tensor: Tensor,
+    ) -> Self {
+        let needed = problem.tensor_bytes(tensor).next_multiple_of(4);
+        Argument { slot, access, given: Some(given), needed, region: problem.region(tensor), has: true }
+    }
+
+    /// One that is so many bytes in a row.
+    pub(crate) fn bytes(
+        slot: Slot,
+        access: Access,
+        given: Option<&'b BufferBinding<'a>>,
+        needed: u64,
+        has: bool,
+    ) -> Self {
+        Argument { slot, access, given, needed, region: Region::bytes(needed), has }
+    }
+}
 
 /// Checks every buffer; returns those that can be bound.
 pub(crate) fn check_buffers<'b, 'a>(
     all: &[Argument<'b, 'a>],
     offset_alignment: u64,
 ) -> Result<Vec<(Slot, &'b BufferBinding<'a>)>, Error> {
-    let mut bound: Vec<(Slot, Access, &BufferBinding, u64)> = vec![];
-    for (slot, access, given, needed, has) in all.iter().copied() {
+    let mut bound: Vec<(Slot, Access, &BufferBinding, Region)> = vec![];
+    for &Argument { slot, access, given, needed, ref region, has } in all {
         let argument = slot.name();
         let binding = match given {
             Some(_) if !has => return Err(Error::BufferUnexpected { argument }),
@@ -207,7 +269,8 @@ pub(crate) fn check_buffers<'b, 'a>(
         let rest = binding.buffer.size().saturating_sub(binding.offset);
         let found = binding.size.map_or(rest, |size| rest.min(size.get()));
         if !binding.buffer.usage().contains(BufferUsages::STORAGE) {
-            return Err(Error::BufferUsage { argument, found: binding.buffer.usage() });
+            let needed = BufferUsages::STORAGE;
+            return Err(Error::BufferUsage { argument, found: binding.buffer.usage(), needed });
         }
         if !binding.offset.is_multiple_of(offset_alignment) {
             let alignment = offset_alignment;
@@ -216,18 +279,22 @@ pub(crate) fn check_buffers<'b, 'a>(
         if found < needed {
             return Err(Error::BufferTooSmall { argument, needed, found });
         }
-        for &(other, other_access, there, there_bytes) in &bound {
-            if there.buffer != binding.buffer || (access, other_access) == (Access::Read, Access::Read) {
+        let region = region.clone().at(binding.offset);
+        for (other, other_access, there, other_region) in &bound {
+            if there.buffer != binding.buffer || (access, *other_access) == (Access::Read, Access::Read) {
                 continue;
             }
-            let apart = there.offset + there_bytes <= binding.offset || binding.offset + needed <= there.offset;
-            // Kernels read the workspace while they write an output.
-            if access != other_access || slot == Slot::Workspace || !apart {
-                let (output, other) = if access == Access::ReadWrite { (slot, other) } else { (other, slot) };
+            let meet = match access == *other_access {
+                // Where words are shared they are written by atomic operations.
+                true => region.meets(other_region),
+                false => region.clone().in_words().meets(&other_region.clone().in_words()),
+            };
+            if meet {
+                let (output, other) = if access == Access::ReadWrite { (slot, *other) } else { (*other, slot) };
                 return Err(Error::BufferAliased { output: output.name(), other: other.name() });
             }
         }
-        bound.push((slot, access, binding, needed));
+        bound.push((slot, access, binding, region));
     }
     Ok(bound.into_iter().map(|(slot, _, binding, _)| (slot, binding)).collect())
 }
@@ -238,20 +305,23 @@ pub(crate) fn bind_launch(
     launch: &Launch,
     uniforms: &wgpu::Buffer,
     slots: &[(Slot, &BufferBinding<'_>)],
-) -> wgpu::BindGroup {
+) -> Result<Step, Error> {
     let uniform = BufferBinding {
         buffer: uniforms,
         offset: launch.uniform_offset,
         size: wgpu::BufferSize::new(size_of::<ProblemUniform>() as u64),
     };
     let mut entries = vec![BindGroupEntry { binding: 0, resource: BindingResource::Buffer(uniform.clone()) }];
-    for &(slot, start, size) in &launch.ranges {
-        // The caller gives one workspace.
+    // The caller gives one workspace.
+    let given = |slot: Slot| {
         let argument = match slot {
-            Slot::WorkspaceLse | Slot::WorkspaceScores => Slot::Workspace,
+            Slot::WorkspaceStats | Slot::WorkspaceScores => Slot::Workspace,
             slot => slot,
         };
-        let given = slots.iter().find(|(s, _)| *s == argument).map(|(_, binding)| binding);
+        slots.iter().find(|(s, _)| *s == argument).map(|(_, binding)| binding)
+    };
+    for &(slot, start, size) in &launch.ranges {
+        let given = given(slot);
         // A tensor without elements is never read; wgpu wants something bound all the same.
         let resource = match (given, wgpu::BufferSize::new(size)) {
             (Some(given), Some(size)) => {
@@ -261,9 +331,26 @@ pub(crate) fn bind_launch(
         };
         entries.push(BindGroupEntry { binding: slot as u32, resource: BindingResource::Buffer(resource) });
     }
-    device.create_bind_group(&wgpu::BindGroupDescriptor {
+    // wgpu takes a buffer at several places of a dispatch if all of them may write or none.
+    let bound = |slot| launch.ranges.iter().any(|&(s, _, size)| s == slot && size > 0);
+    let buffer = |slot: Slot| given(slot).filter(|_| bound(slot)).map(|binding| binding.buffer);
+    let written = launch.pipeline.written();
+    let shared = launch.pipeline.read().filter(|&slot| {
+        let there = buffer(slot);
+        there.is_some() && written.clone().any(|output| buffer(output) == there)
+    });
+    let shared: Vec<_> = shared.collect();
+    // To a browser what a buffer holds that may be written is not the same for a whole workgroup, as a number of keys must be.
+    let lengths = shared.iter().find(|slot| [Slot::SeqlensQ, Slot::SeqlensK].contains(slot));
+    if lengths.is_some() && device.adapter_info().backend == wgpu::Backend::BrowserWebGpu {
+        let why = "seqlens_k shares a buffer with an output, which browsers do not take; give it a buffer of its own";
+        return Err(Error::Device(why.into()));
+    }
+    let pipeline = launch.pipeline.sharing(&shared)?;
+    let group = device.create_bind_group(&wgpu::BindGroupDescriptor {
         label: Some("wgpu-flash-attention"),
-        layout: &launch.pipeline.layout,
+        layout: &pipeline.layout,
         entries: &entries,
-    })
+    });
+    Ok((pipeline, group, launch.workgroups))
 }

@@ -7,8 +7,7 @@ use std::task::{Poll, Waker};
 
 use wgpu::BufferUsages;
 
-use crate::passthrough;
-use crate::{Causal, Context, ElementType, Error, ForwardBuffers, Problem, Shape};
+use crate::{Causal, Context, ElementType, Error, ForwardBuffers, NoMatrices, Problem, Shape, faults, passthrough};
 
 /// An element type that host slices can have.
 pub trait Element: bytemuck::Pod + sealed::Sealed {
@@ -127,10 +126,7 @@ impl Context {
 
     /// As [`Context::headless_with`], without blocking.
     pub async fn headless_async(options: &HeadlessOptions) -> Result<Context, Error> {
-        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-        // OpenGL has no compute shaders on some systems, and its start-up complains where there is no display.
-        descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
-        let instance = wgpu::Instance::new(descriptor);
+        let instance = instance();
         let adapter = match &options.adapter {
             None => instance
                 .request_adapter(&wgpu::RequestAdapterOptions {
@@ -138,7 +134,7 @@ impl Context {
                     ..Default::default()
                 })
                 .await
-                .map_err(|error| Error::Adapter(error.to_string()))?,
+                .map_err(|error| Error::Adapter(format!("{error}. {NO_DRIVER}")))?,
             Some(wanted) => {
                 let all = instance.enumerate_adapters(wgpu::Backends::all()).await;
                 let name = |adapter: &wgpu::Adapter| {
@@ -149,6 +145,7 @@ impl Context {
                 let found = names.iter().position(|name| name.to_lowercase().contains(&wanted.to_lowercase()));
                 match found.and_then(|n| all.into_iter().nth(n)) {
                     Some(adapter) => adapter,
+                    None if names.is_empty() => return Err(Error::Adapter(format!("there is none. {NO_DRIVER}"))),
                     None => return Err(Error::Adapter(format!("none of {names:?} has {wanted:?} in its name"))),
                 }
             }
@@ -160,9 +157,10 @@ impl Context {
             wanted = crate::COOPERATIVE_MATRIX_FEATURES;
             experimental = passthrough::experimental_features();
         }
+        let name = || adapter.get_info().name;
         let missing = wanted - adapter.features();
         if !missing.is_empty() {
-            return Err(Error::Adapter(format!("{} lacks {missing:?}", adapter.get_info().name)));
+            return Err(Error::Matrices { adapter: name(), why: NoMatrices::AdapterFeatures(missing) });
         }
         let (device, queue) = adapter
             .request_device(&wgpu::DeviceDescriptor {
@@ -173,11 +171,11 @@ impl Context {
                 ..Default::default()
             })
             .await
-            .map_err(|error| Error::Adapter(error.to_string()))?;
+            .map_err(|error| Error::Adapter(format!("{}: {error}", name())))?;
         let mut context = Context::new(&device, &queue);
         if options.cooperative_matrices {
-            context =
-                context.with_cooperative_matrices(&adapter).await.map_err(|error| Error::Adapter(error.to_string()))?;
+            let with = context.with_cooperative_matrices(&adapter).await;
+            context = with.map_err(|why| Error::Matrices { adapter: name(), why })?;
         }
         Ok(if options.checked { context.checked() } else { context })
     }
@@ -192,15 +190,15 @@ impl Context {
         value: HostTensor<'_, T>,
         options: &SdpaOptions,
     ) -> Result<Vec<T>, Error> {
-        let Some((out, bytes)) = self.submit_sdpa(query, key, value, options)? else {
-            return Ok(vec![]);
-        };
-        let mut data = block_on_device(&self.device().clone(), self.read_buffer(&out, 0, bytes))?;
-        data.truncate(bytes as usize);
-        Ok(bytemuck::pod_collect_to_vec(&data))
+        let submit = || self.submit_sdpa(query, key, value, options);
+        match faults::caught(self.device(), "attention", submit)? {
+            Some((out, bytes)) => Ok(bytemuck::pod_collect_to_vec(&self.download(&out, 0, bytes)?)),
+            None => Ok(vec![]),
+        }
     }
 
-    /// As [`Context::scaled_dot_product_attention`], without blocking: polls the device each time that it is polled.
+    /// As [`Context::scaled_dot_product_attention`], without waiting for the device: polls it each time that the future is
+    /// polled. (Pipelines are compiled at the first use of a shape, and off the web that blocks.)
     pub async fn scaled_dot_product_attention_async<T: Element>(
         &self,
         query: HostTensor<'_, T>,
@@ -208,12 +206,11 @@ impl Context {
         value: HostTensor<'_, T>,
         options: &SdpaOptions,
     ) -> Result<Vec<T>, Error> {
-        let Some((out, bytes)) = self.submit_sdpa(query, key, value, options)? else {
-            return Ok(vec![]);
-        };
-        let mut data = self.read_buffer(&out, 0, bytes).await?;
-        data.truncate(bytes as usize);
-        Ok(bytemuck::pod_collect_to_vec(&data))
+        let submit = || self.submit_sdpa(query, key, value, options);
+        match faults::caught_async(self.device(), "attention", submit).await? {
+            Some((out, bytes)) => Ok(bytemuck::pod_collect_to_vec(&self.download_async(&out, 0, bytes).await?)),
+            None => Ok(vec![]),
+        }
     }
 
     /// Submits the pass; returns o's buffer and its bytes, or nothing where o has no element.
@@ -237,14 +234,11 @@ impl Context {
         if let Some(&(argument, bytes)) = sizes.iter().find(|(_, bytes)| *bytes > limit) {
             return Err(Error::BindingTooLarge { argument, bytes, limit });
         }
-        let [q, k, v] = [query.data, key.data, value.data].map(|data| self.upload(bytemuck::cast_slice(data)));
-        let out = self.device().create_buffer(&wgpu::BufferDescriptor {
-            label: Some("out"),
-            size: out_bytes.next_multiple_of(4),
-            usage: BufferUsages::STORAGE | BufferUsages::COPY_SRC,
-            mapped_at_creation: false,
-        });
-        let workspace = plan.create_workspace();
+        let upload = |data: &[T]| self.upload(bytemuck::cast_slice(data));
+        let (q, k, v) = (upload(query.data)?, upload(key.data)?, upload(value.data)?);
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
+        let out = faults::buffer(self.device(), "out", out_bytes.next_multiple_of(4), usage)?;
+        let workspace = plan.create_workspace()?;
         let mut encoder = self.device().create_command_encoder(&Default::default());
         let buffers = ForwardBuffers::new(&q, &k, &v, &out).workspace(workspace.as_ref());
         plan.forward(&mut encoder, &buffers)?;
@@ -253,38 +247,76 @@ impl Context {
     }
 
     /// A storage buffer with these bytes, padded with zeros to a multiple of 4, and copyable both ways.
-    pub fn upload(&self, bytes: &[u8]) -> wgpu::Buffer {
-        let buffer = self.device().create_buffer(&wgpu::BufferDescriptor {
-            label: Some("wgpu-flash-attention upload"),
-            size: (bytes.len() as u64).next_multiple_of(4).max(4),
-            usage: BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST,
-            mapped_at_creation: true,
-        });
-        if let Ok(mut mapped) = buffer.get_mapped_range_mut(..) {
-            mapped.slice(..bytes.len()).copy_from_slice(bytes);
+    pub fn upload(&self, bytes: &[u8]) -> Result<wgpu::Buffer, Error> {
+        let (size, limit) = ((bytes.len() as u64).next_multiple_of(4), self.limits().max_buffer_size);
+        if size > limit {
+            return Err(Error::BindingTooLarge { argument: "upload", bytes: size, limit });
         }
-        buffer.unmap();
-        buffer
+        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+        faults::caught(self.device(), "upload", || {
+            faults::mapped(self.device(), "wgpu-flash-attention upload", usage, bytes)
+        })
     }
 
     /// Bytes of a buffer with `COPY_SRC`, from `offset`, which is a multiple of 4; waits for what was submitted before.
     /// Blocks; not on the web.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn download(&self, buffer: &wgpu::Buffer, offset: u64, bytes: u64) -> Result<Vec<u8>, Error> {
-        let mut data = block_on_device(&self.device().clone(), self.read_buffer(buffer, offset, bytes))?;
-        data.truncate(bytes as usize);
-        Ok(data)
+        let data = self.download_async(buffer, offset, bytes);
+        // Waits for the device first, so that the future is ready at once.
+        self.device().poll(wgpu::PollType::wait_indefinitely()).map_err(|error| Error::Device(error.to_string()))?;
+        block_on(data)
     }
 
-    /// A copy of the buffer's bytes, up to the next multiple of 4. The copy is submitted before this returns.
-    pub(crate) fn read_buffer(
+    /// As [`Context::download`], without blocking: polls the device each time that the future is polled. The copy is submitted
+    /// before this returns, so that it holds what was submitted before, whenever the future is awaited.
+    pub fn download_async(
         &self,
         buffer: &wgpu::Buffer,
         offset: u64,
         bytes: u64,
-    ) -> impl Future<Output = Result<Vec<u8>, Error>> {
+    ) -> impl Future<Output = Result<Vec<u8>, Error>> + use<> {
+        let copied = match self.check_download(buffer, offset, bytes) {
+            Ok(()) if bytes == 0 => Ok(None),
+            Ok(()) => {
+                let scopes = faults::Scopes::open(self.device(), "download");
+                let copy = self.copy_to_host(buffer, offset, bytes.next_multiple_of(4));
+                Ok(Some((scopes.close(), copy)))
+            }
+            Err(error) => Err(error),
+        };
+        async move {
+            let Some((closed, copy)) = copied? else {
+                return Ok(vec![]);
+            };
+            closed.await?;
+            let mut data = copy.await?;
+            data.truncate(bytes as usize);
+            Ok(data)
+        }
+    }
+
+    fn check_download(&self, buffer: &wgpu::Buffer, offset: u64, bytes: u64) -> Result<(), Error> {
+        let (found, needed) = (buffer.usage(), BufferUsages::COPY_SRC);
+        if !found.contains(needed) {
+            return Err(Error::BufferUsage { argument: "download", found, needed });
+        }
+        let size = buffer.size();
+        // Whole words are copied.
+        let end = bytes.checked_next_multiple_of(4).and_then(|bytes| bytes.checked_add(offset));
+        if !offset.is_multiple_of(4) || end.is_none_or(|end| end > size) {
+            return Err(Error::DownloadRange { offset, bytes, size });
+        }
+        let limit = self.limits().max_buffer_size;
+        if bytes > limit {
+            return Err(Error::BindingTooLarge { argument: "download", bytes, limit });
+        }
+        Ok(())
+    }
+
+    /// Submits a copy of so many bytes, and maps it.
+    fn copy_to_host(&self, buffer: &wgpu::Buffer, offset: u64, size: u64) -> Mapped {
         let device = self.device().clone();
-        let size = bytes.next_multiple_of(4);
         let staging = device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("wgpu-flash-attention download"),
             size,
@@ -344,6 +376,28 @@ impl Future for Mapped {
                 self.staging.get_mapped_range(..).map(|view| view.to_vec()).map_err(|e| Error::Device(e.to_string())),
             ),
         }
+    }
+}
+
+/// What helps where no adapter is found.
+const NO_DRIVER: &str = "Install a driver for Vulkan, Metal or DirectX 12 (on Linux `scripts/vulkan COMMAND` of this crate's \
+                         repository sees to one), and see that WGPU_BACKEND, if it is set, names that";
+
+/// One for the process: wgpu numbers buffers within an instance, so that a buffer of another one could be taken for one of these.
+/// On the web buffers are objects of the browser, which tells them apart.
+fn instance() -> wgpu::Instance {
+    let new = || {
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+        // OpenGL has no compute shaders on some systems, and its start-up complains where there is no display.
+        descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
+        wgpu::Instance::new(descriptor)
+    };
+    #[cfg(target_arch = "wasm32")]
+    return new();
+    #[cfg(not(target_arch = "wasm32"))]
+    {
+        static INSTANCE: std::sync::OnceLock<wgpu::Instance> = std::sync::OnceLock::new();
+        INSTANCE.get_or_init(new).clone()
     }
 }
 
@@ -409,11 +463,4 @@ fn block_on<F: Future>(future: F) -> F::Output {
             Poll::Pending => std::thread::park(),
         }
     }
-}
-
-/// Waits for the device first, so that a future of [`Context::read_buffer`] is ready at once.
-#[cfg(not(target_arch = "wasm32"))]
-fn block_on_device<T>(device: &wgpu::Device, future: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    device.poll(wgpu::PollType::wait_indefinitely()).map_err(|error| Error::Device(error.to_string()))?;
-    block_on(future)
 }

@@ -57,7 +57,7 @@
 //! | grouped heads | `kv_head = q_head / (Hq / Hkv)`; `Hkv` divides `Hq` |
 //! | causal | [bottom-right](Causal::BottomRight), `j ≤ i + Nk − Nq`, as flash-attention, or [top-left](Causal::TopLeft), `j ≤ i`, as PyTorch |
 //! | window | inclusive, from `i + Nk − Nq − left` to `i + Nk − Nq + right`, each side optional |
-//! | key lengths | how many keys of each batch entry count; the bottom-right diagonal and the window use it for `Nk` |
+//! | key lengths, query lengths | how many keys, and queries, of each batch entry count; the bottom-right diagonal and the window use them for `Nk` and `Nq` |
 //! | lse | natural logarithm, f32; includes scale, softcap and masks |
 //! | a query that sees no key | o = 0, lse = −∞, every gradient through it 0; never NaN |
 //! | `B`, `Nq` or `Nk` of 0 | allowed: the right, possibly zero, result |
@@ -72,11 +72,37 @@
 //!   its values, must each lie within one binding (`max_storage_buffer_binding_size`). Of gradients, all that heads sharing a key-value
 //!   head read and write must: q, o and their gradients.
 //! - There is no boolean mask, additive bias, ALiBi, dropout, sink, packed or paged sequence or block-sparse mask.
-//! - Inputs must be finite where they count: WGSL leaves NaN and infinity undefined. The coop kernel needs scores within ±10⁷.
+//! - Inputs must be finite where they count: WGSL leaves NaN and infinity undefined. How large scores and values may be is in `docs/kernels.md`, by kernel.
 //! - Offsets of bindings are multiples of the device's `min_storage_buffer_offset_alignment`; finer ones go into [`Layout`].
 //!
 //! What breaks a limit is an [`Error`] that names the argument, what was found and what would be right, before anything is recorded. Values are the
 //! exception: nobody looks at them.
+//!
+//! # When the device fails
+//!
+//! What returns a `Result` does not panic. A device that is lost gives [`Error::Device`] from plans, workspaces, uploads and
+//! downloads; a device out of memory gives [`Error::OutOfMemory`] from what makes a buffer; and what wgpu or a driver refuses
+//! is an [`Error::Device`] in their words. The library catches these in error scopes of its own, so a handler that
+//! the device's owner installed does not see them. On an error nothing has been recorded.
+//!
+//! - Recording on a lost device may be `Ok`: wgpu tells only who set `Device::set_device_lost_callback`. The next download is
+//!   an error.
+//! - A device that is lost while `Device::poll` waits for it makes wgpu itself panic there, in [`Context::download`] too.
+//! - In a browser errors come later than the call: [`Context::plan_async`], [`Context::download_async`] and
+//!   [`Context::scaled_dot_product_attention_async`] wait for them, other functions leave them to the device's handler.
+//!
+//! [`Context::headless`] and the functions on host slices wait for the device, which their documentation says; the rest of the
+//! library never does. Making a plan may take as long as the driver compiles ([`Context::plan`]).
+//!
+//! # What cannot be checked
+//!
+//! wgpu does not let a library ask some things about what it is given. They are the caller's to see to:
+//!
+//! - A buffer of another device is an [`Error::Device`] if both devices are of one `wgpu::Instance`. Of another instance it can
+//!   pass for a buffer with the same number there. All that [`Context::headless`] opens is of one instance.
+//! - A buffer that is destroyed or mapped, and an encoder that is finished, of another device or has a pass open, give wgpu's own
+//!   error when the encoder is finished or submitted.
+//! - A workspace that two passes use at the same time, and inputs that are not finite, give wrong numbers.
 //!
 //! # What may change
 //!
@@ -92,10 +118,12 @@ mod context;
 #[doc(hidden)]
 pub mod elements;
 mod error;
+mod faults;
 mod forward;
 mod host;
 mod kernel;
 mod merge;
+mod overlap;
 mod passthrough;
 mod plan;
 mod problem;

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use wgpu::BufferBinding;
 
-use crate::context::{Context, Pipeline};
-use crate::forward::{ToBinding, bind_launch, check_buffers};
+use crate::context::{Context, LazyPipeline};
+use crate::forward::{Argument, BoundPass, ToBinding, bind_launch, check_buffers};
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{Access, Kernel, Slot, decode};
 use crate::plan::{Launch, Part, check_limits, uniform_buffer};
 use crate::problem::MAX_HEAD_DIM;
-use crate::{ElementType, Error};
+use crate::{ElementType, Error, faults};
 
 /// Partial results to merge: `parts` times o and lse of the same rows, each over keys of its own.
 ///
@@ -55,9 +55,9 @@ pub struct MergeBuffers<'a> {
     pub part_out: BufferBinding<'a>,
     /// lse of the parts, f32 `[parts, rows]`; −∞ where a part saw no key.
     pub part_lse: BufferBinding<'a>,
-    /// The merged o, contiguous `[rows, head_dim_v]`; not in a buffer of the parts.
+    /// The merged o, contiguous `[rows, head_dim_v]`; not where a part is.
     pub out: BufferBinding<'a>,
-    /// The merged lse, f32 `[rows]`; not in a buffer of the parts.
+    /// The merged lse, f32 `[rows]`; not where a part is.
     pub lse: BufferBinding<'a>,
 }
 
@@ -112,6 +112,10 @@ impl MergeProblem {
 impl Context {
     /// Checks a merge and builds its pipeline. All parts must fit into one binding.
     pub fn plan_merge(&self, problem: &MergeProblem) -> Result<MergePlan, Error> {
+        faults::caught(self.device(), "merge plan", || self.new_merge_plan(problem))
+    }
+
+    fn new_merge_plan(&self, problem: &MergeProblem) -> Result<MergePlan, Error> {
         if !(1..=MAX_HEAD_DIM).contains(&problem.head_dim_v) {
             return Err(Error::HeadDim { argument: "head_dim_v", found: problem.head_dim_v });
         }
@@ -122,6 +126,7 @@ impl Context {
         if let Some(&(slot, bytes)) = ranges.iter().find(|(_, bytes)| *bytes > limit) {
             return Err(Error::BindingTooLarge { argument: slot.name(), bytes, limit });
         }
+        faults::alive(self.device())?;
         let pass = decode::merge(problem);
         let part = Part { batch: 0..1, heads: 0..1, rows: 0..problem.rows };
         check_limits(Kernel::Decode, std::slice::from_ref(&pass), limits)?;
@@ -146,14 +151,15 @@ impl Context {
                 split_rows: problem.rows,
                 ..Default::default()
             };
-            let pipeline: Arc<Pipeline> = self.pipeline(&pass)?;
+            let pipeline = Arc::new(LazyPipeline::new(self, &pass));
+            pipeline.build()?;
             let launch = Launch {
                 pipeline,
                 ranges: ranges.map(|(slot, bytes)| (slot, 0, bytes)).to_vec(),
                 uniform_offset: 0,
                 workgroups: workgroups.map(|n| n as u32),
             };
-            plan.work = Some((launch, uniform_buffer(self.device(), bytemuck::bytes_of(&uniform))));
+            plan.work = Some((launch, uniform_buffer(self.device(), bytemuck::bytes_of(&uniform))?));
         }
         Ok(plan)
     }
@@ -176,20 +182,15 @@ impl MergePlan {
             .map(|(&(slot, bytes), binding)| {
                 let output = matches!(slot, Slot::Out | Slot::Lse);
                 let access = if output { Access::ReadWrite } else { Access::Read };
-                (slot, access, Some(binding), bytes, true)
+                Argument::bytes(slot, access, Some(binding), bytes, true)
             })
             .collect();
         let slots = check_buffers(&all, self.offset_alignment)?;
         let Some((launch, uniforms)) = &self.work else {
             return Ok(());
         };
-        let group = bind_launch(&self.device, launch, uniforms, &slots);
-        let label = Some("wgpu-flash-attention merge");
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label, timestamp_writes: None });
-        pass.set_pipeline(&launch.pipeline.pipeline);
-        pass.set_bind_group(0, &group, &[]);
-        let [x, y, z] = launch.workgroups;
-        pass.dispatch_workgroups(x, y, z);
+        let bound = BoundPass::new(&self.device, || Ok(vec![bind_launch(&self.device, launch, uniforms, &slots)?]))?;
+        bound.encode(encoder, "wgpu-flash-attention merge");
         Ok(())
     }
 }

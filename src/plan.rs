@@ -3,13 +3,13 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::context::{Context, Pipeline};
-use crate::forward::bind_launch;
+use crate::context::{Context, LazyPipeline};
+use crate::forward::{Step, bind_launch};
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{self, CoopForm, Kernel, Pass, Rounds, Slot, forward_coop};
 use crate::problem::{Layout, Tensor};
 use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
-use crate::{ElementType, Error, Problem};
+use crate::{ElementType, Error, Problem, faults};
 
 /// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes. Those of tiles name types that may change in
 /// any release (see [the crate's documentation](crate#what-may-change)).
@@ -217,7 +217,7 @@ impl Part {
 /// One dispatch.
 #[derive(Debug)]
 pub(crate) struct Launch {
-    pub pipeline: Arc<Pipeline>,
+    pub pipeline: Arc<LazyPipeline>,
     /// For each binding of the pipeline: what it holds, its first byte and its size, from where the caller binds it.
     pub ranges: Vec<(Slot, u64, u64)>,
     pub uniform_offset: u64,
@@ -318,9 +318,12 @@ fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backward: bool) ->
             add(Slot::GradLse, &of_lse, false, 1, 4);
         }
     }
-    if problem.seqlens_k {
-        ranges.push((Slot::SeqlensK, 0, shape.batch as u64 * 4));
+    for (slot, has) in [(Slot::SeqlensQ, problem.seqlens_q), (Slot::SeqlensK, problem.seqlens_k)] {
+        if has {
+            ranges.push((slot, 0, shape.batch as u64 * 4));
+        }
     }
+    uniform.lengths_at = u32::try_from(kernel::backward_delta::rows(part)).unwrap_or(u32::MAX);
     uniform.row_begin = part.rows.start;
     uniform.row_end = part.rows.end;
     uniform.batch_begin = part.batch.start;
@@ -345,7 +348,7 @@ impl Schedule {
         }
     }
 
-    /// Cuts the problem into parts that fit the device, builds the pipelines, and says what each launch binds.
+    /// Cuts the problem into parts that fit the device, and says what each launch binds.
     fn new(context: &Context, problem: &Problem, recipe: &Recipe<'_>, backward: bool) -> Result<Self, Error> {
         let limits = context.limits();
         let mut schedule = Schedule::empty(recipe);
@@ -378,7 +381,7 @@ impl Schedule {
         let parts = split(problem, recipe, &|part| bind(part).0, &|part| end_of(&workspace(part)), of_part, &bounds)?;
         schedule.workspace_bytes = parts.iter().map(|part| end_of(&workspace(part))).max().unwrap_or(0);
         schedule.parts = parts.len();
-        let pipelines = recipe.passes.iter().map(|pass| context.pipeline(pass)).collect::<Result<Vec<_>, _>>()?;
+        let pipelines: Vec<_> = recipe.passes.iter().map(|pass| Arc::new(LazyPipeline::new(context, pass))).collect();
 
         let mut uniforms = vec![0u8; of_part as usize * parts.len()];
         for (n, part) in parts.iter().enumerate() {
@@ -410,8 +413,13 @@ impl Schedule {
                 }));
             }
         }
-        schedule.uniforms = Some(uniform_buffer(context.device(), &uniforms));
+        schedule.uniforms = Some(uniform_buffer(context.device(), &uniforms)?);
         Ok(schedule)
+    }
+
+    /// Builds the pipelines that are not there yet.
+    pub(crate) fn build(&self) -> Result<(), Error> {
+        self.launches.iter().try_for_each(|launch| launch.pipeline.build())
     }
 
     /// Binds the buffers of every launch.
@@ -419,14 +427,17 @@ impl Schedule {
         &self,
         device: &wgpu::Device,
         slots: &[(Slot, &wgpu::BufferBinding<'_>)],
-    ) -> Vec<(Arc<Pipeline>, wgpu::BindGroup, [u32; 3])> {
-        let bind = |launch: &Launch| {
-            let uniforms = self.uniforms.as_ref()?;
-            Some((launch.pipeline.clone(), bind_launch(device, launch, uniforms, slots), launch.workgroups))
+    ) -> Result<Vec<Step>, Error> {
+        let Some(uniforms) = &self.uniforms else {
+            return Ok(vec![]);
         };
-        self.launches.iter().filter_map(bind).collect()
+        self.launches.iter().map(|launch| bind_launch(device, launch, uniforms, slots)).collect()
     }
 }
+
+/// The most parts that a problem is split into: each has bind groups, dispatches and pieces of the uniforms of its own, so that
+/// more would take seconds and gigabytes of the host.
+const MOST_PARTS: usize = 1 << 16;
 
 /// Cuts the problem until each part fits into the device's bindings and dispatches. `ranges` are those that a part binds, and
 /// `workspace` is the size of its workspace; `uniforms` bytes tell kernels of a part, of all parts in one buffer.
@@ -463,6 +474,9 @@ fn split(
         match fits(&part) {
             Ok(()) => {
                 done.push(part);
+                if done.len() > MOST_PARTS {
+                    return Err(Error::TooManyParts { most: MOST_PARTS });
+                }
                 let bytes = uniforms * done.len() as u64;
                 if bytes > bounds.buffer {
                     return Err(Error::BindingTooLarge { argument: "uniforms", bytes, limit: bounds.buffer });
@@ -478,23 +492,15 @@ fn split(
 }
 
 /// The uniforms of the launches; bound as a tensor too where that has no elements.
-pub(crate) fn uniform_buffer(device: &wgpu::Device, bytes: &[u8]) -> wgpu::Buffer {
-    let buffer = device.create_buffer(&wgpu::BufferDescriptor {
-        label: Some("wgpu-flash-attention problem"),
-        size: bytes.len() as u64,
-        usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE,
-        mapped_at_creation: true,
-    });
-    if let Ok(mut mapped) = buffer.get_mapped_range_mut(..) {
-        mapped.copy_from_slice(bytes);
-    }
-    buffer.unmap();
-    buffer
+pub(crate) fn uniform_buffer(device: &wgpu::Device, bytes: &[u8]) -> Result<wgpu::Buffer, Error> {
+    let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::STORAGE;
+    faults::mapped(device, "wgpu-flash-attention problem", usage, bytes)
 }
 
 impl Plan {
     pub(crate) fn new(context: &Context, problem: &Problem, options: &PlanOptions) -> Result<Plan, Error> {
         problem.validate()?;
+        faults::alive(context.device())?;
         let limits = context.limits();
         let shape = &problem.shape;
         let coop_fits = || {
@@ -550,7 +556,7 @@ impl Plan {
                 let workgroups = shape.batch as u64 * shape.heads_kv as u64 * rows.div_ceil(chosen.rows as u64);
                 let tiles = problem.keys_in_sight().div_ceil(chosen.keys()) as u64;
                 let split = options.splits.unwrap_or_else(|| tune::decode_splits(workgroups, tiles));
-                let split = split.clamp(1, limits.max_compute_workgroups_per_dimension);
+                let split = split.clamp(1, limits.max_compute_workgroups_per_dimension.max(1));
                 splits = Some(split);
                 rows_and_keys = Some((chosen.rows, chosen.keys()));
                 kernel::decode::passes(problem, chosen, split)
@@ -577,8 +583,8 @@ impl Plan {
             workspaces: Box::new(|part: &Part| match kernel {
                 Kernel::Naive => vec![(Slot::Workspace, kernel::naive::workspace_bytes(problem, part))],
                 Kernel::Decode => {
-                    let (out, lse) = kernel::decode::workspace_bytes(problem, part, splits.unwrap_or(1));
-                    vec![(Slot::Workspace, out), (Slot::WorkspaceLse, lse)]
+                    let (out, stats) = kernel::decode::workspace_bytes(problem, part, splits.unwrap_or(1));
+                    vec![(Slot::Workspace, out), (Slot::WorkspaceStats, stats)]
                 }
                 Kernel::Coop | Kernel::Tile => vec![],
             }),
@@ -591,16 +597,25 @@ impl Plan {
             }
             None => None,
         };
+        let forward = Schedule::new(context, problem, &forward, false)?;
+        forward.build()?;
         Ok(Plan {
             device: context.device().clone(),
             problem: problem.clone(),
             offset_alignment: limits.min_storage_buffer_offset_alignment as u64,
-            forward: Schedule::new(context, problem, &forward, false)?,
+            forward,
             backward,
             tile,
             splits,
             rows_and_keys,
         })
+    }
+
+    /// Builds the pipelines of the backward pass, if the problem has gradients and they are not there yet. The first backward pass
+    /// does so otherwise: drivers can take seconds, and those who only want the forward pass do without.
+    pub fn prepare_backward(&self) -> Result<(), Error> {
+        let build = || self.backward.as_ref().map_or(Ok(()), Schedule::build);
+        faults::caught(&self.device, "backward plan", build)
     }
 
     /// The problem that this plan computes.
@@ -647,27 +662,22 @@ impl Plan {
 
     /// A buffer for [`ForwardBuffers::workspace`](crate::ForwardBuffers::workspace), or `None` if the plan needs none.
     /// Its contents need not be kept between calls; calls that may run at the same time need one each.
-    pub fn create_workspace(&self) -> Option<wgpu::Buffer> {
+    /// Out of memory, and on a device that is lost, it is an error.
+    pub fn create_workspace(&self) -> Result<Option<wgpu::Buffer>, Error> {
         self.workspace_of(self.workspace_bytes())
     }
 
     /// The same for [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace).
-    pub fn create_backward_workspace(&self) -> Option<wgpu::Buffer> {
+    pub fn create_backward_workspace(&self) -> Result<Option<wgpu::Buffer>, Error> {
         self.workspace_of(self.backward_workspace_bytes())
     }
 
-    fn workspace_of(&self, size: u64) -> Option<wgpu::Buffer> {
-        (size > 0).then(|| {
-            self.device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("wgpu-flash-attention workspace"),
-                size,
-                usage: wgpu::BufferUsages::STORAGE,
-                mapped_at_creation: false,
-            })
-        })
+    fn workspace_of(&self, size: u64) -> Result<Option<wgpu::Buffer>, Error> {
+        (size > 0).then(|| faults::buffer(&self.device, "workspace", size, wgpu::BufferUsages::STORAGE)).transpose()
     }
 
-    /// Bytes that the kernel moves between device memory (or its caches) and the chip: inputs each time that they are
+    /// Bytes that the kernel asks of device memory or its caches, which is not to be compared with
+    /// [`Plan::materialized_bytes`], for what caches serve is counted here and not there: inputs each time that they are
     /// loaded, outputs each time that they are stored or, being sums in the making, loaded, and scores where they are stored.
     /// `u64::MAX` if they are more.
     pub fn bytes_moved(&self) -> u64 {
@@ -686,7 +696,7 @@ impl Plan {
         let keys = s.batch as u128 * s.heads_kv as u128 * tiles * self.problem.keys_in_sight() as u128;
         let elements = keys * (s.head_dim + s.head_dim_v) as u128
             + s.rows() as u128 * (splits * s.head_dim as u128 + s.head_dim_v as u128);
-        let workspace = splits * s.rows() as u128 * (16 * s.head_dim_v.div_ceil(4) as u128 + 4);
+        let workspace = splits * s.rows() as u128 * (16 * s.head_dim_v.div_ceil(4) as u128 + 8);
         elements * self.problem.element_type.bytes() as u128 + 2 * workspace + self.lse_bytes()
     }
 
@@ -714,7 +724,7 @@ impl Plan {
         heads * elements * self.problem.element_type.bytes() as u128 + self.lse_bytes()
     }
 
-    /// Bytes that the materialised form moves at the least: inputs and output once; the scores written, read and
+    /// Bytes that the materialised form moves to and from device memory at the least, with caches of any size: inputs and output once; the scores written, read and
     /// written by the softmax, and read by the second product. `u64::MAX` if they are more.
     pub fn materialized_bytes(&self) -> u64 {
         let s = &self.problem.shape;
@@ -737,15 +747,28 @@ fn saturated(bytes: u128) -> u64 {
 pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limits) -> Result<(), Error> {
     for pass in passes {
         let storage_buffers = pass.bindings.len() as u32;
+        let bindings = pass.binding_numbers().into_iter().max().unwrap_or(0) + 1;
+        let uniform_bytes = size_of::<ProblemUniform>() as u64;
         let needs = [
             ("max_compute_workgroup_storage_size", pass.workgroup_bytes, limits.max_compute_workgroup_storage_size),
             ("max_compute_invocations_per_workgroup", pass.threads, limits.max_compute_invocations_per_workgroup),
             ("max_compute_workgroup_size_x", pass.threads, limits.max_compute_workgroup_size_x),
+            ("max_compute_workgroup_size_y", 1, limits.max_compute_workgroup_size_y),
+            ("max_compute_workgroup_size_z", 1, limits.max_compute_workgroup_size_z),
+            ("max_compute_workgroups_per_dimension", 1, limits.max_compute_workgroups_per_dimension),
             ("max_storage_buffers_per_shader_stage", storage_buffers, limits.max_storage_buffers_per_shader_stage),
+            ("max_uniform_buffers_per_shader_stage", 1, limits.max_uniform_buffers_per_shader_stage),
+            ("max_bindings_per_bind_group", bindings, limits.max_bindings_per_bind_group),
+            ("max_bind_groups", 1, limits.max_bind_groups),
         ];
-        for (limit, needed, found) in needs {
+        let needs = needs.map(|(limit, needed, found)| (limit, u64::from(needed), u64::from(found)));
+        let of_uniform = [
+            ("max_uniform_buffer_binding_size", uniform_bytes, limits.max_uniform_buffer_binding_size),
+            ("max_buffer_size", uniform_bytes, limits.max_buffer_size),
+        ];
+        for (limit, needed, found) in needs.into_iter().chain(of_uniform) {
             if needed > found {
-                return Err(Error::DeviceLimit { kernel, limit, needed: needed.into(), found: found.into() });
+                return Err(Error::DeviceLimit { kernel, limit, needed, found });
             }
         }
     }
@@ -786,11 +809,12 @@ impl std::fmt::Display for Plan {
         let aligned = p.is_aligned(&Tensor::FORWARD, vector);
         writeln!(f, "access: {}", if aligned { "whole vectors" } else { "element by element" })?;
         writeln!(f, "{}", self.forward)?;
+        let stored = if self.kernel() == Kernel::Naive { "kept in the workspace" } else { "kept in no buffer" };
         write!(
             f,
-            "memory traffic: {}; with the scores in memory it would be {}",
-            Bytes(self.bytes_moved()),
-            Bytes(self.materialized_bytes())
+            "tensors: {}; scores: {}, {stored}",
+            Bytes(p.forward_bytes()),
+            Bytes(saturated(4 * s.rows() as u128 * s.seqlen_k as u128))
         )?;
         if let Some(backward) = &self.backward {
             write!(f, "\nbackward kernel: {} ({})", backward.kernel, backward.reason)?;

@@ -3,11 +3,16 @@
 use std::hash::{Hash, Hasher};
 
 use crate::Error;
+use crate::overlap::Region;
 
 /// The largest sequence length: positions and window bounds are computed in `i32`.
 pub const MAX_SEQLEN: u32 = 1 << 29;
 /// The largest head dimension of queries and keys, and of values.
 pub const MAX_HEAD_DIM: u32 = 256;
+/// With larger ones, f32 does not hold the products that would make scores of a size of 1.
+const SCALES: std::ops::RangeInclusive<f32> = -1e30..=1e30;
+/// Of larger ones, f32 does not hold score / softcap where scores are small; of smaller ones, where they are large.
+const SOFTCAPS: std::ops::RangeInclusive<f32> = 1e-30..=1e30;
 
 /// The type of the elements in memory. Arithmetic is f32 (or better) in every case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -77,14 +82,17 @@ impl Shape {
         }
     }
 
-    /// Query heads that share one key-value head.
+    /// Query heads that share one key-value head; 0 without key-value heads.
     pub const fn group(&self) -> u32 {
-        self.heads_q / self.heads_kv
+        match self.heads_kv {
+            0 => 0,
+            heads_kv => self.heads_q / heads_kv,
+        }
     }
 
-    /// Rows of the output, `batch · heads_q · seqlen_q`.
-    pub fn rows(&self) -> u64 {
-        self.batch as u64 * self.heads_q as u64 * self.seqlen_q as u64
+    /// Rows of the output, `batch · heads_q · seqlen_q`; `u64::MAX` if they are more.
+    pub const fn rows(&self) -> u64 {
+        (self.batch as u64 * self.heads_q as u64).saturating_mul(self.seqlen_q as u64)
     }
 
     const fn dims(&self, tensor: Tensor) -> [u32; 4] {
@@ -277,9 +285,10 @@ pub struct Problem {
     pub shape: Shape,
     /// Type of q, k, v and o in memory.
     pub element_type: ElementType,
-    /// Factor of the scores; `None` is `1/√head_dim`.
+    /// Factor of the scores, from −1e30 to 1e30; `None` is `1/√head_dim`. With 0 all keys that count weigh the same, and so they do
+    /// with numbers below 1.2e-38, which devices may take for 0.
     pub scale: Option<f32>,
-    /// Scores become `softcap · tanh(score / softcap)` before masking.
+    /// Scores become `softcap · tanh(score / softcap)` before masking. From 1e-30 to 1e30.
     pub softcap: Option<f32>,
     /// The causal mask, if any.
     pub causal: Option<Causal>,
@@ -291,6 +300,10 @@ pub struct Problem {
     /// on are never read, and bottom-right masks and windows count from it instead of `seqlen_k`.
     /// Values outside `0 ..= seqlen_k` act as the nearest of the two.
     pub seqlens_k: bool,
+    /// Whether a buffer of query lengths is given: `i32 [batch]`, each at most `seqlen_q`. Queries from a length on are padding:
+    /// they are never read, their o is 0, their lse −∞, and they add nothing to any gradient. Bottom-right masks and windows count
+    /// from the length instead of `seqlen_q`. Values outside `0 ..= seqlen_q` act as the nearest of the two.
+    pub seqlens_q: bool,
     /// Whether the logarithm of the softmax's denominator is written: f32 `[batch, heads_q, seqlen_q]`, contiguous.
     pub lse: bool,
     /// What is needed for [`Plan::backward`](crate::Plan::backward); `None` plans the forward pass alone.
@@ -327,6 +340,7 @@ impl Problem {
             causal: None,
             window_left: None,
             window_right: None,
+            seqlens_q: false,
             seqlens_k: false,
             lse: false,
             gradients: None,
@@ -345,6 +359,7 @@ impl Problem {
             causal,
             window_left,
             window_right,
+            seqlens_q,
             seqlens_k,
             lse,
             gradients,
@@ -353,7 +368,7 @@ impl Problem {
         } = self.clone();
         let numbers = [scale, softcap].map(|x| x.map(f32::to_bits));
         let masks = (causal, window_left, window_right);
-        (shape, element_type, numbers, masks, seqlens_k, lse, gradients, bnhd, layouts)
+        (shape, element_type, numbers, masks, (seqlens_q, seqlens_k), lse, gradients, bnhd, layouts)
     }
 
     /// Contiguous `[batch, position, head, dim]` tensors instead, flash-attention's order, but for those that
@@ -409,9 +424,26 @@ impl Problem {
     }
 
     /// Expects a buffer of key lengths, `i32 [batch]`.
+    ///
+    /// Alone it is for queries that are all real, which end where the keys end: a step of decoding on a padded cache, say. For a batch
+    /// of padded sequences, whose q ends at a length as well, a bottom-right mask or a window needs
+    /// [`with_seqlens_q`](Problem::with_seqlens_q) too: without it the diagonal ends at the last row of padding, and real queries
+    /// see fewer keys, or none.
     pub const fn with_seqlens_k(mut self) -> Self {
         self.seqlens_k = true;
         self
+    }
+
+    /// Expects a buffer of query lengths, `i32 [batch]`: of a batch of padded sequences, as [`with_seqlens_k`](Problem::with_seqlens_k)
+    /// for keys.
+    pub const fn with_seqlens_q(mut self) -> Self {
+        self.seqlens_q = true;
+        self
+    }
+
+    /// Whether queries or keys have lengths.
+    pub(crate) const fn has_lengths(&self) -> bool {
+        self.seqlens_q || self.seqlens_k
     }
 
     /// Writes lse, f32 `[batch, heads_q, seqlen_q]`.
@@ -421,6 +453,10 @@ impl Problem {
     }
 
     /// Plans the backward pass too; lse is written, from which it recomputes the probabilities.
+    ///
+    /// Probabilities are `exp(score − lse)` in the backward pass, with lse as the forward pass rounded it. So gradients are off by
+    /// `|lse| · 2⁻²⁴` relative to themselves, by twice that on cooperative matrices: 6e-5 at scores of 1,000. Where `|lse|` is
+    /// above 4 million they are finite and mean nothing.
     pub const fn with_gradients(mut self) -> Self {
         self.lse = true;
         if self.gradients.is_none() {
@@ -456,7 +492,8 @@ impl Problem {
     /// `2 · batch · heads_q · seqlen_q · seqlen_k · (head_dim + head_dim_v)`, halved when causal.
     pub fn forward_flops(&self) -> f64 {
         let s = &self.shape;
-        let full = 2.0 * s.rows() as f64 * s.seqlen_k as f64 * (s.head_dim + s.head_dim_v) as f64;
+        let rows = s.batch as f64 * s.heads_q as f64 * s.seqlen_q as f64;
+        let full = 2.0 * rows * s.seqlen_k as f64 * (s.head_dim as f64 + s.head_dim_v as f64);
         if self.causal.is_some() { full / 2.0 } else { full }
     }
 
@@ -464,6 +501,14 @@ impl Problem {
     /// products for two.
     pub fn backward_flops(&self) -> f64 {
         2.5 * self.forward_flops()
+    }
+
+    /// Bytes of the elements of q, k, v, o and, if it is written, lse; `u64::MAX` if they are more.
+    pub(crate) fn forward_bytes(&self) -> u64 {
+        let elements = |t: &Tensor| self.shape.dims(*t).iter().fold(1u64, |n, &d| n.saturating_mul(d.into()));
+        let all = Tensor::FORWARD.iter().fold(0u64, |sum, t| sum.saturating_add(elements(t)));
+        let lse = if self.lse { self.shape.rows().saturating_mul(4) } else { 0 };
+        all.saturating_mul(self.element_type.bytes()).saturating_add(lse)
     }
 
     /// Checks everything that does not depend on a device or a buffer.
@@ -482,10 +527,10 @@ impl Problem {
                 return Err(Error::Seqlen { argument, found });
             }
         }
-        if let Some(scale) = self.scale.filter(|x| !x.is_finite()) {
+        if let Some(scale) = self.scale.filter(|x| !SCALES.contains(x)) {
             return Err(Error::Scale(scale));
         }
-        if let Some(softcap) = self.softcap.filter(|x| !(x.is_finite() && *x > 0.0)) {
+        if let Some(softcap) = self.softcap.filter(|x| !SOFTCAPS.contains(x)) {
             return Err(Error::Softcap(softcap));
         }
         if self.gradients.is_some() && !self.lse {
@@ -528,6 +573,11 @@ impl Problem {
         self.layout(tensor).end(dims).unwrap_or(u64::MAX / 8) * self.element_type.bytes()
     }
 
+    /// The bytes of a tensor in its buffer.
+    pub(crate) fn region(&self, tensor: Tensor) -> Region {
+        Region::of(&self.layout(tensor), self.shape.dims(tensor), self.element_type.bytes())
+    }
+
     /// Whether all of these tensors can be read and written in groups of so many elements.
     pub(crate) fn is_aligned(&self, tensors: &[Tensor], elements: u32) -> bool {
         let s = &self.shape;
@@ -547,10 +597,18 @@ impl Problem {
         (self.causal.is_some() || self.window_right.is_some()) && self.window_left.is_none()
     }
 
-    /// The keys that query `i` may see when `keys` of them are valid: first, and one past the last.
+    /// The keys that query `i` may see when `keys` of them, and all queries, are valid: first, and one past the last.
     /// The same arithmetic as `key_interval` in `shaders/common/score.wgsl`.
     pub fn key_interval(&self, i: u32, keys: u32) -> (u32, u32) {
-        let diagonal = i as i64 + keys as i64 - self.shape.seqlen_q as i64;
+        self.key_interval_of(i, self.shape.seqlen_q, keys)
+    }
+
+    /// The same when `queries` of the queries are valid. A query that is not sees no key.
+    pub fn key_interval_of(&self, i: u32, queries: u32, keys: u32) -> (u32, u32) {
+        if i >= queries {
+            return (0, 0);
+        }
+        let diagonal = i as i64 + keys as i64 - queries as i64;
         let first = self.window_left.map_or(0, |left| diagonal - left as i64);
         let mut last = keys as i64;
         if let Some(right) = self.window_right {

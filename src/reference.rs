@@ -14,22 +14,48 @@ pub struct Forward {
     pub lse: Vec<f64>,
 }
 
-/// Attention by its definition, for every row.
+/// How many queries and keys of each batch entry are valid, of a problem with lengths.
 ///
-/// `seqlens_k` holds a length for each batch entry; without it every key counts.
+/// Where a function here takes it, key lengths alone may be given as `Option<&[i32]>`, and `None` says that all are valid.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Lengths<'a> {
+    /// Valid queries, `[batch]`.
+    pub queries: Option<&'a [i32]>,
+    /// Valid keys, `[batch]`.
+    pub keys: Option<&'a [i32]>,
+}
+
+impl<'a> From<Option<&'a [i32]>> for Lengths<'a> {
+    fn from(keys: Option<&'a [i32]>) -> Self {
+        Lengths { queries: None, keys }
+    }
+}
+
+impl Lengths<'_> {
+    /// The valid queries and keys of a batch entry; lengths past the ends act as the ends.
+    pub fn of(&self, problem: &Problem, b: u32) -> (u32, u32) {
+        let valid = |lengths: Option<&[i32]>, all: u32| {
+            lengths.map_or(all, |lengths| lengths[b as usize].clamp(0, all as i32) as u32)
+        };
+        (valid(self.queries, problem.shape.seqlen_q), valid(self.keys, problem.shape.seqlen_k))
+    }
+}
+
+/// Attention by its definition, for every row.
 ///
 /// # Panics
 /// If a slice is shorter than the problem's shape says.
-pub fn forward<T: Copy + Into<f64>>(
+pub fn forward<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     query: &[T],
     key: &[T],
     value: &[T],
-    seqlens_k: Option<&[i32]>,
+    lengths: impl Into<Lengths<'a>>,
 ) -> Forward {
+    let lengths = lengths.into();
     let mut result = Forward { out: vec![], lse: vec![] };
     for (b, h, i) in rows(problem) {
-        let (out, lse) = forward_row(problem, query, key, value, seqlens_k, [b, h, i]);
+        let (out, lse) = forward_row(problem, query, key, value, lengths, [b, h, i]);
         result.out.extend(out);
         result.lse.push(lse);
     }
@@ -40,17 +66,17 @@ pub fn forward<T: Copy + Into<f64>>(
 ///
 /// # Panics
 /// If a slice is shorter than the problem's shape says.
-pub fn forward_row<T: Copy + Into<f64>>(
+pub fn forward_row<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     query: &[T],
     key: &[T],
     value: &[T],
-    seqlens_k: Option<&[i32]>,
+    lengths: impl Into<Lengths<'a>>,
     [b, h, i]: [u32; 3],
 ) -> (Vec<f64>, f64) {
     let s = &problem.shape;
     let (d, dv) = (s.head_dim as usize, s.head_dim_v as usize);
-    let keys = valid_keys(problem, seqlens_k, b);
+    let valid = lengths.into().of(problem, b);
     let row = |n: u32, heads: u32, head: u32, position: u32| {
         (b as usize * heads as usize + head as usize) * n as usize + position as usize
     };
@@ -60,7 +86,7 @@ pub fn forward_row<T: Copy + Into<f64>>(
     // The scores that count, with their keys.
     let mut scores = vec![];
     for j in 0..s.seqlen_k {
-        if keep(problem, keys, i, j) {
+        if keep(problem, valid, i, j) {
             let k = &key[row(s.seqlen_k, s.heads_kv, head_kv, j) * d..][..d];
             scores.push((j, score(problem, dot(q, k))));
         }
@@ -106,21 +132,22 @@ pub struct Backward {
 ///
 /// # Panics
 /// If a slice is shorter than the problem's shape says.
-pub fn backward<T: Copy + Into<f64>>(
+pub fn backward<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     [query, key, value, grad_out]: [&[T]; 4],
     grad_lse: Option<&[f32]>,
-    seqlens_k: Option<&[i32]>,
+    lengths: impl Into<Lengths<'a>>,
 ) -> Backward {
     let s = &problem.shape;
     let (d, dv) = (s.head_dim as usize, s.head_dim_v as usize);
+    let lengths = lengths.into();
     let keys = s.batch as usize * s.heads_kv as usize * s.seqlen_k as usize;
     let mut result =
         Backward { query: vec![0.0; s.rows() as usize * d], key: vec![0.0; keys * d], value: vec![0.0; keys * dv] };
     for (n, (b, h, i)) in rows(problem).enumerate() {
         let q = &query[n * d..][..d];
         let grad = &grad_out[n * dv..][..dv];
-        for pair in row_gradients(problem, [query, key, value, grad_out], grad_lse, seqlens_k, [b, h, i]) {
+        for pair in row_gradients(problem, [query, key, value, grad_out], grad_lse, lengths, [b, h, i]) {
             let m =
                 (b as usize * s.heads_kv as usize + (h / s.group()) as usize) * s.seqlen_k as usize + pair.j as usize;
             add(&mut result.query[n * d..][..d], pair.ddot, &key[m * d..][..d]);
@@ -135,17 +162,18 @@ pub fn backward<T: Copy + Into<f64>>(
 ///
 /// # Panics
 /// If a slice is shorter than the problem's shape says.
-pub fn backward_query_row<T: Copy + Into<f64>>(
+pub fn backward_query_row<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     [query, key, value, grad_out]: [&[T]; 4],
     grad_lse: Option<&[f32]>,
-    seqlens_k: Option<&[i32]>,
+    lengths: impl Into<Lengths<'a>>,
     [b, h, i]: [u32; 3],
 ) -> Vec<f64> {
     let s = &problem.shape;
     let d = s.head_dim as usize;
+    let lengths = lengths.into();
     let mut dq = vec![0.0; d];
-    for pair in row_gradients(problem, [query, key, value, grad_out], grad_lse, seqlens_k, [b, h, i]) {
+    for pair in row_gradients(problem, [query, key, value, grad_out], grad_lse, lengths, [b, h, i]) {
         let m = (b as usize * s.heads_kv as usize + (h / s.group()) as usize) * s.seqlen_k as usize + pair.j as usize;
         add(&mut dq, pair.ddot, &key[m * d..][..d]);
     }
@@ -159,21 +187,21 @@ pub fn backward_query_row<T: Copy + Into<f64>>(
 ///
 /// # Panics
 /// If a slice is shorter than the problem's shape says.
-pub fn backward_key_row<T: Copy + Into<f64>>(
+pub fn backward_key_row<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     [query, key, value, grad_out]: [&[T]; 4],
     [lse, delta]: [&[f64]; 2],
-    seqlens_k: Option<&[i32]>,
+    lengths: impl Into<Lengths<'a>>,
     [b, h, j]: [u32; 3],
 ) -> (Vec<f64>, Vec<f64>) {
     let s = &problem.shape;
     let (d, dv) = (s.head_dim as usize, s.head_dim_v as usize);
-    let keys = valid_keys(problem, seqlens_k, b);
+    let valid = lengths.into().of(problem, b);
     let m = (b as usize * s.heads_kv as usize + h as usize) * s.seqlen_k as usize + j as usize;
     let (k, v) = (&key[m * d..][..d], &value[m * dv..][..dv]);
     let (mut dk, mut dv_row) = (vec![0.0; d], vec![0.0; dv]);
     for head in h * s.group()..(h + 1) * s.group() {
-        for i in (0..s.seqlen_q).filter(|&i| keep(problem, keys, i, j)) {
+        for i in (0..s.seqlen_q).filter(|&i| keep(problem, valid, i, j)) {
             let n = (b as usize * s.heads_q as usize + head as usize) * s.seqlen_q as usize + i as usize;
             let (q, grad) = (&query[n * d..][..d], &grad_out[n * dv..][..dv]);
             let product = dot(q, k);
@@ -198,16 +226,16 @@ fn row_gradients<T: Copy + Into<f64>>(
     problem: &Problem,
     [query, key, value, grad_out]: [&[T]; 4],
     grad_lse: Option<&[f32]>,
-    seqlens_k: Option<&[i32]>,
+    lengths: Lengths<'_>,
     [b, h, i]: [u32; 3],
 ) -> Vec<Pair> {
     let s = &problem.shape;
     let (d, dv) = (s.head_dim as usize, s.head_dim_v as usize);
-    let (_, lse) = forward_row(problem, query, key, value, seqlens_k, [b, h, i]);
-    let keys = valid_keys(problem, seqlens_k, b);
+    let (_, lse) = forward_row(problem, query, key, value, lengths, [b, h, i]);
+    let valid = lengths.of(problem, b);
     let n = (b as usize * s.heads_q as usize + h as usize) * s.seqlen_q as usize + i as usize;
     let m = |j: u32| (b as usize * s.heads_kv as usize + (h / s.group()) as usize) * s.seqlen_k as usize + j as usize;
-    let seen = (0..s.seqlen_k).filter(|&j| keep(problem, keys, i, j));
+    let seen = (0..s.seqlen_k).filter(|&j| keep(problem, valid, i, j));
     // p and dp; then ds, which needs their sum.
     let all: Vec<(u32, f64, f64, f64)> = seen
         .map(|j| {
@@ -234,11 +262,6 @@ fn add<T: Copy + Into<f64>>(sum: &mut [f64], factor: f64, x: &[T]) {
     sum.iter_mut().zip(x).for_each(|(sum, &x)| *sum += factor * x.into());
 }
 
-fn valid_keys(problem: &Problem, seqlens_k: Option<&[i32]>, b: u32) -> u32 {
-    let all = problem.shape.seqlen_k;
-    seqlens_k.map_or(all, |lengths| lengths[b as usize].clamp(0, all as i32) as u32)
-}
-
 /// What a score is: `scale · dot`, then `softcap · tanh(s / softcap)`.
 fn score(problem: &Problem, dot: f64) -> f64 {
     let s = problem.effective_scale() as f64 * dot;
@@ -251,17 +274,18 @@ fn score_slope(problem: &Problem, dot: f64) -> f64 {
     problem.softcap.map_or(scale, |cap| scale * (1.0 - (scale * dot / cap as f64).tanh().powi(2)))
 }
 
-/// Whether key `j` counts for query `i` when `keys` of them are valid: each mask by its own definition.
-fn keep(problem: &Problem, keys: u32, i: u32, j: u32) -> bool {
+/// Whether key `j` counts for query `i` when so many queries and keys are valid: each mask by its own definition.
+fn keep(problem: &Problem, (queries, keys): (u32, u32), i: u32, j: u32) -> bool {
     use crate::Causal::{BottomRight, TopLeft};
     let (i, j) = (i as i64, j as i64);
-    let diagonal = i + keys as i64 - problem.shape.seqlen_q as i64;
+    let diagonal = i + keys as i64 - queries as i64;
     let causal = match problem.causal {
         None => true,
         Some(BottomRight) => j <= diagonal,
         Some(TopLeft) => j <= i,
     };
-    j < keys as i64
+    i < queries as i64
+        && j < keys as i64
         && causal
         && problem.window_left.is_none_or(|left| j >= diagonal - left as i64)
         && problem.window_right.is_none_or(|right| j <= diagonal + right as i64)
@@ -292,11 +316,12 @@ mod tests {
 
     #[test]
     fn masks_by_hand() {
-        let seen = |problem: &Problem, keys: u32| -> Vec<String> {
+        let seen_by = |problem: &Problem, queries: u32, keys: u32| -> Vec<String> {
             let s = problem.shape;
-            let mark = |i, j| if keep(problem, keys, i, j) { 'x' } else { '.' };
+            let mark = |i, j| if keep(problem, (queries, keys), i, j) { 'x' } else { '.' };
             (0..s.seqlen_q).map(|i| (0..s.seqlen_k).map(|j| mark(i, j)).collect()).collect()
         };
+        let seen = |problem: &Problem, keys: u32| seen_by(problem, problem.shape.seqlen_q, keys);
         let wide = problem(2, 4);
         assert_eq!(seen(&wide.clone().causal(Causal::BottomRight), 4), ["xxx.", "xxxx"]);
         assert_eq!(seen(&wide.clone().causal(Causal::TopLeft), 4), ["x...", "xx.."]);
@@ -305,7 +330,10 @@ mod tests {
         assert_eq!(seen(&wide.window(None, Some(1)), 2), ["xx..", "xx.."]);
         let tall = problem(4, 2);
         assert_eq!(seen(&tall.clone().causal(Causal::BottomRight), 2), ["..", "..", "x.", "xx"]);
-        assert_eq!(seen(&tall.window(Some(0), Some(0)), 2), ["..", "..", "x.", ".x"]);
+        assert_eq!(seen(&tall.clone().window(Some(0), Some(0)), 2), ["..", "..", "x.", ".x"]);
+        // With lengths of both, diagonals end where both end.
+        assert_eq!(seen_by(&tall.clone().causal(Causal::BottomRight), 2, 2), ["x.", "xx", "..", ".."]);
+        assert_eq!(seen_by(&tall.window(Some(0), Some(0)), 3, 2), ["..", "x.", ".x", ".."]);
     }
 
     #[test]
@@ -317,12 +345,13 @@ mod tests {
                 {
                     let mut problem = problem(n, m).window(left, right);
                     problem.causal = causal;
-                    for keys in 0..=m {
+                    for (queries, keys) in (0..=n).flat_map(|queries| (0..=m).map(move |keys| (queries, keys))) {
                         for i in 0..n {
-                            let (first, end) = problem.key_interval(i, keys);
+                            let (first, end) = problem.key_interval_of(i, queries, keys);
                             for j in 0..m {
-                                let kept = keep(&problem, keys, i, j);
-                                assert_eq!(kept, (first..end).contains(&j), "{problem:?} keys {keys} i {i} j {j}");
+                                let kept = keep(&problem, (queries, keys), i, j);
+                                let text = format!("{problem:?} queries {queries} keys {keys} i {i} j {j}");
+                                assert_eq!(kept, (first..end).contains(&j), "{text}");
                             }
                         }
                     }

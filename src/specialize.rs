@@ -40,6 +40,7 @@ const FILES: &[(&str, &str)] = &[
     ("common/matrix_parts.wgsl", include_str!("../shaders/common/matrix_parts.wgsl")),
     ("common/matrix_rows_in.wgsl", include_str!("../shaders/common/matrix_rows_in.wgsl")),
     ("common/matrix_rows_out.wgsl", include_str!("../shaders/common/matrix_rows_out.wgsl")),
+    ("common/naive_product.wgsl", include_str!("../shaders/common/naive_product.wgsl")),
     ("common/problem.wgsl", include_str!("../shaders/common/problem.wgsl")),
     ("common/read.wgsl", include_str!("../shaders/common/read.wgsl")),
     ("common/read_f16.wgsl", include_str!("../shaders/common/read_f16.wgsl")),

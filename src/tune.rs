@@ -111,7 +111,8 @@ impl CoopTile {
         let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
         let tiles = parts * self.keys * (k_stride + v_stride);
         let rows = self.rows(size) * k_stride;
-        8 * if tiles > rows { tiles } else { rows } + self.subgroups * (8 + 4 * size * size)
+        let sizes = self.rows(size) + 2 * self.keys;
+        8 * if tiles > rows { tiles } else { rows } + self.subgroups * (16 + 4 * size * size) + 4 * sizes
     }
 
     /// Checks that the tile divides as the shader needs it to.
@@ -588,7 +589,7 @@ impl CoopBackwardTile {
         let rows = if parts * self.step > self.scaled_own(size) { parts * self.step } else { self.scaled_own(size) };
         let matrices = self.matrices * (self.step / size);
         let told = self.subgroups / 2 * if matrices > 2 { matrices } else { 2 } * size * size;
-        16 * rows * stride + 4 * told + 8 * self.subgroups
+        16 * rows * stride + 4 * told + 16 * self.subgroups + 8 * (self.scaled_own(size) + self.step)
     }
 
     /// Checks that the tile divides as the shader needs it to.

@@ -310,7 +310,7 @@ fn options_and_lengths_reach_the_kernels() {
         .softcap(1.5)
         .with_seqlens_k();
     let [q, k, v] = [values(192, 0.7), values(160, 1.1), values(120, 1.9)];
-    let result = reference::forward(&problem, &q, &k, &v, Some(&[4, 0]));
+    let result = reference::forward(&problem, &q, &k, &v, Some(&[4, 0][..]));
     let f32s = |values: &[f64]| -> Vec<f32> { values.iter().map(|&x| x as f32).collect() };
     assert!(result.lse.contains(&f64::NEG_INFINITY), "a row without a key is part of this test");
     let file = File::new().with_lengths(&[4, 0]).with("o", &[2, 4, 3, 6], &f32s(&result.out)).with(
@@ -645,7 +645,7 @@ fn files_of_batch_positions_heads_dim_are_read_on_request() {
     let problem = Problem::new(File::SHAPE, ElementType::F32).causal(Causal::BottomRight).with_seqlens_k();
     let lengths = [4, 5];
     let [q, k, v] = [values(192, 0.7), values(160, 1.1), values(120, 1.9)];
-    let result = reference::forward(&problem, &q, &k, &v, Some(&lengths));
+    let result = reference::forward(&problem, &q, &k, &v, Some(&lengths[..]));
     let f32s = |values: &[f64]| -> Vec<f32> { values.iter().map(|&x| x as f32).collect() };
     let file = with_gradients(File::new().with_lengths(&[4, 5]), &problem, Some(&lengths));
     let mut other = file.with("o", &[2, 4, 3, 6], &f32s(&result.out)).with("lse", &[2, 4, 3], &f32s(&result.lse));

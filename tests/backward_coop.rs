@@ -293,7 +293,7 @@ fn contexts_without_matrices_refuse_it() {
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
 }
 
-/// Problems that differ in a switch or a constant of the module, each with the bits of its four switches.
+/// Problems that differ in a switch or a constant of the module, each with the bits of its five switches.
 fn problems(element_type: ElementType) -> Vec<(u32, Problem)> {
     let mut all = vec![];
     for [head_dim, head_dim_v] in [[1u32, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
@@ -312,6 +312,7 @@ fn problems(element_type: ElementType) -> Vec<(u32, Problem)> {
             }
             problem.softcap = on(1).then_some(2.0);
             problem.seqlens_k = on(2);
+            problem.seqlens_q = on(4);
             problem.gradients.iter_mut().for_each(|gradients| gradients.accumulate = on(3));
             all.push((switches, problem));
         }
@@ -357,11 +358,11 @@ fn modules_are_valid() {
                     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
                     let loops = common::loops::uninitialised_in_loop(&text);
                     assert_eq!(loops, None, "a variable in a loop without a value: {specialization:?}");
-                    let module = ElementModule::new(&text, format, &bindings, switches >> 3 == 1)
+                    let module = ElementModule::new(&text, format, &bindings, switches >> 3 & 1 == 1)
                         .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
                     assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
                     // With none and with all of the switches; the validator takes its time.
-                    let validator = validator.as_deref().filter(|_| matches!(switches, 0 | 15));
+                    let validator = validator.as_deref().filter(|_| matches!(switches, 0 | 31));
                     let refused = |path| spirv_error(path, "backward_coop.spv", module.spirv());
                     if let Some(error) = validator.and_then(refused) {
                         panic!("{specialization:?}: {error}");
@@ -379,7 +380,7 @@ fn modules_in_wgsl_alone_are_valid() {
     for format in WGSL_FORMATS {
         let layout = MatrixLayout::rows(format);
         for (switches, problem) in problems(ElementType::F16) {
-            let spirv_val = spirv_val.as_deref().filter(|_| matches!(switches, 0 | 15));
+            let spirv_val = spirv_val.as_deref().filter(|_| matches!(switches, 0 | 31));
             for [dkdv, dq] in tiles(WorkgroupMemory, format.size, &problem) {
                 let modules = coop_backward_modules(&problem, WorkgroupMemory, [dkdv.0, dq.0], format, &layout);
                 for ((specialization, _), (_, said)) in modules.into_iter().zip([dkdv, dq]) {

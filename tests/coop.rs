@@ -201,13 +201,14 @@ fn contexts_without_matrices_refuse_it() {
     assert_eq!(full().plan(&problem).unwrap().kernel(), Kernel::Tile);
 }
 
-/// Problems that differ in a switch or a constant of the module, each with the bits of its four switches.
+/// Problems that differ in a switch or a constant of the module, each with the bits of its five switches.
 fn problems(element_types: &[ElementType]) -> Vec<(u32, Problem)> {
     let mut all = vec![];
     for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
         let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
         for &element_type in element_types {
             all.extend(PAIRWISE.map(|bits| (bits, switched(shape, element_type, bits))));
+            all.push((8, switched(shape, element_type, 8).scale(0.0)));
         }
     }
     all
@@ -253,7 +254,7 @@ fn modules_are_valid() {
                     .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
                 assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
                 // With none and with all of the switches; the validator takes its time, a process for each module.
-                let validator = validator.as_deref().filter(|_| matches!(switches, 0 | 15));
+                let validator = validator.as_deref().filter(|_| matches!(switches, 0 | 31));
                 let refused = |path| spirv_error(path, "coop.spv", module.spirv());
                 if let Some(error) = validator.and_then(refused) {
                     panic!("{specialization:?}: {error}");
@@ -270,7 +271,7 @@ fn modules_in_wgsl_alone_are_valid() {
     for format in WGSL_FORMATS {
         for (switches, problem) in problems(&[ElementType::F16]) {
             // The validator takes its time, a process for each module.
-            let spirv_val = spirv_val.as_deref().filter(|_| matches!(switches, 0 | 15));
+            let spirv_val = spirv_val.as_deref().filter(|_| matches!(switches, 0 | 31));
             for (tile, said) in tiles(WorkgroupMemory, format, &problem) {
                 let layout = MatrixLayout::rows(format);
                 let (specialization, _) = coop_module(&problem, WorkgroupMemory, tile, format, &layout);

@@ -225,9 +225,12 @@ fn merged(context: &Context, element_type: ElementType, head_dim_v: u32, parts: 
     let encode = |x: f32| to_bits(element_type, x).to_le_bytes().into_iter().take(bytes);
     let out: Vec<u8> = parts.iter().flat_map(|(out, _)| out.iter().copied().flat_map(encode)).collect();
     let lse: Vec<f32> = parts.iter().flat_map(|(_, lse)| lse.iter().copied()).collect();
-    let (part_out, part_lse) = (context.upload(&out), context.upload(bytemuck::cast_slice(&lse)));
+    let (part_out, part_lse) = (context.upload(&out).unwrap(), context.upload(bytemuck::cast_slice(&lse)).unwrap());
     let elements = (rows * head_dim_v) as usize;
-    let (out, lse) = (context.upload(&vec![0xff; elements * bytes]), context.upload(&vec![0xff; rows as usize * 4]));
+    let (out, lse) = (
+        context.upload(&vec![0xff; elements * bytes]).unwrap(),
+        context.upload(&vec![0xff; rows as usize * 4]).unwrap(),
+    );
     let plan = context.plan_merge(&problem).unwrap();
     let mut encoder = context.device().create_command_encoder(&Default::default());
     let buffers = MergeBuffers::new([&part_out, &part_lse], [&out, &lse]);
@@ -367,7 +370,7 @@ fn a_wrong_merge_is_refused() {
     assert!(matches!(error, Error::BindingTooLarge { argument: "part_out", .. }), "{error}");
 
     let plan = context.plan_merge(&good).unwrap();
-    let buffer = |bytes: usize| context.upload(&vec![0; bytes]);
+    let buffer = |bytes: usize| context.upload(&vec![0; bytes]).unwrap();
     let (part_out, part_lse, out, lse) = (buffer(640), buffer(80), buffer(320), buffer(40));
     let merge =
         |buffers: MergeBuffers| plan.merge(&mut context.device().create_command_encoder(&Default::default()), &buffers);

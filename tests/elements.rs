@@ -516,9 +516,9 @@ fn run(context: &Context, module: &ElementModule, x: &[f32], identity: &[f16], o
         cache: None,
     });
     let buffers = [
-        context.upload(bytemuck::cast_slice(x)),
-        context.upload(bytemuck::cast_slice(identity)),
-        context.upload(bytemuck::cast_slice(&vec![f32::NAN; out])),
+        context.upload(bytemuck::cast_slice(x)).unwrap(),
+        context.upload(bytemuck::cast_slice(identity)).unwrap(),
+        context.upload(bytemuck::cast_slice(&vec![f32::NAN; out])).unwrap(),
     ];
     let entries = Vec::from_iter(
         [0, 3, 7]
@@ -549,4 +549,8 @@ fn a_device_without_the_features_is_refused() {
     let missing = elements::MATRIX_FEATURES - context.device().features();
     let error = MatrixFormat::of(context.device(), &[]).unwrap_err();
     assert_eq!(error, elements::NoMatrices::Features(missing));
+    // In words, with the name to look for.
+    let text = error.to_string();
+    assert!(text.contains("cooperative matrices (Features::EXPERIMENTAL_COOPERATIVE_MATRIX)"), "{text}");
+    assert!(!text.contains("FeaturesWGPU") && !text.contains('{'), "{text}");
 }

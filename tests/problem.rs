@@ -107,3 +107,20 @@ fn problems_are_keys_of_a_map() {
     // NaN too: a key that is not equal to itself could never be found again.
     assert_eq!(all.iter().cloned().collect::<HashSet<_>>().len(), all.len());
 }
+
+/// Sizes that no plan takes have words for them, not a panic of the arithmetic, however they are asked about.
+#[test]
+fn shapes_that_no_plan_takes_can_be_asked_about() {
+    let no_heads = Shape { heads_kv: 0, ..Shape::square(1, 4, 6, 8) };
+    assert_eq!(no_heads.group(), 0);
+    let max = u32::MAX;
+    let huge =
+        Shape { batch: max, heads_q: max, heads_kv: 1, seqlen_q: max, seqlen_k: max, head_dim: max, head_dim_v: max };
+    assert_eq!(huge.rows(), u64::MAX);
+    for shape in [no_heads, huge, Shape { heads_q: 0, ..no_heads }, Shape { batch: 0, ..huge }] {
+        let problem = Problem::new(shape, ElementType::F32).bnhd().with_grad_lse();
+        assert!(problem.forward_flops() >= 0.0 && problem.backward_flops().is_finite());
+        let _ = (problem.key_interval(max, max), problem.effective_scale(), layouts(&problem));
+        assert!(problem.validate().is_err());
+    }
+}

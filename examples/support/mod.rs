@@ -104,14 +104,14 @@ impl Inputs {
             query: upload(context, "q", &tensors.query)?,
             key: upload(context, "k", &tensors.key)?,
             value: upload(context, "v", &tensors.value)?,
-            seqlens_k: tensors.seqlens_k.as_ref().map(|lengths| context.upload(bytemuck::cast_slice(lengths))),
+            seqlens_k: tensors.seqlens_k.as_deref().map(|lengths| upload(context, "seqlens_k", lengths)).transpose()?,
         })
     }
 }
 
-fn upload<T: Number>(context: &Context, name: &str, data: &[T]) -> Result<wgpu::Buffer, String> {
+fn upload<T: bytemuck::Pod>(context: &Context, name: &str, data: &[T]) -> Result<wgpu::Buffer, String> {
     fits(context, name, size_of_val(data) as u64)?;
-    Ok(context.upload(bytemuck::cast_slice(data)))
+    context.upload(bytemuck::cast_slice(data)).map_err(|error| format!("{name}: {error}"))
 }
 
 fn fits(context: &Context, name: &str, bytes: u64) -> Result<(), String> {
@@ -124,7 +124,7 @@ fn fits(context: &Context, name: &str, bytes: u64) -> Result<(), String> {
 /// A buffer full of NaN.
 fn poisoned(context: &Context, name: &str, bytes: u64) -> Result<wgpu::Buffer, String> {
     fits(context, name, bytes)?;
-    Ok(context.upload(&vec![0xff; bytes as usize]))
+    context.upload(&vec![0xff; bytes as usize]).map_err(|error| format!("{name}: {error}"))
 }
 
 /// o and lse, filled with NaN, and the plan's workspace.
@@ -140,7 +140,7 @@ impl Outputs {
         Ok(Outputs {
             out: poisoned(context, "o", out)?,
             lse: poisoned(context, "lse", lse)?,
-            workspace: plan.create_workspace(),
+            workspace: plan.create_workspace().map_err(|error| error.to_string())?,
         })
     }
 
@@ -187,9 +187,9 @@ impl GradientBuffers {
         let [query, key, value] = gradient_bytes(plan.problem());
         Ok(GradientBuffers {
             out: upload(context, "do", &upstream.out)?,
-            lse: upstream.lse.as_ref().map(|lse| context.upload(bytemuck::cast_slice(lse))),
+            lse: upstream.lse.as_deref().map(|lse| upload(context, "dlse", lse)).transpose()?,
             results: [poisoned(context, "dq", query)?, poisoned(context, "dk", key)?, poisoned(context, "dv", value)?],
-            workspace: plan.create_backward_workspace(),
+            workspace: plan.create_backward_workspace().map_err(|error| error.to_string())?,
         })
     }
 

@@ -26,6 +26,9 @@ var<workgroup> tiles: array<vec4<f16>, 2u * max(PARTS * STEP_SIZE, OWN_SIZE)>;
 // What one half of a pair tells the other; at the end a matrix of each subgroup, on its way to whole rows.
 var<workgroup> told: array<vec4f, PAIRS * max(MATRICES * SM, 2u) * M * M / 4u>;
 
+// Rows that may have scales of their own: owned ones of the first and of the second tensor, then those of a step.
+const SIZED_ROWS = 2u * (OWN + STEP);
+
 // Of two numbers, that of a half.
 fn of_half(x: vec2f, half: u32) -> f32 {
     return select(x.x, x.y, half == 1u);
@@ -57,8 +60,8 @@ struct Step {
 // Left operands of one tensor's owned rows.
 alias Lefts = array<array<array<Left, PARTS>, WM>, MATRICES>;
 
-// Those of a subgroup, and the scales of both tensors. Past their dims elements are 0, so that they add nothing, whatever the
-// step has there.
+// Those of a subgroup, and the scales of both tensors; where elements are far apart, each row has its own instead. Past their
+// dims elements are 0, so that they add nothing, whatever the step has there.
 fn owned_parts(
     owned: Owned,
     first_dim: u32,
@@ -66,21 +69,37 @@ fn owned_parts(
     thread: u32,
     subgroup: u32,
     lane: u32,
-    scales: ptr<function, vec2f>,
+    scales: ptr<function, Scales>,
 ) -> Lefts {
     var first: array<vec4f, OWN_LOADS>;
     var second: array<vec4f, OWN_LOADS>;
-    var sizes = vec2f();
+    var first_sizes = vec2u();
+    var second_sizes = vec2u();
     for (var n = 0u; n < OWN_LOADS; n++) {
         let d = 4u * ((thread + n * THREADS) % W4);
         first[n] = first_elements(unpack4(owned.first[n]), max(d, first_dim) - d);
         second[n] = first_elements(unpack4(owned.second[n]), max(d, second_dim) - d);
-        sizes = max(sizes, vec2f(size_of(first[n]), size_of(second[n])));
+        first_sizes = max(first_sizes, sizes_of(first[n]));
+        second_sizes = max(second_sizes, sizes_of(second[n]));
     }
-    *scales = scales_of(sizes, subgroup, lane);
+    *scales = scales_of(first_sizes, second_sizes, subgroup, lane);
+    // A loop of one trip at most: naga takes the condition for one that may differ between threads.
+    for (var once = u32((*scales).apart); once > 0u; once--) {
+        clear_sizes(0u, 2u * OWN, thread);
+        workgroupBarrier();
+        for (var n = 0u; n < OWN_LOADS; n++) {
+            let row = (thread + n * THREADS) / W4;
+            if row < OWN {
+                add_size(row, first[n]);
+                add_size(OWN + row, second[n]);
+            }
+        }
+        workgroupBarrier();
+    }
     for (var n = 0u; n < OWN_LOADS; n++) {
-        first[n] *= (*scales).x;
-        second[n] *= (*scales).y;
+        let row = min((thread + n * THREADS) / W4, OWN - 1u);
+        first[n] *= owned_scale(*scales, 0u, row);
+        second[n] *= owned_scale(*scales, 1u, row);
     }
     var lefts: Lefts;
     let mine = (subgroup / PAIRS * OWN + subgroup % PAIRS * MATRICES * M) * STRIDE;
@@ -109,19 +128,55 @@ fn owned_parts(
     return lefts;
 }
 
-// A step to workgroup memory, once all are done with the one before; returns its scales.
-fn store_step(step: Step, thread: u32, subgroup: u32, lane: u32) -> vec2f {
-    var sizes = vec2f();
+// Of an owned row of a tensor.
+fn owned_scale(scales: Scales, tensor: u32, row: u32) -> f32 {
+    return select(of_half(scales.tile, tensor), row_scale(tensor * OWN + row), scales.apart);
+}
+
+// Of a step's row of a tensor, where rows have scales of their own.
+fn step_scale(tensor: u32, row: u32) -> f32 {
+    return row_scale(2u * OWN + tensor * STEP + row);
+}
+
+// A step to workgroup memory, once all are done with the one before; returns its scales. They are `apart` if its elements are,
+// or the `owned` ones: then rows have scales of their own.
+fn store_step(step: Step, owned: Scales, thread: u32, subgroup: u32, lane: u32) -> Scales {
+    var first_sizes = vec2u();
+    var second_sizes = vec2u();
     for (var n = 0u; n < STEP_LOADS; n++) {
-        sizes = max(sizes, vec2f(size_of(unpack4(step.first[n])), size_of(unpack4(step.second[n]))));
+        first_sizes = max(first_sizes, sizes_of(unpack4(step.first[n])));
+        second_sizes = max(second_sizes, sizes_of(unpack4(step.second[n])));
     }
-    let scales = scales_of(sizes, subgroup, lane);
-    for (var n = 0u; n < STEP_LOADS; n++) {
-        let t = thread + n * THREADS;
-        if t < STEP * W4 {
-            let place = t / W4 * STRIDE + t % W4;
-            store_parts(place, STEP_SIZE, unpack4(step.first[n]) * scales.x);
-            store_parts(PARTS * STEP_SIZE + place, STEP_SIZE, unpack4(step.second[n]) * scales.y);
+    var scales = scales_of(first_sizes, second_sizes, subgroup, lane);
+    scales.apart = scales.apart || owned.apart;
+    if !scales.apart {
+        for (var n = 0u; n < STEP_LOADS; n++) {
+            let t = thread + n * THREADS;
+            if t < STEP * W4 {
+                let place = t / W4 * STRIDE + t % W4;
+                store_parts(place, STEP_SIZE, unpack4(step.first[n]) * scales.tile.x);
+                store_parts(PARTS * STEP_SIZE + place, STEP_SIZE, unpack4(step.second[n]) * scales.tile.y);
+            }
+        }
+    }
+    for (var once = u32(scales.apart); once > 0u; once--) {
+        clear_sizes(2u * OWN, 2u * STEP, thread);
+        workgroupBarrier();
+        for (var n = 0u; n < STEP_LOADS; n++) {
+            let row = (thread + n * THREADS) / W4;
+            if row < STEP {
+                add_size(2u * OWN + row, unpack4(step.first[n]));
+                add_size(2u * OWN + STEP + row, unpack4(step.second[n]));
+            }
+        }
+        workgroupBarrier();
+        for (var n = 0u; n < STEP_LOADS; n++) {
+            let t = thread + n * THREADS;
+            if t < STEP * W4 {
+                let place = t / W4 * STRIDE + t % W4;
+                store_parts(place, STEP_SIZE, unpack4(step.first[n]) * step_scale(0u, t / W4));
+                store_parts(PARTS * STEP_SIZE + place, STEP_SIZE, unpack4(step.second[n]) * step_scale(1u, t / W4));
+            }
         }
     }
     return scales;
@@ -143,6 +198,79 @@ fn scale_of_lanes(x: Scores, other: f32) -> f32 {
     }
     let scale = scale_for(subgroupMax(bitcast<u32>(size)));
     return bitcast<f32>(min(bitcast<u32>(scale), (380u << 23u) - bitcast<u32>(other)));
+}
+
+// Where rows have scales of their own: products of a half, without them. Those of the first half, which become scores, are
+// multiplied by `size`. None is infinite: what is masked is multiplied by a probability of 0.
+fn take_scales_back(x: ptr<function, Scores>, owned: Scales, size: f32, pair: u32, half: u32, lane: u32) {
+    for (var r = 0u; r < MATRICES; r++) {
+        for (var c = 0u; c < SM; c++) {
+            for (var e = 0u; e < ELEMENTS; e++) {
+                let a = owned_scale(owned, half, (pair * MATRICES + r) * M + row_of(lane, e));
+                let b = step_scale(half, c * M + column_of(lane, e));
+                var y = (*x)[r][c][e];
+                if half == 0u {
+                    y *= unscaled(size, a, b);
+                } else {
+                    y = unscaled(y, a, b);
+                }
+                (*x)[r][c][e] = clamp(y, -NO_KEYS, NO_KEYS);
+            }
+        }
+    }
+}
+
+// Numbers of the rows that a lane holds of what a subgroup holds.
+alias RowNumbers = array<array<f32, LANE_ROWS>, MATRICES>;
+alias RowExponents = array<array<i32, LANE_ROWS>, MATRICES>;
+
+// Multiplies each row by the power of two that brings its largest element to between 2^14 and 2^15, but by 2^most at most.
+// The exponents of these powers are added to `exponents`.
+fn scale_rows(x: ptr<function, Scores>, most: i32, exponents: ptr<function, RowExponents>) {
+    for (var r = 0u; r < MATRICES; r++) {
+        var size = array<f32, LANE_ROWS>();
+        for (var c = 0u; c < SM; c++) {
+            for (var e = 0u; e < ELEMENTS; e++) {
+                size[held_row(e)] = max(size[held_row(e)], abs((*x)[r][c][e]));
+            }
+        }
+        for (var h = 0u; h < LANE_ROWS; h++) {
+            let scale = scale_for(bitcast<u32>(row_max(size[h])));
+            let exponent = min(i32(bitcast<u32>(scale) >> 23u) - 127, most - (*exponents)[r][h]);
+            size[h] = power_of_two(exponent);
+            (*exponents)[r][h] += exponent;
+        }
+        for (var c = 0u; c < SM; c++) {
+            for (var e = 0u; e < ELEMENTS; e++) {
+                (*x)[r][c][e] *= size[held_row(e)];
+            }
+        }
+    }
+}
+
+// Where rows have scales of their own: what is to be multiplied with a step's rows of a tensor, over their scales, and each row
+// times a scale. Returns what takes all of these back.
+fn over_step_scales(x: ptr<function, Scores>, tensor: u32, tile_scale: f32, lane: u32) -> RowNumbers {
+    var exponents = RowExponents();
+    scale_rows(x, 126, &exponents);
+    // So many powers of two more, that what is over the scales is no number below those that f32 has.
+    let lift = min(tile_scale * 0x1p100, 0x1p126);
+    for (var r = 0u; r < MATRICES; r++) {
+        for (var c = 0u; c < SM; c++) {
+            for (var e = 0u; e < ELEMENTS; e++) {
+                (*x)[r][c][e] *= lift * inverse(step_scale(tensor, c * M + column_of(lane, e)));
+            }
+        }
+    }
+    let lifted = i32(bitcast<u32>(lift) >> 23u) - 127;
+    scale_rows(x, 126 - lifted, &exponents);
+    var unscale = RowNumbers();
+    for (var r = 0u; r < MATRICES; r++) {
+        for (var h = 0u; h < LANE_ROWS; h++) {
+            unscale[r][h] = power_of_two(-lifted - exponents[r][h]);
+        }
+    }
+    return unscale;
 }
 
 // What a subgroup adds up: SUM_MATRICES across the columns of a gradient.
@@ -174,20 +302,32 @@ fn products(lefts: ptr<function, Lefts>, half: u32) -> Scores {
     return x;
 }
 
-// sums += x times the step's rows of a tensor (0 the first, 1 the second) of this scale, from matrix `first` of columns on.
-fn add_products(sums: ptr<function, Gradients>, x: Scores, tensor: u32, scale: f32, first: u32) {
-    let x_scale = scale_of_lanes(x, scale);
+// sums += what is `given` times the step's rows of a tensor (0 the first, 1 the second), from matrix `first` of columns on.
+fn add_products(sums: ptr<function, Gradients>, given: Scores, tensor: u32, scales: Scales, first: u32, lane: u32) {
+    var x = given;
+    let tile_scale = of_half(scales.tile, tensor);
+    var unscale = RowNumbers();
+    if scales.apart {
+        unscale = over_step_scales(&x, tensor, tile_scale, lane);
+    } else {
+        let x_scale = scale_of_lanes(x, tile_scale);
+        for (var r = 0u; r < MATRICES; r++) {
+            for (var c = 0u; c < SM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    x[r][c][e] *= x_scale;
+                }
+            }
+            for (var h = 0u; h < LANE_ROWS; h++) {
+                unscale[r][h] = inverse(x_scale) * inverse(tile_scale);
+            }
+        }
+    }
     var left: array<array<array<Left, PARTS>, SM>, MATRICES>;
     for (var r = 0u; r < MATRICES; r++) {
         for (var c = 0u; c < SM; c++) {
-            var scaled = x[r][c];
-            for (var e = 0u; e < ELEMENTS; e++) {
-                scaled[e] *= x_scale;
-            }
-            left[r][c] = left_parts(scaled);
+            left[r][c] = left_parts(x[r][c]);
         }
     }
-    let unscale = inverse(x_scale) * inverse(scale);
     for (var d = 0u; d < SUM_MATRICES; d++) {
         var sum = array<Accumulator, MATRICES>();
         for (var r = 0u; r < MATRICES; r++) {
@@ -208,7 +348,7 @@ fn add_products(sums: ptr<function, Gradients>, x: Scores, tensor: u32, scale: f
         for (var r = 0u; r < MATRICES; r++) {
             let y = elements_of(sum[r]);
             for (var e = 0u; e < ELEMENTS; e++) {
-                (*sums)[r][d][e] = fma(y[e], unscale, (*sums)[r][d][e]);
+                (*sums)[r][d][e] = fma(y[e], unscale[r][held_row(e)], (*sums)[r][d][e]);
             }
         }
     }

@@ -44,29 +44,55 @@ struct Problem {
     block_keys: u32,
     block_rows: u32,
     round: u32,
+    // Where lengths are in the buffer of row_stats.wgsl.
+    lengths_at: u32,
 }
 
 @group(0) @binding(0) var<uniform> problem: Problem;
 #if SEQLENS_K
 @group(0) @binding(6) var<storage, read> seqlens_k: array<i32>;
 #endif
+#if SEQLENS_Q
+@group(0) @binding(17) var<storage, read> seqlens_q: array<i32>;
+#endif
 
-// Which sequence a workgroup works on: its place in the bindings, and its number of valid keys.
+// Which sequence a workgroup works on: its place in the bindings, and its numbers of valid queries and keys.
 struct Sequence {
     batch: u32,
     head_q: u32,
     head_kv: u32,
+    queries: i32,
     keys: i32,
 }
 
 fn sequence(batch: u32, head: u32) -> Sequence {
     let head_kv = (problem.head_begin + head) / problem.group - problem.head_begin / problem.group;
-#if SEQLENS_K
-    let keys = clamp(seqlens_k[problem.batch_begin + batch], 0, i32(problem.seqlen_k));
-#else
-    let keys = i32(problem.seqlen_k);
+    let lengths = lengths_of(batch);
+    return Sequence(batch, head, head_kv, lengths.x, lengths.y);
+}
+
+// The numbers of valid queries and keys of a batch entry.
+fn lengths_of(batch: u32) -> vec2i {
+    var lengths = vec2i(i32(problem.seqlen_q), i32(problem.seqlen_k));
+#if LENGTHS_IN_ROWS
+    lengths = vec2i(rows[problem.lengths_at + batch]);
 #endif
-    return Sequence(batch, head, head_kv, keys);
+#if SEQLENS_Q
+    lengths.x = clamp(seqlens_q[problem.batch_begin + batch], 0, lengths.x);
+#endif
+#if SEQLENS_K
+    lengths.y = clamp(seqlens_k[problem.batch_begin + batch], 0, lengths.y);
+#endif
+    return lengths;
+}
+
+// The last of this launch's rows that is a query. Without any it is the first row, which then sees no key.
+fn last_query(at: Sequence) -> u32 {
+#if QUERY_LENGTHS
+    return max(min(problem.row_end, u32(at.queries)), problem.row_begin + 1u) - 1u;
+#else
+    return problem.row_end - 1u;
+#endif
 }
 
 // First element of row 0 of a head.

@@ -11,7 +11,8 @@ fn score(dot: f32, at: Sequence, i: i32, j: i32) -> f32 {
 }
 
 // The same in parts: the sign that Q takes on, the shape, and the size, never negative.
-// score(dot) = score_size() · score_shape(score_sign() · dot). Unless SHAPED, a shape is the product itself.
+// score(dot) = score_size() · score_shape(score_sign() · dot). Unless SHAPED, a shape is the product itself. With a TINY_SCALE, 0
+// included, it is the score: products of which f32 does not hold differences times the scale are weighed by it nevertheless.
 fn score_sign() -> f32 {
     return select(1.0, -1.0, problem.scale < 0.0);
 }
@@ -20,7 +21,11 @@ fn score_shape(dot: f32) -> f32 {
 #if SOFTCAP
     return tanh_exact(abs(problem.scale) * dot / problem.softcap);
 #else
+#if TINY_SCALE
+    return abs(problem.scale) * dot;
+#else
     return dot;
+#endif
 #endif
 }
 
@@ -28,7 +33,11 @@ fn score_size() -> f32 {
 #if SOFTCAP
     return problem.softcap;
 #else
+#if TINY_SCALE
+    return 1.0;
+#else
     return abs(problem.scale);
+#endif
 #endif
 }
 
@@ -58,9 +67,9 @@ fn tanh_exact(x: f32) -> f32 {
 }
 #endif
 
-// Which keys count for row i: from x to before y. Neither bound falls as i grows.
+// Which keys count for row i, if it is a query: from x to before y. Neither bound falls as i grows.
 fn key_interval(at: Sequence, i: i32) -> vec2i {
-    let diagonal = i + at.keys - i32(problem.seqlen_q);
+    let diagonal = i + at.keys - at.queries;
     let first = max(0, diagonal - problem.window_left);
     let last = min(diagonal + problem.window_right, i + problem.top_left);
     return vec2i(first, min(at.keys, last + 1));
@@ -69,25 +78,42 @@ fn key_interval(at: Sequence, i: i32) -> vec2i {
 // Does key j count for row i?
 fn keep(at: Sequence, i: i32, j: i32) -> bool {
     let interval = key_interval(at, i);
+#if QUERY_LENGTHS
+    if i >= at.queries {
+        return false;
+    }
+#endif
     return j >= interval.x && j < interval.y;
 }
 
 // The keys that any of rows i0 .. i1 may see; the others are never loaded.
 fn key_range(at: Sequence, i0: i32, i1: i32) -> vec2i {
+#if QUERY_LENGTHS
+    if i0 >= at.queries {
+        return vec2i();
+    }
+    return vec2i(key_interval(at, i0).x, key_interval(at, min(i1, at.queries) - 1).y);
+#else
     return vec2i(key_interval(at, i0).x, key_interval(at, i1 - 1).y);
+#endif
 }
 
 // The rows that may see any of keys j0 .. j1; the others are never loaded.
 fn row_range(at: Sequence, j0: i32, j1: i32) -> vec2i {
     // The row of which key 0 is the diagonal.
-    let zero = i32(problem.seqlen_q) - at.keys;
+    let zero = at.queries - at.keys;
     let first = max(0, max(zero + j0 - problem.window_right, j0 - problem.top_left));
-    let end = min(i32(problem.seqlen_q), zero + min(j1, at.keys) + problem.window_left);
+    let end = min(at.queries, zero + min(j1, at.keys) + problem.window_left);
     return select(vec2i(first, end), vec2i(), j0 >= at.keys);
 }
 
-// The keys that count for each of rows i0 .. i1.
+// The keys that count for each of rows i0 .. i1. None do if a row is no query.
 fn full_range(at: Sequence, i0: i32, i1: i32) -> vec2i {
+#if QUERY_LENGTHS
+    if i1 > at.queries {
+        return vec2i(key_range(at, i0, i1).x);
+    }
+#endif
     return vec2i(key_interval(at, i1 - 1).x, key_interval(at, i0).y);
 }
 

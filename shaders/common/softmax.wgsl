@@ -8,6 +8,9 @@ const LOWEST = -1.0e38;
 // masked scores, whose product with the factor is rounded: exp2 of that rounding error, of a number as large as 1e15,
 // may overflow.
 const EMPTY = -1.0e14;
+// Exponents of 2 that are larger than this are rounded before the largest is subtracted in the coop kernels. Others are not: an
+// fma subtracts the largest, which is rounded by 1 at most. A rounding error of a million would make p infinite.
+const LARGEST_EXPONENT = 33554432.0;
 // What the backward pass takes for lse where a row sees no key: exp of any score less this vanishes.
 const NO_KEYS = 1.0e38;
 

@@ -4,9 +4,15 @@ use super::{Access, Pass, Slot, backward_switches, bindings};
 use crate::specialize::Specialization;
 use crate::{Problem, plan::Part};
 
-/// Bytes of the pairs of lse and delta.
-pub(crate) fn workspace_bytes(part: &Part) -> u64 {
-    part.batch_count().saturating_mul(part.head_count()).saturating_mul(part.row_count()).saturating_mul(8)
+/// Rows of a part, of each of which the workspace has lse and delta.
+pub(crate) fn rows(part: &Part) -> u64 {
+    part.batch_count().saturating_mul(part.head_count()).saturating_mul(part.row_count())
+}
+
+/// Bytes of the pairs of lse and delta and, behind them, of the numbers of queries and keys of each batch entry.
+pub(crate) fn workspace_bytes(problem: &Problem, part: &Part) -> u64 {
+    let lengths = if problem.has_lengths() { part.batch_count() } else { 0 };
+    rows(part).saturating_add(lengths).saturating_mul(8)
 }
 
 /// With `clear`, the gradient of queries is set to 0.
@@ -15,6 +21,11 @@ pub(crate) fn pass(problem: &Problem, clear: bool) -> Pass {
     const ROW_THREADS: u32 = 16;
     const ROWS: u64 = (THREADS / ROW_THREADS) as u64;
     let mut on = backward_switches(problem, 4);
+    // Here they come from their own buffers.
+    on.retain(|&name| name != "LENGTHS_IN_ROWS");
+    on.extend(problem.has_lengths().then_some("LENGTHS"));
+    on.extend(problem.seqlens_q.then_some("SEQLENS_Q"));
+    on.extend(problem.seqlens_k.then_some("SEQLENS_K"));
     if problem.gradients.is_some_and(|gradients| gradients.lse) {
         on.push("GRAD_LSE");
     }
@@ -23,6 +34,8 @@ pub(crate) fn pass(problem: &Problem, clear: bool) -> Pass {
         (Slot::GradOut, Access::Read),
         (Slot::Lse, Access::Read),
         (Slot::GradLse, Access::Read),
+        (Slot::SeqlensQ, Access::Read),
+        (Slot::SeqlensK, Access::Read),
         (Slot::Workspace, Access::ReadWrite),
     ];
     let mut constants =

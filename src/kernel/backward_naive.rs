@@ -20,7 +20,11 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             switches: backward_switches(problem, 4),
             constants: vec![("HEAD_DIM", shape.head_dim), ("HEAD_DIM_V", shape.head_dim_v)],
         },
-        bindings: bindings(problem, used),
+        bindings: bindings(problem, used)
+            .into_iter()
+            // Lengths are there, which two of the three kernels want nothing else of.
+            .filter(|&(slot, _)| slot != Slot::Workspace || entry == "scores_of" || problem.has_lengths())
+            .collect(),
         element_access: false,
         rounds: None,
         threads: 256,
@@ -37,7 +41,6 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
                 (Slot::Key, Access::Read),
                 (Slot::Value, Access::Read),
                 (Slot::GradOut, Access::Read),
-                (Slot::SeqlensK, Access::Read),
                 (Slot::Workspace, Access::ReadWrite),
                 (Slot::WorkspaceScores, Access::ReadWrite),
             ],
@@ -49,6 +52,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             &[
                 (Slot::Query, Access::Read),
                 (Slot::GradOut, Access::Read),
+                (Slot::Workspace, Access::Read),
                 (Slot::WorkspaceScores, Access::Read),
                 (Slot::GradKey, Access::ReadWrite),
                 (Slot::GradValue, Access::ReadWrite),
@@ -60,7 +64,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             "gradient_of",
             &[
                 (Slot::Key, Access::Read),
-                (Slot::SeqlensK, Access::Read),
+                (Slot::Workspace, Access::Read),
                 (Slot::WorkspaceScores, Access::Read),
                 (Slot::GradQuery, Access::ReadWrite),
             ],

@@ -22,10 +22,10 @@ pub(crate) fn rows(part: &Part) -> u64 {
     part.batch_count() * part.head_count() * part.row_count()
 }
 
-/// Bytes of o and of lse of all splits.
+/// Bytes of O, and of m and l, of all splits.
 pub(crate) fn workspace_bytes(problem: &Problem, part: &Part, splits: u32) -> (u64, u64) {
     let rows = rows(part).saturating_mul(splits as u64);
-    (rows.saturating_mul(16 * problem.shape.head_dim_v.div_ceil(4) as u64), rows.saturating_mul(4))
+    (rows.saturating_mul(16 * problem.shape.head_dim_v.div_ceil(4) as u64), rows.saturating_mul(8))
 }
 
 pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pass> {
@@ -60,9 +60,10 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
                 (Slot::Query, Access::Read),
                 (Slot::Key, Access::Read),
                 (Slot::Value, Access::Read),
+                (Slot::SeqlensQ, Access::Read),
                 (Slot::SeqlensK, Access::Read),
                 (Slot::Workspace, Access::ReadWrite),
-                (Slot::WorkspaceLse, Access::ReadWrite),
+                (Slot::WorkspaceStats, Access::ReadWrite),
             ],
         ),
         element_access: false,
@@ -73,10 +74,10 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
     };
     // The hooks are for the scores.
     let mut on = switches(problem, 4);
-    on.retain(|name| !["SOFTCAP", "SHAPED", "SEQLENS_K"].contains(name));
+    on.retain(|name| !["SOFTCAP", "SHAPED", "TINY_SCALE", "SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"].contains(name));
     let mut used = vec![
         (Slot::Workspace, Access::Read),
-        (Slot::WorkspaceLse, Access::Read),
+        (Slot::WorkspaceStats, Access::Read),
         (Slot::Out, Access::ReadWrite),
         (Slot::Lse, Access::ReadWrite),
     ];

@@ -17,10 +17,14 @@ pub use forward_coop::CoopForm;
 
 use crate::plan::Part;
 use crate::problem::Tensor;
-use crate::specialize::Specialization;
+use crate::specialize::{Specialization, SpecializeError};
 use crate::{ElementType, Problem};
 
 /// Which algorithm computes a problem.
+///
+/// All are right for scores within ±5e13 and values within ±1e35 over the number of keys. All but [`Kernel::Coop`] are right for
+/// scores within ±5e37 and values within ±1e38 over the number of keys. Nothing looks for larger ones. `docs/kernels.md` has more
+/// on this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
@@ -57,8 +61,8 @@ pub(crate) enum Slot {
     Lse = 5,
     SeqlensK = 6,
     Workspace = 7,
-    /// The lse of the splits, at the workspace's end.
-    WorkspaceLse = 8,
+    /// The maxima and sums of the splits, at the workspace's end.
+    WorkspaceStats = 8,
     PartOut = 9,
     PartLse = 10,
     GradOut = 11,
@@ -68,6 +72,7 @@ pub(crate) enum Slot {
     GradValue = 15,
     /// Probabilities and score gradients of the naive backward pass, at the workspace's end.
     WorkspaceScores = 16,
+    SeqlensQ = 17,
 }
 
 impl Slot {
@@ -79,7 +84,8 @@ impl Slot {
             Slot::Out => "out",
             Slot::Lse => "lse",
             Slot::SeqlensK => "seqlens_k",
-            Slot::Workspace | Slot::WorkspaceLse | Slot::WorkspaceScores => "workspace",
+            Slot::SeqlensQ => "seqlens_q",
+            Slot::Workspace | Slot::WorkspaceStats | Slot::WorkspaceScores => "workspace",
             Slot::PartOut => "part_out",
             Slot::PartLse => "part_lse",
             Slot::GradOut => "grad_out",
@@ -104,6 +110,7 @@ pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Value, Access::Read),
     (Slot::Out, Access::ReadWrite),
     (Slot::Lse, Access::ReadWrite),
+    (Slot::SeqlensQ, Access::Read),
     (Slot::SeqlensK, Access::Read),
 ];
 
@@ -121,9 +128,55 @@ pub(crate) struct Pass {
 }
 
 impl Pass {
+    /// What is compiled for it.
+    pub(crate) fn module(&self) -> Module {
+        Module {
+            specialization: self.specialization.clone(),
+            bindings: self.bindings.clone(),
+            element_access: self.element_access,
+        }
+    }
+
+    /// The numbers of all its bindings.
+    pub(crate) fn binding_numbers(&self) -> Vec<u32> {
+        self.module().binding_numbers()
+    }
+}
+
+/// What a pipeline is compiled from. Equal ones are one pipeline.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Module {
+    pub specialization: Specialization,
+    pub bindings: Vec<(Slot, Access)>,
+    pub element_access: bool,
+}
+
+impl Module {
     /// The numbers of all its bindings.
     pub(crate) fn binding_numbers(&self) -> Vec<u32> {
         std::iter::once(0).chain(self.bindings.iter().map(|&(slot, _)| slot as u32)).collect()
+    }
+
+    /// The same, with these inputs declared as if they were written: wgpu wants that of a buffer that is bound as an input and as
+    /// an output of one dispatch.
+    pub(crate) fn sharing(&self, inputs: &[Slot]) -> Module {
+        let mut module = self.clone();
+        for (slot, access) in &mut module.bindings {
+            if inputs.contains(slot) {
+                *access = Access::ReadWrite;
+            }
+        }
+        module
+    }
+
+    /// Its WGSL.
+    pub(crate) fn text(&self) -> Result<String, SpecializeError> {
+        let mut text = self.specialization.source()?.text;
+        for (slot, _) in self.bindings.iter().filter(|(_, access)| *access == Access::ReadWrite) {
+            let declared = |access: &str| format!("@binding({}) var<storage, {access}>", *slot as u32);
+            text = text.replace(&declared("read"), &declared("read_write"));
+        }
+        Ok(text)
     }
 }
 
@@ -157,21 +210,31 @@ pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
 /// The same for a backward kernel.
 pub(crate) fn backward_switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
     let mut on = switches_of(problem, &Tensor::BACKWARD, vector);
-    on.retain(|&name| name != "LSE");
+    on.retain(|name| !["LSE", "SEQLENS_Q", "SEQLENS_K"].contains(name));
+    if problem.has_lengths() {
+        on.push("LENGTHS_IN_ROWS");
+    }
     if problem.gradients.is_some_and(|gradients| gradients.accumulate) {
         on.push("ACCUMULATE");
     }
     on
 }
 
+/// Products times a smaller scale than this become scores before anything is done with them.
+const TINY_SCALE: f32 = 1e-28;
+
 fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'static str> {
     let aligned = problem.is_aligned(tensors, vector);
+    let tiny = problem.effective_scale().abs() < TINY_SCALE;
     let mut on = vec![problem.element_type.switch()];
     let flags = [
         (aligned, "ALIGNED"),
         (aligned && problem.element_type != ElementType::F32, "PACKED"),
         (problem.softcap.is_some(), "SOFTCAP"),
-        (problem.softcap.is_some(), "SHAPED"),
+        (problem.softcap.is_some() || tiny, "SHAPED"),
+        (problem.softcap.is_none() && tiny, "TINY_SCALE"),
+        (problem.seqlens_q, "SEQLENS_Q"),
+        (problem.seqlens_q, "QUERY_LENGTHS"),
         (problem.seqlens_k, "SEQLENS_K"),
         (problem.lse, "LSE"),
     ];
@@ -183,6 +246,7 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
 pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(Slot, Access)> {
     let used = |slot| match slot {
         Slot::Lse => problem.lse,
+        Slot::SeqlensQ => problem.seqlens_q,
         Slot::SeqlensK => problem.seqlens_k,
         Slot::GradLse => problem.gradients.is_some_and(|gradients| gradients.lse),
         _ => true,

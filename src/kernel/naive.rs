@@ -35,6 +35,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             &[
                 (Slot::Query, Access::Read),
                 (Slot::Key, Access::Read),
+                (Slot::SeqlensQ, Access::Read),
                 (Slot::SeqlensK, Access::Read),
                 (Slot::Workspace, Access::ReadWrite),
             ],
@@ -46,7 +47,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             "naive_softmax.wgsl",
             "softmax",
             vec![],
-            &[(Slot::Lse, Access::ReadWrite), (Slot::SeqlensK, Access::Read), (Slot::Workspace, Access::ReadWrite)],
+            &[(Slot::Lse, Access::ReadWrite), (Slot::Workspace, Access::ReadWrite)],
             64,
             256,
             Box::new(move |part| [part.row_count(), 1, heads(part)]),
@@ -58,6 +59,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             &[
                 (Slot::Value, Access::Read),
                 (Slot::Out, Access::ReadWrite),
+                (Slot::SeqlensQ, Access::Read),
                 (Slot::SeqlensK, Access::Read),
                 (Slot::Workspace, Access::Read),
             ],

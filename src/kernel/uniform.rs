@@ -42,7 +42,7 @@ pub(crate) struct ProblemUniform {
     pub block_keys: u32,
     pub block_rows: u32,
     pub round: u32,
-    pub padding: u32,
+    pub lengths_at: u32,
 }
 
 /// An open side of a window: past every key, and far enough from the ends of i32 that adding a position cannot wrap.

@@ -8,7 +8,7 @@ use wgpu_flash_attention::{
 };
 
 use super::{
-    Case, GUARD, Prepared, Rng, check_each, end, from_bits, guarded, places, poison, tensor_dims, to_bits, unguard,
+    Case, GUARD, Inputs, Lengths, Measured, Prepared, Rng, end, from_bits, guarded, places, poison, tensor_dims, to_bits, unguard,
 };
 
 /// The plan's own choice of forward kernel, and this one for the backward pass.
@@ -40,7 +40,7 @@ pub struct PreparedBackward {
     inputs: Vec<Vec<u8>>,
     lse: Vec<f32>,
     grad_lse: Option<Vec<f32>>,
-    seqlens_k: Option<Vec<i32>>,
+    lengths: Lengths,
     /// What dq, dk and dv hold before, contiguous, in the problem's type; where they accumulate.
     before: Option<[Vec<f32>; 3]>,
     pub expected: [Vec<f64>; 3],
@@ -76,8 +76,14 @@ impl Case {
         let mut numbers =
             |n: usize, low: f32, high: f32| -> Vec<f32> { (0..n).map(|_| low + (high - low) * rng.unit()).collect() };
         let len = |n: usize| input_dims(&problem)[n].iter().map(|&d| d as usize).product::<usize>();
-        let grad_out = numbers(len(3), -1.0, 1.5);
-        let grad_lse = ask.grad_lse.then(|| numbers(shape.rows() as usize, -1.0, 1.0));
+        let mut grad_out = numbers(len(3), -1.0, 1.5);
+        let mut grad_lse = ask.grad_lse.then(|| numbers(shape.rows() as usize, -1.0, 1.0));
+        if matches!(self.inputs, Inputs::Alike) {
+            // Each column has one number, and so has lse's gradient.
+            let dim = shape.head_dim_v as usize;
+            (dim..grad_out.len()).for_each(|n| grad_out[n] = grad_out[n - dim]);
+            grad_lse.iter_mut().for_each(|grad| grad.fill(0.3));
+        }
         let before = ask.accumulate.then(|| [0, 1, 2].map(|n| numbers(len(n), -1.0, 1.0)));
         PreparedBackward::new(&problem, self.prepare(), grad_out, grad_lse, before)
     }
@@ -101,7 +107,7 @@ impl PreparedBackward {
         let lse: Vec<f32> = forward.expected.lse.iter().map(|&x| x as f32).collect();
 
         let [q, k, v] = forward.seen();
-        let lengths = forward.seqlens_k.as_deref();
+        let lengths = forward.lengths.borrow();
         let exact = reference::backward(problem, [&q, &k, &v, &grad_out], grad_lse.as_deref(), lengths);
         let exact = [exact.query, exact.key, exact.value];
         let (plain, terms) = plain(problem, [&q, &k, &v, &out, &grad_out], &lse, grad_lse.as_deref(), lengths);
@@ -122,31 +128,43 @@ impl PreparedBackward {
         for (tensor, n, elements) in [(Tensor::Out, 3, &out), (Tensor::GradOut, 4, &grad_out)] {
             let layout = &problem.layout(tensor);
             let mut buffer = vec![poison(ty, 0); end(layout, dims[n])];
-            places(layout, dims[n]).zip(elements).for_each(|((place, ..), &x)| buffer[place] = to_bits(ty, x));
+            for ((place, b, i), &x) in places(layout, dims[n]).zip(elements) {
+                // Nothing is read of the gradient of a row that is no query.
+                if tensor == Tensor::Out || i < lengths.of(problem, b).0 {
+                    buffer[place] = to_bits(ty, x);
+                }
+            }
             inputs.push(guarded(ty, &buffer, poison(ty, 0)));
         }
-        let (problem, seqlens_k) = (problem.clone(), forward.seqlens_k);
-        PreparedBackward { problem, inputs, lse, grad_lse, seqlens_k, before, expected, plain_error, terms, untouched }
+        let (problem, lengths) = (problem.clone(), forward.lengths.clone());
+        PreparedBackward { problem, inputs, lse, grad_lse, lengths, before, expected, plain_error, terms, untouched }
     }
 
     /// Computes the case twice and compares with the oracle.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn check(&self, context: &Context, options: &PlanOptions) -> Result<(), String> {
         let plan = context.plan_with(&self.problem, options).map_err(|error| error.to_string())?;
         let bits = self.run(context, &plan, 0)?;
         if self.run(context, &plan, 1)? != bits {
             return Err("two runs gave different bits".into());
         }
-        self.compare(&bits)
+        self.compare(&bits).map(drop)
     }
 
     /// The bits of dq, dk and dv, contiguous, of one run on freshly poisoned outputs.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn run(&self, context: &Context, plan: &Plan, round: u32) -> Result<[Vec<u32>; 3], String> {
+        self.take(&super::download(context, &self.submit(context, plan, round)?)?, round)
+    }
+
+    /// Submits one run on freshly poisoned outputs; the buffers of dq, dk and dv.
+    pub fn submit(&self, context: &Context, plan: &Plan, round: u32) -> Result<Vec<wgpu::Buffer>, String> {
         let (problem, ty) = (&self.problem, self.problem.element_type);
         let dims = input_dims(problem);
         let nan = poison(ty, round);
         let layouts = [Tensor::GradQuery, Tensor::GradKey, Tensor::GradValue].map(|tensor| problem.layout(tensor));
         let layouts = layouts.each_ref();
-        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes)).collect();
+        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes).unwrap()).collect();
         let outputs = [0, 1, 2].map(|n| {
             let mut elements = vec![nan; end(layouts[n], dims[n])];
             if let Some(before) = &self.before {
@@ -154,14 +172,15 @@ impl PreparedBackward {
                     .zip(&before[n])
                     .for_each(|((place, ..), &x)| elements[place] = to_bits(ty, x));
             }
-            context.upload(&guarded(ty, &elements, nan))
+            context.upload(&guarded(ty, &elements, nan)).unwrap()
         });
-        let of_rows = |numbers: &[f32]| context.upload(bytemuck::cast_slice(numbers));
+        let of_rows = |numbers: &[f32]| context.upload(bytemuck::cast_slice(numbers)).unwrap();
         let (lse, grad_lse) = (of_rows(&self.lse), self.grad_lse.as_deref().map(of_rows));
-        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)));
+        let [seqlens_q, seqlens_k] = self.lengths.upload(context);
         let words = plan.backward_workspace_bytes() as usize / 4;
         let nan32 = poison(ElementType::F32, round);
-        let workspace = (words > 0).then(|| context.upload(&guarded(ElementType::F32, &vec![nan32; words], nan32)));
+        let workspace =
+            (words > 0).then(|| context.upload(&guarded(ElementType::F32, &vec![nan32; words], nan32)).unwrap());
         // As few bytes as the layouts say.
         fn bind(buffer: &wgpu::Buffer, bytes: u64) -> BufferBinding<'_> {
             BufferBinding { buffer, offset: GUARD, size: wgpu::BufferSize::new(bytes.next_multiple_of(4).max(4)) }
@@ -170,7 +189,8 @@ impl PreparedBackward {
         let [.., out, grad_out] = &inputs[..] else { unreachable!() };
         let input = |n: usize| if inputs.len() == 3 { &inputs[0] } else { &inputs[n] };
         let [q, k, v] = [(Tensor::Query, 0), (Tensor::Key, 1), (Tensor::Value, 2)].map(|(t, n)| tensor(input(n), t, n));
-        let forward = ForwardBuffers::new(q, k, v, tensor(out, Tensor::Out, 3)).lse(&lse).seqlens_k(lengths.as_ref());
+        let forward = ForwardBuffers::new(q, k, v, tensor(out, Tensor::Out, 3)).lse(&lse);
+        let forward = forward.seqlens_q(seqlens_q.as_ref()).seqlens_k(seqlens_k.as_ref());
         let results = [(Tensor::GradQuery, 0), (Tensor::GradKey, 1), (Tensor::GradValue, 2)]
             .map(|(t, n)| tensor(&outputs[n], t, n));
         let buffers = BackwardBuffers::new(&forward, tensor(grad_out, Tensor::GradOut, 4), results)
@@ -179,10 +199,18 @@ impl PreparedBackward {
         let mut encoder = context.device().create_command_encoder(&Default::default());
         plan.backward(&mut encoder, &buffers).map_err(|error| error.to_string())?;
         context.queue().submit([encoder.finish()]);
+        Ok(outputs.into())
+    }
+
+    /// What the buffers of [`PreparedBackward::submit`] hold, if nothing else in them was written.
+    pub fn take(&self, outputs: &[Vec<u8>], round: u32) -> Result<[Vec<u32>; 3], String> {
+        let (problem, ty) = (&self.problem, self.problem.element_type);
+        let dims = input_dims(problem);
+        let layouts = [Tensor::GradQuery, Tensor::GradKey, Tensor::GradValue].map(|tensor| problem.layout(tensor));
         let read = |n: usize| {
-            unguard(context, &outputs[n], ty, nan, |end| {
+            unguard(&outputs[n], ty, poison(ty, round), |end| {
                 let mut taken = vec![false; end];
-                let places: Vec<_> = places(layouts[n], dims[n]).map(|(place, ..)| place).collect();
+                let places: Vec<_> = places(&layouts[n], dims[n]).map(|(place, ..)| place).collect();
                 places.iter().for_each(|&place| taken[place] = true);
                 (places, taken)
             })
@@ -192,9 +220,9 @@ impl PreparedBackward {
     }
 
     /// Compares with the oracle, under the bounds of the design.
-    pub fn compare(&self, found: &[Vec<u32>; 3]) -> Result<(), String> {
+    pub fn compare(&self, found: &[Vec<u32>; 3]) -> Result<Vec<Measured>, String> {
         let ty = self.problem.element_type;
-        let mut problems = vec![];
+        let (mut problems, mut measured) = (vec![], vec![]);
         // lse is given in f32, and so are scores: where they are huge, this is how well a probability can be known.
         let largest_lse = self.lse.iter().filter(|x| x.is_finite()).fold(0.0, |most, x| f32::max(most, x.abs()));
         let lse_error = f32::EPSILON as f64 * largest_lse as f64;
@@ -212,6 +240,7 @@ impl PreparedBackward {
                     ("largest", 2.0 * self.plain_error[n] + 1e-5 + lse_error * largest)
                 }
             };
+            measured.push(Measured { name: NAMES[n], error, bound });
             // Written so that NaN does not pass.
             if !matches!(error.partial_cmp(&bound), Some(std::cmp::Ordering::Less | std::cmp::Ordering::Equal)) {
                 let off = |place: &usize| (values[*place] - expected[*place]).abs();
@@ -228,7 +257,7 @@ impl PreparedBackward {
                 }
             }
         }
-        if problems.is_empty() { Ok(()) } else { Err(problems.join("; ")) }
+        if problems.is_empty() { Ok(measured) } else { Err(problems.join("; ")) }
     }
 }
 
@@ -246,13 +275,13 @@ fn error(ty: ElementType, found: impl Iterator<Item = f64>, expected: &[f64], te
 }
 
 /// Rows that see no key, and keys that no row sees (of k, and of v): their gradients are exactly 0.
-fn untouched(problem: &Problem, lse: &[f32], seqlens_k: Option<&[i32]>) -> [Vec<bool>; 3] {
+fn untouched(problem: &Problem, lse: &[f32], lengths: reference::Lengths) -> [Vec<bool>; 3] {
     let s = &problem.shape;
     let mut keys = vec![];
     for b in 0..s.batch {
-        let valid = seqlens_k.map_or(s.seqlen_k, |lengths| lengths[b as usize].clamp(0, s.seqlen_k as i32) as u32);
+        let (queries, valid) = lengths.of(problem, b);
         let sees = |i: u32, j: u32| {
-            let (first, end) = problem.key_interval(i, valid);
+            let (first, end) = problem.key_interval_of(i, queries, valid);
             (first..end).contains(&j)
         };
         let seen = |&j: &u32| (0..s.seqlen_q).any(|i| sees(i, j));
@@ -271,7 +300,7 @@ fn plain(
     [q, k, v, out, grad_out]: [&[f32]; 5],
     lse: &[f32],
     grad_lse: Option<&[f32]>,
-    seqlens_k: Option<&[i32]>,
+    lengths: reference::Lengths,
 ) -> ([Vec<f32>; 3], [f64; 3]) {
     let s = &problem.shape;
     let ty = problem.element_type;
@@ -285,8 +314,8 @@ fn plain(
     for n in 0..s.rows() as usize {
         let (i, head) = (n % s.seqlen_q as usize, n / s.seqlen_q as usize);
         let (b, h) = (head / s.heads_q as usize, head % s.heads_q as usize);
-        let keys = seqlens_k.map_or(s.seqlen_k, |lengths| lengths[b].clamp(0, s.seqlen_k as i32) as u32);
-        let (first, last) = problem.key_interval(i as u32, keys);
+        let (queries, keys) = lengths.of(problem, b as u32);
+        let (first, last) = problem.key_interval_of(i as u32, queries, keys);
         let grad = &grad_out[n * dv..][..dv];
         let delta = dot(grad, &out[n * dv..][..dv]) - grad_lse.map_or(0.0, |grad| grad[n]);
         for j in first..last {
@@ -311,8 +340,9 @@ fn plain(
 }
 
 /// Runs every case in every way and reports all that fail.
+#[cfg(not(target_arch = "wasm32"))]
 pub fn check_all(cases: &[(String, PreparedBackward)], ways: &[(&str, &Context, PlanOptions)]) {
-    check_each(cases, ways, PreparedBackward::check);
+    super::check_each(cases, ways, PreparedBackward::check);
 }
 
 /// Inputs and expected gradients of cases in an element type.

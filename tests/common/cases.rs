@@ -31,6 +31,7 @@ pub fn cases() -> Vec<(String, Case)> {
     let wide = || case(2, [2, 1], [37, 70], [16, 12]);
     let tall = || case(2, [2, 2], [70, 37], [16, 12]);
     let square = || case(1, [2, 1], [67, 67], [16, 12]);
+    let padded = || case(3, [4, 2], [131, 131], [16, 12]).seqlens_q(&[131, 40, 77]).seqlens(&[131, 40, 77]);
     let three = || case(3, [2, 1], [19, 40], [16, 12]);
     let all = vec![
         // Sizes
@@ -101,6 +102,21 @@ pub fn cases() -> Vec<(String, Case)> {
         ("lengths, one query", case(3, [4, 2], [1, 40], [16, 12]).seqlens(&[40, 0, 13]).causal(BottomRight)),
         ("lengths, odd strides", three().odd().seqlens(&[5, 0, 33])),
         ("lengths, no keys", case(2, [2, 1], [5, 0], [16, 12]).seqlens(&[0, 3])),
+        // Query lengths, alone and with those of keys: a padded batch
+        ("query lengths 0, 1, all", three().seqlens_q(&[0, 1, 19])),
+        ("query lengths out of range", three().seqlens_q(&[-3, 20, i32::MIN])),
+        ("query lengths, bottom-right", three().seqlens_q(&[5, 19, 12]).causal(BottomRight)),
+        ("padded", three().seqlens_q(&[5, 19, 12]).seqlens(&[5, 19, 33])),
+        ("padded, bottom-right", three().seqlens_q(&[5, 19, 12]).seqlens(&[5, 19, 33]).causal(BottomRight)),
+        ("padded, top-left", three().seqlens_q(&[5, 19, 12]).seqlens(&[5, 0, 33]).causal(TopLeft)),
+        ("padded, window, softcap", three().seqlens_q(&[7, 18, 1]).seqlens(&[7, 18, 30]).window(6, 2).softcap(2.0)),
+        ("padded, several tiles", padded().causal(BottomRight)),
+        ("padded, several tiles, window", padded().window(20, 3).odd()),
+        ("padded, one query", case(3, [4, 2], [1, 40], [16, 12]).seqlens_q(&[1, 0, 1]).seqlens(&[40, 7, 13])),
+        // What rounds every time in the same direction, if it is one long sum
+        ("alike", case(1, [1, 1], [9, 4096], [16, 12]).alike()),
+        ("sorted", case(1, [1, 1], [9, 4096], [16, 12]).sorted()),
+        ("alike, many queries", case(1, [1, 1], [4096, 9], [16, 12]).alike()),
         // Scale and softcap
         ("scale 0", wide().scale(0.0)),
         ("scale below 0", wide().scale(-0.3)),

@@ -2,18 +2,29 @@
 //!
 //! A case says what to compute and how its tensors lie in memory. Gaps in the inputs, and keys past their length, hold
 //! NaN; outputs and workspace hold NaN before each run, and what is not the output's must hold it afterwards.
+//!
+//! `tests/web` runs cases in a browser, where nothing may wait: there [`Prepared::submit`] and [`Prepared::take`] stand for
+//! [`Prepared::run`].
 #![allow(dead_code)] // Each test binary uses a part.
 
 pub mod backward;
 pub mod cases;
+#[cfg(not(target_arch = "wasm32"))]
 pub mod coop;
+#[cfg(not(target_arch = "wasm32"))]
+mod devices;
 pub mod loops;
+#[cfg(not(target_arch = "wasm32"))]
 pub mod skipped;
+#[cfg(not(target_arch = "wasm32"))]
 pub mod stores;
 pub mod switched;
 
 use std::fmt::Write;
 
+#[cfg(not(target_arch = "wasm32"))]
+#[allow(unused_imports)]
+pub use devices::{every_kernel, full, webgpu, with_features, with_limits};
 use half::{bf16, f16};
 use wgpu_flash_attention::wgpu::{self, BufferBinding};
 use wgpu_flash_attention::{
@@ -39,69 +50,6 @@ pub fn tiled(rows: u32, keys: u32, grid: (u32, u32), chunk: u32, value_keys: u32
     tile().tile(of_tile)
 }
 
-thread_local! {
-    static FULL: &'static Context = Box::leak(Box::new(Context::headless().unwrap()));
-    static WEBGPU: &'static Context = Box::leak(Box::new(with_limits(|_| {})));
-}
-
-/// The system's adapter with all its limits. A device for each test: software Vulkan compiles the pipelines of a device one by
-/// one, those of several tests at once.
-pub fn full() -> &'static Context {
-    FULL.with(|context| *context)
-}
-
-/// The same adapter with no more than every WebGPU device has.
-pub fn webgpu() -> &'static Context {
-    WEBGPU.with(|context| *context)
-}
-
-/// WebGPU's default limits, changed by `lower`.
-pub fn with_limits(lower: impl FnOnce(&mut wgpu::Limits)) -> Context {
-    let mut required_limits = wgpu::Limits::default();
-    lower(&mut required_limits);
-    device_of(&adapter(), wgpu::DeviceDescriptor { required_limits, ..Default::default() })
-}
-
-/// WebGPU's default limits, and these features; nothing where the adapter does not have them.
-pub fn with_features(required_features: wgpu::Features) -> Option<Context> {
-    let adapter = adapter();
-    if !adapter.features().contains(required_features) {
-        let names: Vec<_> = required_features.iter_names().map(|(name, _)| name).collect();
-        skipped::skipped(&format!("devices with {}, which this adapter does not have", names.join(" and ")));
-        return None;
-    }
-    Some(device_of(&adapter, wgpu::DeviceDescriptor { required_features, ..Default::default() }))
-}
-
-fn adapter() -> wgpu::Adapter {
-    let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
-    descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
-    pollster::block_on(wgpu::Instance::new(descriptor).request_adapter(&Default::default())).unwrap()
-}
-
-fn device_of(adapter: &wgpu::Adapter, descriptor: wgpu::DeviceDescriptor<'_>) -> Context {
-    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).unwrap();
-    Context::new(&device, &queue)
-}
-
-/// Every kernel as a plan chooses it, with options that ask for the naive kernel and for the tile kernel. 16-bit types differ
-/// only in how elements are read, so each goes through one of the table's two tiles: each switch and pair of head dims is a
-/// module to compile.
-pub fn every_kernel(
-    element_type: ElementType,
-    naive: PlanOptions,
-    tile: PlanOptions,
-) -> Vec<(&'static str, &'static Context, PlanOptions)> {
-    let mut ways = vec![("naive", full(), naive)];
-    if element_type != ElementType::BF16 {
-        ways.push(("tile", full(), tile));
-    }
-    if element_type != ElementType::F16 {
-        ways.push(("tile within WebGPU's limits", webgpu(), tile));
-    }
-    ways
-}
-
 /// What q and k hold; v is random in either case.
 #[derive(Clone, Copy, Debug)]
 pub enum Inputs {
@@ -110,12 +58,35 @@ pub enum Inputs {
     Integers(i32),
     /// Random numbers times these, for q, k and v.
     Times([f32; 3]),
+    /// Random columns, of which each row has the same: all scores are equal, and all values of a column.
+    Alike,
+    /// Random columns times numbers that grow from row to row: each key's scores and values are larger than those before.
+    Sorted,
+}
+
+/// How many queries and keys of each batch entry are valid, where a case has lengths.
+#[derive(Clone, Debug, Default)]
+pub struct Lengths {
+    pub queries: Option<Vec<i32>>,
+    pub keys: Option<Vec<i32>>,
+}
+
+impl Lengths {
+    pub fn borrow(&self) -> reference::Lengths<'_> {
+        reference::Lengths { queries: self.queries.as_deref(), keys: self.keys.as_deref() }
+    }
+
+    /// Those of queries, and those of keys.
+    pub fn upload(&self, context: &Context) -> [Option<wgpu::Buffer>; 2] {
+        let upload = |lengths: &Vec<i32>| context.upload(bytemuck::cast_slice(lengths)).unwrap();
+        [&self.queries, &self.keys].map(|lengths| lengths.as_ref().map(upload))
+    }
 }
 
 #[derive(Clone, Debug)]
 pub struct Case {
     pub problem: Problem,
-    pub seqlens_k: Option<Vec<i32>>,
+    pub lengths: Lengths,
     pub inputs: Inputs,
     /// q, k and v lie in one buffer.
     pub one_buffer: bool,
@@ -133,7 +104,7 @@ pub const fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]
         head_dim_v: dims[1],
     };
     let problem = Problem::new(shape, ElementType::F32).with_lse();
-    Case { problem, seqlens_k: None, inputs: Inputs::Random, one_buffer: false }
+    Case { problem, lengths: Lengths { queries: None, keys: None }, inputs: Inputs::Random, one_buffer: false }
 }
 
 impl Case {
@@ -161,7 +132,15 @@ impl Case {
     pub fn seqlens(mut self, lengths: &[i32]) -> Self {
         assert_eq!(lengths.len(), self.problem.shape.batch as usize);
         self.problem.seqlens_k = true;
-        self.seqlens_k = Some(lengths.to_vec());
+        self.lengths.keys = Some(lengths.to_vec());
+        self
+    }
+
+    /// Lengths of queries.
+    pub fn seqlens_q(mut self, lengths: &[i32]) -> Self {
+        assert_eq!(lengths.len(), self.problem.shape.batch as usize);
+        self.problem.seqlens_q = true;
+        self.lengths.queries = Some(lengths.to_vec());
         self
     }
 
@@ -177,6 +156,16 @@ impl Case {
 
     pub fn integers(mut self, largest: i32) -> Self {
         self.inputs = Inputs::Integers(largest);
+        self
+    }
+
+    pub fn alike(mut self) -> Self {
+        self.inputs = Inputs::Alike;
+        self
+    }
+
+    pub fn sorted(mut self) -> Self {
+        self.inputs = Inputs::Sorted;
         self
     }
 
@@ -282,16 +271,27 @@ impl Case {
             (0..len).map(|_| one(&mut rng)).collect()
         };
         let (integers, [q, k, v]) = match self.inputs {
-            Inputs::Random => (None, [1.0; 3]),
+            Inputs::Random | Inputs::Alike | Inputs::Sorted => (None, [1.0; 3]),
             Inputs::Integers(most) => (Some(most), [1.0; 3]),
             Inputs::Times(factors) => (None, factors),
         };
-        let inputs = [
+        let mut inputs = [
             tensor(0, integers, -1.5 * q, 2.0 * q),
             tensor(1, integers, -2.0 * k, 1.5 * k),
             tensor(2, None, -v, 2.0 * v),
         ];
-        Prepared::new(&self.problem, inputs, self.seqlens_k.clone(), self.one_buffer)
+        if matches!(self.inputs, Inputs::Alike | Inputs::Sorted) {
+            for (tensor, dims) in inputs.iter_mut().zip(dims) {
+                let (rows, dim) = (dims[2] as usize, dims[3] as usize);
+                let columns: Vec<f32> = tensor.iter().copied().take(dim).collect();
+                let grown = |row: usize| (row % rows + 1) as f32 / rows as f32;
+                for (n, row) in tensor.chunks_mut(dim).enumerate() {
+                    let factor = if matches!(self.inputs, Inputs::Sorted) { grown(n) } else { 1.0 };
+                    row.iter_mut().zip(&columns).for_each(|(x, column)| *x = factor * column);
+                }
+            }
+        }
+        Prepared::new(&self.problem, inputs, self.lengths.clone(), self.one_buffer)
     }
 }
 
@@ -384,7 +384,7 @@ pub struct Prepared {
     pub problem: Problem,
     /// Guarded: q, k and v, or one buffer for all of them.
     inputs: Vec<Vec<u8>>,
-    seqlens_k: Option<Vec<i32>>,
+    lengths: Lengths,
     pub expected: reference::Forward,
     /// q, k and v as the kernels see them, contiguous.
     seen: [Vec<f32>; 3],
@@ -397,7 +397,7 @@ pub type Bits = (Vec<u32>, Vec<u32>);
 
 impl Prepared {
     /// `inputs` are contiguous; they are rounded to the problem's type.
-    pub fn new(problem: &Problem, inputs: [Vec<f32>; 3], seqlens_k: Option<Vec<i32>>, one_buffer: bool) -> Self {
+    pub fn new(problem: &Problem, inputs: [Vec<f32>; 3], lengths: Lengths, one_buffer: bool) -> Self {
         let (shape, ty) = (&problem.shape, problem.element_type);
         let dims = tensor_dims(shape);
         let layouts = [Tensor::Query, Tensor::Key, Tensor::Value].map(|tensor| problem.layout(tensor));
@@ -411,7 +411,8 @@ impl Prepared {
         };
         for n in 0..3 {
             for ((place, b, i), &x) in places(layouts[n], dims[n]).zip(&inputs[n]) {
-                let exists = n == 0 || seqlens_k.as_ref().is_none_or(|lengths| (i as i32) < lengths[b as usize]);
+                let of_tensor = if n == 0 { &lengths.queries } else { &lengths.keys };
+                let exists = of_tensor.as_ref().is_none_or(|lengths| (i as i32) < lengths[b as usize]);
                 if exists {
                     buffers[buffer_of(n)][place] = to_bits(ty, x);
                 }
@@ -421,11 +422,11 @@ impl Prepared {
         let [q, k, v] = [0, 1, 2].map(|n| -> Vec<f32> {
             places(layouts[n], dims[n]).map(|(place, ..)| from_bits(ty, buffers[buffer_of(n)][place])).collect()
         });
-        let expected = reference::forward(problem, &q, &k, &v, seqlens_k.as_deref());
-        let plain = plain(problem, [&q, &k, &v], seqlens_k.as_deref());
+        let expected = reference::forward(problem, &q, &k, &v, lengths.borrow());
+        let plain = plain(problem, [&q, &k, &v], lengths.borrow());
         let plain_error = plain.iter().zip(&expected.out).map(|(&x, e)| (x as f64 - e).abs()).fold(0.0, f64::max);
         let inputs = buffers.iter().map(|elements| guarded(ty, elements, nan)).collect();
-        Prepared { problem: problem.clone(), inputs, seqlens_k, expected, seen: [q, k, v], plain_error }
+        Prepared { problem: problem.clone(), inputs, lengths, expected, seen: [q, k, v], plain_error }
     }
 
     /// q, k and v as the kernels see them, contiguous.
@@ -434,21 +435,29 @@ impl Prepared {
     }
 
     /// Computes the case twice and compares with the oracle.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn check(&self, context: &Context, options: &PlanOptions) -> Result<(), String> {
         let plan = context.plan_with(&self.problem, options).map_err(|error| error.to_string())?;
         self.check_plan(context, &plan)
     }
 
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn check_plan(&self, context: &Context, plan: &Plan) -> Result<(), String> {
         let bits = self.run(context, plan, 0)?;
         if self.run(context, plan, 1)? != bits {
             return Err("two runs gave different bits".into());
         }
-        self.compare(&bits)
+        self.compare(&bits).map(drop)
     }
 
     /// One run on freshly poisoned outputs.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn run(&self, context: &Context, plan: &Plan, round: u32) -> Result<Bits, String> {
+        self.take(&download(context, &self.submit(context, plan, round)?)?, round)
+    }
+
+    /// Submits one run on freshly poisoned outputs; the buffers of o and, if the problem has it, of lse.
+    pub fn submit(&self, context: &Context, plan: &Plan, round: u32) -> Result<Vec<wgpu::Buffer>, String> {
         let (problem, ty) = (&self.problem, self.problem.element_type);
         let dims = tensor_dims(&problem.shape);
         let out_layout = problem.layout(Tensor::Out);
@@ -457,12 +466,12 @@ impl Prepared {
         let [nan, nan32] = [ty, ElementType::F32].map(|ty| poison(ty, round));
         let words = |n: usize| guarded(ElementType::F32, &vec![nan32; n], nan32);
 
-        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes)).collect();
-        let out = context.upload(&guarded(ty, &vec![nan; out_end], nan));
-        let lse = problem.lse.then(|| context.upload(&words(rows)));
-        let lengths = self.seqlens_k.as_ref().map(|n| context.upload(bytemuck::cast_slice(n)));
+        let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes).unwrap()).collect();
+        let out = context.upload(&guarded(ty, &vec![nan; out_end], nan)).unwrap();
+        let lse = problem.lse.then(|| context.upload(&words(rows)).unwrap());
+        let [seqlens_q, seqlens_k] = self.lengths.upload(context);
         let workspace_words = plan.workspace_bytes() as usize / 4;
-        let workspace = (workspace_words > 0).then(|| context.upload(&words(workspace_words)));
+        let workspace = (workspace_words > 0).then(|| context.upload(&words(workspace_words)).unwrap());
         // As few bytes as the layouts say.
         fn bind(buffer: &wgpu::Buffer, bytes: u64) -> BufferBinding<'_> {
             BufferBinding { buffer, offset: GUARD, size: wgpu::BufferSize::new(bytes.next_multiple_of(4).max(4)) }
@@ -474,20 +483,28 @@ impl Prepared {
         let [q, k, v] = [input(0, Tensor::Query), input(1, Tensor::Key), input(2, Tensor::Value)];
         let buffers = ForwardBuffers::new(q, k, v, bind(&out, out_end as u64 * ty.bytes()))
             .lse(lse.as_ref().map(|lse| bind(lse, rows as u64 * 4)))
-            .seqlens_k(lengths.as_ref())
+            .seqlens_q(seqlens_q.as_ref())
+            .seqlens_k(seqlens_k.as_ref())
             .workspace(workspace.as_ref().map(|workspace| bind(workspace, plan.workspace_bytes())));
         let mut encoder = context.device().create_command_encoder(&Default::default());
         plan.forward(&mut encoder, &buffers).map_err(|error| error.to_string())?;
         context.queue().submit([encoder.finish()]);
+        Ok(std::iter::once(out).chain(lse).collect())
+    }
 
-        let out = unguard(context, &out, ty, nan, |end| {
+    /// What the buffers of [`Prepared::submit`] hold, if nothing else in them was written.
+    pub fn take(&self, outputs: &[Vec<u8>], round: u32) -> Result<Bits, String> {
+        let (problem, ty) = (&self.problem, self.problem.element_type);
+        let dims = tensor_dims(&problem.shape);
+        let rows = problem.shape.rows() as usize;
+        let out = unguard(&outputs[0], ty, poison(ty, round), |end| {
             let mut taken = vec![false; end];
-            let places: Vec<_> = places(&out_layout, dims[3]).map(|(place, ..)| place).collect();
+            let places: Vec<_> = places(&problem.layout(Tensor::Out), dims[3]).map(|(place, ..)| place).collect();
             places.iter().for_each(|&place| taken[place] = true);
             (places, taken)
         });
-        let lse = lse.map_or(Ok(vec![]), |lse| {
-            unguard(context, &lse, ElementType::F32, nan32, |end| {
+        let lse = outputs.get(1).map_or(Ok(vec![]), |lse| {
+            unguard(lse, ElementType::F32, poison(ElementType::F32, round), |end| {
                 ((0..rows).collect(), (0..end).map(|place| place < rows).collect())
             })
         });
@@ -495,7 +512,7 @@ impl Prepared {
     }
 
     /// Compares with the oracle, under the bounds of the design.
-    pub fn compare(&self, (out, lse): &Bits) -> Result<(), String> {
+    pub fn compare(&self, (out, lse): &Bits) -> Result<Vec<Measured>, String> {
         let (shape, ty) = (&self.problem.shape, self.problem.element_type);
         let dim = shape.head_dim_v as usize;
         let element = |n: usize| {
@@ -537,31 +554,50 @@ impl Prepared {
                 element(n)
             );
         }
+        let mut measured = vec![Measured { name: "o", error, bound }];
+        let mut worst = Measured { name: "lse", error: 0.0, bound: 1e-5 };
         for (row, (&bits, &expected)) in lse.iter().zip(&self.expected.lse).enumerate() {
             let found = f32::from_bits(bits) as f64;
+            let of_row = Measured { name: "lse", error: (found - expected).abs(), bound: 1e-5 + 1e-6 * expected.abs() };
+            if of_row.error / of_row.bound > worst.error / worst.bound {
+                worst = of_row;
+            }
             let good = found == expected || (found - expected).abs() <= 1e-5 + 1e-6 * expected.abs();
             if !good || (expected == f64::NEG_INFINITY && found != expected) {
                 let _ = write!(problems, "lse at row {row} is {found}, {expected} expected; ");
                 break;
             }
         }
-        if problems.is_empty() { Ok(()) } else { Err(problems) }
+        measured.extend(self.problem.lse.then_some(worst));
+        if problems.is_empty() { Ok(measured) } else { Err(problems) }
     }
+}
+
+/// How far a result is off, and how far it may be.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured {
+    pub name: &'static str,
+    pub error: f64,
+    pub bound: f64,
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+fn download(context: &Context, buffers: &[wgpu::Buffer]) -> Result<Vec<Vec<u8>>, String> {
+    let one = |buffer: &wgpu::Buffer| context.download(buffer, 0, buffer.size()).map_err(|error| error.to_string());
+    buffers.iter().map(one).collect()
 }
 
 /// The elements at the places that belong to a tensor, in its order; an error if anything else changed.
 /// `owned(n)` gives those places, and for each of n whether it is one.
 fn unguard(
-    context: &Context,
-    buffer: &wgpu::Buffer,
+    bytes: &[u8],
     element_type: ElementType,
     poison: u32,
     owned: impl FnOnce(usize) -> (Vec<usize>, Vec<bool>),
 ) -> Result<Vec<u32>, String> {
-    let bytes = context.download(buffer, 0, buffer.size()).map_err(|error| error.to_string())?;
     let all: Vec<u32> = match element_type {
-        ElementType::F32 => bytemuck::pod_collect_to_vec(&bytes),
-        _ => bytemuck::pod_collect_to_vec::<u8, u16>(&bytes).into_iter().map(u32::from).collect(),
+        ElementType::F32 => bytemuck::pod_collect_to_vec(bytes),
+        _ => bytemuck::pod_collect_to_vec::<u8, u16>(bytes).into_iter().map(u32::from).collect(),
     };
     let guard = GUARD as usize / element_type.bytes() as usize;
     let (places, taken) = owned(all.len() - 2 * guard);
@@ -578,7 +614,7 @@ fn unguard(
 }
 
 /// What one would write in the type itself: scores, softmax and products in f32, p and o rounded.
-fn plain(problem: &Problem, [query, key, value]: [&[f32]; 3], seqlens_k: Option<&[i32]>) -> Vec<f32> {
+fn plain(problem: &Problem, [query, key, value]: [&[f32]; 3], lengths: reference::Lengths) -> Vec<f32> {
     let s = &problem.shape;
     let (d, dv) = (s.head_dim as usize, s.head_dim_v as usize);
     let round = |x: f32| from_bits(problem.element_type, to_bits(problem.element_type, x));
@@ -591,8 +627,8 @@ fn plain(problem: &Problem, [query, key, value]: [&[f32]; 3], seqlens_k: Option<
         let (i, head) = (n % s.seqlen_q as usize, n / s.seqlen_q as usize);
         let (b, h) = (head / s.heads_q as usize, head % s.heads_q as usize);
         let first_key = (b * s.heads_kv as usize + h / s.group() as usize) * s.seqlen_k as usize;
-        let keys = seqlens_k.map_or(s.seqlen_k, |lengths| lengths[b].clamp(0, s.seqlen_k as i32) as u32);
-        let (first, end) = problem.key_interval(i as u32, keys);
+        let (queries, keys) = lengths.of(problem, b as u32);
+        let (first, end) = problem.key_interval_of(i as u32, queries, keys);
         let row =
             |x: &'_ [f32], j: u32, dim: usize| -> Vec<f32> { x[(first_key + j as usize) * dim..][..dim].to_vec() };
         let scores: Vec<f32> = (first..end).map(|j| score(&query[n * d..][..d], &row(key, j, d))).collect();
@@ -609,10 +645,12 @@ fn plain(problem: &Problem, [query, key, value]: [&[f32]; 3], seqlens_k: Option<
 }
 
 /// Runs every case in every way and reports all that fail.
+#[cfg(not(target_arch = "wasm32"))]
 pub fn check_all(cases: &[(String, Prepared)], ways: &[(&str, &Context, PlanOptions)]) {
     check_each(cases, ways, Prepared::check);
 }
 
+#[cfg(not(target_arch = "wasm32"))]
 fn check_each<T>(
     cases: &[(String, T)],
     ways: &[(&str, &Context, PlanOptions)],

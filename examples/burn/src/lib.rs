@@ -25,7 +25,7 @@ use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, Backend, Dispatch, backend_extension};
-use burn::tensor::wgpu::{MemoryConfiguration, WgpuInitError, WgpuSetup};
+use burn::tensor::wgpu::{WgpuInitError, WgpuSetup};
 use burn::tensor::{DType, Device, Tensor};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::cubecl::wgpu::{AutoCompiler, WgpuServer};
@@ -45,15 +45,13 @@ pub struct FlashAttention {
 }
 
 impl FlashAttention {
-    /// Starts Burn's wgpu runtime on its default device, with memory as [`FlashAttention::new`] needs it.
+    /// Starts Burn's wgpu runtime on its default device.
     pub fn init() -> Result<(Device, Self), WgpuInitError> {
-        let options = Device::wgpu_options().memory_config(MemoryConfiguration::ExclusivePages);
-        let (device, setup) = options.init_with_setup()?;
+        let (device, setup) = Device::wgpu_options().init_with_setup()?;
         Ok((device, Self::new(&setup)))
     }
 
-    /// On a device of Burn's whose memory is [`MemoryConfiguration::ExclusivePages`]: wgpu does not let a pass read one
-    /// part of a buffer and write another, so that o cannot be in a buffer with q.
+    /// On a device of Burn's. Its memory may be pooled: tensors that lie in one buffer are read and written there.
     pub fn new(setup: &WgpuSetup) -> Self {
         FlashAttention { context: Context::new(&setup.device, &setup.queue), plans: Arc::default() }
     }
@@ -257,7 +255,7 @@ impl AttentionKernels for CubeBackend {
         let problem = forward_layouts(problem, [&q, &k, &v, &o]);
         submit_pending(&query);
         let done = kernels.plan(&problem).and_then(|plan| {
-            let workspace = plan.create_workspace();
+            let workspace = plan.create_workspace()?;
             let buffers = ForwardBuffers::new(q.binding(), k.binding(), v.binding(), o.binding())
                 .lse(l.binding())
                 .workspace(workspace.as_ref());
@@ -284,7 +282,7 @@ impl AttentionKernels for CubeBackend {
             .with_layout(Part::GradValue, dv.layout);
         submit_pending(&query);
         let done = kernels.plan(&problem).and_then(|plan| {
-            let workspace = plan.create_backward_workspace();
+            let workspace = plan.create_backward_workspace()?;
             let forward = ForwardBuffers::new(q.binding(), k.binding(), v.binding(), o.binding()).lse(l.binding());
             let results = [dq.binding(), dk.binding(), dv.binding()];
             let buffers = BackwardBuffers::new(&forward, g.binding(), results).workspace(workspace.as_ref());
