@@ -53,7 +53,8 @@
 //! | subject | convention |
 //! |---|---|
 //! | order of operations | `s = scale · q·k`, then softcap `c · tanh(s / c)`, then masks, then softmax |
-//! | scale | `1/sqrt(D)` by default |
+//! | scale | `1/sqrt(D)` by default; from −10³⁰ to 10³⁰, 0 included |
+//! | softcap | none by default; from 10⁻³⁰ to 10³⁰ |
 //! | grouped heads | `kv_head = q_head / (Hq / Hkv)`; `Hkv` divides `Hq` |
 //! | causal | [bottom-right](Causal::BottomRight), `j ≤ i + Nk − Nq`, as flash-attention, or [top-left](Causal::TopLeft), `j ≤ i`, as PyTorch |
 //! | window | inclusive, from `i + Nk − Nq − left` to `i + Nk − Nq + right`, each side optional |
@@ -72,7 +73,8 @@
 //!   its values, must each lie within one binding (`max_storage_buffer_binding_size`). Of gradients, all that heads sharing a key-value
 //!   head read and write must: q, o and their gradients.
 //! - There is no boolean mask, additive bias, ALiBi, dropout, sink, packed or paged sequence or block-sparse mask.
-//! - Inputs must be finite where they count: WGSL leaves NaN and infinity undefined. How large scores and values may be is in `docs/kernels.md`, by kernel.
+//! - Inputs must be finite where they count: WGSL leaves NaN and infinity undefined. Scores must be within ±5·10¹³ for the coop kernel and
+//!   ±5·10³⁷ for the others, values within ±10³⁵ over the number of keys.
 //! - Offsets of bindings are multiples of the device's `min_storage_buffer_offset_alignment`; finer ones go into [`Layout`].
 //!
 //! What breaks a limit is an [`Error`] that names the argument, what was found and what would be right, before anything is recorded. Values are the
