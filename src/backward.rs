@@ -4,7 +4,7 @@ use wgpu::BufferBinding;
 
 use crate::forward::{Argument, BoundPass, ForwardBuffers, ToBinding, ToOptionalBinding, check_buffers};
 use crate::kernel::{self, Access, Slot, backward_delta, forward_coop};
-use crate::plan::{Cut, Part, Recipe, check_limits};
+use crate::plan::{SHORT_SEQUENCES, Cut, Part, Recipe, check_limits};
 use crate::problem::Tensor;
 use crate::tune::FusedTile;
 use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tune};
@@ -150,8 +150,13 @@ impl Plan {
     }
 }
 
-/// How the backward pass of a problem is computed.
-pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &PlanOptions) -> Result<Recipe<'a>, Error> {
+/// How the backward pass of a problem is computed, whose forward pass `forward` computes.
+pub(crate) fn recipe<'a>(
+    context: &Context,
+    problem: &'a Problem,
+    options: &PlanOptions,
+    forward: Kernel,
+) -> Result<Recipe<'a>, Error> {
     let shape = &problem.shape;
     let limits = context.limits();
     let matrices = context.matrices.as_ref();
@@ -162,6 +167,7 @@ pub(crate) fn recipe<'a>(context: &Context, problem: &'a Problem, options: &Plan
     let in_registers = matrices.is_some_and(|matrices| matrices.in_registers(options.coop_form));
     let (kernel, reason) = match (options.backward, matrices, problem.element_type) {
         (Some(kernel), _, _) => (kernel, "asked for"),
+        (None, _, _) if options.kernel.is_none() && forward == Kernel::Naive => (Kernel::Naive, SHORT_SEQUENCES),
         (None, Some(_), ElementType::F32 | ElementType::BF16) if !in_registers => {
             (Kernel::Tile, forward_coop::HALF_WITHOUT_ACCESS)
         }

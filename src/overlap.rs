@@ -55,13 +55,16 @@ impl Region {
     }
 }
 
+/// Axes and width of a region.
+type Runs<'a> = (&'a [(u64, u32)], u64);
+
 /// Bytes from the first to the last.
-fn span((axes, width): (&[(u64, u32)], u64)) -> i128 {
+fn span((axes, width): Runs<'_>) -> i128 {
     axes.iter().map(|&(stride, n)| stride as i128 * (n as i128 - 1)).sum::<i128>() + width as i128
 }
 
 /// The length of the first axis if it has this stride, and the rest; otherwise 1, and all of it.
-fn without((axes, width): (&[(u64, u32)], u64), stride: u64) -> (i128, (&[(u64, u32)], u64)) {
+fn without((axes, width): Runs<'_>, stride: u64) -> (i128, Runs<'_>) {
     match axes {
         [(s, n), rest @ ..] if *s == stride => (*n as i128, (rest, width)),
         axes => (1, (axes, width)),
@@ -72,7 +75,7 @@ fn without((axes, width): (&[(u64, u32)], u64), stride: u64) -> (i128, (&[(u64, 
 ///
 /// Places on the axes of the largest stride matter only by their difference: for each that brings what is left of the two within
 /// reach of each other, the question is the same one with an axis less.
-fn meet(distance: i128, a: (&[(u64, u32)], u64), b: (&[(u64, u32)], u64), patience: &mut u32) -> bool {
+fn meet(distance: i128, a: Runs<'_>, b: Runs<'_>, patience: &mut u32) -> bool {
     if distance >= span(a) || distance + span(b) <= 0 {
         return false;
     }

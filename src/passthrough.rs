@@ -35,7 +35,8 @@ pub(crate) fn shader_module(
     };
     // SAFETY: wgpu looks at nothing in the module, so all that it would have checked must hold already.
     // - It is valid SPIR-V that the driver takes: naga validated the WGSL, allowing it no more than the features that
-    //   were checked above switch on, and wrote the SPIR-V; ElementModule, which nothing else can make, only replaced
+    //   were checked above switch on, and wrote the SPIR-V, which declares no capability that these features do not bring (a
+    //   test lists them; StorageInputOutput16, which naga adds by default, is switched off); ElementModule, which nothing else can make, only replaced
     //   what placeholder functions of checked signatures return, by element accesses inside the matrix. Its matrices are
     //   of a format that the adapter listed, its workgroups whole subgroups; the plan has compared threads and workgroup
     //   memory with the device's limits.

@@ -497,6 +497,9 @@ pub(crate) fn uniform_buffer(device: &wgpu::Device, bytes: &[u8]) -> Result<wgpu
     faults::mapped(device, "wgpu-flash-attention problem", usage, bytes)
 }
 
+/// Why a plan takes the naive kernel.
+pub(crate) const SHORT_SEQUENCES: &str = "sequences so short that tiles would be nearly empty";
+
 impl Plan {
     pub(crate) fn new(context: &Context, problem: &Problem, options: &PlanOptions) -> Result<Plan, Error> {
         problem.validate()?;
@@ -510,20 +513,26 @@ impl Plan {
         };
         // What f32 and bf16 need.
         let in_registers = context.matrices.as_ref().is_some_and(|matrices| matrices.in_registers(options.coop_form));
-        let (kernel, reason) = match (options.kernel, &context.matrices, problem.element_type) {
-            (Some(kernel), _, _) => (kernel, "asked for"),
-            (None, _, _) if kernel::decode::suits(problem) => {
-                (Kernel::Decode, "few queries and many keys: splits of the keys fill the device")
-            }
-            (None, Some(_), ElementType::F32 | ElementType::BF16) if !in_registers => {
+        let for_many_queries = || match (&context.matrices, problem.element_type) {
+            (Some(_), ElementType::F32 | ElementType::BF16) if !in_registers => {
                 (Kernel::Tile, forward_coop::HALF_WITHOUT_ACCESS)
             }
-            (None, Some(_), ElementType::F32) if shape.head_dim.max(shape.head_dim_v) > 128 => {
+            (Some(_), ElementType::F32) if shape.head_dim.max(shape.head_dim_v) > 128 => {
                 (Kernel::Tile, "registers do not hold the rows of the coop kernel in f32 at this head dim")
             }
-            (None, Some(_), _) if coop_fits().is_none() => (Kernel::Tile, forward_coop::LIMITS_TOO_SMALL),
-            (None, Some(_), element_type) => (Kernel::Coop, forward_coop::reason(element_type)),
-            (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
+            (Some(_), _) if coop_fits().is_none() => (Kernel::Tile, forward_coop::LIMITS_TOO_SMALL),
+            (Some(_), element_type) => (Kernel::Coop, forward_coop::reason(element_type)),
+            (None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
+        };
+        let (kernel, reason) = match options.kernel {
+            Some(kernel) => (kernel, "asked for"),
+            None if options.backward.is_none() && kernel::naive::suits(problem) => (Kernel::Naive, SHORT_SEQUENCES),
+            None => match for_many_queries() {
+                (otherwise, _) if kernel::decode::pays(problem, otherwise) => {
+                    (Kernel::Decode, "few queries: they share a tile, and splits of the keys fill the device")
+                }
+                (kernel, reason) => (kernel, reason),
+            },
         };
         let mut tile = None;
         let mut rows_and_keys = None;
@@ -593,7 +602,7 @@ impl Plan {
         };
         let backward = match problem.gradients {
             Some(_) => {
-                Some(Schedule::new(context, problem, &crate::backward::recipe(context, problem, options)?, true)?)
+                Some(Schedule::new(context, problem, &crate::backward::recipe(context, problem, options, kernel)?, true)?)
             }
             None => None,
         };

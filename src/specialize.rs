@@ -44,6 +44,7 @@ const FILES: &[(&str, &str)] = &[
     ("common/problem.wgsl", include_str!("../shaders/common/problem.wgsl")),
     ("common/read.wgsl", include_str!("../shaders/common/read.wgsl")),
     ("common/read_f16.wgsl", include_str!("../shaders/common/read_f16.wgsl")),
+    ("common/row_stats.wgsl", include_str!("../shaders/common/row_stats.wgsl")),
     ("common/score.wgsl", include_str!("../shaders/common/score.wgsl")),
     ("common/softmax.wgsl", include_str!("../shaders/common/softmax.wgsl")),
     ("common/tile_chunks.wgsl", include_str!("../shaders/common/tile_chunks.wgsl")),

@@ -177,6 +177,30 @@ fn more_than_a_buffer_holds() {
     assert_eq!(context.upload(&[]).unwrap().size(), 4);
 }
 
+/// A device that may use a hundredth of its memory has words for it when a workspace is larger. It is made where a limit of the
+/// budget lets it be made, and a driver says what its memory is.
+#[test]
+fn out_of_memory() {
+    let refused = (1..100).find_map(|percent| {
+        let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
+        descriptor.memory_budget_thresholds.for_resource_creation = Some(percent);
+        let adapter = block_on(wgpu::Instance::new(descriptor).request_adapter(&Default::default())).ok()?;
+        let limits = wgpu::DeviceDescriptor { required_limits: adapter.limits(), ..Default::default() };
+        let (device, queue) = block_on(adapter.request_device(&limits)).ok()?;
+        let context = Context::new(&device, &queue);
+        // 4 GiB of scores, in as few parts as the device takes.
+        let large = Problem::new(Shape::square(1, 64, 4096, 1), ElementType::F32);
+        Some(context.plan_with(&large, &naive()).and_then(|plan| plan.create_workspace()))
+    });
+    match refused {
+        Some(Err(error @ Error::OutOfMemory { .. })) => {
+            assert!(error.to_string().contains("no memory left for the"), "{error}");
+        }
+        Some(Err(other)) => panic!("{other}"),
+        Some(Ok(_)) | None => coop::skipped("out of memory: the driver has no memory budget, or a large one"),
+    }
+}
+
 /// A download is of what was submitted before it was asked for, whenever it is awaited.
 #[test]
 fn an_asynchronous_download_is_submitted_at_once() {

@@ -1,15 +1,31 @@
 //! Host side of `shaders/decode_split.wgsl` and `shaders/decode_combine.wgsl`.
 
-use super::{Access, Pass, Slot, bindings, switches};
+use super::{Access, Kernel, Pass, Slot, bindings, switches};
 use crate::specialize::Specialization;
 use crate::tune::DecodeTile;
 use crate::{ElementType, MergeProblem, Problem, plan::Part};
 
-/// Whether splitting the keys pays: the rows of a key-value head fit a tile, and there are keys to split.
-pub(crate) fn suits(problem: &Problem) -> bool {
+/// From how many keys on this kernel is faster than another one, by how many rows at most share a key-value head: than the tile kernel,
+/// and than the coop kernel in f16, bf16 and f32. Measured on an H200 with 32 heads on 8 of head dim 128, one batch entry; docs/kernels.md
+/// has the times. The tile kernel computes 32 to 128 rows whatever there are; the coop kernel too, but on tensor cores.
+const FROM_KEYS: [(u64, [u32; 4]); 3] = [(4, [1, 96, 96, 1]), (8, [1, 320, 320, 32]), (16, [1, 2048, 2048, 96])];
+
+/// Whether this kernel computes a problem faster than the one that would take it otherwise.
+pub(crate) fn pays(problem: &Problem, otherwise: Kernel) -> bool {
     let s = &problem.shape;
+    // It sums scores in another order than every backward kernel, so that probabilities would not be recomputed as they were. In
+    // f32 that shows.
+    if s.seqlen_q == 0 || problem.element_type == ElementType::F32 && problem.gradients.is_some() {
+        return false;
+    }
     let rows = s.group() as u64 * s.seqlen_q as u64;
-    (1..=16).contains(&rows) && s.seqlen_k >= 256
+    let column = match (otherwise, problem.element_type) {
+        (Kernel::Coop, ElementType::F16) => 1,
+        (Kernel::Coop, ElementType::BF16) => 2,
+        (Kernel::Coop, ElementType::F32) => 3,
+        _ => 0,
+    };
+    FROM_KEYS.iter().find(|(most, _)| rows <= *most).is_some_and(|(_, from)| s.seqlen_k >= from[column])
 }
 
 /// Rows of a part that share a key-value head.

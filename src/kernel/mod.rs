@@ -28,13 +28,14 @@ use crate::{ElementType, Problem};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
-    /// Scores to memory, softmax, product: what people write first. The yardstick; no plan falls back to it.
+    /// Scores to memory, softmax, product: what people write first. The yardstick, and what plans for both passes take where sequences
+    /// have at most 16 queries and 16 keys.
     Naive,
     /// Tiles on cooperative matrices (tensor cores), for contexts that
     /// [`Context::with_cooperative_matrices`](crate::Context::with_cooperative_matrices) made. The matrices are of f16:
     /// bf16 is scaled to it, f32 is also split into two parts, which keep 22 bits of it.
     Coop,
-    /// Few queries, many keys: the keys are split over workgroups, and the splits' results merged by lse.
+    /// Few queries, many keys: the keys are split over workgroups, and the splits' results merged.
     Decode,
     /// Tiles and an online softmax within WebGPU's default limits, larger tiles where the device allows them.
     Tile,
