@@ -8,7 +8,8 @@ use wgpu_flash_attention::{
 };
 
 use super::{
-    Case, GUARD, Inputs, Lengths, Measured, Prepared, Rng, end, from_bits, guarded, places, poison, tensor_dims, to_bits, unguard,
+    Case, GUARD, Inputs, Lengths, Measured, Prepared, Rng, end, from_bits, guarded, places, poison, tensor_dims,
+    to_bits, unguard,
 };
 
 /// The plan's own choice of forward kernel, and this one for the backward pass.
