@@ -4,10 +4,10 @@ use wgpu::BufferBinding;
 
 use crate::forward::{Argument, BoundPass, ForwardBuffers, ToBinding, ToOptionalBinding, check_buffers};
 use crate::kernel::{self, Access, Slot, backward_delta, forward_coop};
-use crate::plan::{SHORT_SEQUENCES, Cut, Part, Recipe, check_limits};
+use crate::plan::{Cut, Part, Recipe, SHORT_SEQUENCES, check_limits};
 use crate::problem::Tensor;
 use crate::tune::FusedTile;
-use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tune};
+use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, loops, tune};
 
 /// The buffers of a backward pass: those of the forward pass, the gradient of o, and where those of q, k and v go.
 ///
@@ -104,6 +104,9 @@ impl Plan {
     /// Probabilities are recomputed from q, k and lse, tile by tile, so o and lse must be those of a forward pass over the same
     /// q, k and v. No gradient is summed by atomics: the same input gives the same bits.
     ///
+    /// Gradients are off by `|lse| · 2⁻²⁴` relative to themselves, which is what lse was rounded by, on cooperative matrices by twice
+    /// that. Where `|lse|` is above 4 million they are finite and mean nothing.
+    ///
     /// On an error nothing has been recorded. It is [`Error::NoGradients`] for a plan of a problem without
     /// [`gradients`](Problem::gradients).
     pub fn backward(&self, encoder: &mut wgpu::CommandEncoder, buffers: &BackwardBuffers<'_>) -> Result<(), Error> {
@@ -184,12 +187,19 @@ pub(crate) fn recipe<'a>(
         (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
     };
     let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
+    let granted = context.loop_iterations;
     let mut coop_form = None;
     let mut passes = vec![backward_delta::pass(problem, false)];
     match kernel {
-        Kernel::Naive => passes.extend(kernel::backward_naive::passes(problem)),
+        Kernel::Naive => {
+            loops::check(granted, kernel, loops::of_naive(problem, true))?;
+            passes.extend(kernel::backward_naive::passes(problem));
+        }
         Kernel::Tile => match fused_tile(problem, options, limits)? {
-            Some(tile) => passes = kernel::backward_fused::passes(problem, tile),
+            Some(tile) => {
+                loops::check(granted, kernel, loops::of_fused(problem, tile))?;
+                passes = kernel::backward_fused::passes(problem, tile);
+            }
             None => {
                 let [dkdv, dq] = match options.backward_tile {
                     Some(tile) => [tile; 2],
@@ -197,6 +207,7 @@ pub(crate) fn recipe<'a>(
                 };
                 dkdv.validate()?;
                 dq.validate()?;
+                loops::check(granted, kernel, loops::of_backward_tiles(problem, [dkdv, dq]))?;
                 passes.extend(kernel::backward_tile::passes(problem, dkdv, dq));
             }
         },

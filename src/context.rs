@@ -7,7 +7,7 @@ use crate::elements::{self, ElementModule, MatrixFormat, NoElementAccess, NoMatr
 use crate::kernel::forward_coop::{self, Matrices};
 use crate::kernel::{Access, Module, Pass, Slot};
 use crate::passthrough;
-use crate::{Error, Plan, PlanOptions, Problem, faults};
+use crate::{Error, Plan, PlanOptions, Problem, faults, loops};
 
 /// A device, its queue, and the pipelines built for it. Plans made from one context share pipelines; clones share
 /// everything.
@@ -16,6 +16,8 @@ pub struct Context {
     device: wgpu::Device,
     queue: wgpu::Queue,
     limits: wgpu::Limits,
+    /// How many iterations of loops the driver grants a shader, if it ends them.
+    pub(crate) loop_iterations: Option<u64>,
     /// Lanes of the smallest subgroup there is, on devices that may use subgroup operations.
     pub(crate) lanes: Option<u32>,
     checked: bool,
@@ -83,6 +85,7 @@ impl Context {
             device.features().contains(wgpu::Features::SUBGROUP) && info.backend != wgpu::Backend::BrowserWebGpu;
         Context {
             limits: device.limits(),
+            loop_iterations: loops::granted(&info),
             lanes: subgroups.then_some(info.subgroup_min_size),
             device: device.clone(),
             queue: queue.clone(),

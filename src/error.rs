@@ -96,6 +96,19 @@ pub enum Error {
         /// What the device has.
         found: u64,
     },
+    /// The driver ends a shader's loops before the kernel is done, as Mesa's software driver did for many years.
+    #[error(
+        "this driver ends the loops of a shader after {found} iterations together, and the {kernel} kernel would make {needed}; \
+         take Mesa 26 or later, a GPU, or shorter sequences"
+    )]
+    DriverLoops {
+        /// The kernel.
+        kernel: Kernel,
+        /// The iterations that it would make.
+        needed: u64,
+        /// Those that the driver grants.
+        found: u64,
+    },
     /// A tile that does not divide into threads and vectors.
     #[error("the tile is not usable: {0}")]
     Tile(&'static str),

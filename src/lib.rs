@@ -124,6 +124,7 @@ mod faults;
 mod forward;
 mod host;
 mod kernel;
+mod loops;
 mod merge;
 mod overlap;
 mod passthrough;

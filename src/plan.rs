@@ -9,7 +9,7 @@ use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{self, CoopForm, Kernel, Pass, Rounds, Slot, forward_coop};
 use crate::problem::{Layout, Tensor};
 use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
-use crate::{ElementType, Error, Problem, faults};
+use crate::{ElementType, Error, Problem, faults, loops};
 
 /// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes. Those of tiles name types that may change in
 /// any release (see [the crate's documentation](crate#what-may-change)).
@@ -513,6 +513,9 @@ impl Plan {
         };
         // What f32 and bf16 need.
         let in_registers = context.matrices.as_ref().is_some_and(|matrices| matrices.in_registers(options.coop_form));
+        let tile_of = || options.tile.unwrap_or_else(|| tune::tile(shape.head_dim, shape.head_dim_v, limits));
+        let granted = context.loop_iterations;
+        let tile_loops = |tile| loops::check(granted, Kernel::Tile, loops::of_tile(problem, tile));
         let for_many_queries = || match (&context.matrices, problem.element_type) {
             (Some(_), ElementType::F32 | ElementType::BF16) if !in_registers => {
                 (Kernel::Tile, forward_coop::HALF_WITHOUT_ACCESS)
@@ -530,6 +533,9 @@ impl Plan {
             None => match for_many_queries() {
                 (otherwise, _) if kernel::decode::pays(problem, otherwise) => {
                     (Kernel::Decode, "few queries: they share a tile, and splits of the keys fill the device")
+                }
+                (Kernel::Tile, _) if problem.gradients.is_none() && tile_loops(tile_of()).is_err() => {
+                    (Kernel::Decode, "the driver ends long loops: splits of the keys make them shorter")
                 }
                 (kernel, reason) => (kernel, reason),
             },
@@ -564,16 +570,22 @@ impl Plan {
                 }
                 let workgroups = shape.batch as u64 * shape.heads_kv as u64 * rows.div_ceil(chosen.rows as u64);
                 let tiles = problem.keys_in_sight().div_ceil(chosen.keys()) as u64;
-                let split = options.splits.unwrap_or_else(|| tune::decode_splits(workgroups, tiles));
+                let fewest = granted.map_or(1, |granted| loops::splits(granted, problem, chosen));
+                let split = options.splits.unwrap_or_else(|| tune::decode_splits(workgroups, tiles).max(fewest));
                 let split = split.clamp(1, limits.max_compute_workgroups_per_dimension.max(1));
+                loops::check(granted, kernel, loops::of_decode(problem, chosen, split))?;
                 splits = Some(split);
                 rows_and_keys = Some((chosen.rows, chosen.keys()));
                 kernel::decode::passes(problem, chosen, split)
             }
-            Kernel::Naive => kernel::naive::passes(problem),
+            Kernel::Naive => {
+                loops::check(granted, kernel, loops::of_naive(problem, false))?;
+                kernel::naive::passes(problem)
+            }
             Kernel::Tile => {
-                let chosen = options.tile.unwrap_or_else(|| tune::tile(shape.head_dim, shape.head_dim_v, limits));
+                let chosen = tile_of();
                 chosen.validate()?;
+                tile_loops(chosen)?;
                 tile = Some(chosen);
                 rows_and_keys = Some((chosen.rows, chosen.keys));
                 vec![kernel::forward_tile::pass(problem, chosen)]
@@ -601,9 +613,12 @@ impl Plan {
             splits: splits.unwrap_or(0),
         };
         let backward = match problem.gradients {
-            Some(_) => {
-                Some(Schedule::new(context, problem, &crate::backward::recipe(context, problem, options, kernel)?, true)?)
-            }
+            Some(_) => Some(Schedule::new(
+                context,
+                problem,
+                &crate::backward::recipe(context, problem, options, kernel)?,
+                true,
+            )?),
             None => None,
         };
         let forward = Schedule::new(context, problem, &forward, false)?;

@@ -1,0 +1,163 @@
+//! A limit of Mesa's software driver, llvmpipe: it ends all loops of a shader after 65,535 iterations together, without a word. So
+//! long sequences would be wrong. Mesa 22.3, Debian 12's, does so, Mesa 26.2 does not; versions between were not tried and are taken to.
+//!
+//! Iterations are counted from the loops in the shaders, as if no compiler had written out any but those that the text writes out.
+
+use crate::tune::{BackwardTile, DecodeTile, FusedTile, Tile};
+use crate::{Error, Kernel, Problem};
+
+/// How many iterations the driver grants a shader.
+const GRANTED: u64 = 65_535;
+
+/// Of loops that a step has besides those counted here: over threads that reduce a row, over what a thread loads.
+const SMALL_LOOPS: u64 = 48;
+
+/// The iterations that a device's driver grants; `None` if it does not end loops.
+pub(crate) fn granted(info: &wgpu::AdapterInfo) -> Option<u64> {
+    if info.driver != "llvmpipe" {
+        return None;
+    }
+    let version = info.driver_info.strip_prefix("Mesa ").unwrap_or_default();
+    let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
+    major.is_none_or(|major| major < 26).then_some(GRANTED)
+}
+
+/// An error if a kernel needs more than is granted.
+pub(crate) fn check(granted: Option<u64>, kernel: Kernel, needed: u64) -> Result<(), Error> {
+    match granted {
+        Some(granted) if needed > granted => Err(Error::DriverLoops { kernel, needed, found: granted }),
+        _ => Ok(()),
+    }
+}
+
+/// Iterations over `total` things, `step` at a time, with a loop over those of a step.
+fn nested(total: u32, step: u32) -> u64 {
+    total.div_ceil(step) as u64 * (step as u64 + 1)
+}
+
+/// The same, where the text writes out the inner loop.
+fn outer(total: u32, step: u32, written_out: bool) -> u64 {
+    if written_out { total.div_ceil(step) as u64 } else { nested(total, step) }
+}
+
+/// How many keys at most a workgroup visits that has so many rows.
+fn keys_of(problem: &Problem, rows: u32) -> u64 {
+    let all = problem.shape.seqlen_k as u64;
+    let right = if problem.causal.is_some() { Some(0) } else { problem.window_right };
+    match (problem.window_left, right) {
+        (Some(left), Some(right)) => all.min(left as u64 + right as u64 + rows as u64 + 1),
+        _ => all,
+    }
+}
+
+/// How many rows at most of a head a workgroup visits that has so many keys.
+fn rows_of(problem: &Problem, keys: u32) -> u64 {
+    let all = problem.shape.seqlen_q as u64;
+    let right = if problem.causal.is_some() { Some(0) } else { problem.window_right };
+    match (problem.window_left, right) {
+        (Some(left), Some(right)) => all.min(left as u64 + right as u64 + keys as u64 + 1),
+        _ => all,
+    }
+}
+
+/// Of `shaders/forward_tile.wgsl`.
+pub(crate) fn of_tile(problem: &Problem, tile: Tile) -> u64 {
+    let products = outer(problem.shape.head_dim, tile.chunk, tile.written_out)
+        + outer(tile.keys, tile.value_keys, tile.written_out)
+        + tile.threads_x as u64;
+    (keys_of(problem, tile.rows).div_ceil(tile.keys as u64) + 1) * (products + SMALL_LOOPS)
+}
+
+/// Of a tile of keys in `shaders/decode_split.wgsl`.
+fn of_decode_tile(problem: &Problem, tile: DecodeTile) -> u64 {
+    let (rows4, keys) = (tile.rows as u64 / 4, tile.keys() as u64);
+    let vectors = problem.shape.head_dim.div_ceil(4 * tile.key_threads) as u64;
+    let slices = (tile.threads / problem.shape.head_dim_v.div_ceil(4)).min(tile.keys()).max(1) as u64;
+    let scores = vectors * tile.thread_keys as u64 + tile.key_threads as u64 + tile.thread_keys as u64 + 16;
+    rows4 * (scores + 16 + keys.div_ceil(slices)) + SMALL_LOOPS
+}
+
+/// Of `shaders/decode_split.wgsl`, in so many splits.
+pub(crate) fn of_decode(problem: &Problem, tile: DecodeTile, splits: u32) -> u64 {
+    let tiles = (problem.keys_in_sight() as u64).div_ceil(tile.keys() as u64);
+    // What follows the loop over keys.
+    let end = tile.rows as u64 * (tile.threads as u64 + 16);
+    (tiles.div_ceil(splits.max(1) as u64) + 1) * of_decode_tile(problem, tile) + end
+}
+
+/// The fewest splits of the keys with which the decode kernel has what it needs.
+pub(crate) fn splits(granted: u64, problem: &Problem, tile: DecodeTile) -> u32 {
+    let end = tile.rows as u64 * (tile.threads as u64 + 16);
+    let tiles = granted.saturating_sub(end) / of_decode_tile(problem, tile);
+    let all = (problem.keys_in_sight() as u64).div_ceil(tile.keys() as u64);
+    all.div_ceil(tiles.saturating_sub(1).max(1)).try_into().unwrap_or(u32::MAX)
+}
+
+/// Of `shaders/naive_*.wgsl` and, if there are gradients to compute by it, `shaders/naive_backward_*.wgsl`.
+pub(crate) fn of_naive(problem: &Problem, backward: bool) -> u64 {
+    let s = &problem.shape;
+    let forward = nested(s.seqlen_k, 256);
+    if backward { forward.max(s.group() as u64 * (nested(s.seqlen_q, 256) + 1)) } else { forward }
+}
+
+/// Of `shaders/backward_dkdv_tile.wgsl` and `shaders/backward_dq_tile.wgsl`, whichever needs more.
+pub(crate) fn of_backward_tiles(problem: &Problem, [dkdv, dq]: [BackwardTile; 2]) -> u64 {
+    let s = &problem.shape;
+    let of_step = |tile: BackwardTile, gradients: u64| {
+        let scores = |dim: u32| outer(dim.div_ceil(4), tile.chunk / 4, tile.written_out);
+        let results = gradients * outer(tile.step / 4, tile.block / 4, tile.written_out);
+        scores(s.head_dim) + scores(s.head_dim_v) + results + (tile.step / tile.threads_x) as u64 + SMALL_LOOPS
+    };
+    let of_rows = s.group() as u64 * (rows_of(problem, dkdv.own).div_ceil(dkdv.step as u64) + 1) * of_step(dkdv, 2);
+    let of_keys = (keys_of(problem, dq.own).div_ceil(dq.step as u64) + 1) * of_step(dq, 1);
+    of_rows.max(of_keys)
+}
+
+/// Of `shaders/backward_fused_tile.wgsl`.
+pub(crate) fn of_fused(problem: &Problem, tile: FusedTile) -> u64 {
+    let s = &problem.shape;
+    let blocks = |total: u32, block: u32, step: u32| (total.min(block).div_ceil(step) + 1) as u64;
+    let products = [
+        outer(s.head_dim, tile.chunk, tile.written_out),
+        outer(s.head_dim_v, tile.chunk, tile.written_out),
+        2 * outer(tile.step, tile.lines, tile.written_out),
+        outer(tile.own, tile.lines, tile.written_out),
+    ];
+    let of_step = products.iter().sum::<u64>() + SMALL_LOOPS;
+    let rows = s.group() as u64 * blocks(s.seqlen_q, tile.block_rows, tile.step);
+    blocks(s.seqlen_k, tile.block_keys, tile.own) * rows * of_step
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ElementType, Shape, tune};
+
+    #[test]
+    fn drivers_by_their_names() {
+        let info = |driver: &str, driver_info: &str| {
+            let mut info = wgpu::AdapterInfo::new(wgpu::DeviceType::Cpu, wgpu::Backend::Vulkan);
+            (info.driver, info.driver_info) = (driver.into(), driver_info.into());
+            granted(&info)
+        };
+        assert_eq!(info("llvmpipe", "Mesa 22.3.6 (LLVM 15.0.6)"), Some(GRANTED));
+        assert_eq!(info("llvmpipe", "Mesa 25.0.7-2 (LLVM 19.1.7)"), Some(GRANTED));
+        assert_eq!(info("llvmpipe", "something else"), Some(GRANTED));
+        assert_eq!(info("llvmpipe", "Mesa 26.2.6-1 (LLVM 21.1.8)"), None);
+        assert_eq!(info("NVIDIA", "580.159.04"), None);
+    }
+
+    /// From how many keys on the tile kernel was wrong on Mesa 22.3, by head dim.
+    #[test]
+    fn lengths_that_were_wrong_are_refused() {
+        let limits = wgpu::Limits { max_compute_workgroup_storage_size: 32 << 10, ..Default::default() };
+        for (head_dim, wrong) in [(256, 12_000), (128, 24_000), (64, 30_000), (16, 48_000)] {
+            let needed = |keys: u32| {
+                let shape = Shape { seqlen_k: keys, ..Shape::square(1, 1, 9, head_dim) };
+                of_tile(&Problem::new(shape, ElementType::F32), tune::tile(head_dim, head_dim, &limits))
+            };
+            assert!(needed(wrong) > GRANTED, "{head_dim}: {}", needed(wrong));
+            assert!(needed(wrong / 2) <= GRANTED, "{head_dim}: {}", needed(wrong / 2));
+        }
+    }
+}
