@@ -4,7 +4,7 @@ use wgpu::BufferBinding;
 
 use crate::forward::{Argument, BoundPass, ForwardBuffers, ToBinding, ToOptionalBinding, check_buffers};
 use crate::kernel::{self, Access, Slot, backward_delta, forward_coop};
-use crate::plan::{SHORT_SEQUENCES, Cut, Part, Recipe, check_limits};
+use crate::plan::{Cut, Part, Recipe, SHORT_SEQUENCES, check_limits};
 use crate::problem::Tensor;
 use crate::tune::FusedTile;
 use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, tune};

@@ -601,9 +601,12 @@ impl Plan {
             splits: splits.unwrap_or(0),
         };
         let backward = match problem.gradients {
-            Some(_) => {
-                Some(Schedule::new(context, problem, &crate::backward::recipe(context, problem, options, kernel)?, true)?)
-            }
+            Some(_) => Some(Schedule::new(
+                context,
+                problem,
+                &crate::backward::recipe(context, problem, options, kernel)?,
+                true,
+            )?),
             None => None,
         };
         let forward = Schedule::new(context, problem, &forward, false)?;
