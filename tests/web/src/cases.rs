@@ -42,6 +42,7 @@ fn forward_entries() -> Vec<Entry> {
     let grouped = || case(2, [4, 2], [37, 170], [16, 12]);
     let odd = || case(2, [2, 1], [37, 170], [7, 5]).odd();
     let lengths = || case(3, [2, 1], [37, 170], [16, 12]).seqlens(&[170, 0, 131]);
+    let padded = || case(2, [2, 1], [150, 150], [16, 12]).seqlens_q(&[150, 97]).seqlens(&[150, 97]);
     let more_queries = || case(1, [2, 2], [170, 150], [16, 12]);
 
     add(FULL, "naive", naive(), F32, "bottom-right", plain().causal(BottomRight));
@@ -53,6 +54,7 @@ fn forward_entries() -> Vec<Entry> {
     add(FULL, "tile", tile(), F32, "top-left, more queries", more_queries().causal(TopLeft));
     add(FULL, "tile", tile(), F32, "window, grouped heads", grouped().window(100, 2));
     add(FULL, "tile", tile(), F32, "lengths, bottom-right", lengths().causal(BottomRight));
+    add(FULL, "tile", tile(), F32, "padded, window", padded().window(100, 5));
     add(FULL, "tile", tile(), F32, "softcap, scale below 0", plain().softcap(2.0).scale(-0.6));
     add(FULL, "tile", tile(), F32, "odd head dims and strides", odd().causal(BottomRight));
     add(FEW, "tile", tile(), F32, "several chunks of columns", case(1, [2, 1], [37, 170], [72, 80]));
@@ -92,7 +94,15 @@ fn backward_entries() -> Vec<Entry> {
     add(FEW, "backward tile", tile, F32, "bottom-right", none, square().causal(BottomRight));
     add(FULL, "backward tile", tile, F32, "window, grouped heads", none, square().window(100, 2));
     add(FULL, "backward tile", tile, F32, "gradient of lse, accumulated, top-left", both, square().causal(TopLeft));
-    add(FULL, "backward tile", tile, F32, "lengths, softcap", none, square().seqlens(&[141]).softcap(2.0));
+    add(
+        FULL,
+        "backward tile",
+        tile,
+        F32,
+        "padded, softcap",
+        none,
+        square().seqlens_q(&[130]).seqlens(&[141]).softcap(2.0),
+    );
     add(FULL, "backward tile", tile, F32, "odd head dims and strides", none, odd());
     add(FULL, "backward tile", tile, F16, "no mask", none, square());
     add(FEW, "backward tile", tile, BF16, "bottom-right", none, square().causal(BottomRight));
