@@ -161,11 +161,7 @@ fn the_plan_chooses_by_shape() {
         let shape = Shape { heads_q, heads_kv: 2, seqlen_q, seqlen_k, ..Shape::square(1, 2, 1, 64) };
         let plan = webgpu().plan(&Problem::new(shape, ElementType::F16)).unwrap();
         let text = plan.to_string();
-        assert_eq!(
-            text.contains("kernel: decode (few queries:"),
-            plan.kernel() == Kernel::Decode,
-            "{text}"
-        );
+        assert_eq!(text.contains("kernel: decode (few queries:"), plan.kernel() == Kernel::Decode, "{text}");
         assert_eq!(plan.workspace_bytes() > 0, plan.kernel() == Kernel::Decode);
         plan.kernel()
     };
