@@ -162,7 +162,7 @@ fn the_plan_chooses_by_shape() {
         let plan = webgpu().plan(&Problem::new(shape, ElementType::F16)).unwrap();
         let text = plan.to_string();
         assert_eq!(
-            text.contains("kernel: decode (few queries and many keys"),
+            text.contains("kernel: decode (few queries:"),
             plan.kernel() == Kernel::Decode,
             "{text}"
         );
@@ -172,7 +172,9 @@ fn the_plan_chooses_by_shape() {
     assert_eq!(chosen(8, 1, 4096), Kernel::Decode);
     assert_eq!(chosen(8, 4, 256), Kernel::Decode);
     assert_eq!(chosen(8, 5, 4096), Kernel::Tile);
-    assert_eq!(chosen(8, 1, 255), Kernel::Tile);
+    assert_eq!(chosen(8, 1, 1), Kernel::Decode);
+    assert_eq!(chosen(8, 1, 255), Kernel::Decode);
+    assert_eq!(chosen(8, 4, 16), Kernel::Decode);
     assert_eq!(chosen(34, 1, 4096), Kernel::Tile);
     assert_eq!(chosen(8, 0, 4096), Kernel::Tile);
 }

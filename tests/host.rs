@@ -197,7 +197,7 @@ fn out_of_memory() {
             assert!(error.to_string().contains("no memory left for the"), "{error}");
         }
         Some(Err(other)) => panic!("{other}"),
-        Some(Ok(_)) | None => coop::skipped("out of memory: the driver has no memory budget, or a large one"),
+        Some(Ok(_)) | None => common::skipped::skipped("out of memory: the driver has no memory budget, or a large one"),
     }
 }
 
