@@ -7,7 +7,7 @@ mod support;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use support::{GradientBuffers, Inputs, Outputs, Tensors, Upstream};
+use support::{GradientBuffers, Inputs, Lengths, Outputs, Tensors, Upstream};
 use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions, Problem, Shape};
 
 /// Device time: the forward pass, the backward pass over its output, and one after the other.
@@ -21,7 +21,7 @@ fn passes(criterion: &mut Criterion) {
             query: support::random(elements, 1),
             key: support::random(elements, 2),
             value: support::random(elements, 3),
-            seqlens_k: None,
+            lengths: Lengths::default(),
         };
         let upstream = Upstream::<f32> { out: support::random(elements, 4), lse: None };
         let inputs = Inputs::upload(&context, &tensors).expect("small inputs");
@@ -66,7 +66,8 @@ fn host(criterion: &mut Criterion) {
     let problem = Problem::new(Shape::square(1, 2, 256, 64), ElementType::F32).with_lse();
     let plan = context.plan(&problem).expect("a small problem");
     let values = vec![0.0; 2 * 256 * 64];
-    let tensors = Tensors::<f32> { query: values.clone(), key: values.clone(), value: values, seqlens_k: None };
+    let tensors =
+        Tensors::<f32> { query: values.clone(), key: values.clone(), value: values, lengths: Lengths::default() };
     let inputs = Inputs::upload(&context, &tensors).expect("small inputs");
     let outputs = Outputs::poisoned(&context, &plan).expect("small outputs");
     let mut group = criterion.benchmark_group("host");

@@ -17,7 +17,7 @@ use wgpu_flash_attention::{
 use support::output::OutputFile;
 use support::terminal::{Progress, cut, first_few, harmless, quoted, quoted_list};
 use support::{
-    Errors, Expected, GRADIENTS, GradientBuffers, Inputs, Number, Outputs, PlainGradients, Tensors, Upstream,
+    Errors, Expected, GRADIENTS, GradientBuffers, Inputs, Lengths, Number, Outputs, PlainGradients, Tensors, Upstream,
     sample_rows,
 };
 
@@ -29,8 +29,8 @@ const FIXTURE: &[u8] = include_bytes!("../tests/data/minilm_layer5.safetensors")
 
 /// Attention on a safetensors file.
 ///
-/// Reads q [B,Hq,Nq,D], k [B,Hkv,Nk,D] and v [B,Hkv,Nk,Dv] in F32, F16 or BF16 and, if there is one, seqlens_k [B] in
-/// I32 or I64: how many keys of each batch entry count. Where the file also holds the expected o [B,Hq,Nq,Dv] or
+/// Reads q [B,Hq,Nq,D], k [B,Hkv,Nk,D] and v [B,Hkv,Nk,Dv] in F32, F16 or BF16 and, if they are there, seqlens_k [B]
+/// and seqlens_q [B] in I32 or I64: how many keys and queries of each batch entry count. Where the file also holds the expected o [B,Hq,Nq,Dv] or
 /// lse [B,Hq,Nq], compares with them; with --backward also with dq, dk and dv. A tensor of any other name is refused, since
 /// a result that leaves it out would answer another question.
 #[derive(Parser)]
@@ -319,7 +319,7 @@ struct Task {
     query: Vec<f64>,
     key: Vec<f64>,
     value: Vec<f64>,
-    seqlens_k: Option<Vec<i32>>,
+    lengths: Lengths,
     out: Option<Vec<f64>>,
     lse: Option<Vec<f64>>,
     backward: Option<BackwardTask>,
@@ -395,14 +395,10 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
     };
     let seqlens_k = source.lengths("seqlens_k", q[0], k[2], "keys")?;
     let seqlens_q = source.lengths("seqlens_q", q[0], q[2], "queries")?;
-    if seqlens_q.is_some() {
-        return Err(
-            "the file holds seqlens_q, which attend does not compute with yet; --ignore seqlens_q goes on".into()
-        );
-    }
     let window = args.window.unwrap_or(Window { left: None, right: None });
     let mut problem = Problem::new(shape, element_type).window(window.left, window.right).with_lse();
-    (problem.scale, problem.softcap, problem.seqlens_k) = (args.scale, args.softcap, seqlens_k.is_some());
+    (problem.scale, problem.softcap) = (args.scale, args.softcap);
+    (problem.seqlens_q, problem.seqlens_k) = (seqlens_q.is_some(), seqlens_k.is_some());
     problem.causal = args.causal.map(|diagonal| match diagonal {
         Diagonal::BottomRight => Causal::BottomRight,
         Diagonal::TopLeft => Causal::TopLeft,
@@ -419,18 +415,18 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
         query: query.values,
         key: key.values,
         value: value.values,
-        seqlens_k,
+        lengths: Lengths { queries: seqlens_q, keys: seqlens_k },
         backward,
     };
     if !args.allow_non_finite {
-        refuse_non_finite(&task, seqlens_q.as_deref())?;
+        refuse_non_finite(&task)?;
     }
     Ok(task)
 }
 
 /// An error if a kernel would be given NaN or infinity: WGSL leaves what follows undefined. Rows past the lengths are no
 /// kernel's business, so anything may be there.
-fn refuse_non_finite(task: &Task, seqlens_q: Option<&[i32]>) -> Result<()> {
+fn refuse_non_finite(task: &Task) -> Result<()> {
     let s = &task.problem.shape;
     let q = [s.batch, s.heads_q, s.seqlen_q, s.head_dim];
     let k = [s.batch, s.heads_kv, s.seqlen_k, s.head_dim];
@@ -443,11 +439,11 @@ fn refuse_non_finite(task: &Task, seqlens_q: Option<&[i32]>) -> Result<()> {
     }
     for (name, values, sizes) in all {
         let element_type = if name == "dlse" { ElementType::F32 } else { task.problem.element_type };
-        let lengths = if ["k", "v"].contains(&name) { task.seqlens_k.as_deref() } else { seqlens_q };
+        let lengths = if ["k", "v"].contains(&name) { &task.lengths.keys } else { &task.lengths.queries };
         let mut bad = NonFinite::default();
         for (n, &value) in values.iter().enumerate() {
             let at = place(sizes, n);
-            let counts = lengths.is_none_or(|lengths| (at[2] as i64) < lengths[at[0]] as i64);
+            let counts = lengths.as_ref().is_none_or(|lengths| (at[2] as i64) < lengths[at[0]] as i64);
             if counts && !rounded(element_type, value).is_finite() {
                 bad.add(n, value);
             }
@@ -518,7 +514,7 @@ fn attend<T: Number>(args: &Args, task: &Task) -> Result<bool> {
         query: convert(&task.query),
         key: convert(&task.key),
         value: convert(&task.value),
-        seqlens_k: task.seqlens_k.clone(),
+        lengths: task.lengths.clone(),
     };
     let upstream = task.backward.as_ref().map(|backward| {
         let lse = backward.grad_lse.as_ref().map(|lse| lse.iter().map(|&x| x as f32).collect());
@@ -546,12 +542,12 @@ fn on_host<T: Number>(problem: &Problem, tensors: &Tensors<T>, upstream: Option<
     say("kernel", "the reference, in f64 on the host");
     let start = std::time::Instant::now();
     let _progress = progress("computing in f64 on the host");
-    let Tensors { query, key, value, seqlens_k } = tensors;
+    let Tensors { query, key, value, lengths } = tensors;
     let rounded = |values: Vec<f64>| -> Vec<T> { values.into_iter().map(|x| T::nearest(x as f32)).collect() };
-    let result = reference::forward(problem, query, key, value, seqlens_k.as_deref());
+    let result = reference::forward(problem, query, key, value, lengths.borrow());
     let gradients = upstream.map(|upstream| {
         let all = [&query[..], key, value, &upstream.out];
-        let result = reference::backward(problem, all, upstream.lse.as_deref(), seqlens_k.as_deref());
+        let result = reference::backward(problem, all, upstream.lse.as_deref(), lengths.borrow());
         [result.query, result.key, result.value].map(rounded)
     });
     say("time", format!("{:.3} ms", start.elapsed().as_secs_f64() * 1e3));
@@ -666,7 +662,7 @@ fn compare<T: Number>(
     let comparing = progress("computing in f64 on the host, to compare");
     // What the type costs the plain computation: lengths, masks and all, but never the expected values.
     let plain = (T::TYPE != ElementType::F32 && (task.out.is_some() || task.lse.is_some())).then(|| {
-        let exact = reference::forward(&task.problem, &task.query, &task.key, &task.value, task.seqlens_k.as_deref());
+        let exact = reference::forward(&task.problem, &task.query, &task.key, &task.value, task.lengths.borrow());
         let (out, lse) = plain(&task.problem, tensors);
         (Errors::of(out, &exact.out), Errors::of(lse, &exact.lse))
     });
@@ -755,7 +751,7 @@ fn expected_gradients<T: Number>(
     }
     let (problem, s) = (&task.problem, &task.problem.shape);
     let inputs = [&task.query[..], &task.key, &task.value, &backward.grad_out.values];
-    let exact = reference::backward(problem, inputs, upstream.lse.as_deref(), task.seqlens_k.as_deref());
+    let exact = reference::backward(problem, inputs, upstream.lse.as_deref(), task.lengths.borrow());
     let (out, lse) = plain(problem, tensors);
     let plain = PlainGradients { problem, tensors, upstream, out, lse };
     let all_rows = |heads, positions| sample_rows([s.batch, heads, positions], u64::MAX);
@@ -817,9 +813,13 @@ fn run(args: &Args) -> Result<bool> {
     let task = read(&file, args)?;
     drop(reading);
     let (ty, s) = (task.problem.element_type, &task.problem.shape);
-    let lengths = match &task.seqlens_k {
-        None => "all keys count".into(),
-        Some(lengths) => format!("key lengths {}", first_few(lengths)),
+    let lengths = match (&task.lengths.queries, &task.lengths.keys) {
+        (None, None) => "all keys count".into(),
+        (None, Some(keys)) => format!("key lengths {}", first_few(keys)),
+        (Some(queries), None) => format!("query lengths {}", first_few(queries)),
+        (Some(queries), Some(keys)) => {
+            format!("query lengths {}, key lengths {}", first_few(queries), first_few(keys))
+        }
     };
     let upstream = match &task.backward {
         None => "",

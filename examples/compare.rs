@@ -18,7 +18,8 @@ use wgpu_flash_attention::{
 use support::output::OutputFile;
 use support::terminal::{Progress, bytes, harmless};
 use support::{
-    Errors, GRADIENTS, GradientBuffers, GradientSample, Inputs, Number, Outputs, Tensors, Time, Upstream, Verdict,
+    Errors, GRADIENTS, GradientBuffers, GradientSample, Inputs, Lengths, Number, Outputs, Tensors, Time, Upstream,
+    Verdict,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -646,7 +647,7 @@ fn compare_all<T: Number>(
         query: support::random(elements(shape.heads_q, shape.seqlen_q), 1),
         key: support::random(elements(shape.heads_kv, shape.seqlen_k), 2),
         value: support::random(elements(shape.heads_kv, shape.seqlen_k), 3),
-        seqlens_k: None,
+        lengths: Lengths::default(),
     };
     let inputs = Inputs::upload(context, &tensors)?;
     let upstream = Upstream { out: support::random(elements(shape.heads_q, shape.seqlen_q), 4), lse: None };

@@ -15,7 +15,7 @@ use wgpu_flash_attention::{
 };
 
 use support::{
-    Errors, GRADIENTS, GradientBuffers, GradientSample, Inputs, Number, Outputs, Tensors, Upstream, Verdict,
+    Errors, GRADIENTS, GradientBuffers, GradientSample, Inputs, Lengths, Number, Outputs, Tensors, Upstream, Verdict,
 };
 
 /// Random shapes, options, strides and element types, through every kernel that takes them, forward and backward, against
@@ -116,6 +116,7 @@ fn random_problem(rng: &mut Rng, most: u32, element_type: ElementType) -> Proble
     let mut side = || rng.once_in(4).then(|| rng.from(0, s.seqlen_k));
     (problem.window_left, problem.window_right) = (side(), side());
     problem.seqlens_k = rng.once_in(3);
+    problem.seqlens_q = rng.once_in(4);
     problem
 }
 
@@ -183,21 +184,23 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
         T::TYPE,
     );
     let s = &problem.shape;
-    let lengths = || (0..s.batch).map(|_| rng.from(0, s.seqlen_k) as i32).collect::<Vec<_>>();
-    let seqlens_k = problem.seqlens_k.then(lengths);
-    let keys = |b: u32| seqlens_k.as_ref().map_or(s.seqlen_k, |lengths| lengths[b as usize] as u32);
+    let mut some = |all: u32| (0..s.batch).map(|_| rng.from(0, all) as i32).collect::<Vec<_>>();
+    let keys = problem.seqlens_k.then(|| some(s.seqlen_k));
+    let queries = problem.seqlens_q.then(|| some(s.seqlen_q));
+    let lengths = Lengths { queries, keys };
+    let valid = |b: u32| lengths.borrow().of(&problem, b);
     let q = [s.batch, s.heads_q, s.seqlen_q, s.head_dim];
     let [k, v] = [s.head_dim, s.head_dim_v].map(|dim| [s.batch, s.heads_kv, s.seqlen_k, dim]);
     let tensor =
         |dims: [u32; 4], n: u64| support::random::<T>(dims.iter().map(|&d| d as usize).product(), seed ^ n << 60);
     // Values of a mean other than 0: a relative error says nothing of sums that cancel.
     let value: Vec<T> = tensor(v, 3).into_iter().map(|x| T::nearest(0.7 + 0.5 * x.into() as f32)).collect();
-    let tensors = Tensors { query: tensor(q, 1), key: tensor(k, 2), value, seqlens_k: seqlens_k.clone() };
+    let tensors = Tensors { query: tensor(q, 1), key: tensor(k, 2), value, lengths: lengths.clone() };
     let laid_out = Tensors {
-        query: lay_out(&tensors.query, &problem.layout(Tensor::Query), q, |_| s.seqlen_q),
-        key: lay_out(&tensors.key, &problem.layout(Tensor::Key), k, keys),
-        value: lay_out(&tensors.value, &problem.layout(Tensor::Value), v, keys),
-        seqlens_k: seqlens_k.clone(),
+        query: lay_out(&tensors.query, &problem.layout(Tensor::Query), q, |b| valid(b).0),
+        key: lay_out(&tensors.key, &problem.layout(Tensor::Key), k, |b| valid(b).1),
+        value: lay_out(&tensors.value, &problem.layout(Tensor::Value), v, |b| valid(b).1),
+        lengths: lengths.clone(),
     };
     let inputs = Inputs::upload(context, &laid_out)?;
 
@@ -208,7 +211,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     for n in (0..s.rows() as u32).step_by(step) {
         let row = [n / s.seqlen_q / s.heads_q, n / s.seqlen_q % s.heads_q, n % s.seqlen_q];
         let Tensors { query, key, value, .. } = &tensors;
-        let (o, l) = reference::forward_row(&problem, query, key, value, seqlens_k.as_deref(), row);
+        let (o, l) = reference::forward_row(&problem, query, key, value, lengths.borrow(), row);
         rows.push((n as usize, row));
         out.extend(o);
         lse.push(l);
@@ -232,7 +235,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     let grad_lse = of_lse.then(|| (0..s.rows()).map(|_| 2.0 * rng.unit() - 1.0).collect());
     let upstream = Upstream { out: tensor(o, 4), lse: grad_lse };
     let upstream_laid_out = Upstream {
-        out: lay_out(&upstream.out, &with_gradients.layout(Tensor::GradOut), o, |_| s.seqlen_q),
+        out: lay_out(&upstream.out, &with_gradients.layout(Tensor::GradOut), o, |b| valid(b).0),
         lse: upstream.lse.clone(),
     };
     let queries = support::sample_rows([s.batch, s.heads_q, s.seqlen_q], affordable.clamp(32, 512) / 4);
@@ -240,7 +243,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     let affordable_keys = (20_000_000 / group_rows).clamp(32, 512) / 4;
     let keys = support::sample_rows([s.batch, s.heads_kv, s.seqlen_k], affordable_keys);
     let sample = GradientSample::of(context, &with_gradients, &tensors, &upstream, queries, keys)
-        .map_err(|what| format!("seed {seed}: {what}\n{problem:?}\nkey lengths {seqlens_k:?}"))?;
+        .map_err(|what| format!("seed {seed}: {what}\n{problem:?}\n{lengths:?}"))?;
 
     let mut kernels = vec![(Kernel::Tile, None)];
     kernels.extend((s.rows() * s.seqlen_k as u64 <= 1 << 20).then_some((Kernel::Naive, None)));
@@ -248,7 +251,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     kernels.extend([CoopForm::Registers, CoopForm::WorkgroupMemory].map(|form| (Kernel::Coop, Some(form))));
     for (kernel, coop_form) in kernels {
         let name = coop_form.map_or(kernel.to_string(), |form| format!("{kernel} {form}"));
-        let failed = |what: String| format!("seed {seed}: {name}: {what}\n{problem:?}\nkey lengths {seqlens_k:?}");
+        let failed = |what: String| format!("seed {seed}: {name}: {what}\n{problem:?}\n{lengths:?}");
         let options = PlanOptions::default().kernel(kernel).coop_form(coop_form);
         let plan = match context.plan_with(&problem, &options) {
             Err(Error::Unsupported { .. }) => continue,

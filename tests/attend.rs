@@ -463,7 +463,22 @@ fn lengths_of_queries_are_checked_and_not_left_out() {
     };
     expect_refusal(&[&with(&[3, 4])], &["seqlens_q[1] is 4", "0 to 3, the number of queries"]);
     expect_refusal(&[&with(&[3])], &["seqlens_q has shape [1]"]);
-    expect_refusal(&[&with(&[3, 2])], &["seqlens_q", "not compute with yet"]);
+    // Both lengths, on a bottom-right diagonal that ends where both end.
+    let problem = Problem::new(File::SHAPE, ElementType::F32).causal(Causal::BottomRight);
+    let problem = problem.with_seqlens_q().with_seqlens_k();
+    let lengths = reference::Lengths { queries: Some(&[3, 2]), keys: Some(&[5, 2]) };
+    let result = reference::forward(&problem, &values(192, 0.7), &values(160, 1.1), &values(120, 1.9), lengths);
+    let f32s = |values: &[f64]| -> Vec<f32> { values.iter().map(|&x| x as f32).collect() };
+    let path = File::new()
+        .with_lengths(&[5, 2])
+        .put("seqlens_q", Dtype::I64, &[2], bytemuck::cast_slice(&[3i64, 2]))
+        .with("o", &[2, 4, 3, 6], &f32s(&result.out))
+        .with("lse", &[2, 4, 3], &f32s(&result.lse))
+        .save("seqlens-both");
+    for kernel in ["naive", "tile", "decode", "reference"] {
+        let text = expect(&[&path, "--causal", "bottom-right", "--kernel", kernel], 0);
+        assert!(text.contains("query lengths 3, 2, key lengths 5, 2") && text.contains("PASS"), "{text}");
+    }
 }
 
 #[test]

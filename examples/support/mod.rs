@@ -81,7 +81,20 @@ pub struct Tensors<T> {
     pub query: Vec<T>,
     pub key: Vec<T>,
     pub value: Vec<T>,
-    pub seqlens_k: Option<Vec<i32>>,
+    pub lengths: Lengths,
+}
+
+/// How many queries and keys of each batch entry are valid, of a problem with lengths.
+#[derive(Clone, Debug, Default)]
+pub struct Lengths {
+    pub queries: Option<Vec<i32>>,
+    pub keys: Option<Vec<i32>>,
+}
+
+impl Lengths {
+    pub fn borrow(&self) -> reference::Lengths<'_> {
+        reference::Lengths { queries: self.queries.as_deref(), keys: self.keys.as_deref() }
+    }
 }
 
 /// What the backward pass is given besides: the gradients of o and, where the loss uses it, of lse; contiguous.
@@ -95,16 +108,21 @@ pub struct Inputs {
     query: wgpu::Buffer,
     key: wgpu::Buffer,
     value: wgpu::Buffer,
+    seqlens_q: Option<wgpu::Buffer>,
     seqlens_k: Option<wgpu::Buffer>,
 }
 
 impl Inputs {
     pub fn upload<T: Number>(context: &Context, tensors: &Tensors<T>) -> Result<Self, String> {
+        let lengths = |name: &str, lengths: &Option<Vec<i32>>| {
+            lengths.as_deref().map(|lengths| upload(context, name, lengths)).transpose()
+        };
         Ok(Inputs {
             query: upload(context, "q", &tensors.query)?,
             key: upload(context, "k", &tensors.key)?,
             value: upload(context, "v", &tensors.value)?,
-            seqlens_k: tensors.seqlens_k.as_deref().map(|lengths| upload(context, "seqlens_k", lengths)).transpose()?,
+            seqlens_q: lengths("seqlens_q", &tensors.lengths.queries)?,
+            seqlens_k: lengths("seqlens_k", &tensors.lengths.keys)?,
         })
     }
 }
@@ -170,6 +188,7 @@ pub fn bind(plan: &Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundPass
 fn forward_buffers<'a>(inputs: &'a Inputs, outputs: &'a Outputs) -> ForwardBuffers<'a> {
     ForwardBuffers::new(&inputs.query, &inputs.key, &inputs.value, &outputs.out)
         .lse(&outputs.lse)
+        .seqlens_q(inputs.seqlens_q.as_ref())
         .seqlens_k(inputs.seqlens_k.as_ref())
 }
 
@@ -340,8 +359,8 @@ pub fn plain_row<T: Number>(problem: &Problem, tensors: &Tensors<T>, [b, h, i]: 
         let row = (b as usize * heads as usize + head as usize) * positions as usize + position as usize;
         row * dim as usize..(row + 1) * dim as usize
     };
-    let keys = tensors.seqlens_k.as_ref().map_or(s.seqlen_k, |lengths| lengths[b as usize] as u32);
-    let (first, end) = problem.key_interval(i, keys);
+    let (queries, keys) = tensors.lengths.borrow().of(problem, b);
+    let (first, end) = problem.key_interval_of(i, queries, keys);
     let head_kv = h / s.group();
     let q = &tensors.query[row(s.heads_q, h, s.seqlen_q, i, s.head_dim)];
     let score = |j| {
@@ -389,7 +408,7 @@ impl<T: Number> PlainGradients<'_, T> {
         for &[b, h, i] in rows {
             let n = number([s.heads_q, s.seqlen_q], [b, h, i]);
             let delta = self.delta(n);
-            let (first, end) = self.problem.key_interval(i, self.keys(b));
+            let (first, end) = self.key_interval(b, i);
             let mut dq = vec![0.0; s.head_dim as usize];
             for j in first..end {
                 let m = number([s.heads_kv, s.seqlen_k], [b, h / s.group(), j]);
@@ -410,7 +429,7 @@ impl<T: Number> PlainGradients<'_, T> {
             let (mut dk, mut dv) = (vec![0.0; s.head_dim as usize], vec![0.0; s.head_dim_v as usize]);
             for head in h * s.group()..(h + 1) * s.group() {
                 for i in 0..s.seqlen_q {
-                    let (first, end) = self.problem.key_interval(i, self.keys(b));
+                    let (first, end) = self.key_interval(b, i);
                     if (first..end).contains(&j) {
                         let n = number([s.heads_q, s.seqlen_q], [b, head, i]);
                         let pair = self.pair(n, m, self.delta(n));
@@ -425,8 +444,9 @@ impl<T: Number> PlainGradients<'_, T> {
         result
     }
 
-    fn keys(&self, b: u32) -> u32 {
-        self.tensors.seqlens_k.as_ref().map_or(self.problem.shape.seqlen_k, |lengths| lengths[b as usize] as u32)
+    fn key_interval(&self, b: u32, i: u32) -> (u32, u32) {
+        let (queries, keys) = self.tensors.lengths.borrow().of(self.problem, b);
+        self.problem.key_interval_of(i, queries, keys)
     }
 
     fn delta(&self, n: usize) -> f32 {
@@ -529,7 +549,7 @@ impl GradientSample {
         keys: Vec<[u32; 3]>,
     ) -> Result<Self, String> {
         let s = &problem.shape;
-        let lengths = tensors.seqlens_k.as_deref();
+        let lengths = tensors.lengths.borrow();
         let (out, lse) = forward_f32(context, problem, tensors)?;
         let Tensors { query: q, key: k, value: v, .. } = tensors;
         let (mut exact_out, mut exact_lse, mut found_out, mut found_lse) = (vec![], vec![], vec![], vec![]);
@@ -620,14 +640,14 @@ fn forward_f32<T: Number>(
     // All but the layouts and the gradients.
     let mut of_f32 = Problem::new(problem.shape, ElementType::F32).window(problem.window_left, problem.window_right);
     (of_f32.scale, of_f32.softcap, of_f32.causal) = (problem.scale, problem.softcap, problem.causal);
-    (of_f32.seqlens_k, of_f32.lse) = (problem.seqlens_k, problem.lse);
+    (of_f32.seqlens_q, of_f32.seqlens_k, of_f32.lse) = (problem.seqlens_q, problem.seqlens_k, problem.lse);
     let problem = of_f32;
     let f32s = |values: &[T]| -> Vec<f32> { values.iter().map(|&x| x.into() as f32).collect() };
     let tensors = Tensors {
         query: f32s(&tensors.query),
         key: f32s(&tensors.key),
         value: f32s(&tensors.value),
-        seqlens_k: tensors.seqlens_k.clone(),
+        lengths: tensors.lengths.clone(),
     };
     let words = |error: Error| error.to_string();
     let options = PlanOptions::default().kernel(Kernel::Tile);
