@@ -29,20 +29,23 @@ fn gradients_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_i
     let queries = u32(lengths_of(batch).x);
     var dk = vec4f();
     var dv = vec4f();
+    // Sums of sums, as in naive_output.wgsl.
+    var dk_sum = vec4f();
+    var dv_sum = vec4f();
     for (var head = head_kv * problem.group; head < (head_kv + 1u) * problem.group; head++) {
         let q = head_start(problem.query, batch, head);
         let g = head_start(problem.grad_out, batch, head);
-        // Sums of sums, as in naive_output.wgsl.
-        for (var i0 = 0u; i0 < queries; i0 += 256u) {
-            var dk_sum = vec4f();
-            var dv_sum = vec4f();
-            for (var i = i0; i < min(i0 + 256u, queries); i++) {
+        for (var i0 = 0u; i0 < queries; i0 += 128u) {
+            for (var i = i0; i < min(i0 + 128u, queries); i++) {
                 let p_and_ds = scores[((batch * problem.heads + head) * problem.seqlen_q + i) * problem.seqlen_k + j];
                 dv_sum += p_and_ds.x * unpack4(read_grad_out(g + i * problem.grad_out.row, d, HEAD_DIM_V));
                 dk_sum += p_and_ds.y * unpack4(read_query(q + i * problem.query.row, d, HEAD_DIM));
             }
+            let before = array<vec4f, 2>(dk, dv);
             dk += dk_sum;
             dv += dv_sum;
+            dk_sum -= dk - before[0];
+            dv_sum -= dv - before[1];
         }
     }
     write_grad_key(head_start(problem.grad_key, batch, head_kv) + j * problem.grad_key.row, d, HEAD_DIM, dk * problem.scale);

@@ -23,12 +23,14 @@ fn gradient_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id
     let row = (group.z * problem.seqlen_q + i) * problem.seqlen_k;
     var dq = vec4f();
     // A sum of sums, as in naive_output.wgsl.
-    for (var j0 = 0u; j0 < u32(at.keys); j0 += 256u) {
-        var sum = vec4f();
-        for (var j = j0; j < min(j0 + 256u, u32(at.keys)); j++) {
+    var sum = vec4f();
+    for (var j0 = 0u; j0 < u32(at.keys); j0 += 128u) {
+        for (var j = j0; j < min(j0 + 128u, u32(at.keys)); j++) {
             sum += scores[row + j].y * unpack4(read_key(k + j * problem.key.row, d, HEAD_DIM));
         }
+        let before = dq;
         dq += sum;
+        sum -= dq - before;
     }
     write_grad_query(head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row, d, HEAD_DIM, dq * problem.scale);
 }

@@ -20,13 +20,16 @@ fn output(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) loc
     let p = (group.z * rows + row) * problem.seqlen_k;
     let v = head_start(problem.value, at.batch, at.head_kv);
     var o = vec4f();
-    // A sum of sums: one long sum of 16,384 products would lose more than is allowed.
-    for (var j0 = 0u; j0 < u32(at.keys); j0 += 256u) {
-        var sum = vec4f();
-        for (var j = j0; j < min(j0 + 256u, u32(at.keys)); j++) {
+    // A sum of sums: one long sum would round every time in the same direction where values are alike. What the addition of a sum
+    // loses is what the next one begins with, so that the number of sums does not count.
+    var sum = vec4f();
+    for (var j0 = 0u; j0 < u32(at.keys); j0 += 128u) {
+        for (var j = j0; j < min(j0 + 128u, u32(at.keys)); j++) {
             sum += scores[p + j] * unpack4(read_value(v + j * problem.value.row, d, HEAD_DIM_V));
         }
+        let before = o;
         o += sum;
+        sum -= o - before;
     }
     let start = head_start(problem.out, at.batch, at.head_q) + row * problem.out.row;
     write_out(start, d, HEAD_DIM_V, o);

@@ -96,8 +96,8 @@ pub(crate) fn splits(granted: u64, problem: &Problem, tile: DecodeTile) -> u32 {
 /// Of `shaders/naive_*.wgsl` and, if there are gradients to compute by it, `shaders/naive_backward_*.wgsl`.
 pub(crate) fn of_naive(problem: &Problem, backward: bool) -> u64 {
     let s = &problem.shape;
-    let forward = nested(s.seqlen_k, 256);
-    if backward { forward.max(s.group() as u64 * (nested(s.seqlen_q, 256) + 1)) } else { forward }
+    let forward = nested(s.seqlen_k, 128);
+    if backward { forward.max(s.group() as u64 * (nested(s.seqlen_q, 128) + 1)) } else { forward }
 }
 
 /// Of `shaders/backward_dkdv_tile.wgsl` and `shaders/backward_dq_tile.wgsl`, whichever needs more.

@@ -9,10 +9,14 @@ use crate::{ElementType, Problem, plan::Part};
 /// of about 2e-8 · N^½ where values are random, which is 1.1e-6 here, and at 65,536 keys more than the 2e-6 that f32 promises.
 const KEYS_OF_ONE_SUM: u32 = 4096;
 
+/// The same in tiles: sums of tiles are added up in one sum as well, whatever a tile has of keys.
+const TILES_OF_ONE_SUM: u32 = 128;
+
 /// After how many tiles of so many keys O goes to memory and begins anew, if it does so.
 pub(crate) fn fold_tiles(problem: &Problem, keys: u32) -> Option<u32> {
-    let many = problem.element_type == ElementType::F32 && problem.shape.seqlen_k > KEYS_OF_ONE_SUM;
-    many.then(|| (KEYS_OF_ONE_SUM / keys).max(1))
+    let tiles = (KEYS_OF_ONE_SUM / keys).clamp(1, TILES_OF_ONE_SUM);
+    let many = problem.element_type == ElementType::F32 && problem.shape.seqlen_k > KEYS_OF_ONE_SUM.min(tiles * keys);
+    many.then_some(tiles)
 }
 
 /// Whether threads load what they store of Q once and keep it as it is in memory, instead of loading it for each tile of keys:
