@@ -59,6 +59,10 @@ fn long_cases() -> Vec<(String, Case)> {
         ("scale below 0", one().scale(-0.3)),
         ("huge scores", one().scale(1.0).integers(40)),
         ("huge scores, scale below 0", few().scale(-1.0).integers(40).causal(BottomRight)),
+        // Splits that are merged by a rounded lse would weigh equal keys differently.
+        ("equal scores", case(2, [4, 2], [1, 1000], [16, 12]).equal_scores()),
+        ("equal scores of some 1,000", case(2, [4, 2], [1, 1000], [16, 12]).equal_scores().scale(200.0)),
+        ("equal scores of some 100,000", case(2, [4, 2], [1, 1000], [16, 12]).equal_scores().scale(20_000.0)),
         ("BNHD", few().bnhd()),
         ("NBHD", few().nbhd()),
         ("odd strides", few().odd()),

@@ -370,3 +370,26 @@ fn a_column_of_huge_values() {
     }
     check(&[("a column of k times 6e4, of q over 6e4".into(), case)], |_, _| [2e-6, 2e-6, 5e-5, 1e-5, 1e-5]);
 }
+
+/// With gradients, plans for few queries of f32 take kernels that recompute each score as it was computed.
+#[test]
+fn probabilities_are_recomputed_as_they_were() {
+    for keys in [12, 300] {
+        // The deviation of the scores is 20.
+        let case = Case::random(F32, [2, keys], 64).problem(|problem| problem.scale(7.5));
+        let plan = full().plan(&case.problem).unwrap();
+        let both = if keys == 12 { Kernel::Naive } else { Kernel::Tile };
+        assert_eq!((plan.kernel(), plan.backward_kernel()), (both, Some(both)), "{keys} keys");
+        let (found, expected) = (case.found(full(), &PlanOptions::default()), case.expected());
+        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+        let error =
+            norm(&mut found[4].iter().zip(&expected[4]).map(|(x, e)| x - e)) / norm(&mut expected[4].iter().copied());
+        assert!(error <= 5e-6, "{keys} keys: dv is off by {error:e}");
+    }
+    // Without gradients, and in 16 bits, where the difference does not show, decode is taken.
+    let few = |ty| Case::random(ty, [2, 300], 64).problem;
+    assert_eq!(full().plan(&few(F16)).unwrap().kernel(), Kernel::Decode);
+    let mut forward = few(F32);
+    forward.gradients = None;
+    assert_eq!(full().plan(&forward).unwrap().kernel(), Kernel::Decode);
+}

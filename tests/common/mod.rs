@@ -60,6 +60,8 @@ pub enum Inputs {
     Times([f32; 3]),
     /// Random columns, of which each row has the same: all scores are equal, and all values of a column.
     Alike,
+    /// All scores are equal, values are random.
+    EqualScores,
     /// Random columns times numbers that grow from row to row: each key's scores and values are larger than those before.
     Sorted,
 }
@@ -161,6 +163,11 @@ impl Case {
 
     pub fn alike(mut self) -> Self {
         self.inputs = Inputs::Alike;
+        self
+    }
+
+    pub fn equal_scores(mut self) -> Self {
+        self.inputs = Inputs::EqualScores;
         self
     }
 
@@ -271,7 +278,7 @@ impl Case {
             (0..len).map(|_| one(&mut rng)).collect()
         };
         let (integers, [q, k, v]) = match self.inputs {
-            Inputs::Random | Inputs::Alike | Inputs::Sorted => (None, [1.0; 3]),
+            Inputs::Random | Inputs::Alike | Inputs::EqualScores | Inputs::Sorted => (None, [1.0; 3]),
             Inputs::Integers(most) => (Some(most), [1.0; 3]),
             Inputs::Times(factors) => (None, factors),
         };
@@ -280,8 +287,9 @@ impl Case {
             tensor(1, integers, -2.0 * k, 1.5 * k),
             tensor(2, None, -v, 2.0 * v),
         ];
-        if matches!(self.inputs, Inputs::Alike | Inputs::Sorted) {
-            for (tensor, dims) in inputs.iter_mut().zip(dims) {
+        if !matches!(self.inputs, Inputs::Random | Inputs::Integers(_) | Inputs::Times(_)) {
+            let tensors = if matches!(self.inputs, Inputs::EqualScores) { 2 } else { 3 };
+            for (tensor, dims) in inputs.iter_mut().zip(dims).take(tensors) {
                 let (rows, dim) = (dims[2] as usize, dims[3] as usize);
                 let columns: Vec<f32> = tensor.iter().copied().take(dim).collect();
                 let grown = |row: usize| (row % rows + 1) as f32 / rows as f32;
