@@ -105,8 +105,6 @@ fn forward(
 
     var o: array<array<Accumulator, VM>, ROW_MATRICES>;
     var m: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
-    // Whether some row's m is so large that its exponents are rounded.
-    var rounds = false;
     var l: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
 #unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
@@ -159,8 +157,7 @@ fn forward(
     for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
         for (var h = 0u; h < LANE_ROWS; h++) {
-            // The largest p of a row is at least 1 up to the rounding of m, so a row with keys is told from an empty one by m.
-            l[r][h] = select(max(row_sum(l[r][h]), 0.5), 0.0, m[r][h] == EMPTY);
+            l[r][h] = row_sum(l[r][h]);
         }
 #unroll
         for (var d = 0u; d < VM; d++) {
@@ -169,7 +166,7 @@ fn forward(
             for (var e = 0u; e < ELEMENTS; e++) {
                 let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
-                tiles[row * V_STRIDE + column / 4u][column % 4u] = f16(y[e] * inverse_sum(l[r][held_row(e)]));
+                tiles[row * V_STRIDE + column / 4u][column % 4u] = f16(y[e] * inverse_of_row(m[r][held_row(e)], l[r][held_row(e)]));
             }
         }
 #if LSE
@@ -178,7 +175,7 @@ fn forward(
             let i = row0 + mine + r * M + row_of(lane, e);
             if column_of(lane, e) == 0u && i < row1 {
                 let h = held_row(e);
-                lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits(m[r][h] / LOG2_E, l[r][h]);
+                lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits_of_row(m[r][h], l[r][h]);
             }
         }
 #endif

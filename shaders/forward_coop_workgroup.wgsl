@@ -216,7 +216,7 @@ fn forward(
                     most = max(most, x[r][c][e]);
                 }
             }
-            let larger = row_max(most) * factor;
+            let larger = above(row_max(most) * factor);
             let grows = larger - m[r] > LAZY;
             if grows {
                 atomicStore(&grown[0], j0);
@@ -228,18 +228,9 @@ fn forward(
 
         // P = 2^(S - m'),  l = l + rowsum P
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            var unrounded = factor;
-            if abs(m[r]) > LARGEST_EXPONENT {
-                for (var c = 0u; c < KM; c++) {
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        x[r][c][e] *= factor;
-                    }
-                }
-                unrounded = 1.0;
-            }
             for (var c = 0u; c < KM; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    x[r][c][e] = exp2(fma(x[r][c][e], unrounded, -m[r]));
+                    x[r][c][e] = exp2(fma(x[r][c][e], factor, -m[r]));
                     l[r] += x[r][c][e];
                 }
                 put_elements(x[r][c], mine + r, c, lane);
@@ -319,8 +310,7 @@ fn forward(
             let i = my_row + r * M;
             var y = get_elements(mine + r, 0u, lane);
             if d == VM {
-                // The p of a row's largest score is 1 up to rounding, or more; a row without keys is told by m.
-                inverse[r] = inverse_sum(select(max(y[0], 0.5), 0.0, m[r] == EMPTY));
+                inverse[r] = inverse_of_row(m[r], y[0]);
             } else if i < row1 {
                 for (var e = 0u; e < ELEMENTS; e++) {
                     y[e] *= inverse[r];
@@ -337,7 +327,7 @@ fn forward(
         let total = row_sum(l[r]);
         if column_of(lane, 0u) == 0u && i < row1 {
             let place = head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin;
-            lse[place] = lse_bits(m[r] / LOG2_E, select(max(total, 0.5), 0.0, m[r] == EMPTY));
+            lse[place] = lse_bits_of_row(m[r], total);
         }
     }
 #endif

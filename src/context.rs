@@ -172,7 +172,12 @@ impl Context {
             plan.prepare_backward()?;
             Ok(plan)
         };
-        faults::caught_async(&self.device, "plan", build).await
+        let result = faults::caught_async(&self.device, "plan", build).await;
+        if result.is_err() {
+            // A browser tells only now that a pipeline failed, but not which.
+            self.pipelines.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        }
+        result
     }
 
     fn pipeline(&self, module: &Module) -> Result<Arc<Pipeline>, Error> {
@@ -181,7 +186,8 @@ impl Context {
             return Ok(pipeline.clone());
         }
         // Built outside the lock: two threads may build one pipeline twice, but neither waits for the other.
-        let built = Arc::new(self.build(module)?);
+        // In a scope of its own, so that one that failed is not found here by the next plan.
+        let built = Arc::new(faults::caught(&self.device, "pipeline", || self.build(module))?);
         Ok(lock().entry(module.clone()).or_insert(built).clone())
     }
 

@@ -99,7 +99,7 @@ pub enum Error {
     /// The driver ends a shader's loops before the kernel is done, as Mesa's software driver did for many years.
     #[error(
         "this driver ends the loops of a shader after {found} iterations together, and the {kernel} kernel would make {needed}; \
-         take Mesa 26 or later, a GPU, or shorter sequences"
+         take Mesa 26.2 or later, a GPU, or shorter sequences"
     )]
     DriverLoops {
         /// The kernel.
@@ -182,6 +182,12 @@ pub enum Error {
         output: &'static str,
         /// What it collides with.
         other: &'static str,
+    },
+    /// Lengths in a buffer with an output, in a browser.
+    #[error("{argument} shares a buffer with an output, which browsers do not take; give it a buffer of its own")]
+    LengthsShared {
+        /// The lengths.
+        argument: &'static str,
     },
     /// A host slice whose length is not the product of its shape.
     #[error("{argument} has {found} elements; its shape {shape:?} needs {needed}")]

@@ -62,7 +62,8 @@ impl Scopes {
         async move {
             let mut complaint = None;
             for error in closed {
-                complaint = complaint.or(error.await);
+                // Out of memory comes last, and is the cause of what was found invalid after it.
+                complaint = error.await.or(complaint);
             }
             match complaint {
                 Some(wgpu::Error::OutOfMemory { .. }) => Err(Error::OutOfMemory { what: self.what }),

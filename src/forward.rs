@@ -69,7 +69,7 @@ impl<'a, B: ToBinding<'a>> ToOptionalBinding<'a> for Option<B> {
 /// `min_storage_buffer_offset_alignment`; put finer offsets into the problem's [`Layout`](crate::Layout).
 /// Any of them may share a buffer, if no element of o or lse lies where another tensor has one, and no element of o in a 4-byte
 /// word with one of an input: they may be parts of one pool, or strided views of one tensor. (Where inputs and outputs share one,
-/// other pipelines are built at the first use; and browsers want key lengths in a buffer without outputs.) Sizes are those of the layouts,
+/// other pipelines are built at the first use; and browsers want lengths in a buffer without outputs.) Sizes are those of the layouts,
 /// rounded up to 4 bytes. A tensor without elements (`seqlen_k` of 0, say) may be any buffer.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -340,11 +340,14 @@ pub(crate) fn bind_launch(
         there.is_some() && written.clone().any(|output| buffer(output) == there)
     });
     let shared: Vec<_> = shared.collect();
-    // To a browser what a buffer holds that may be written is not the same for a whole workgroup, as a number of keys must be.
+    // A browser does not take a number from a buffer that may be written as the same for a whole workgroup. Lengths must be, since
+    // they bound loops with barriers.
     let lengths = shared.iter().find(|slot| [Slot::SeqlensQ, Slot::SeqlensK].contains(slot));
-    if lengths.is_some() && device.adapter_info().backend == wgpu::Backend::BrowserWebGpu {
-        let why = "seqlens_k shares a buffer with an output, which browsers do not take; give it a buffer of its own";
-        return Err(Error::Device(why.into()));
+    match lengths {
+        Some(slot) if device.adapter_info().backend == wgpu::Backend::BrowserWebGpu => {
+            return Err(Error::LengthsShared { argument: slot.name() });
+        }
+        _ => {}
     }
     let pipeline = launch.pipeline.sharing(&shared)?;
     let group = device.create_bind_group(&wgpu::BindGroupDescriptor {

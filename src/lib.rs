@@ -4,7 +4,7 @@
 //! FlashAttention does, so memory beyond the tensors does not grow with the square of the length. All kernels but those
 //! on cooperative matrices have a form within WebGPU's default limits and need no device feature. Queries may have more heads
 //! than keys, every tensor any strides with a contiguous last dimension; masks are causal (either diagonal), sliding
-//! windows and key lengths by batch entry.
+//! windows and lengths of keys and queries by batch entry.
 //!
 //! With host slices, as PyTorch's function of the same name:
 //!
@@ -93,8 +93,8 @@
 //! - In a browser errors come later than the call: [`Context::plan_async`], [`Context::download_async`] and
 //!   [`Context::scaled_dot_product_attention_async`] wait for them, other functions leave them to the device's handler.
 //!
-//! [`Context::headless`] and the functions on host slices wait for the device, which their documentation says; the rest of the
-//! library never does. Making a plan may take as long as the driver compiles ([`Context::plan`]).
+//! [`Context::headless`], [`Context::with_cooperative_matrices`], [`Context::download`] and the functions on host slices wait for the
+//! device, which their documentation says; the rest of the library never does. Making a plan may take as long as the driver compiles ([`Context::plan`]).
 //!
 //! # What cannot be checked
 //!

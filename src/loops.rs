@@ -1,25 +1,30 @@
-//! A limit of Mesa's software driver, llvmpipe: it ends all loops of a shader after 65,535 iterations together, without a word. So
-//! long sequences would be wrong. Mesa 22.3, Debian 12's, does so, Mesa 26.2 does not; versions between were not tried and are taken to.
+//! A limit of Mesa's software driver, llvmpipe: it ends all loops of a shader after 65,535 iterations together, without a word. Long
+//! sequences would be wrong. Mesa 22.3, Debian 12's, does so, and Mesa 26.2 does not. Versions between them were not tried; they are
+//! treated as 22.3.
 //!
-//! Iterations are counted from the loops in the shaders, as if no compiler had written out any but those that the text writes out.
+//! Each function here counts, from above, the iterations that an invocation of a kernel makes. It counts every loop that the shader's
+//! text does not write out, since a compiler may write out none.
 
 use crate::tune::{BackwardTile, DecodeTile, FusedTile, Tile};
-use crate::{Error, Kernel, Problem};
+use crate::{Causal, Error, Kernel, Problem};
 
 /// How many iterations the driver grants a shader.
 const GRANTED: u64 = 65_535;
 
-/// Of loops that a step has besides those counted here: over threads that reduce a row, over what a thread loads.
+/// An allowance for the short loops of a step that are not counted one by one: over the threads that reduce a row, over what a thread
+/// loads.
 const SMALL_LOOPS: u64 = 48;
 
 /// The iterations that a device's driver grants; `None` if it does not end loops.
 pub(crate) fn granted(info: &wgpu::AdapterInfo) -> Option<u64> {
-    if info.driver != "llvmpipe" {
+    // Through OpenGL the adapter's name says what the driver is.
+    if info.driver != "llvmpipe" && !info.name.starts_with("llvmpipe") {
         return None;
     }
-    let version = info.driver_info.strip_prefix("Mesa ").unwrap_or_default();
-    let major = version.split('.').next().and_then(|major| major.parse::<u32>().ok());
-    major.is_none_or(|major| major < 26).then_some(GRANTED)
+    let version = info.driver_info.split_once("Mesa ").map_or("", |(_, version)| version);
+    let mut numbers = version.split(['.', ' ', '-']).map(|number| number.parse::<u32>().ok());
+    let version = (numbers.next().flatten(), numbers.next().flatten());
+    (version < (Some(26), Some(2))).then_some(GRANTED)
 }
 
 /// An error if a kernel needs more than is granted.
@@ -43,7 +48,7 @@ fn outer(total: u32, step: u32, written_out: bool) -> u64 {
 /// How many keys at most a workgroup visits that has so many rows.
 fn keys_of(problem: &Problem, rows: u32) -> u64 {
     let all = problem.shape.seqlen_k as u64;
-    let right = if problem.causal.is_some() { Some(0) } else { problem.window_right };
+    let right = if problem.causal == Some(Causal::BottomRight) { Some(0) } else { problem.window_right };
     match (problem.window_left, right) {
         (Some(left), Some(right)) => all.min(left as u64 + right as u64 + rows as u64 + 1),
         _ => all,
@@ -53,14 +58,14 @@ fn keys_of(problem: &Problem, rows: u32) -> u64 {
 /// How many rows at most of a head a workgroup visits that has so many keys.
 fn rows_of(problem: &Problem, keys: u32) -> u64 {
     let all = problem.shape.seqlen_q as u64;
-    let right = if problem.causal.is_some() { Some(0) } else { problem.window_right };
+    let right = if problem.causal == Some(Causal::BottomRight) { Some(0) } else { problem.window_right };
     match (problem.window_left, right) {
         (Some(left), Some(right)) => all.min(left as u64 + right as u64 + keys as u64 + 1),
         _ => all,
     }
 }
 
-/// Of `shaders/forward_tile.wgsl`.
+/// Iterations of `shaders/forward_tile.wgsl`.
 pub(crate) fn of_tile(problem: &Problem, tile: Tile) -> u64 {
     let products = outer(problem.shape.head_dim, tile.chunk, tile.written_out)
         + outer(tile.keys, tile.value_keys, tile.written_out)
@@ -68,7 +73,7 @@ pub(crate) fn of_tile(problem: &Problem, tile: Tile) -> u64 {
     (keys_of(problem, tile.rows).div_ceil(tile.keys as u64) + 1) * (products + SMALL_LOOPS)
 }
 
-/// Of a tile of keys in `shaders/decode_split.wgsl`.
+/// Iterations of `shaders/decode_split.wgsl` for a tile of keys.
 fn of_decode_tile(problem: &Problem, tile: DecodeTile) -> u64 {
     let (rows4, keys) = (tile.rows as u64 / 4, tile.keys() as u64);
     let vectors = problem.shape.head_dim.div_ceil(4 * tile.key_threads) as u64;
@@ -77,7 +82,7 @@ fn of_decode_tile(problem: &Problem, tile: DecodeTile) -> u64 {
     rows4 * (scores + 16 + keys.div_ceil(slices)) + SMALL_LOOPS
 }
 
-/// Of `shaders/decode_split.wgsl`, in so many splits.
+/// Iterations of `shaders/decode_split.wgsl` with so many splits.
 pub(crate) fn of_decode(problem: &Problem, tile: DecodeTile, splits: u32) -> u64 {
     let tiles = (problem.keys_in_sight() as u64).div_ceil(tile.keys() as u64);
     // What follows the loop over keys.
@@ -93,14 +98,14 @@ pub(crate) fn splits(granted: u64, problem: &Problem, tile: DecodeTile) -> u32 {
     all.div_ceil(tiles.saturating_sub(1).max(1)).try_into().unwrap_or(u32::MAX)
 }
 
-/// Of `shaders/naive_*.wgsl` and, if there are gradients to compute by it, `shaders/naive_backward_*.wgsl`.
+/// Iterations of `shaders/naive_*.wgsl` or, of a backward pass, of `shaders/naive_backward_*.wgsl`.
 pub(crate) fn of_naive(problem: &Problem, backward: bool) -> u64 {
     let s = &problem.shape;
     let forward = nested(s.seqlen_k, 128);
     if backward { forward.max(s.group() as u64 * (nested(s.seqlen_q, 128) + 1)) } else { forward }
 }
 
-/// Of `shaders/backward_dkdv_tile.wgsl` and `shaders/backward_dq_tile.wgsl`, whichever needs more.
+/// Iterations of `shaders/backward_dkdv_tile.wgsl` and of `shaders/backward_dq_tile.wgsl`, whichever needs more.
 pub(crate) fn of_backward_tiles(problem: &Problem, [dkdv, dq]: [BackwardTile; 2]) -> u64 {
     let s = &problem.shape;
     let of_step = |tile: BackwardTile, gradients: u64| {
@@ -113,7 +118,7 @@ pub(crate) fn of_backward_tiles(problem: &Problem, [dkdv, dq]: [BackwardTile; 2]
     of_rows.max(of_keys)
 }
 
-/// Of `shaders/backward_fused_tile.wgsl`.
+/// Iterations of `shaders/backward_fused_tile.wgsl`.
 pub(crate) fn of_fused(problem: &Problem, tile: FusedTile) -> u64 {
     let s = &problem.shape;
     let blocks = |total: u32, block: u32, step: u32| (total.min(block).div_ceil(step) + 1) as u64;
@@ -143,6 +148,8 @@ mod tests {
         assert_eq!(info("llvmpipe", "Mesa 22.3.6 (LLVM 15.0.6)"), Some(GRANTED));
         assert_eq!(info("llvmpipe", "Mesa 25.0.7-2 (LLVM 19.1.7)"), Some(GRANTED));
         assert_eq!(info("llvmpipe", "something else"), Some(GRANTED));
+        assert_eq!(info("llvmpipe", "Mesa 26.1.0 (LLVM 21.1.8)"), Some(GRANTED));
+        assert_eq!(info("llvmpipe", "Mesa 27.0.0-devel (LLVM 21.1.8)"), None);
         assert_eq!(info("llvmpipe", "Mesa 26.2.6-1 (LLVM 21.1.8)"), None);
         assert_eq!(info("NVIDIA", "580.159.04"), None);
     }

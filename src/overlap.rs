@@ -51,7 +51,8 @@ impl Region {
     /// Whether the two have a byte in common; also if it would take long to find out.
     pub(crate) fn meets(&self, other: &Region) -> bool {
         let distance = other.start - self.start;
-        meet(distance, (&self.axes, self.width), (&other.axes, other.width), &mut PATIENCE.clone())
+        let mut patience = PATIENCE;
+        meet(distance, (&self.axes, self.width), (&other.axes, other.width), &mut patience)
     }
 }
 

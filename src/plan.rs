@@ -11,7 +11,8 @@ use crate::problem::{Layout, Tensor};
 use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use crate::{ElementType, Error, Problem, faults, loops};
 
-/// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes. Those of tiles name types that may change in
+/// Choices that [`Context::plan`] makes by itself and [`Context::plan_with`] takes. A choice for a kernel that the plan does not take
+/// changes nothing: [`Plan::kernel`] says which it takes. Those of tiles name types that may change in
 /// any release (see [the crate's documentation](crate#what-may-change)).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
@@ -184,6 +185,11 @@ impl Part {
         self.heads.len() as u64
     }
 
+    /// Rows of all its heads and batch entries.
+    pub(crate) fn rows_of_heads(&self) -> u64 {
+        self.batch_count().saturating_mul(self.head_count()).saturating_mul(self.row_count())
+    }
+
     pub(crate) fn row_count(&self) -> u64 {
         self.rows.len() as u64
     }
@@ -323,7 +329,7 @@ fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backward: bool) ->
             ranges.push((slot, 0, shape.batch as u64 * 4));
         }
     }
-    uniform.lengths_at = u32::try_from(kernel::backward_delta::rows(part)).unwrap_or(u32::MAX);
+    uniform.lengths_at = u32::try_from(part.rows_of_heads()).unwrap_or(u32::MAX);
     uniform.row_begin = part.rows.start;
     uniform.row_end = part.rows.end;
     uniform.batch_begin = part.batch.start;
@@ -387,7 +393,7 @@ impl Schedule {
         for (n, part) in parts.iter().enumerate() {
             let (ranges, mut uniform) = bind(part);
             uniform.splits = recipe.splits;
-            uniform.split_rows = kernel::decode::rows(part) as u32;
+            uniform.split_rows = part.rows_of_heads() as u32;
             let uniform_offset = |round: u32| (n as u64 * rounds as u64 + round as u64) * uniform_step;
             if let Some(Rounds { block_keys, block_rows, .. }) = schedule.rounds {
                 (uniform.block_keys, uniform.block_rows) = (block_keys, block_rows);
@@ -534,7 +540,11 @@ impl Plan {
                 (otherwise, _) if kernel::decode::pays(problem, otherwise) => {
                     (Kernel::Decode, "few queries: they share a tile, and splits of the keys fill the device")
                 }
-                (Kernel::Tile, _) if problem.gradients.is_none() && tile_loops(tile_of()).is_err() => {
+                (Kernel::Tile, _)
+                    if problem.gradients.is_none()
+                        && tile_of().validate().is_ok()
+                        && tile_loops(tile_of()).is_err() =>
+                {
                     (Kernel::Decode, "the driver ends long loops: splits of the keys make them shorter")
                 }
                 (kernel, reason) => (kernel, reason),
@@ -678,7 +688,7 @@ impl Plan {
         self.forward.workspace_bytes
     }
 
-    /// Bytes of the buffer that [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace) needs: 8 for each row, more
+    /// Bytes of the buffer that [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace) needs: 8 for each row and, where the problem has lengths, for each batch entry; more
     /// for the naive kernel. 0 for a problem without gradients.
     pub fn backward_workspace_bytes(&self) -> u64 {
         self.backward.as_ref().map_or(0, |schedule| schedule.workspace_bytes)

@@ -296,12 +296,12 @@ pub struct Problem {
     pub window_left: Option<u32>,
     /// Query `i` sees keys up to `i + seqlen_k − seqlen_q + window_right`, inclusive; `None` is open.
     pub window_right: Option<u32>,
-    /// Whether a buffer of key lengths is given: `i32 [batch]`, each at most `seqlen_k`. Keys from a length
-    /// on are never read, and bottom-right masks and windows count from it instead of `seqlen_k`.
+    /// Whether a buffer of key lengths is given: `i32 [batch]`, each at most `seqlen_k`. What keys from a length
+    /// on hold does not matter, not even NaN, and bottom-right masks and windows count from it instead of `seqlen_k`.
     /// Values outside `0 ..= seqlen_k` act as the nearest of the two.
     pub seqlens_k: bool,
     /// Whether a buffer of query lengths is given: `i32 [batch]`, each at most `seqlen_q`. Queries from a length on are padding:
-    /// they are never read, their o is 0, their lse −∞, and they add nothing to any gradient. Bottom-right masks and windows count
+    /// what they hold does not matter, not even NaN. Their o is 0, their lse −∞, and they add nothing to any gradient. Bottom-right masks and windows count
     /// from the length instead of `seqlen_q`. Values outside `0 ..= seqlen_q` act as the nearest of the two.
     pub seqlens_q: bool,
     /// Whether the logarithm of the softmax's denominator is written: f32 `[batch, heads_q, seqlen_q]`, contiguous.
@@ -603,7 +603,7 @@ impl Problem {
         self.key_interval_of(i, self.shape.seqlen_q, keys)
     }
 
-    /// The same when `queries` of the queries are valid. A query that is not sees no key.
+    /// The keys that query `i` may see when `queries` queries and `keys` keys are valid; none if `i` is not valid itself.
     pub fn key_interval_of(&self, i: u32, queries: u32, keys: u32) -> (u32, u32) {
         if i >= queries {
             return (0, 0);

@@ -68,10 +68,9 @@
             }
         }
 
-        // If a row of the subgroup has grown, or is so large that exponents are rounded:
-        //     m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
+        // If a row of the subgroup has grown:  m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
         var most = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
-        var grown = rounds;
+        var grown = false;
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
@@ -93,13 +92,12 @@
             }
 #unroll
             for (var h = 0u; h < LANE_ROWS; h++) {
-                most[r][h] = row_max(most[r][h]) * factor;
+                most[r][h] = above(row_max(most[r][h]) * factor);
                 grown = grown || most[r][h] - m[r][h] > GROWTH;
             }
         }
         // A loop of one trip at most: for an if, drivers copy O to other registers and back.
         for (var once = u32(subgroupAny(grown)); once > 0u; once--) {
-            var large = false;
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 var shrink = array<f32, LANE_ROWS>();
@@ -108,7 +106,6 @@
                     let larger = max(m[r][h], most[r][h]);
                     shrink[h] = exp2(m[r][h] - larger);
                     m[r][h] = larger;
-                    large = large || abs(larger) > LARGEST_EXPONENT;
                     l[r][h] *= shrink[h];
                 }
 #unroll
@@ -121,21 +118,7 @@
                     o[r][d] = accumulator(y);
                 }
             }
-            rounds = subgroupAny(large);
-            let rounded = select(1.0, factor, rounds);
-#unroll
-            for (var r = 0u; r < ROW_MATRICES; r++) {
-#unroll
-                for (var c = 0u; c < KM; c++) {
-#unroll
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        x[r][c][e] *= rounded;
-                    }
-                }
-            }
         }
-        // What is left of the factor.
-        let unrounded = select(factor, 1.0, rounds);
 
         // P = 2^(S - m),  l = l + rowsum P
 #unroll
@@ -144,7 +127,7 @@
             for (var c = 0u; c < KM; c++) {
 #unroll
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    let p = exp2(fma(x[r][c][e], unrounded, -m[r][held_row(e)]));
+                    let p = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
                     x[r][c][e] = p;
                     l[r][held_row(e)] += p;
                 }

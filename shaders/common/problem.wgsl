@@ -71,11 +71,12 @@ fn sequence(batch: u32, head: u32) -> Sequence {
     return Sequence(batch, head, head_kv, lengths.x, lengths.y);
 }
 
-// The numbers of valid queries and keys of a batch entry.
+// The numbers of valid queries and keys of a batch entry. With LENGTHS_IN_ROWS needs `rows` of row_stats.wgsl.
 fn lengths_of(batch: u32) -> vec2i {
     var lengths = vec2i(i32(problem.seqlen_q), i32(problem.seqlen_k));
 #if LENGTHS_IN_ROWS
-    lengths = vec2i(rows[problem.lengths_at + batch]);
+    // Clamped, for without rows nothing has been written there.
+    lengths = clamp(vec2i(rows[problem.lengths_at + batch]), vec2i(), lengths);
 #endif
 #if SEQLENS_Q
     lengths.x = clamp(seqlens_q[problem.batch_begin + batch], 0, lengths.x);

@@ -1,7 +1,8 @@
 // What backward_delta.wgsl leaves of each row: lse and delta, as bits, [batch, heads, seqlen_q] of this launch. Behind them, where the
 // problem has lengths, are the numbers of valid queries and keys of each batch entry. Kernels then need no binding for lengths.
 #if LENGTHS_IN_ROWS
-// What is only read is the same for all threads, as loops with barriers want it of a length.
+// Read only: a browser takes a length from it as the bound of a loop with barriers, which it does not from a buffer that may be
+// written.
 @group(0) @binding(7) var<storage, read> rows: array<vec2u>;
 #else
 @group(0) @binding(7) var<storage, $access> rows: array<vec2u>;

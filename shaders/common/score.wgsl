@@ -12,7 +12,8 @@ fn score(dot: f32, at: Sequence, i: i32, j: i32) -> f32 {
 
 // The same in parts: the sign that Q takes on, the shape, and the size, never negative.
 // score(dot) = score_size() · score_shape(score_sign() · dot). Unless SHAPED, a shape is the product itself. With a TINY_SCALE, 0
-// included, it is the score: products of which f32 does not hold differences times the scale are weighed by it nevertheless.
+// included, the shape is the score itself: a factor so small, times the difference of a masked and a real product, would not make the
+// masked one vanish.
 fn score_sign() -> f32 {
     return select(1.0, -1.0, problem.scale < 0.0);
 }

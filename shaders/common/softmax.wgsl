@@ -8,11 +8,26 @@ const LOWEST = -1.0e38;
 // masked scores, whose product with the factor is rounded: exp2 of that rounding error, of a number as large as 1e15,
 // may overflow.
 const EMPTY = -1.0e14;
-// Exponents of 2 that are larger than this are rounded before the largest is subtracted in the coop kernels. Others are not: an
-// fma subtracts the largest, which is rounded by 1 at most. A rounding error of a million would make p infinite.
+// Exponents of 2 that are larger than this are rounded before the largest is subtracted in the coop kernel for f32 and bf16.
 const LARGEST_EXPONENT = 33554432.0;
 // What the backward pass takes for lse where a row sees no key: exp of any score less this vanishes.
 const NO_KEYS = 1.0e38;
+
+// A little more than a product that was rounded. The coop kernels take exponents by an fma, whose product is not rounded: less a
+// maximum that was rounded down, an exponent of 1e10 could be 1,000, and p infinite. All p of a row are smaller by the same factor.
+fn above(rounded: f32) -> f32 {
+    return fma(abs(rounded), 2.4e-7, rounded);
+}
+
+// Of a row of the coop kernels: 1 / sum, and 0 where no key counts, which is where the maximum is still EMPTY.
+fn inverse_of_row(m: f32, sum: f32) -> f32 {
+    return select(1.0 / max(sum, 1.0e-30), 0.0, m == EMPTY);
+}
+
+// Its lse, of a maximum in base 2.
+fn lse_bits_of_row(m: f32, sum: f32) -> u32 {
+    return select(bitcast<u32>(m / LOG2_E + log(max(sum, 1.0e-30))), 0xff800000u, m == EMPTY);
+}
 
 fn exp_difference(x: f32, reference: f32) -> f32 {
     return exp2((x - reference) * LOG2_E);

@@ -4,15 +4,10 @@ use super::{Access, Pass, Slot, backward_switches, bindings};
 use crate::specialize::Specialization;
 use crate::{Problem, plan::Part};
 
-/// Rows of a part, of each of which the workspace has lse and delta.
-pub(crate) fn rows(part: &Part) -> u64 {
-    part.batch_count().saturating_mul(part.head_count()).saturating_mul(part.row_count())
-}
-
 /// Bytes of the pairs of lse and delta and, behind them, of the numbers of queries and keys of each batch entry.
 pub(crate) fn workspace_bytes(problem: &Problem, part: &Part) -> u64 {
     let lengths = if problem.has_lengths() { part.batch_count() } else { 0 };
-    rows(part).saturating_add(lengths).saturating_mul(8)
+    part.rows_of_heads().saturating_add(lengths).saturating_mul(8)
 }
 
 /// With `clear`, the gradient of queries is set to 0.

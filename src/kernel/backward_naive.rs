@@ -22,7 +22,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
         },
         bindings: bindings(problem, used)
             .into_iter()
-            // Lengths are there, which two of the three kernels want nothing else of.
+            // The second and the third kernel read only lengths from the workspace, so they bind it only if there are any.
             .filter(|&(slot, _)| slot != Slot::Workspace || entry == "scores_of" || problem.has_lengths())
             .collect(),
         element_access: false,

@@ -25,7 +25,7 @@ pub(crate) fn pays(problem: &Problem, otherwise: Kernel) -> bool {
         (Kernel::Coop, ElementType::F32) => 3,
         _ => 0,
     };
-    FROM_KEYS.iter().find(|(most, _)| rows <= *most).is_some_and(|(_, from)| s.seqlen_k >= from[column])
+    FROM_KEYS.iter().find(|(most, _)| rows <= *most).is_some_and(|(_, from)| problem.keys_in_sight() >= from[column])
 }
 
 /// Rows of a part that share a key-value head.
@@ -33,14 +33,9 @@ fn rows_of_head(problem: &Problem, part: &Part) -> u64 {
     part.head_count().min(problem.shape.group() as u64) * part.row_count()
 }
 
-/// Rows of a part.
-pub(crate) fn rows(part: &Part) -> u64 {
-    part.batch_count() * part.head_count() * part.row_count()
-}
-
 /// Bytes of O, and of m and l, of all splits.
 pub(crate) fn workspace_bytes(problem: &Problem, part: &Part, splits: u32) -> (u64, u64) {
-    let rows = rows(part).saturating_mul(splits as u64);
+    let rows = part.rows_of_heads().saturating_mul(splits as u64);
     (rows.saturating_mul(16 * problem.shape.head_dim_v.div_ceil(4) as u64), rows.saturating_mul(8))
 }
 
@@ -141,7 +136,7 @@ fn combine(switches: Vec<&'static str>, bindings: Vec<(Slot, Access)>, parts: u3
         threads: rows * slices * columns,
         workgroup_bytes: rows * slices * (16 * columns + 8),
         workgroups: Box::new(move |part: &Part| {
-            let groups = self::rows(part).div_ceil(rows as u64);
+            let groups = part.rows_of_heads().div_ceil(rows as u64);
             [groups.min(WIDTH), groups.div_ceil(WIDTH), 1]
         }),
     }

@@ -119,7 +119,7 @@ pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
 pub(crate) struct Pass {
     pub specialization: Specialization,
     pub bindings: Vec<(Slot, Access)>,
-    /// Whether the module has placeholders for `src/elements.rs` to fill.
+    /// Whether the module has placeholders for `src/elements/module.rs` to fill.
     pub element_access: bool,
     /// For a kernel that is dispatched several times in a row, each time for other blocks.
     pub rounds: Option<Rounds>,

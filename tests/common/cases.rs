@@ -112,6 +112,8 @@ pub fn cases() -> Vec<(String, Case)> {
         ("padded, window, softcap", three().seqlens_q(&[7, 18, 1]).seqlens(&[7, 18, 30]).window(6, 2).softcap(2.0)),
         ("padded, several tiles", padded().causal(BottomRight)),
         ("padded, several tiles, window", padded().window(20, 3).odd()),
+        ("lengths, no queries", case(2, [2, 1], [0, 5], [16, 12]).seqlens_q(&[0, 3]).seqlens(&[5, 2])),
+        ("lengths of 0", case(2, [2, 1], [40, 40], [16, 12]).seqlens_q(&[0, 40]).seqlens(&[40, 0])),
         ("padded, one query", case(3, [4, 2], [1, 40], [16, 12]).seqlens_q(&[1, 0, 1]).seqlens(&[40, 7, 13])),
         // What rounds every time in the same direction, if it is one long sum
         ("alike", case(1, [1, 1], [9, 4096], [16, 12]).alike()),
