@@ -88,6 +88,14 @@ fn dkdv(
 ) {
     let group = in_order(workgroup_id, workgroups);
     let at = sequence(group.z, group.y * problem.group);
+    // Heads that share keys are for the modules with BY_ROWS if one of them is.
+    var by_rows = 0u;
+    for (var head = 0u; head < problem.group; head++) {
+        by_rows |= ranges[at.batch * problem.heads + at.head_q + head];
+    }
+    if by_rows != OURS {
+        return;
+    }
     let key0 = group.x * OWN;
     let pair = subgroup % PAIRS;
     let half = subgroup / PAIRS;

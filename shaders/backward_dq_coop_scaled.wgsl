@@ -53,6 +53,9 @@ fn dq(
 ) {
     let group = in_order(workgroup_id, workgroups);
     let at = sequence(group.z, group.y);
+    if ranges[at.batch * problem.heads + at.head_q] != OURS {
+        return;
+    }
     // The last rows first: with a causal mask they take longest.
     let row0 = (workgroups.x - 1u - group.x) * OWN;
     let row1 = min(row0 + OWN, problem.seqlen_q);

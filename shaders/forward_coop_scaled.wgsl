@@ -68,7 +68,7 @@ const K_LOADS = (KEYS * D4 + THREADS - 1u) / THREADS;
 const V_LOADS = (KEYS * V4 + THREADS - 1u) / THREADS;
 // The largest P is 2^HEADROOM, so that the second part of small ones is not lost below the smallest f16.
 const HEADROOM = 8.0;
-// Sums of products of scaled elements stay below this, and below 2^38.
+// Sums of products of scaled elements stay below this, and below 2^38; coop_ranges.wgsl has it too.
 const LARGEST_SUM = 1073741824.0 * f32(DM * M);
 // With the one factor all of them are 0; with the other they are finite, and no score.
 const SMALLEST_FACTOR = 1.0e-22;
@@ -149,6 +149,13 @@ fn forward(
 ) {
     let group = in_order(workgroup_id, workgroups);
     let at = sequence(group.z, group.y);
+    // That is at.batch * problem.heads + at.head_q. naga takes what a function returns for something that may differ between threads,
+    // after which there must be no matrices.
+    let number = (workgroup_id.z * workgroups.y + workgroup_id.y) * workgroups.x + workgroup_id.x;
+    let by_heads = number % (workgroups.y * workgroups.z);
+    if ranges[select(workgroup_id.z * workgroups.y + workgroup_id.y, by_heads, problem.heads_first != 0u)] != OURS {
+        return;
+    }
     // The last rows first: with a causal mask they take longest.
     let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
@@ -249,7 +256,11 @@ fn forward(
         let small = factor * LARGEST_SUM < LARGEST_EXPONENT;
 #endif
         // Whether each row of Q, K and V has a scale of its own, and scores are rounded.
+#if BY_ROWS
         let by_rows = query_scales.apart || scales.apart || !small;
+#else
+        let by_rows = false;
+#endif
         if !by_rows {
             for (var n = 0u; n < K_LOADS; n++) {
                 let t = thread + n * THREADS;

@@ -221,6 +221,9 @@ pub(crate) fn recipe<'a>(
     }
     let workspaces = move |part: &Part| {
         let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(problem, part))];
+        if kernel == Kernel::Coop && problem.element_type != ElementType::F16 {
+            all.push((Slot::WorkspaceRanges, kernel::forward_coop_scaled::workspace_bytes(part)));
+        }
         if kernel == Kernel::Naive {
             all.push((Slot::WorkspaceScores, kernel::backward_naive::workspace_bytes(problem, part)));
         }

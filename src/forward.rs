@@ -315,7 +315,7 @@ pub(crate) fn bind_launch(
     // The caller gives one workspace.
     let given = |slot: Slot| {
         let argument = match slot {
-            Slot::WorkspaceStats | Slot::WorkspaceScores => Slot::Workspace,
+            Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceRanges => Slot::Workspace,
             slot => slot,
         };
         slots.iter().find(|(s, _)| *s == argument).map(|(_, binding)| binding)

@@ -515,7 +515,7 @@ impl Plan {
         let coop_fits = || {
             let matrices = context.matrices.as_ref()?;
             let chosen = forward_coop::choose(problem, matrices, options, limits).ok()?;
-            check_limits(Kernel::Coop, std::slice::from_ref(&chosen.pass), limits).ok()
+            check_limits(Kernel::Coop, &chosen.passes, limits).ok()
         };
         // What f32 and bf16 need.
         let in_registers = context.matrices.as_ref().is_some_and(|matrices| matrices.in_registers(options.coop_form));
@@ -564,7 +564,7 @@ impl Plan {
                 let chosen = forward_coop::choose(problem, matrices, options, limits)?;
                 rows_and_keys = Some((chosen.tile.rows(matrices.format.size), chosen.tile.keys));
                 coop_form = Some((chosen.form, chosen.why));
-                vec![chosen.pass]
+                chosen.passes
             }
             Kernel::Decode => {
                 let rows = shape.group() as u64 * shape.seqlen_q as u64;
@@ -616,6 +616,9 @@ impl Plan {
                 Kernel::Decode => {
                     let (out, stats) = kernel::decode::workspace_bytes(problem, part, splits.unwrap_or(1));
                     vec![(Slot::Workspace, out), (Slot::WorkspaceStats, stats)]
+                }
+                Kernel::Coop if problem.element_type != ElementType::F16 => {
+                    vec![(Slot::WorkspaceRanges, kernel::forward_coop_scaled::workspace_bytes(part))]
                 }
                 Kernel::Coop | Kernel::Tile => vec![],
             }),

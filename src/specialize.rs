@@ -45,6 +45,9 @@ const FILES: &[(&str, &str)] = &[
     ("common/read.wgsl", include_str!("../shaders/common/read.wgsl")),
     ("common/read_f16.wgsl", include_str!("../shaders/common/read_f16.wgsl")),
     ("common/row_stats.wgsl", include_str!("../shaders/common/row_stats.wgsl")),
+    ("common/row_sizes.wgsl", include_str!("../shaders/common/row_sizes.wgsl")),
+    ("common/sizes.wgsl", include_str!("../shaders/common/sizes.wgsl")),
+    ("coop_ranges.wgsl", include_str!("../shaders/coop_ranges.wgsl")),
     ("common/score.wgsl", include_str!("../shaders/common/score.wgsl")),
     ("common/softmax.wgsl", include_str!("../shaders/common/softmax.wgsl")),
     ("common/tile_chunks.wgsl", include_str!("../shaders/common/tile_chunks.wgsl")),
@@ -298,23 +301,31 @@ pub fn coop_backward_modules(
     layout: &MatrixLayout,
 ) -> Vec<(Specialization, Vec<u32>)> {
     let passes = backward_coop::passes(problem, form, tiles, format, layout);
-    passes.into_iter().map(|pass| (pass.specialization.clone(), pass.binding_numbers())).collect()
+    let kernels = passes.into_iter().filter(|pass| pass.specialization.file != "coop_ranges.wgsl");
+    kernels.map(|pass| (pass.specialization.clone(), pass.binding_numbers())).collect()
 }
 
-/// The module of the cooperative-matrix kernel in a form and its layout, and the bindings that it is made for.
+/// The modules with element access of the cooperative-matrix kernel in a form and its layout, and the bindings that they are made for.
 #[doc(hidden)]
-pub fn coop_module(
+pub fn coop_modules(
     problem: &Problem,
     form: CoopForm,
     tile: CoopTile,
     format: MatrixFormat,
     layout: &MatrixLayout,
-) -> (Specialization, Vec<u32>) {
-    let pass = match problem.element_type {
-        ElementType::F16 => forward_coop::pass(problem, form, tile, format, layout),
-        ElementType::F32 | ElementType::BF16 => forward_coop_scaled::pass(problem, tile, format, layout),
+) -> Vec<(Specialization, Vec<u32>)> {
+    let passes = match problem.element_type {
+        ElementType::F16 => vec![forward_coop::pass(problem, form, tile, format, layout)],
+        ElementType::F32 | ElementType::BF16 => forward_coop_scaled::passes(problem, tile, format, layout),
     };
-    (pass.specialization.clone(), pass.binding_numbers())
+    let kernels = passes.into_iter().filter(|pass| pass.specialization.file != "coop_ranges.wgsl");
+    kernels.map(|pass| (pass.specialization.clone(), pass.binding_numbers())).collect()
+}
+
+/// The module that finds which of the modules for f32 and bf16 are for a head, before the forward or the backward pass.
+#[doc(hidden)]
+pub fn ranges_module(problem: &Problem, size: u32, backward: bool) -> Specialization {
+    forward_coop_scaled::ranges(problem, size, backward).specialization
 }
 
 /// The functions that tell kernels where the elements of a matrix lie: a part of a module.

@@ -353,7 +353,7 @@ fn modules_are_valid() {
         for (switches, problem) in TYPES.into_iter().flat_map(problems) {
             for [dkdv, dq] in tiles(Registers, format.size, &problem) {
                 let modules = coop_backward_modules(&problem, Registers, [dkdv.0, dq.0], format, &layout);
-                for ((specialization, bindings), (tile, said)) in modules.into_iter().zip([dkdv, dq]) {
+                for ((specialization, bindings), (tile, said)) in modules.into_iter().zip([dkdv, dq, dkdv, dq]) {
                     let text = specialization.source().unwrap().text;
                     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
                     let loops = common::loops::uninitialised_in_loop(&text);

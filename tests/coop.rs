@@ -13,7 +13,7 @@ use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::elements::{self, ElementModule, MatrixFormat, MatrixLayout};
-use wgpu_flash_attention::specialize::coop_module;
+use wgpu_flash_attention::specialize::coop_modules;
 use wgpu_flash_attention::tune::{self, CoopTile};
 use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, Shape};
 
@@ -243,8 +243,11 @@ fn modules_are_valid() {
     let validator = validator();
     for (format, layout) in known_matrices() {
         for (switches, problem) in problems(&TYPES) {
-            for (tile, said) in tiles(Registers, format, &problem) {
-                let (specialization, bindings) = coop_module(&problem, Registers, tile, format, &layout);
+            let tiles = tiles(Registers, format, &problem);
+            let modules = |&(tile, said): &(CoopTile, u32)| {
+                coop_modules(&problem, Registers, tile, format, &layout).into_iter().map(move |m| (m, tile, said))
+            };
+            for ((specialization, bindings), tile, said) in tiles.iter().flat_map(modules) {
                 let text = specialization.source().unwrap().text;
                 assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
                 let loops = common::loops::uninitialised_in_loop(&text);
@@ -274,8 +277,9 @@ fn modules_in_wgsl_alone_are_valid() {
             let spirv_val = spirv_val.as_deref().filter(|_| matches!(switches, 0 | 31));
             for (tile, said) in tiles(WorkgroupMemory, format, &problem) {
                 let layout = MatrixLayout::rows(format);
-                let (specialization, _) = coop_module(&problem, WorkgroupMemory, tile, format, &layout);
-                check_wgsl(&specialization, format, said, spirv_val);
+                for (specialization, _) in coop_modules(&problem, WorkgroupMemory, tile, format, &layout) {
+                    check_wgsl(&specialization, format, said, spirv_val);
+                }
             }
         }
     }

@@ -18,7 +18,7 @@ use naga::{AddressSpace, Module};
 use stores::stores_components;
 use switched::{PAIRWISE, switched};
 use wgpu_flash_attention::specialize::{
-    Source, Specialization, backward_modules, decode_modules, fused_modules, merge_module, modules,
+    Source, Specialization, backward_modules, decode_modules, fused_modules, merge_module, modules, ranges_module,
 };
 use wgpu_flash_attention::tune::{Tile, backward_tiles, decode_tile, fused_tile, tile};
 use wgpu_flash_attention::{ElementType, MergeProblem, Problem, Shape, wgpu};
@@ -327,4 +327,22 @@ fn variables_in_loops_without_a_value_are_found() {
     ] {
         assert_eq!(uninitialised_in_loop(text).map(|(line, _)| line), line, "{text}");
     }
+}
+
+/// What the coop kernels for f32 and bf16 ask of each head beforehand.
+#[test]
+fn ranges() {
+    let mut seen = HashSet::new();
+    let all = problems().into_iter().map(|problem| (problem, false));
+    for (problem, backward) in all.chain(problems_with_gradients().into_iter().map(|problem| (problem, true))) {
+        if problem.element_type != ElementType::F16 {
+            let specialization = ranges_module(&problem, 16, backward);
+            if seen.insert(specialization.source().unwrap().text) {
+                let (module, info) = validate(&specialization);
+                write(&specialization, &module, &info);
+                fits(&module, &wgpu::Limits::default());
+            }
+        }
+    }
+    assert!(seen.len() >= 100, "only {} modules", seen.len());
 }

@@ -4,8 +4,8 @@
 
 use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS, workgroups_by_keys, workgroups_by_rows};
 use super::forward_coop::{F16_ONLY, Matrices, NO_ACCESS, layout_constants, workgroup_switches};
-use super::forward_coop_scaled::parts;
-use super::{CoopForm, Pass, backward_switches, bindings};
+use super::forward_coop_scaled::{self, parts};
+use super::{Access, CoopForm, Pass, Slot, backward_switches, bindings};
 use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
@@ -85,45 +85,54 @@ fn scaled_passes(
     let shape = problem.shape;
     let parts = parts(problem.element_type);
     let size = format.size;
-    let pass = |file, entry, tile: CoopBackwardTile, used, workgroup_bytes, workgroups| {
-        let switches = switches(problem, 4, size, tile);
-        let mut constants = vec![
-            ("PARTS", parts),
-            ("HEAD_DIM", shape.head_dim),
-            ("HEAD_DIM_V", shape.head_dim_v),
-            ("SUBGROUPS", tile.subgroups),
-            ("MATRICES", tile.matrices),
-            ("STEP", tile.step),
-        ];
-        constants.extend(layout_constants(layout));
-        Pass {
-            specialization: Specialization { file, entry, switches, constants },
-            bindings: bindings(problem, used),
-            element_access: true,
-            rounds: None,
-            threads: tile.subgroups * format.lanes,
-            workgroup_bytes,
-            workgroups,
-        }
-    };
-    vec![
-        pass(
-            "backward_dkdv_coop_scaled.wgsl",
-            "dkdv",
-            dkdv,
-            DKDV_BINDINGS,
-            dkdv.scaled_dkdv_bytes(size, parts, shape.head_dim, shape.head_dim_v),
-            workgroups_by_keys(problem, dkdv.scaled_own(size)),
-        ),
-        pass(
-            "backward_dq_coop_scaled.wgsl",
-            "dq",
-            dq,
-            DQ_BINDINGS,
-            dq.scaled_dq_bytes(size, parts, shape.head_dim, shape.head_dim_v),
-            workgroups_by_rows(dq.scaled_own(size)),
-        ),
-    ]
+    let pass =
+        |file, entry, tile: CoopBackwardTile, used: &[(Slot, Access)], workgroup_bytes, workgroups, by_rows: bool| {
+            let mut switches = switches(problem, 4, size, tile);
+            switches.extend(by_rows.then_some("BY_ROWS"));
+            let mut constants = vec![
+                ("PARTS", parts),
+                ("HEAD_DIM", shape.head_dim),
+                ("HEAD_DIM_V", shape.head_dim_v),
+                ("SUBGROUPS", tile.subgroups),
+                ("MATRICES", tile.matrices),
+                ("STEP", tile.step),
+            ];
+            constants.extend(layout_constants(layout));
+            Pass {
+                specialization: Specialization { file, entry, switches, constants },
+                bindings: bindings(problem, &[used, &[(Slot::WorkspaceRanges, Access::Read)]].concat()),
+                element_access: true,
+                rounds: None,
+                threads: tile.subgroups * format.lanes,
+                workgroup_bytes,
+                workgroups,
+            }
+        };
+    // What finds out about each head, then the kernels for most of them, and those for heads whose numbers are far apart.
+    let mut passes = vec![forward_coop_scaled::ranges(problem, size, true)];
+    passes.extend([false, true].into_iter().flat_map(|by_rows| {
+        [
+            pass(
+                "backward_dkdv_coop_scaled.wgsl",
+                "dkdv",
+                dkdv,
+                DKDV_BINDINGS,
+                dkdv.scaled_dkdv_bytes(size, parts, shape.head_dim, shape.head_dim_v),
+                workgroups_by_keys(problem, dkdv.scaled_own(size)),
+                by_rows,
+            ),
+            pass(
+                "backward_dq_coop_scaled.wgsl",
+                "dq",
+                dq,
+                DQ_BINDINGS,
+                dq.scaled_dq_bytes(size, parts, shape.head_dim, shape.head_dim_v),
+                workgroups_by_rows(dq.scaled_own(size)),
+                by_rows,
+            ),
+        ]
+    }));
+    passes
 }
 
 fn half_passes(

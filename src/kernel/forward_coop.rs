@@ -115,7 +115,7 @@ pub(crate) struct Chosen {
     /// Why this form.
     pub why: String,
     pub tile: CoopTile,
-    pub pass: Pass,
+    pub passes: Vec<Pass>,
 }
 
 pub(crate) fn choose(
@@ -128,23 +128,23 @@ pub(crate) fn choose(
     let (form, why) = matrices.form(options.coop_form);
     let layout = matrices.layout(form).ok_or(unsupported(NO_ACCESS))?;
     let (format, shape) = (matrices.format, problem.shape);
-    let (tile, pass) = match (problem.element_type, form) {
+    let (tile, passes) = match (problem.element_type, form) {
         (ElementType::F16, _) => {
             let table = || tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v);
             let long = || long_tile(problem, form, format, &layout, limits);
             let tile = options.coop_tile.or_else(long).unwrap_or_else(table);
             tile.validate(form, format.size)?;
-            (tile, pass(problem, form, tile, format, &layout))
+            (tile, vec![pass(problem, form, tile, format, &layout)])
         }
         (other, CoopForm::Registers) => {
             let table = || tune::coop_scaled_tile(format.size, other, shape.head_dim, shape.head_dim_v);
             let tile = options.coop_tile.unwrap_or_else(table);
             tile.validate_scaled(format.size, format.lanes)?;
-            (tile, forward_coop_scaled::pass(problem, tile, format, &layout))
+            (tile, forward_coop_scaled::passes(problem, tile, format, &layout))
         }
         (_, CoopForm::WorkgroupMemory) => return Err(unsupported(F16_ONLY)),
     };
-    Ok(Chosen { form, why, tile, pass })
+    Ok(Chosen { form, why, tile, passes })
 }
 
 /// The tile for long rows, if the problem has such rows, and enough of them, and the device's limits are large enough.

@@ -1,7 +1,7 @@
-//! Host side of `shaders/forward_coop_scaled.wgsl`.
+//! Host side of `shaders/forward_coop_scaled.wgsl` and `shaders/coop_ranges.wgsl`.
 
 use super::forward_coop::layout_constants;
-use super::{FORWARD_BINDINGS, Pass, bindings, switches};
+use super::{Access, FORWARD_BINDINGS, Pass, Slot, bindings, switches, switches_of};
 use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
@@ -16,12 +16,62 @@ pub(crate) fn parts(element_type: ElementType) -> u32 {
     }
 }
 
-pub(crate) fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout) -> Pass {
+/// Bytes that say which modules are for a head.
+pub(crate) fn workspace_bytes(part: &Part) -> u64 {
+    part.batch_count().saturating_mul(part.head_count()).saturating_mul(4)
+}
+
+/// Host side of `shaders/coop_ranges.wgsl`.
+pub(crate) fn ranges(problem: &Problem, size: u32, backward: bool) -> Pass {
+    const THREADS: u32 = 256;
+    let tensors = if backward { &Tensor::BACKWARD[..] } else { &Tensor::FORWARD };
+    let mut on = switches_of(problem, tensors, 4);
+    on.retain(|&name| name != "LSE");
+    on.extend(backward.then_some("GRADIENTS"));
+    let mut used = vec![
+        (Slot::Query, Access::Read),
+        (Slot::Key, Access::Read),
+        (Slot::Value, Access::Read),
+        (Slot::SeqlensQ, Access::Read),
+        (Slot::SeqlensK, Access::Read),
+        (Slot::WorkspaceRanges, Access::ReadWrite),
+    ];
+    used.extend(backward.then_some((Slot::GradOut, Access::Read)));
+    Pass {
+        specialization: Specialization {
+            file: "coop_ranges.wgsl",
+            entry: "find_ranges",
+            switches: on,
+            constants: vec![
+                ("PARTS", parts(problem.element_type)),
+                ("HEAD_DIM", problem.shape.head_dim),
+                ("HEAD_DIM_V", problem.shape.head_dim_v),
+                ("PADDED_DIM", problem.shape.head_dim.next_multiple_of(size)),
+                ("THREADS", THREADS),
+            ],
+        },
+        bindings: bindings(problem, &used),
+        element_access: false,
+        rounds: None,
+        threads: THREADS,
+        workgroup_bytes: 32,
+        workgroups: Box::new(|part: &Part| [part.head_count(), part.batch_count(), (part.row_count() > 0) as u64]),
+    }
+}
+
+/// What finds out about each head, the kernel for most of them, and the kernel for those whose numbers are far apart.
+pub(crate) fn passes(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout) -> Vec<Pass> {
+    let kernel = |by_rows| pass(problem, tile, format, layout, by_rows);
+    vec![ranges(problem, format.size, false), kernel(false), kernel(true)]
+}
+
+fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout, by_rows: bool) -> Pass {
     let shape = problem.shape;
     let parts = parts(problem.element_type);
     let size = format.size;
     let rows = tile.rows(size);
     let mut on = switches(problem, 4);
+    on.extend(by_rows.then_some("BY_ROWS"));
     if size == 16 {
         on.push("MATRIX16");
     }
@@ -39,7 +89,7 @@ pub(crate) fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layo
     constants.extend(layout_constants(layout));
     Pass {
         specialization: Specialization { file: "forward_coop_scaled.wgsl", entry: "forward", switches: on, constants },
-        bindings: bindings(problem, FORWARD_BINDINGS),
+        bindings: bindings(problem, &[FORWARD_BINDINGS, &[(Slot::WorkspaceRanges, Access::Read)]].concat()),
         element_access: true,
         rounds: None,
         threads: tile.subgroups * format.lanes,

@@ -74,6 +74,8 @@ pub(crate) enum Slot {
     /// Probabilities and score gradients of the naive backward pass, at the workspace's end.
     WorkspaceScores = 16,
     SeqlensQ = 17,
+    /// Which modules of the coop kernels for f32 and bf16 are for a head, at the workspace's end.
+    WorkspaceRanges = 18,
 }
 
 impl Slot {
@@ -86,7 +88,7 @@ impl Slot {
             Slot::Lse => "lse",
             Slot::SeqlensK => "seqlens_k",
             Slot::SeqlensQ => "seqlens_q",
-            Slot::Workspace | Slot::WorkspaceStats | Slot::WorkspaceScores => "workspace",
+            Slot::Workspace | Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceRanges => "workspace",
             Slot::PartOut => "part_out",
             Slot::PartLse => "part_lse",
             Slot::GradOut => "grad_out",
