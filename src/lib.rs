@@ -73,7 +73,7 @@
 //!   its values, must each lie within one binding (`max_storage_buffer_binding_size`). Of gradients, all that heads sharing a key-value
 //!   head read and write must: q, o and their gradients.
 //! - There is no boolean mask, additive bias, ALiBi, dropout, sink, packed or paged sequence or block-sparse mask.
-//! - Inputs must be finite where they count: WGSL leaves NaN and infinity undefined. Scores must be within ±5·10¹³ for the coop kernel and
+//! - Inputs must be finite where they count: WGSL leaves NaN and infinity undefined. Scores must be within ±10⁷ for the coop kernel in f16, ±5·10¹³ in f32 and bf16, and
 //!   ±5·10³⁷ for the others, values within ±10³⁵ over the number of keys.
 //! - Offsets of bindings are multiples of the device's `min_storage_buffer_offset_alignment`; finer ones go into [`Layout`].
 //!
