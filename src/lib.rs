@@ -73,8 +73,7 @@
 //!   its values, must each lie within one binding (`max_storage_buffer_binding_size`). Of gradients, all that heads sharing a key-value
 //!   head read and write must: q, o and their gradients.
 //! - There is no boolean mask, additive bias, ALiBi, dropout, sink, packed or paged sequence or block-sparse mask.
-//! - Inputs must be finite where they count: WGSL leaves NaN and infinity undefined. Scores must be within ±10⁷ for the coop kernel in f16, ±5·10¹³ in f32 and bf16, and
-//!   ±5·10³⁷ for the others, values within ±10³⁵ over the number of keys.
+//! - Inputs must be finite where they count: WGSL leaves NaN and infinity undefined. How large scores and values may be is at [`Kernel`].
 //! - Offsets of bindings are multiples of the device's `min_storage_buffer_offset_alignment`; finer ones go into [`Layout`].
 //!
 //! What breaks a limit is an [`Error`] that names the argument, what was found and what would be right, before anything is recorded. Values are the

@@ -22,9 +22,9 @@ use crate::{ElementType, Problem};
 
 /// Which algorithm computes a problem.
 ///
-/// All are right for scores within ±1e7 (the coop kernel in f32 and bf16 within ±5e13) and values within ±1e35 over the number of keys. All but [`Kernel::Coop`] are right for
-/// scores within ±5e37 and values within ±1e38 over the number of keys. Nothing looks for larger ones. `docs/kernels.md` has more
-/// on this.
+/// All are right for scores within ±1e7 and values within ±1e35 over the number of keys, [`Kernel::Coop`] in f32 and bf16 for scores
+/// within ±5e13, the other kernels for scores within ±5e37 and values within ±1e37 over the number of keys. Nothing looks for larger
+/// ones. `docs/kernels.md` has more on this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
