@@ -48,7 +48,7 @@ fn find_ranges(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
         atomicStore(&all[thread], 0u);
     }
     workgroupBarrier();
-    let queries = last_query(at) + 1u - problem.row_begin;
+    let queries = max(min(problem.row_end, u32(at.queries)), problem.row_begin) - problem.row_begin;
     add_sizes(0u, row_sizes_query(head_start(problem.query, at.batch, at.head_q), queries, HEAD_DIM, thread));
     add_sizes(1u, row_sizes_key(head_start(problem.key, at.batch, at.head_kv), u32(at.keys), HEAD_DIM, thread));
     add_sizes(2u, row_sizes_value(head_start(problem.value, at.batch, at.head_kv), u32(at.keys), HEAD_DIM_V, thread));
