@@ -99,7 +99,7 @@ impl<'a> BackwardBuffers<'a> {
 }
 
 impl Plan {
-    /// Records the backward pass into the caller's encoder. Submits nothing and allocates no buffer.
+    /// Records the backward pass into the caller's encoder. That may be the encoder of the forward pass, right after it. Submits nothing and allocates no buffer.
     ///
     /// Probabilities are recomputed from q, k and lse, tile by tile, so o and lse must be those of a forward pass over the same
     /// q, k and v. No gradient is summed by atomics: the same input gives the same bits.

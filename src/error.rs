@@ -127,7 +127,7 @@ pub enum Error {
         argument: &'static str,
     },
     /// A buffer is shorter than its tensor.
-    #[error("{argument} has {found} bytes from its offset; its layout needs {needed}")]
+    #[error("{argument} has {found} bytes from its offset; this plan needs {needed}")]
     BufferTooSmall {
         /// The tensor or workspace.
         argument: &'static str,
@@ -174,8 +174,8 @@ pub enum Error {
     },
     /// An output lies where another argument does.
     #[error(
-        "{output} and {other} have bytes in common, or lie too intricately among each other to tell; they may share a buffer, \
-         but an output needs bytes of its own there, and 4-byte words in which no input is"
+        "{output} and {other} overlap, or are interleaved in too complex a way to show that they do not; they may share a buffer, \
+         but {output} needs bytes of its own there, in 4-byte words without an input"
     )]
     BufferAliased {
         /// The output.
@@ -212,7 +212,7 @@ pub enum Error {
         expected: &'static str,
     },
     /// The kernel cannot compute this problem.
-    #[error("the {kernel} kernel does not compute {element_type}: {why}")]
+    #[error("the {kernel} kernel cannot compute this problem, in {element_type}: {why}")]
     Unsupported {
         /// The kernel asked for.
         kernel: Kernel,

@@ -162,7 +162,7 @@ impl BoundPass {
         }
     }
 
-    /// Records the dispatches into the caller's pass. Passes of the same call are ordered by wgpu.
+    /// Records the dispatches into the caller's pass. wgpu orders the dispatches of a pass, so that each sees what earlier ones wrote.
     pub fn record(&self, pass: &mut wgpu::ComputePass<'_>) {
         for (pipeline, group, [x, y, z]) in &self.steps {
             pass.set_pipeline(&pipeline.pipeline);

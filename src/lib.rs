@@ -103,7 +103,7 @@
 //!   pass for a buffer with the same number there. All that [`Context::headless`] opens is of one instance.
 //! - A buffer that is destroyed or mapped, and an encoder that is finished, of another device or has a pass open, give wgpu's own
 //!   error when the encoder is finished or submitted.
-//! - A workspace that two passes use at the same time, and inputs that are not finite, give wrong numbers.
+//! - Inputs that are not finite give wrong numbers.
 //!
 //! # What may change
 //!

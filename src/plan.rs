@@ -691,14 +691,15 @@ impl Plan {
         self.forward.workspace_bytes
     }
 
-    /// Bytes of the buffer that [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace) needs: 8 for each row and, where the problem has lengths, for each batch entry; more
+    /// Bytes of the buffer that [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace) needs: some for each row; more
     /// for the naive kernel. 0 for a problem without gradients.
     pub fn backward_workspace_bytes(&self) -> u64 {
         self.backward.as_ref().map_or(0, |schedule| schedule.workspace_bytes)
     }
 
     /// A buffer for [`ForwardBuffers::workspace`](crate::ForwardBuffers::workspace), or `None` if the plan needs none.
-    /// Its contents need not be kept between calls; calls that may run at the same time need one each.
+    /// Its contents need not be kept between calls. One serves all plans and passes that are recorded for one queue, if it is as large as the
+    /// largest needs, since wgpu orders them.
     /// Out of memory, and on a device that is lost, it is an error.
     pub fn create_workspace(&self) -> Result<Option<wgpu::Buffer>, Error> {
         self.workspace_of(self.workspace_bytes())

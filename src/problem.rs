@@ -248,7 +248,8 @@ impl Layout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Causal {
-    /// Query `i` sees keys `j ≤ i + seqlen_k − seqlen_q`: the last query sees every key, as in flash-attention.
+    /// Query `i` sees keys `j ≤ i + seqlen_k − seqlen_q`, with the batch entry's lengths where the problem has them: the last valid
+    /// query sees every valid key, as in flash-attention. With more queries than keys the first queries see none.
     BottomRight,
     /// Query `i` sees keys `j ≤ i`, as PyTorch's `is_causal`.
     TopLeft,
@@ -301,7 +302,7 @@ pub struct Problem {
     /// Values outside `0 ..= seqlen_k` act as the nearest of the two.
     pub seqlens_k: bool,
     /// Whether a buffer of query lengths is given: `i32 [batch]`, each at most `seqlen_q`. Queries from a length on are padding:
-    /// what they hold does not matter, not even NaN. Their o is 0, their lse −∞, and they add nothing to any gradient. Bottom-right masks and windows count
+    /// what they hold does not matter, not even NaN. Their o is 0, their lse −∞, their dq 0, and they add nothing to any gradient. Bottom-right masks and windows count
     /// from the length instead of `seqlen_q`. Values outside `0 ..= seqlen_q` act as the nearest of the two.
     pub seqlens_q: bool,
     /// Whether the logarithm of the softmax's denominator is written: f32 `[batch, heads_q, seqlen_q]`, contiguous.
@@ -416,7 +417,8 @@ impl Problem {
         self
     }
 
-    /// Masks keys outside a window around the query; `None` leaves a side open.
+    /// Masks keys outside a window around the bottom-right diagonal, `i + seqlen_k − seqlen_q` (with lengths, those), also where the causal
+    /// mask is top-left: with different lengths the two may leave a query no key. `None` leaves a side open.
     pub const fn window(mut self, left: Option<u32>, right: Option<u32>) -> Self {
         self.window_left = left;
         self.window_right = right;
@@ -455,7 +457,7 @@ impl Problem {
     /// Plans the backward pass too; lse is written, from which it recomputes the probabilities.
     ///
     /// Probabilities are `exp(score − lse)` in the backward pass, with lse as the forward pass rounded it. So gradients are off by
-    /// `|lse| · 2⁻²⁴` relative to themselves, by twice that on cooperative matrices: 6e-5 at scores of 1,000. Where `|lse|` is
+    /// `|lse| · 2⁻²⁴` relative to themselves (6e-5 at an lse of 1,000), on cooperative matrices by twice that. Where `|lse|` is
     /// above 4 million they are finite and mean nothing.
     pub const fn with_gradients(mut self) -> Self {
         self.lse = true;

@@ -16,7 +16,8 @@ pub struct Forward {
 
 /// How many queries and keys of each batch entry are valid, of a problem with lengths.
 ///
-/// Where a function here takes it, key lengths alone may be given as `Option<&[i32]>`, and `None` says that all are valid.
+/// Where a function here takes it, key lengths alone may be given as `Option<&[i32]>`, and `None` says that all are valid. Lengths count
+/// whether or not the problem has `seqlens_q` and `seqlens_k`; its layouts and its element type are not looked at.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Lengths<'a> {
     /// Valid queries, `[batch]`.
