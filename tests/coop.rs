@@ -40,7 +40,7 @@ fn usual(context: &Context) -> PlanOptions {
 fn all_cases() {
     let Some(context) = context() else { return };
     for element_type in TYPES {
-        let all = cases().into_iter().filter(|(name, _)| !is_alike(name)).collect();
+        let all: Vec<_> = cases().into_iter().filter(|(name, _)| !is_alike(name)).collect();
         check_all(&prepare(all, element_type), &in_forms(element_type, &[("coop", &context, usual(&context))]));
     }
 }
@@ -55,7 +55,7 @@ fn is_alike(name: &str) -> bool {
 fn values_that_are_alike() {
     let Some(context) = context() else { return };
     for element_type in TYPES {
-        let alike = cases().into_iter().filter(|(name, _)| is_alike(name)).collect();
+        let alike: Vec<_> = cases().into_iter().filter(|(name, _)| is_alike(name)).collect();
         let ways = in_forms(element_type, &[("coop", &context, tiled(1, 1, 32, 1))]);
         check_all(&prepare(alike, element_type), &ways);
     }
