@@ -474,7 +474,7 @@ fn backward_buffers() {
         (|_, b| b.lse = None, missing("lse", 192)),
         (|_, b| b.grad_lse = None, missing("grad_lse", 192)),
         (|_, b| b.seqlens_k = None, missing("seqlens_k", 8)),
-        (|_, b| b.workspace = None, missing("workspace", 384)),
+        (|_, b| b.workspace = None, missing("workspace", 400)),
         (|w, b| b.query = first(&w.inputs[0], 1532), short("query", 1536, 1532)),
         (|w, b| b.key = first(&w.inputs[1], 1276), short("key", 1280, 1276)),
         (|w, b| b.value = first(&w.inputs[2], 636), short("value", 640, 636)),
