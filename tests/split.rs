@@ -223,7 +223,9 @@ fn keys_of_one_row_are_not_split() {
 
 #[test]
 fn the_scores_of_a_long_sequence_do_not_fit() {
-    let long = Problem::new(Shape::square(1, 16, 65536, 64), ElementType::F32);
+    // Not of more keys: Mesa 22.3 ends the loops over them.
+    let shape = Shape { seqlen_k: 8192, ..Shape::square(1, 16, 1 << 18, 64) };
+    let long = Problem::new(shape, ElementType::F32);
     let error = refused(webgpu(), &long, &naive());
     assert!(matches!(error, Error::BindingTooLarge { argument: "workspace", .. }), "{error}");
     let plan = webgpu().plan_with(&long, &tile()).unwrap();
