@@ -149,15 +149,16 @@ fn forward(
 ) {
     let group = in_order(workgroup_id, workgroups);
     let at = sequence(group.z, group.y);
-    // That is at.batch * problem.heads + at.head_q. naga takes what a function returns for something that may differ between threads,
-    // after which there must be no matrices.
-    let number = (workgroup_id.z * workgroups.y + workgroup_id.y) * workgroups.x + workgroup_id.x;
-    let by_heads = number % (workgroups.y * workgroups.z);
-    if ranges[select(workgroup_id.z * workgroups.y + workgroup_id.y, by_heads, problem.heads_first != 0u)] != OURS {
-        return;
+    // All threads have one answer, which naga does not know. It takes matrices under such a condition only in a function of their own.
+    if ranges[at.batch * problem.heads + at.head_q] == OURS {
+        forward_rows(at, group.x, workgroups.x, thread, subgroup, lane);
     }
+}
+
+// The rows of block `block` of so many of a head.
+fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u32, lane: u32) {
     // The last rows first: with a causal mask they take longest.
-    let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
+    let row0 = problem.row_begin + (blocks - 1u - block) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
     let mine = subgroup * ROW_MATRICES * M;
     let query_start = head_start(problem.query, at.batch, at.head_q);
