@@ -73,7 +73,7 @@ const ROW_STRIDE = (OWN4 + 5u) / 8u * 8u + 2u;
 const KEY_STRIDE = (STEP4 + 3u) / 8u * 8u + 4u;
 var<workgroup> tiles: array<vec4f, P_AT + max(STEP * ROW_STRIDE, KEY_PIECE * KEY_STRIDE)>;
 
-// Of each row vectors of four keys.
+// Scores lie as vectors of four keys of a row.
 #include "common/tile_scores.wgsl" vectors=KEY_PIECES count4=OWN4 others=ROW_PIECES other_count4=STEP4 at=STEP_AT
 #include "common/tile_chunks.wgsl" scores=s own=key step=query
 #include "common/tile_chunks.wgsl" scores=dp own=value step=grad_out
@@ -202,7 +202,7 @@ fn fused(
                 workgroupBarrier();
                 var lines_next = Lines();
                 for (var i0 = fold0; i0 < min(fold0 + FOLD_ROWS, end); i0 += STEP) {
-                    // Of each row of scores lse and delta; of rows that are not there an lse above every score.
+                    // Each row of scores has its lse and delta. Rows that are not there have an lse above every score.
                     var row = array<vec2f, 4u * ROW_PIECES>();
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                         let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;

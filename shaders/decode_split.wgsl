@@ -68,7 +68,7 @@ struct Rows {
     first: u32,
     count: u32,
     queries: u32,
-    // Of the key-value head's first row, among all rows of this launch.
+    // The key-value head's first row, counted among all rows of this launch.
     start: u32,
 }
 
@@ -136,7 +136,7 @@ fn own_key(thread: u32) -> OwnKey {
     return OwnKey(thread / KEY_THREADS + kx * KEY_GROUPS, kx < THREAD_KEYS);
 }
 
-// Of four rows and the thread's own key: the sum over the neighbours.
+// Sums over the neighbours what they have for four rows and the thread's own key.
 fn sum_of_neighbours(dots: array<vec4f, THREAD_KEYS>, thread: u32) -> vec4f {
     var mine: vec4f;
     for (var n = 0u; n < THREAD_KEYS; n++) {
@@ -231,7 +231,7 @@ fn decode_split(
     }
     var o: array<vec4f, ROWS>;
     var m: array<vec4f, ROWS4>;
-    // Of the thread's own key only.
+    // Each thread sums over its own keys only.
     var l: array<vec4f, ROWS4>;
     for (var r4 = 0u; r4 < ROWS4; r4++) {
         m[r4] = vec4f(LOWEST);

@@ -102,7 +102,7 @@ fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, V
     return x;
 }
 
-// Of a row of Q.
+// Gives the scale of a row of Q.
 fn query_scale(scales: Scales, row: u32) -> f32 {
     return select(scales.tile.x, row_scale(row), scales.apart);
 }

@@ -61,11 +61,11 @@ const V_AT = VALUE_KEYS * P_STRIDE;
 // Four numbers of each thread for each of its vectors of rows, to be reduced over a row of threads: beside K, where V is not yet.
 const PARTIAL_AT = max(V_AT, K_AT + CHUNK * KEYS4 + GAPS);
 var<workgroup> tiles: array<vec4f, max(PARTIAL_AT + THREADS_X * ROWS4, V_AT + VALUE_KEYS * V_STRIDE)>;
-// Of each row: m, and exp(m - m') by which its sums shrink.
+// Each row has its maximum m here, and exp(m - m'), by which its sums shrink.
 var<workgroup> maxima: array<f32, ROWS>;
 var<workgroup> shrinks: array<f32, ROWS>;
 
-// Of each key vectors of four rows.
+// Scores lie as vectors of four rows of a key.
 #include "common/tile_scores.wgsl" vectors=TR count4=ROWS4 others=PIECES other_count4=KEYS4 at=K_AT
 #include "common/tile_outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS from=0u at=V_AT
 

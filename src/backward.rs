@@ -122,8 +122,6 @@ impl Plan {
         };
         let rows = 4 * problem.shape.rows();
         let grad_lse = if gradients.lse { rows } else { 0 };
-        let lengths = |has: bool| if has { 4 * problem.shape.batch as u64 } else { 0 };
-        let (seqlens_q, seqlens_k) = (lengths(problem.seqlens_q), lengths(problem.seqlens_k));
         let input = |slot, binding, tensor| Argument::tensor(slot, Access::Read, binding, problem, tensor);
         let output = |slot, binding, tensor| Argument::tensor(slot, Access::ReadWrite, binding, problem, tensor);
         let all = [
@@ -134,8 +132,8 @@ impl Plan {
             input(Slot::GradOut, &buffers.grad_out, Tensor::GradOut),
             Argument::bytes(Slot::Lse, Access::Read, buffers.lse.as_ref(), rows, true),
             Argument::bytes(Slot::GradLse, Access::Read, buffers.grad_lse.as_ref(), grad_lse, gradients.lse),
-            Argument::bytes(Slot::SeqlensQ, Access::Read, buffers.seqlens_q.as_ref(), seqlens_q, problem.seqlens_q),
-            Argument::bytes(Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens_k, problem.seqlens_k),
+            Argument::lengths(Slot::SeqlensQ, buffers.seqlens_q.as_ref(), problem, problem.seqlens_q),
+            Argument::lengths(Slot::SeqlensK, buffers.seqlens_k.as_ref(), problem, problem.seqlens_k),
             output(Slot::GradQuery, &buffers.grad_query, Tensor::GradQuery),
             output(Slot::GradKey, &buffers.grad_key, Tensor::GradKey),
             output(Slot::GradValue, &buffers.grad_value, Tensor::GradValue),

@@ -191,16 +191,14 @@ impl Plan {
     fn check<'b, 'a>(&self, buffers: &'b ForwardBuffers<'a>) -> Result<Vec<(Slot, &'b BufferBinding<'a>)>, Error> {
         let problem = &self.problem;
         let lse = if problem.lse { 4 * problem.shape.rows() } else { 0 };
-        let lengths = |has: bool| if has { 4 * problem.shape.batch as u64 } else { 0 };
-        let (seqlens_q, seqlens_k) = (lengths(problem.seqlens_q), lengths(problem.seqlens_k));
         let all = [
             Argument::tensor(Slot::Query, Access::Read, &buffers.query, problem, Tensor::Query),
             Argument::tensor(Slot::Key, Access::Read, &buffers.key, problem, Tensor::Key),
             Argument::tensor(Slot::Value, Access::Read, &buffers.value, problem, Tensor::Value),
             Argument::tensor(Slot::Out, Access::ReadWrite, &buffers.out, problem, Tensor::Out),
             Argument::bytes(Slot::Lse, Access::ReadWrite, buffers.lse.as_ref(), lse, problem.lse),
-            Argument::bytes(Slot::SeqlensQ, Access::Read, buffers.seqlens_q.as_ref(), seqlens_q, problem.seqlens_q),
-            Argument::bytes(Slot::SeqlensK, Access::Read, buffers.seqlens_k.as_ref(), seqlens_k, problem.seqlens_k),
+            Argument::lengths(Slot::SeqlensQ, buffers.seqlens_q.as_ref(), problem, problem.seqlens_q),
+            Argument::lengths(Slot::SeqlensK, buffers.seqlens_k.as_ref(), problem, problem.seqlens_k),
             // A workspace that this plan does without may be given all the same.
             Argument::bytes(
                 Slot::Workspace,
@@ -249,6 +247,12 @@ impl<'b, 'a> Argument<'b, 'a> {
         has: bool,
     ) -> Self {
         Argument { slot, access, given, needed, region: Region::bytes(needed), has }
+    }
+
+    /// One that holds a length for each batch entry.
+    pub(crate) fn lengths(slot: Slot, given: Option<&'b BufferBinding<'a>>, problem: &Problem, has: bool) -> Self {
+        let needed = if has { 4 * problem.shape.batch as u64 } else { 0 };
+        Argument::bytes(slot, Access::Read, given, needed, has)
     }
 }
 

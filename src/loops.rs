@@ -40,28 +40,17 @@ fn nested(total: u32, step: u32) -> u64 {
     total.div_ceil(step) as u64 * (step as u64 + 2)
 }
 
-/// The same, where the text writes out the inner loop.
+/// Iterations as [`nested`] counts them, or without the inner loop's where the text writes that loop out.
 fn outer(total: u32, step: u32, written_out: bool) -> u64 {
     if written_out { total.div_ceil(step) as u64 } else { nested(total, step) }
 }
 
-/// How many keys at most a workgroup visits that has so many rows.
-fn keys_of(problem: &Problem, rows: u32) -> u64 {
-    let all = problem.shape.seqlen_k as u64;
+/// How many of `all` keys at most a workgroup visits that owns so many rows; or how many of all rows of a head, if it owns keys.
+fn visited(problem: &Problem, all: u32, own: u32) -> u64 {
     let right = if problem.causal == Some(Causal::BottomRight) { Some(0) } else { problem.window_right };
     match (problem.window_left, right) {
-        (Some(left), Some(right)) => all.min(left as u64 + right as u64 + rows as u64 + 1),
-        _ => all,
-    }
-}
-
-/// How many rows at most of a head a workgroup visits that has so many keys.
-fn rows_of(problem: &Problem, keys: u32) -> u64 {
-    let all = problem.shape.seqlen_q as u64;
-    let right = if problem.causal == Some(Causal::BottomRight) { Some(0) } else { problem.window_right };
-    match (problem.window_left, right) {
-        (Some(left), Some(right)) => all.min(left as u64 + right as u64 + keys as u64 + 1),
-        _ => all,
+        (Some(left), Some(right)) => (all as u64).min(left as u64 + right as u64 + own as u64 + 1),
+        _ => all as u64,
     }
 }
 
@@ -70,7 +59,7 @@ pub(crate) fn of_tile(problem: &Problem, tile: Tile) -> u64 {
     let products = outer(problem.shape.head_dim, tile.chunk, tile.written_out)
         + outer(tile.keys, tile.value_keys, tile.written_out)
         + tile.threads_x as u64;
-    (keys_of(problem, tile.rows).div_ceil(tile.keys as u64) + 1) * (products + SMALL_LOOPS)
+    (visited(problem, problem.shape.seqlen_k, tile.rows).div_ceil(tile.keys as u64) + 1) * (products + SMALL_LOOPS)
 }
 
 /// Iterations of `shaders/decode_split.wgsl` for a tile of keys.
@@ -82,18 +71,20 @@ fn of_decode_tile(problem: &Problem, tile: DecodeTile) -> u64 {
     rows4 * (scores + 16 + keys.div_ceil(slices)) + SMALL_LOOPS
 }
 
+/// Iterations of `shaders/decode_split.wgsl` after its loop over keys.
+fn of_decode_end(tile: DecodeTile) -> u64 {
+    tile.rows as u64 * (tile.threads as u64 + 16)
+}
+
 /// Iterations of `shaders/decode_split.wgsl` with so many splits.
 pub(crate) fn of_decode(problem: &Problem, tile: DecodeTile, splits: u32) -> u64 {
     let tiles = (problem.keys_in_sight() as u64).div_ceil(tile.keys() as u64);
-    // What follows the loop over keys.
-    let end = tile.rows as u64 * (tile.threads as u64 + 16);
-    (tiles.div_ceil(splits.max(1) as u64) + 1) * of_decode_tile(problem, tile) + end
+    (tiles.div_ceil(splits.max(1) as u64) + 1) * of_decode_tile(problem, tile) + of_decode_end(tile)
 }
 
 /// The fewest splits of the keys with which the decode kernel has what it needs.
 pub(crate) fn splits(granted: u64, problem: &Problem, tile: DecodeTile) -> u32 {
-    let end = tile.rows as u64 * (tile.threads as u64 + 16);
-    let tiles = granted.saturating_sub(end) / of_decode_tile(problem, tile);
+    let tiles = granted.saturating_sub(of_decode_end(tile)) / of_decode_tile(problem, tile);
     let all = (problem.keys_in_sight() as u64).div_ceil(tile.keys() as u64);
     all.div_ceil(tiles.saturating_sub(1).max(1)).try_into().unwrap_or(u32::MAX)
 }
@@ -113,8 +104,9 @@ pub(crate) fn of_backward_tiles(problem: &Problem, [dkdv, dq]: [BackwardTile; 2]
         let results = gradients * outer(tile.step / 4, tile.block / 4, tile.written_out);
         scores(s.head_dim) + scores(s.head_dim_v) + results + (tile.step / tile.threads_x) as u64 + SMALL_LOOPS
     };
-    let of_rows = s.group() as u64 * (rows_of(problem, dkdv.own).div_ceil(dkdv.step as u64) + 1) * of_step(dkdv, 2);
-    let of_keys = (keys_of(problem, dq.own).div_ceil(dq.step as u64) + 1) * of_step(dq, 1);
+    let of_rows =
+        s.group() as u64 * (visited(problem, s.seqlen_q, dkdv.own).div_ceil(dkdv.step as u64) + 1) * of_step(dkdv, 2);
+    let of_keys = (visited(problem, s.seqlen_k, dq.own).div_ceil(dq.step as u64) + 1) * of_step(dq, 1);
     of_rows.max(of_keys)
 }
 

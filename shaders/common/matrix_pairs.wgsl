@@ -29,7 +29,7 @@ var<workgroup> told: array<vec4f, PAIRS * max(MATRICES * SM, 2u) * M * M / 4u>;
 // Rows that may have scales of their own: owned ones of the first and of the second tensor, then those of a step.
 const SIZED_ROWS = 2u * (OWN + STEP);
 
-// Of two numbers, that of a half.
+// Each half has one of two numbers; this gives the number of a half.
 fn of_half(x: vec2f, half: u32) -> f32 {
     return select(x.x, x.y, half == 1u);
 }
@@ -128,12 +128,12 @@ fn owned_parts(
     return lefts;
 }
 
-// Of an owned row of a tensor.
+// Gives the scale of an owned row of the first or of the second tensor.
 fn owned_scale(scales: Scales, tensor: u32, row: u32) -> f32 {
     return select(of_half(scales.tile, tensor), row_scale(tensor * OWN + row), scales.apart);
 }
 
-// Of a step's row of a tensor, where rows have scales of their own.
+// Gives the scale of a step's row of the first or of the second tensor, where rows have scales of their own.
 fn step_scale(tensor: u32, row: u32) -> f32 {
     return row_scale(2u * OWN + tensor * STEP + row);
 }

@@ -14,18 +14,19 @@
 
 #include "common/sizes.wgsl"
 
-// Of each subgroup's part of two tiles, the largest size and, as what it lacks to 2^32, the smallest size other than 0.
+// Each subgroup writes, for its part of two tiles, the largest size and the smallest size other than 0, as what it lacks to 2^32.
 // Sizes are bits, which grow with the numbers.
 var<workgroup> largest: array<vec4u, SUBGROUPS>;
-// Where tiles have a scale for each row: the sizes of rows. SIZED_ROWS is the kernel's.
+// Holds the sizes of rows, where tiles have a scale for each row. The kernel defines SIZED_ROWS.
 var<workgroup> row_sizes: array<atomic<u32>, SIZED_ROWS>;
+
 // The scales of two tiles, and whether the sizes of their elements, four by four, are far apart in one of them.
 struct Scales {
     tile: vec2f,
     apart: bool,
 }
 
-// Of two tiles, of which this thread holds elements of these sizes. Has a barrier.
+// Gives the scales of two tiles, of which this thread holds elements of these sizes. Has a barrier.
 fn scales_of(first: vec2u, second: vec2u, subgroup: u32, lane: u32) -> Scales {
 #if BY_ROWS
     let most = vec4u(subgroupMax(first.x), subgroupMax(first.y), subgroupMax(second.x), subgroupMax(second.y));
@@ -68,7 +69,7 @@ fn row_scale(row: u32) -> f32 {
     return scale_for(atomicLoad(&row_sizes[row]));
 }
 
-// Of a power of two.
+// Gives 1 / scale, if scale is a power of two.
 fn inverse(scale: f32) -> f32 {
     return bitcast<f32>((254u << 23u) - bitcast<u32>(scale));
 }

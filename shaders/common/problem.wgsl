@@ -23,7 +23,7 @@ struct Problem {
     // This launch computes rows row_begin .. row_end of each of its heads; they are stored from row 0 of its bindings.
     row_begin: u32,
     row_end: u32,
-    // Of the whole problem, the first batch entry and query head of this launch.
+    // This launch begins at this batch entry and query head of the whole problem.
     batch_begin: u32,
     head_begin: u32,
     // Query heads of this launch, and how many share a key-value head.
@@ -40,7 +40,7 @@ struct Problem {
     split_rows: u32,
     // Whether workgroups go by heads first: see in_order.
     heads_first: u32,
-    // Of backward_fused_tile.wgsl: the blocks' sizes, and which pairs of them a dispatch computes.
+    // backward_fused_tile.wgsl reads the blocks' sizes, and which pairs of blocks a dispatch computes.
     block_keys: u32,
     block_rows: u32,
     round: u32,

@@ -1,4 +1,5 @@
-// Sizes of elements, and the powers of two that bring them to where f16 holds them. Needs PARTS. Gives sizes_of, scale_for, unscaled.
+// Sizes of elements, and the powers of two that bring them to where f16 holds them. Needs PARTS. Gives are_apart,
+// size_of, sizes_of, scale_for, power_of_two, unscaled.
 
 // How many powers of two elements may be apart before rows have scales of their own: 16 in f32, and 24 in bf16,
 // whose 8 bits are in one f16 down to 2^-32 of the largest.
@@ -14,7 +15,7 @@ fn size_of(x: vec4f) -> f32 {
     return max(max(abs(x.x), abs(x.y)), max(abs(x.z), abs(x.w)));
 }
 
-// Of these elements, what the maxima over a tile are of: the size, and what it lacks to 2^32.
+// Gives the two numbers of these elements whose maxima over a tile are taken: the size, and what it lacks to 2^32.
 fn sizes_of(x: vec4f) -> vec2u {
     let bits = bitcast<u32>(size_of(x));
     return vec2u(bits, 0u - bits);
@@ -36,4 +37,3 @@ fn unscaled(x: f32, a: f32, b: f32) -> f32 {
     let half = power / 2;
     return x * power_of_two(half) * power_of_two(power - half);
 }
-

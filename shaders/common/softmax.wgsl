@@ -19,12 +19,12 @@ fn above(rounded: f32) -> f32 {
     return fma(abs(rounded), 2.4e-7, rounded);
 }
 
-// Of a row of the coop kernels: 1 / sum, and 0 where no key counts, which is where the maximum is still EMPTY.
+// The coop kernels multiply a row by 1 / sum, and by 0 where no key counts. There the maximum is still EMPTY.
 fn inverse_of_row(m: f32, sum: f32) -> f32 {
     return select(1.0 / max(sum, 1.0e-30), 0.0, m == EMPTY);
 }
 
-// Its lse, of a maximum in base 2.
+// Gives the bits of a row's lse. The coop kernels have the maximum m in base 2.
 fn lse_bits_of_row(m: f32, sum: f32) -> u32 {
     return select(bitcast<u32>(m / LOG2_E + log(max(sum, 1.0e-30))), 0xff800000u, m == EMPTY);
 }

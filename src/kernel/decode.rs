@@ -86,13 +86,15 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
     // The hooks are for the scores.
     let mut on = switches(problem, 4);
     on.retain(|name| !["SOFTCAP", "SHAPED", "TINY_SCALE", "SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"].contains(name));
-    let mut used = vec![
-        (Slot::Workspace, Access::Read),
-        (Slot::WorkspaceStats, Access::Read),
-        (Slot::Out, Access::ReadWrite),
-        (Slot::Lse, Access::ReadWrite),
-    ];
-    used.retain(|&(slot, _)| slot != Slot::Lse || problem.lse);
+    let used = bindings(
+        problem,
+        &[
+            (Slot::Workspace, Access::Read),
+            (Slot::WorkspaceStats, Access::Read),
+            (Slot::Out, Access::ReadWrite),
+            (Slot::Lse, Access::ReadWrite),
+        ],
+    );
     vec![split, combine(on, used, splits, shape.head_dim_v)]
 }
 
