@@ -1,6 +1,6 @@
 //! A limit of Mesa's software driver, llvmpipe: it ends all loops of a shader after 65,535 iterations together, without a word. Long
-//! sequences would be wrong. Mesa 22.3, Debian 12's, does so, and Mesa 26.2 does not. Versions between them were not tried; they are
-//! treated as 22.3.
+//! sequences would be wrong. Mesa 22.3, Debian 12's, does so; Mesa 25.0, Debian 13's, and 26.2 do not. Versions before 25.0 are treated
+//! as 22.3, for those between were not tried.
 //!
 //! Each function here counts, from above, the iterations that an invocation of a kernel makes. It counts every loop that the shader's
 //! text does not write out, since a compiler may write out none.
@@ -24,7 +24,7 @@ pub(crate) fn granted(info: &wgpu::AdapterInfo) -> Option<u64> {
     let version = info.driver_info.split_once("Mesa ").map_or("", |(_, version)| version);
     let mut numbers = version.split(['.', ' ', '-']).map(|number| number.parse::<u32>().ok());
     let version = (numbers.next().flatten(), numbers.next().flatten());
-    (version < (Some(26), Some(2))).then_some(GRANTED)
+    (version < (Some(25), Some(0))).then_some(GRANTED)
 }
 
 /// An error if a kernel needs more than is granted.
@@ -138,9 +138,9 @@ mod tests {
             granted(&info)
         };
         assert_eq!(info("llvmpipe", "Mesa 22.3.6 (LLVM 15.0.6)"), Some(GRANTED));
-        assert_eq!(info("llvmpipe", "Mesa 25.0.7-2 (LLVM 19.1.7)"), Some(GRANTED));
         assert_eq!(info("llvmpipe", "something else"), Some(GRANTED));
-        assert_eq!(info("llvmpipe", "Mesa 26.1.0 (LLVM 21.1.8)"), Some(GRANTED));
+        assert_eq!(info("llvmpipe", "Mesa 24.3.4 (LLVM 19.1.7)"), Some(GRANTED));
+        assert_eq!(info("llvmpipe", "Mesa 25.0.7-2+deb13u1 (LLVM 19.1.7)"), None);
         assert_eq!(info("llvmpipe", "Mesa 27.0.0-devel (LLVM 21.1.8)"), None);
         assert_eq!(info("llvmpipe", "Mesa 26.2.6-1 (LLVM 21.1.8)"), None);
         assert_eq!(info("NVIDIA", "580.159.04"), None);

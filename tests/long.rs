@@ -1,4 +1,4 @@
-//! Sequences so long that Mesa's software driver before version 26 would end the loops over them: each kernel is right there, or refuses
+//! Sequences so long that Mesa's software driver before version 25 would end the loops over them: each kernel is right there, or refuses
 //! the problem. On other drivers all are right.
 
 mod common;
@@ -11,7 +11,7 @@ use wgpu_flash_attention::{Error, Kernel, PlanOptions};
 fn ends_loops() -> bool {
     let info = full().device().adapter_info();
     let major = info.driver_info.strip_prefix("Mesa ").and_then(|version| version.split('.').next()?.parse().ok());
-    info.driver == "llvmpipe" && major.is_none_or(|major: u32| major < 26)
+    info.driver == "llvmpipe" && major.is_none_or(|major: u32| major < 25)
 }
 
 /// Right, or refused because of the loops; says which.
