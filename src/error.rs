@@ -99,7 +99,7 @@ pub enum Error {
     /// The driver ends a shader's loops before the kernel is done, as Mesa's software driver did for many years.
     #[error(
         "this driver ends the loops of a shader after {found} iterations together, and the {kernel} kernel would make {needed}; \
-         take Mesa 26.2 or later, a GPU, or shorter sequences"
+         take Mesa 25.0 or later, a GPU, or shorter sequences"
     )]
     DriverLoops {
         /// The kernel.
