@@ -7,8 +7,7 @@
 // With LENGTHS, the numbers of valid queries and keys of each batch entry go behind the rows, for the kernels that follow.
 //
 // ROW_THREADS threads share a row. With CLEAR, the gradient of queries is set to 0, for backward_fused_tile.wgsl to add to.
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
+#include "attention/attention.wgsl"
 #include "common/elements.wgsl"
 
 @group(0) @binding(4) var<storage, read> out: InElements;
@@ -31,8 +30,9 @@ var<workgroup> partial: array<f32, THREADS>;
 fn delta(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
     let row = group.x * (THREADS / ROW_THREADS) + thread / ROW_THREADS;
     let i = min(row, problem.seqlen_q - 1u);
-    let out_start = head_start(problem.out, group.z, group.y) + i * problem.out.row;
-    let grad_start = head_start(problem.grad_out, group.z, group.y) + i * problem.grad_out.row;
+    let at = sequence(group.z, group.y);
+    let out_start = out_row(at, i);
+    let grad_start = grad_out_row(at, i);
     var sum = vec4f();
     for (var d = 4u * (thread % ROW_THREADS); d < HEAD_DIM_V; d += 4u * ROW_THREADS) {
         let x = unpack4(read_out(out_start, d, HEAD_DIM_V)) * unpack4(read_grad_out(grad_start, d, HEAD_DIM_V));
@@ -40,7 +40,7 @@ fn delta(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) t
     }
 #if CLEAR
     if row < problem.seqlen_q {
-        let start = head_start(problem.grad_query, group.z, group.y) + i * problem.grad_query.row;
+        let start = grad_query_row(at, i);
         for (var d = 4u * (thread % ROW_THREADS); d < HEAD_DIM; d += 4u * ROW_THREADS) {
             write_grad_query(start, d, HEAD_DIM, vec4f());
         }
@@ -53,7 +53,7 @@ fn delta(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) t
         for (var n = 0u; n < ROW_THREADS; n++) {
             delta += partial[thread + n];
         }
-        let place = head_start(problem.lse, group.z, group.y) + i;
+        let place = lse_row(at, i);
 #if GRAD_LSE
         delta -= grad_lse[place];
 #endif
@@ -63,11 +63,11 @@ fn delta(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) t
         // much more makes it finite. It is right only below.
         let given = bitcast<f32>(lse[place]);
         let row_lse = select(given + max(abs(given) * 0x1p-20 - 4.0, 0.0), NO_KEYS, is_empty);
-        rows[(group.z * problem.heads + group.y) * problem.seqlen_q + i] = bitcast<vec2u>(vec2f(row_lse, delta));
+        rows[row_number(at, i)] = bitcast<vec2u>(vec2f(row_lse, delta));
     }
 #if LENGTHS
     if group.x == 0u && group.y == 0u && thread == 0u {
-        rows[problem.lengths_at + group.z] = vec2u(lengths_of(group.z));
+        rows[problem.lengths_at + at.batch] = vec2u(u32(at.queries), u32(at.keys));
     }
 #endif
 }

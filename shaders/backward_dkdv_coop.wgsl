@@ -13,9 +13,7 @@
 // computed once for each such block.
 enable f16;
 enable wgpu_cooperative_matrix;
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/matrices.wgsl"
 #include "common/elements_f16.wgsl"
 
@@ -28,6 +26,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
 #include "common/matrix_elements.wgsl"
+#include "common/matrix_scores.wgsl"
 #include "common/read_f16.wgsl" tensor=query
 #include "common/read_f16.wgsl" tensor=key
 #include "common/read_f16.wgsl" tensor=value
@@ -84,22 +83,22 @@ fn store_eight(place: u32, x: Eight) {
 
 // A block of columns of K, from column d0 on, and one of V. Past the head dimension they have 0, so that these columns add
 // nothing, whatever Q and dO have there.
-fn store_keys(start: u32, key0: u32, d0: u32, last: u32, thread: u32) {
+fn store_keys(at: Sequence, key0: u32, d0: u32, last: u32, thread: u32) {
     for (var n = 0u; n < DK_MOVES; n++) {
         let t = thread + n * THREADS;
         let d = d0 + 8u * (t % DK8);
-        let x = read_key(start + min(key0 + t / DK8, last) * problem.key.row, d, HEAD_DIM);
+        let x = read_key(key_row(at, min(key0 + t / DK8, last)), d, HEAD_DIM);
         if t < KEYS * DK8 {
             store_eight(t / DK8 * DK_STRIDE + 2u * (t % DK8), first_elements(x, max(d, HEAD_DIM) - d));
         }
     }
 }
 
-fn store_values(start: u32, key0: u32, d0: u32, last: u32, thread: u32) {
+fn store_values(at: Sequence, key0: u32, d0: u32, last: u32, thread: u32) {
     for (var n = 0u; n < DV_MOVES; n++) {
         let t = thread + n * THREADS;
         let d = d0 + 8u * (t % DV8);
-        let x = read_value(start + min(key0 + t / DV8, last) * problem.value.row, d, HEAD_DIM_V);
+        let x = read_value(value_row(at, min(key0 + t / DV8, last)), d, HEAD_DIM_V);
         if t < KEYS * DV8 {
             store_eight(t / DV8 * DV_STRIDE + 2u * (t % DV8), first_elements(x, max(d, HEAD_DIM_V) - d));
         }
@@ -113,22 +112,19 @@ struct Tile {
     numbers: array<vec2f, NUMBER_MOVES>,
 }
 
-fn load_tile(at: Sequence, head: u32, i0: u32, thread: u32) -> Tile {
+fn load_tile(at: Sequence, i0: u32, thread: u32) -> Tile {
     var x: Tile;
     let last = last_query(at);
-    let query_start = head_start(problem.query, at.batch, head);
     for (var n = 0u; n < Q_MOVES; n++) {
         let t = thread + n * THREADS;
-        x.q[n] = read_query(query_start + min(i0 + t / D8, last) * problem.query.row, 8u * (t % D8), HEAD_DIM);
+        x.q[n] = read_query(query_row(at, min(i0 + t / D8, last)), 8u * (t % D8), HEAD_DIM);
     }
-    let grad_start = head_start(problem.grad_out, at.batch, head);
     for (var n = 0u; n < DO_MOVES; n++) {
         let t = thread + n * THREADS;
-        x.grad[n] = read_grad_out(grad_start + min(i0 + t / V8, last) * problem.grad_out.row, 8u * (t % V8), HEAD_DIM_V);
+        x.grad[n] = read_grad_out(grad_out_row(at, min(i0 + t / V8, last)), 8u * (t % V8), HEAD_DIM_V);
     }
-    let first_row = (at.batch * problem.heads + head) * problem.seqlen_q;
     for (var n = 0u; n < NUMBER_MOVES; n++) {
-        x.numbers[n] = row_stats(first_row + min(i0 + thread + n * THREADS, last));
+        x.numbers[n] = row_stats(row_number(at, min(i0 + thread + n * THREADS, last)));
     }
     return x;
 }
@@ -165,21 +161,20 @@ fn dkdv(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let group = in_order(workgroup_id, workgroups);
-    let at = sequence(group.z, group.y * problem.group);
+    // The first of the heads that share these keys.
+    let of_group = sequence(group.z, group.y * problem.group);
     let key0 = group.x / BLOCKS * KEYS;
     let mine = subgroup * KEY_MATRICES * M;
     // The first matrix of columns of dK and of dV.
     let dk0 = group.x % BLOCKS * DKM;
     let dv0 = group.x % BLOCKS * DVM;
-    let key_start = head_start(problem.key, at.batch, at.head_kv);
-    let value_start = head_start(problem.value, at.batch, at.head_kv);
-    let last = u32(max(at.keys, 1) - 1);
-    // Shapes of scores times this are exponents of 2; a shape is odd in its score.
-    let factor = score_sign() * score_factor();
+    let last = last_key(of_group);
+    // What is held of scores, times this, are exponents of 2.
+    let factor = score_factor();
 
     var k: array<array<Left, K_BLOCKS * DKM>, KEY_MATRICES>;
     for (var b = 0u; b < K_BLOCKS; b++) {
-        store_keys(key_start, key0, b * DKM * M, last, thread);
+        store_keys(of_group, key0, b * DKM * M, last, thread);
         workgroupBarrier();
         for (var r = 0u; r < KEY_MATRICES; r++) {
             for (var d = 0u; d < DKM; d++) {
@@ -192,7 +187,7 @@ fn dkdv(
 #if HOLD_VALUE
     var v: array<array<Left, V_BLOCKS * DVM>, KEY_MATRICES>;
     for (var b = 0u; b < V_BLOCKS; b++) {
-        store_values(value_start, key0, b * DVM * M, last, thread);
+        store_values(of_group, key0, b * DVM * M, last, thread);
         workgroupBarrier();
         for (var r = 0u; r < KEY_MATRICES; r++) {
             for (var d = 0u; d < DVM; d++) {
@@ -204,7 +199,7 @@ fn dkdv(
     }
 #else
     // All of it: there is one block.
-    store_values(value_start, key0, 0u, last, thread);
+    store_values(of_group, key0, 0u, last, thread);
 #endif
 
     var dk: array<array<Accumulator, DKM>, KEY_MATRICES>;
@@ -218,34 +213,27 @@ fn dkdv(
         }
     }
 
-    let range = row_range(at, i32(key0), i32(key0 + KEYS));
-    let first = range.x / i32(ROWS) * i32(ROWS);
-    let tiles_of_head = select((range.y - first + i32(ROWS) - 1) / i32(ROWS), 0, range.x >= range.y);
-    let count = tiles_of_head * i32(problem.group);
-    var head = at.head_q;
-    var i0 = first;
-    var tile: Tile;
+    var walk = walk_rows(of_group, i32(key0), i32(key0 + KEYS), ROWS);
+    var next: Tile;
 #if AHEAD
-    if count > 0 {
-        tile = load_tile(at, head, u32(i0), thread);
+    if has_tile(walk) {
+        next = load_tile(walk.at, u32(first_row(walk)), thread);
     }
 #endif
-    for (var n = 0; n < count; n++) {
+    while has_tile(walk) {
+        let at = walk.at;
+        let row0 = first_row(walk);
+        let all_full = walk.n < walk.tiles.full;
         workgroupBarrier();
 #if !AHEAD
-        tile = load_tile(at, head, u32(i0), thread);
+        next = load_tile(at, u32(row0), thread);
 #endif
-        store_tile(at, tile, u32(i0), thread);
+        store_tile(at, next, u32(row0), thread);
         workgroupBarrier();
-        let row0 = i0;
-        i0 += i32(ROWS);
-        if i0 >= range.y {
-            i0 = first;
-            head++;
-        }
+        walk = next_tile(walk, i32(key0), i32(key0 + KEYS), ROWS);
 #if AHEAD
-        // The last one is loaded for nothing.
-        tile = load_tile(at, min(head, at.head_q + problem.group - 1u), u32(i0), thread);
+        // After the last tile it is loaded once more, for nothing.
+        next = load_tile(walk.at, u32(first_row(walk)), thread);
 #endif
 
         // A matrix of rows after the other; not unrolled, which would take more registers.
@@ -285,23 +273,20 @@ fn dkdv(
                 of_column[held_column(e)] = numbers[u32(c) * M + column_of(lane, 0u) + column_of(0u, e)];
             }
             let i = row0 + c * i32(M);
-            let full = tile_is_full(at, i, i + i32(M), i32(key0), i32(key0 + KEYS));
+            let full = all_full || all_count(at, i, i + i32(M), i32(key0), i32(key0 + KEYS));
             var p = array<Left, KEY_MATRICES>();
             var ds = array<Left, KEY_MATRICES>();
             for (var r = 0u; r < KEY_MATRICES; r++) {
-                var x = elements_of(s[r]);
+                let j = i32(key0 + mine + r * M);
+                let scores = shaped_transposed(elements_of(s[r]), at, i, j, lane);
+                var x = Lane();
                 var y = elements_of(dp[r]);
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    let shape = score_shape(x[e]);
-                    x[e] = fma(shape, factor, -of_column[held_column(e)].x);
-                    y[e] = (y[e] - of_column[held_column(e)].y) * score_slope(shape);
+                    x[e] = fma(scores.score[e], factor, -of_column[held_column(e)].x);
+                    y[e] = (y[e] - of_column[held_column(e)].y) * scores.slope[e];
                 }
                 if !full {
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        let column = i + i32(column_of(lane, 0u) + column_of(0u, e));
-                        let j = i32(key0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
-                        x[e] = select(MASKED, x[e], keep(at, column, j));
-                    }
+                    x = masked_transposed(x, at, i, j, lane, MASKED);
                 }
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[e] = exp2(x[e]);
@@ -347,9 +332,8 @@ fn dkdv(
         let j = key0 + t / DK8;
         let d = dk0 * M + 8u * (t % DK8);
         if t < KEYS * DK8 && j < problem.seqlen_k && d < HEAD_DIM {
-            let start = head_start(problem.grad_key, at.batch, at.head_kv) + j * problem.grad_key.row;
             let place = t / DK8 * DK_STRIDE + 2u * (t % DK8);
-            write_grad_key(start, d, HEAD_DIM, vec4f(tiles[place]), vec4f(tiles[place + 1u]));
+            write_grad_key(grad_key_row(of_group, j), d, HEAD_DIM, vec4f(tiles[place]), vec4f(tiles[place + 1u]));
         }
     }
     workgroupBarrier();
@@ -369,9 +353,8 @@ fn dkdv(
         let j = key0 + t / DV8;
         let d = dv0 * M + 8u * (t % DV8);
         if t < KEYS * DV8 && j < problem.seqlen_k && d < HEAD_DIM_V {
-            let start = head_start(problem.grad_value, at.batch, at.head_kv) + j * problem.grad_value.row;
             let place = t / DV8 * DV_STRIDE + 2u * (t % DV8);
-            write_grad_value(start, d, HEAD_DIM_V, vec4f(tiles[place]), vec4f(tiles[place + 1u]));
+            write_grad_value(grad_value_row(of_group, j), d, HEAD_DIM_V, vec4f(tiles[place]), vec4f(tiles[place + 1u]));
         }
     }
 }

@@ -14,9 +14,7 @@
 // P^T and dS^T become left operands where they lie: keys are rows here, lse and delta belong to columns.
 enable f16;
 enable wgpu_cooperative_matrix;
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/matrices.wgsl"
 #include "common/elements.wgsl"
 
@@ -29,6 +27,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
 #include "common/matrix_elements.wgsl"
+#include "common/matrix_scores.wgsl"
 #include "common/read.wgsl" tensor=query
 #include "common/read.wgsl" tensor=key
 #include "common/read.wgsl" tensor=value
@@ -50,19 +49,16 @@ const NUMBER_LOADS = (STEP + THREADS - 1u) / THREADS;
 // lse of the tile's rows, then delta.
 var<workgroup> numbers: array<f32, 2u * STEP>;
 
-fn load_step(at: Sequence, head: u32, i0: u32, thread: u32) -> Step {
+fn load_step(at: Sequence, i0: u32, thread: u32) -> Step {
     let last = last_query(at);
-    return Step(
-        load_query(head_start(problem.query, at.batch, head), i0, last, thread),
-        load_grad_out(head_start(problem.grad_out, at.batch, head), i0, last, thread),
-    );
+    return Step(load_query(at, i0, last, thread), load_grad_out(at, i0, last, thread));
 }
 
-fn load_numbers(at: Sequence, head: u32, i0: u32, thread: u32) -> array<vec2f, NUMBER_LOADS> {
+fn load_numbers(at: Sequence, i0: u32, thread: u32) -> array<vec2f, NUMBER_LOADS> {
     var x: array<vec2f, NUMBER_LOADS>;
     for (var n = 0u; n < NUMBER_LOADS; n++) {
         let i = min(i0 + thread + n * THREADS, last_query(at));
-        x[n] = row_stats((at.batch * problem.heads + head) * problem.seqlen_q + i);
+        x[n] = row_stats(row_number(at, i));
     }
     return x;
 }
@@ -87,11 +83,12 @@ fn dkdv(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let group = in_order(workgroup_id, workgroups);
-    let at = sequence(group.z, group.y * problem.group);
+    // The first of the heads that share these keys.
+    let of_group = sequence(group.z, group.y * problem.group);
     // Heads that share keys are for the modules with BY_ROWS if one of them is.
     var by_rows = 0u;
     for (var head = 0u; head < problem.group; head++) {
-        by_rows |= ranges[at.batch * problem.heads + at.head_q + head];
+        by_rows |= range_of(with_head(of_group, of_group.head + head));
     }
     if by_rows != OURS {
         return;
@@ -100,14 +97,8 @@ fn dkdv(
     let pair = subgroup % PAIRS;
     let half = subgroup / PAIRS;
     let mine = key0 + pair * MATRICES * M;
-    // Shapes of scores times this are scores; a shape is odd in its score.
-    let size = score_sign() * score_size();
-
-    let last = u32(max(at.keys, 1) - 1);
-    let owned = Owned(
-        load_key(head_start(problem.key, at.batch, at.head_kv), key0, last, thread),
-        load_value(head_start(problem.value, at.batch, at.head_kv), key0, last, thread),
-    );
+    let last = last_key(of_group);
+    let owned = Owned(load_key(of_group, key0, last, thread), load_value(of_group, key0, last, thread));
     var owned_scales: Scales;
     var lefts = owned_parts(owned, HEAD_DIM, HEAD_DIM_V, thread, subgroup, lane, &owned_scales);
     // dV in one half, dK in the other.
@@ -118,56 +109,47 @@ fn dkdv(
         }
     }
 
-    let range = row_range(at, i32(key0), i32(key0 + OWN));
-    let first = range.x / i32(STEP) * i32(STEP);
-    let tiles_of_head = select((range.y - first + i32(STEP) - 1) / i32(STEP), 0, range.x >= range.y);
-    let count = tiles_of_head * i32(problem.group);
-    var head = at.head_q;
-    var i0 = first;
+    var walk = walk_rows(of_group, i32(key0), i32(key0 + OWN), STEP);
     var step: Step;
     var step_numbers: array<vec2f, NUMBER_LOADS>;
 #if AHEAD
-    if count > 0 {
-        step = load_step(at, head, u32(i0), thread);
-        step_numbers = load_numbers(at, head, u32(i0), thread);
+    if has_tile(walk) {
+        step = load_step(walk.at, u32(first_row(walk)), thread);
+        step_numbers = load_numbers(walk.at, u32(first_row(walk)), thread);
     }
 #endif
-    for (var n = 0; n < count; n++) {
+    while has_tile(walk) {
+        let at = walk.at;
+        let row0 = first_row(walk);
+        let full = walk.n < walk.tiles.full;
 #if !AHEAD
-        step = load_step(at, head, u32(i0), thread);
-        step_numbers = load_numbers(at, head, u32(i0), thread);
+        step = load_step(at, u32(row0), thread);
+        step_numbers = load_numbers(at, u32(row0), thread);
 #endif
         let scales = store_step(step, owned_scales, thread, subgroup, lane);
-        store_numbers(at, step_numbers, u32(i0), thread);
+        store_numbers(at, step_numbers, u32(row0), thread);
         workgroupBarrier();
-        let row0 = i0;
-        i0 += i32(STEP);
-        if i0 >= range.y {
-            i0 = first;
-            head++;
-        }
+        walk = next_tile(walk, i32(key0), i32(key0 + OWN), STEP);
 #if AHEAD
-        // The last one is loaded for nothing.
-        let next = min(head, at.head_q + problem.group - 1u);
-        step = load_step(at, next, u32(i0), thread);
-        step_numbers = load_numbers(at, next, u32(i0), thread);
+        // After the last tile it is loaded once more, for nothing.
+        step = load_step(walk.at, u32(first_row(walk)), thread);
+        step_numbers = load_numbers(walk.at, u32(first_row(walk)), thread);
 #endif
 
         // S^T = K Q^T, or dP^T = V dO^T
         var x = products(&lefts, half);
         // What takes the scales of owned rows and of the step back.
         var unscale = vec2f(inverse(of_half(owned_scales.tile, half)), inverse(of_half(scales.tile, half)));
+        // Times this, what half 0 holds is scores, or products if SHAPED.
 #if SHAPED
+        let unit = 1.0;
         var factor = unscale.x * unscale.y;
 #else
-        var factor = unscaled(size, owned_scales.tile.x, scales.tile.x);
+        let unit = score_unit();
+        var factor = unscaled(unit, owned_scales.tile.x, scales.tile.x);
 #endif
         if scales.apart {
-#if SHAPED
-            take_scales_back(&x, owned_scales, 1.0, pair, half, lane);
-#else
-            take_scales_back(&x, owned_scales, size, pair, half, lane);
-#endif
+            take_scales_back(&x, owned_scales, unit, pair, half, lane);
             unscale = vec2f(1.0);
             factor = 1.0;
         }
@@ -177,26 +159,25 @@ fn dkdv(
             var slope = Scores();
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < SM; c++) {
-                    for (var e = 0u; e < ELEMENTS; e++) {
+                    let i = row0 + i32(c * M);
+                    let j = i32(mine + r * M);
 #if SHAPED
-                        let shape = score_shape(x[r][c][e] * factor);
-                        slope[r][c][e] = score_slope(shape);
-                        x[r][c][e] = fma(shape, size, -numbers[c * M + column_of(lane, 0u) + column_of(0u, e)]);
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        x[r][c][e] *= factor;
+                    }
+#endif
+                    let scores = shaped_transposed(x[r][c], at, i, j, lane);
+                    slope[r][c] = scores.slope;
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let lse = numbers[c * M + column_of(lane, 0u) + column_of(0u, e)];
+#if SHAPED
+                        x[r][c][e] = scores.score[e] - lse;
 #else
-                        slope[r][c][e] = 1.0;
-                        x[r][c][e] = fma(x[r][c][e], factor, -numbers[c * M + column_of(lane, 0u) + column_of(0u, e)]);
+                        x[r][c][e] = fma(x[r][c][e], factor, -lse);
 #endif
                     }
-                }
-            }
-            if !tile_is_full(at, row0, row0 + i32(STEP), i32(key0), i32(key0 + OWN)) {
-                for (var r = 0u; r < MATRICES; r++) {
-                    for (var c = 0u; c < SM; c++) {
-                        for (var e = 0u; e < ELEMENTS; e++) {
-                            let i = row0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                            let j = i32(mine + r * M + row_of(lane, 0u) + row_of(0u, e));
-                            x[r][c][e] = select(MASKED, x[r][c][e], keep(at, i, j));
-                        }
+                    if !full {
+                        x[r][c] = masked_transposed(x[r][c], at, i, j, lane, MASKED);
                     }
                 }
             }
@@ -241,11 +222,9 @@ fn dkdv(
                 let d = n % SUM_MATRICES * M + (lane * ELEMENTS + e) % M;
                 let y = told[(subgroup * M * M + lane * ELEMENTS + e) / 4u];
                 if half == 0u {
-                    let start = head_start(problem.grad_value, at.batch, at.head_kv) + j * problem.grad_value.row;
-                    write_grad_value(start, d, HEAD_DIM_V, y);
+                    write_grad_value(grad_value_row(of_group, j), d, HEAD_DIM_V, y);
                 } else {
-                    let start = head_start(problem.grad_key, at.batch, at.head_kv) + j * problem.grad_key.row;
-                    write_grad_key(start, d, HEAD_DIM, y * problem.scale);
+                    write_grad_key(grad_key_row(of_group, j), d, HEAD_DIM, y * problem.scale);
                 }
             }
         }

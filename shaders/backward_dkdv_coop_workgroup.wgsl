@@ -19,9 +19,7 @@
 // registers only where indices are constants.
 enable f16;
 enable wgpu_cooperative_matrix;
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/matrices.wgsl"
 #include "common/elements_f16.wgsl"
 
@@ -40,6 +38,7 @@ const SECOND = SUBGROUPS * KEY_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = 2u * SECOND;
 #include "common/matrix_exchange.wgsl" columns=ROWS
+#include "common/matrix_scores.wgsl"
 #include "common/read_f16.wgsl" tensor=query
 #include "common/read_f16.wgsl" tensor=key
 #include "common/read_f16.wgsl" tensor=value
@@ -58,49 +57,32 @@ var<workgroup> tiles: array<Halves, TILES>;
 var<workgroup> numbers: array<vec2f, BUFFERS * ROWS>;
 const NUMBER_LOADS = (ROWS + THREADS - 1u) / THREADS;
 
-// The steps of a workgroup: those of each query head, one after the other, begin at its row `first`.
-struct Steps {
-    first: i32,
-    of_head: i32,
-    count: i32,
-}
-
 // A tile of rows on its way from device memory to workgroup memory.
 struct Tile {
-    i0: i32,
     q: array<Eight, D_LOADS>,
     grad: array<Eight, V_LOADS>,
     numbers: array<vec2f, NUMBER_LOADS>,
 }
 
-fn row_of_step(steps: Steps, n: i32) -> i32 {
-    return steps.first + n % steps.of_head * i32(ROWS);
-}
-
-// The tile of step n; past the last one that again.
-fn load_tile(at: Sequence, steps: Steps, n: i32, thread: u32) -> Tile {
+fn load_tile(at: Sequence, i0: u32, thread: u32) -> Tile {
     var x: Tile;
     let last = last_query(at);
-    let step = min(n, steps.count - 1);
-    let head = at.head_q + u32(step / steps.of_head);
-    x.i0 = row_of_step(steps, step);
-    x.q = load_query(head_start(problem.query, at.batch, head), u32(x.i0), last, thread);
-    x.grad = load_grad_out(head_start(problem.grad_out, at.batch, head), u32(x.i0), last, thread);
-    let first_row = (at.batch * problem.heads + head) * problem.seqlen_q;
+    x.q = load_query(at, i0, last, thread);
+    x.grad = load_grad_out(at, i0, last, thread);
     for (var n = 0u; n < NUMBER_LOADS; n++) {
-        x.numbers[n] = row_stats(first_row + min(u32(x.i0) + thread + n * THREADS, last));
+        x.numbers[n] = row_stats(row_number(at, min(i0 + thread + n * THREADS, last)));
     }
     return x;
 }
 
-fn store_tile(at: Sequence, x: Tile, buffer: u32, thread: u32) {
+fn store_tile(at: Sequence, x: Tile, i0: u32, buffer: u32, thread: u32) {
     store_query(x.q, buffer, thread);
     store_grad_out(x.grad, buffer, thread);
     for (var n = 0u; n < NUMBER_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < ROWS {
             // A row past the end is as one without keys.
-            let number = select(x.numbers[n], vec2f(NO_KEYS, 0.0), u32(x.i0) + t > last_query(at));
+            let number = select(x.numbers[n], vec2f(NO_KEYS, 0.0), i0 + t > last_query(at));
             numbers[buffer * ROWS + t] = vec2f(number.x * LOG2_E, number.y);
         }
     }
@@ -115,22 +97,22 @@ fn dkdv(
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
     let group = in_order(workgroup_id, workgroups);
-    let at = sequence(group.z, group.y * problem.group);
+    // The first of the heads that share these keys.
+    let of_group = sequence(group.z, group.y * problem.group);
     let key0 = group.x / BLOCKS * KEYS;
-    // The first row of matrices of this subgroup; and a lane's key there, of which the others are M further.
+    // The first row of matrices of this subgroup.
     let mine = subgroup * KEY_MATRICES;
-    let my_key = i32(key0 + mine * M + row_of(lane, 0u));
     // The first matrix of columns of dK and of dV.
     let dk0 = group.x % BLOCKS * DBM;
     let dv0 = group.x % BLOCKS * VBM;
-    let last = u32(max(at.keys, 1) - 1);
-    // Shapes of scores times this are exponents of 2; a shape is odd in its score.
-    let factor = score_sign() * score_factor();
+    let last = last_key(of_group);
+    // What is held of scores, times this, are exponents of 2.
+    let factor = score_factor();
 
     var k: array<array<Left, DM>, KEY_MATRICES>;
 #unroll
     for (var d = 0u; d < DM; d++) {
-        put_key(head_start(problem.key, at.batch, at.head_kv), key0, last, d * M, thread);
+        put_key(of_group, key0, last, d * M, thread);
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < KEY_MATRICES; r++) {
@@ -141,7 +123,7 @@ fn dkdv(
     var v: array<array<Left, VM>, KEY_MATRICES>;
 #unroll
     for (var d = 0u; d < VM; d++) {
-        put_value(head_start(problem.value, at.batch, at.head_kv), key0, last, d * M, thread);
+        put_value(of_group, key0, last, d * M, thread);
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < KEY_MATRICES; r++) {
@@ -164,21 +146,20 @@ fn dkdv(
         }
     }
 
-    let range = row_range(at, i32(key0), i32(key0 + KEYS));
-    var steps: Steps;
-    steps.first = range.x / i32(ROWS) * i32(ROWS);
-    steps.of_head = max((range.y - steps.first + i32(ROWS) - 1) / i32(ROWS), 1);
-    steps.count = select(steps.of_head * i32(problem.group), 0, range.x >= range.y);
+    // Past the last tile the walk `ahead` stands at no tile, and what is loaded is the last one again.
+    var walk = walk_rows(of_group, i32(key0), i32(key0 + KEYS), ROWS);
+    var ahead = next_tile(walk, i32(key0), i32(key0 + KEYS), ROWS);
     var next: Tile;
-    if steps.count > 0 {
-        store_tile(at, load_tile(at, steps, 0, thread), 0u, thread);
+    if has_tile(walk) {
+        store_tile(walk.at, load_tile(walk.at, u32(first_row(walk)), thread), u32(first_row(walk)), 0u, thread);
 #if AHEAD
-        next = load_tile(at, steps, 1, thread);
+        next = load_tile(ahead.at, u32(first_row(ahead)), thread);
 #endif
     }
     workgroupBarrier();
-    for (var n = 0; n < steps.count; n++) {
-        let buffer = u32(n) % 2u;
+    var buffer = 0u;
+    while has_tile(walk) {
+        let at = walk.at;
         let q_place = buffer * D_SIZE;
         let grad_place = BUFFERS * D_SIZE + buffer * V_SIZE;
 
@@ -218,23 +199,21 @@ fn dkdv(
         workgroupBarrier();
 
         // P^T = 2^(score(S^T) - lse),  dS^T = P^T (dP^T - delta) score'
-        let i0 = row_of_step(steps, n);
-        let full = tile_is_full(at, i0, i0 + i32(ROWS), i32(key0), i32(key0 + KEYS));
+        let i0 = first_row(walk);
         for (var c = 0u; c < CM; c++) {
             for (var r = 0u; r < KEY_MATRICES; r++) {
-                var x = get_elements(mine + r, c, lane);
+                let i = i0 + i32(c * M);
+                let j = i32(key0 + (mine + r) * M);
+                let scores = shaped_transposed(get_elements(mine + r, c, lane), at, i, j, lane);
+                var x = Lane();
                 var y = get_elements(SECOND + mine + r, c, lane);
                 for (var e = 0u; e < ELEMENTS; e++) {
                     let number = numbers[buffer * ROWS + c * M + column_of(lane, 0u) + column_of(0u, e)];
-                    let shape = score_shape(x[e]);
-                    x[e] = fma(shape, factor, -number.x);
-                    y[e] = (y[e] - number.y) * score_slope(shape);
+                    x[e] = fma(scores.score[e], factor, -number.x);
+                    y[e] = (y[e] - number.y) * scores.slope[e];
                 }
-                if !full {
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        let i = i0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                        x[e] = select(MASKED, x[e], keep(at, i, my_key + i32(r * M)));
-                    }
+                if walk.n >= walk.tiles.full {
+                    x = masked_transposed(x, at, i, j, lane, MASKED);
                 }
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[e] = exp2(x[e]);
@@ -245,9 +224,9 @@ fn dkdv(
             }
         }
 #if !AHEAD
-        next = load_tile(at, steps, n + 1, thread);
+        next = load_tile(ahead.at, u32(first_row(ahead)), thread);
 #endif
-        store_tile(at, next, 1u - buffer, thread);
+        store_tile(ahead.at, next, u32(first_row(ahead)), 1u - buffer, thread);
         workgroupBarrier();
 
         // dV = dV + P^T dO,  dK = dK + dS^T Q
@@ -280,12 +259,15 @@ fn dkdv(
         }
 #if AHEAD
         // A compiler may move loads down to their use, but not into the next trip.
-        next = load_tile(at, steps, n + 2, thread);
+        let after = next_tile(ahead, i32(key0), i32(key0 + KEYS), ROWS);
+        next = load_tile(after.at, u32(first_row(after)), thread);
 #endif
+        walk = ahead;
+        ahead = next_tile(ahead, i32(key0), i32(key0 + KEYS), ROWS);
+        buffer = 1u - buffer;
     }
 
     // To workgroup memory a matrix of columns at a time, then out
-    let key_start = head_start(problem.grad_key, at.batch, at.head_kv);
 #unroll
     for (var d = 0u; d < DBM; d++) {
         workgroupBarrier();
@@ -294,9 +276,8 @@ fn dkdv(
             put_accumulator(dk[r][d], mine + r, 0u);
         }
         workgroupBarrier();
-        write_columns_grad_key(key_start, key0, problem.seqlen_k, (dk0 + d) * M, problem.scale, thread);
+        write_columns_grad_key(of_group, key0, problem.seqlen_k, (dk0 + d) * M, problem.scale, thread);
     }
-    let value_start = head_start(problem.grad_value, at.batch, at.head_kv);
 #unroll
     for (var d = 0u; d < VBM; d++) {
         workgroupBarrier();
@@ -305,6 +286,6 @@ fn dkdv(
             put_accumulator(dv[r][d], mine + r, 0u);
         }
         workgroupBarrier();
-        write_columns_grad_value(value_start, key0, problem.seqlen_k, (dv0 + d) * M, 1.0, thread);
+        write_columns_grad_value(of_group, key0, problem.seqlen_k, (dv0 + d) * M, 1.0, thread);
     }
 }

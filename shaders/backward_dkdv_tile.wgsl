@@ -10,9 +10,7 @@
 //         dS^T = P^T (dP^T - delta) score'
 //         dV = dV + P^T dO                          OWN x HEAD_DIM_V
 //         dK = dK + dS^T Q                          OWN x HEAD_DIM
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/elements.wgsl"
 #include "common/tile_threads.wgsl"
 
@@ -47,14 +45,10 @@ fn dkdv(
     let tx = thread_x(thread);
     let ty = thread_y(thread);
     let j0 = group.x * OWN;
-    let head_kv = group.y;
-    // Masks and lengths are the same for all heads of the group.
-    let at = sequence(group.z, head_kv * problem.group);
-    let range = row_range(at, i32(j0), i32(j0 + OWN));
-    let last_key = u32(max(at.keys, 1) - 1);
-    let last_row = last_query(at);
-    let key_start = head_start(problem.key, at.batch, head_kv);
-    let value_start = head_start(problem.value, at.batch, head_kv);
+    // The first of the heads that share these keys.
+    let of_group = sequence(group.z, group.y * problem.group);
+    let last = last_key(of_group);
+    let last_row = last_query(of_group);
 
     var dk: array<array<vec4f, TK>, TR>;
     var dv: array<array<vec4f, TV>, TR>;
@@ -65,21 +59,23 @@ fn dkdv(
     var dk_step: array<array<vec4f, TK>, TR>;
     var dv_step: array<array<vec4f, TV>, TR>;
 #endif
-    // Where no row sees a key there is nothing to load.
-    let heads = select(0u, problem.group, range.x < range.y);
-    for (var head = head_kv * problem.group; head < head_kv * problem.group + heads; head++) {
-        let query_start = head_start(problem.query, at.batch, head);
-        let grad_start = head_start(problem.grad_out, at.batch, head);
-        let rows_start = (at.batch * problem.heads + head) * problem.seqlen_q;
-        let first = u32(range.x / i32(STEP) * i32(STEP));
-        var key_next = load_chunk_key(key_start, j0, last_key, 0u, HEAD_DIM, thread);
-        var query_next = load_chunk_query(query_start, first, last_row, 0u, HEAD_DIM, thread);
-        var value_next = load_chunk_value(value_start, j0, last_key, 0u, HEAD_DIM_V, thread);
-        var grad_next = load_chunk_grad_out(grad_start, first, last_row, 0u, HEAD_DIM_V, thread);
-        var grad_rows = load_block_grad_out(grad_start, first, last_row, HEAD_DIM_V, thread);
-        var query_rows = load_block_query(query_start, first, last_row, HEAD_DIM, thread);
-        for (var step = range.x / i32(STEP) * i32(STEP); step < range.y; step += i32(STEP)) {
-            let i0 = u32(step);
+    for (var head = of_group.head; head < of_group.head + problem.group; head++) {
+        let at = with_head(of_group, head);
+        let visited = row_tiles(at, i32(j0), i32(j0 + OWN), STEP);
+        // Where no row sees a key there is nothing to load.
+        if visited.count == 0 {
+            continue;
+        }
+        let first = u32(tile(visited, 0));
+        var key_next = load_chunk_key(at, j0, last, 0u, HEAD_DIM, thread);
+        var query_next = load_chunk_query(at, first, last_row, 0u, HEAD_DIM, thread);
+        var value_next = load_chunk_value(at, j0, last, 0u, HEAD_DIM_V, thread);
+        var grad_next = load_chunk_grad_out(at, first, last_row, 0u, HEAD_DIM_V, thread);
+        var grad_rows = load_block_grad_out(at, first, last_row, HEAD_DIM_V, thread);
+        var query_rows = load_block_query(at, first, last_row, HEAD_DIM, thread);
+        for (var t = 0; t < visited.count; t++) {
+            let i0 = u32(tile(visited, t));
+            let i_next = u32(tile(visited, t + 1));
             // S^T = K Q^T, dP^T = V dO^T
             var s = Scores();
             for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
@@ -90,9 +86,9 @@ fn dkdv(
                 // The next chunk: of this tile, or the first of the next tile.
                 let more = d0 + CHUNK < HEAD_DIM;
                 let d1 = select(0u, d0 + CHUNK, more);
-                key_next = load_chunk_key(key_start, j0, last_key, d1, HEAD_DIM, thread);
-                let i1 = select(i0 + STEP, i0, more);
-                query_next = load_chunk_query(query_start, i1, last_row, d1, HEAD_DIM, thread);
+                key_next = load_chunk_key(at, j0, last, d1, HEAD_DIM, thread);
+                let i1 = select(i_next, i0, more);
+                query_next = load_chunk_query(at, i1, last_row, d1, HEAD_DIM, thread);
                 add_scores(&s, ty, tx);
             }
             var ds = Scores();
@@ -103,24 +99,24 @@ fn dkdv(
                 workgroupBarrier();
                 let more = d0 + CHUNK < HEAD_DIM_V;
                 let d1 = select(0u, d0 + CHUNK, more);
-                value_next = load_chunk_value(value_start, j0, last_key, d1, HEAD_DIM_V, thread);
-                let i1 = select(i0 + STEP, i0, more);
-                grad_next = load_chunk_grad_out(grad_start, i1, last_row, d1, HEAD_DIM_V, thread);
+                value_next = load_chunk_value(at, j0, last, d1, HEAD_DIM_V, thread);
+                let i1 = select(i_next, i0, more);
+                grad_next = load_chunk_grad_out(at, i1, last_row, d1, HEAD_DIM_V, thread);
                 add_scores(&ds, ty, tx);
             }
 
             // P^T and dS^T, 0 where a row does not see a key
-            let full = tile_is_full(at, step, step + i32(STEP), i32(j0), i32(j0 + OWN));
             for (var c = 0u; c < TC; c++) {
                 let i = i0 + tx * TC + c;
-                var row = row_stats(rows_start + min(i, last_row));
+                var row = row_stats(row_number(at, min(i, last_row)));
                 row.x = select(row.x, NO_KEYS, i > last_row);
                 for (var r = 0u; r < TR; r++) {
-                    let shape = score_shape(score_sign() * s[r][c / 4u][c % 4u]);
-                    let seen = full || keep(at, i32(i), i32(j0 + r * THREADS_Y + ty));
-                    let p = select(0.0, exp_difference(score_size() * shape, row.x), seen);
+                    let j = i32(j0 + r * THREADS_Y + ty);
+                    let x = scored(s[r][c / 4u][c % 4u], at, i32(i), j);
+                    let seen = t < visited.full || keep(at, i32(i), j);
+                    let p = select(0.0, exp_difference(x.score, row.x), seen);
                     s[r][c / 4u][c % 4u] = p;
-                    ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - row.y) * score_slope(shape);
+                    ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - row.y) * x.slope;
                 }
             }
 
@@ -133,7 +129,7 @@ fn dkdv(
                 }
                 store_block_grad_out(grad_rows, HEAD_DIM_V, thread);
                 workgroupBarrier();
-                grad_rows = load_block_grad_out(grad_start, i0 + n + BLOCK, last_row, HEAD_DIM_V, thread);
+                grad_rows = load_block_grad_out(at, select(i_next, i0 + n + BLOCK, n + BLOCK < STEP), last_row, HEAD_DIM_V, thread);
 #if STEP_SUMS
                 add_result_TV(&dv_step, n, ty, tx);
 #else
@@ -159,7 +155,7 @@ fn dkdv(
                 }
                 store_block_query(query_rows, HEAD_DIM, thread);
                 workgroupBarrier();
-                query_rows = load_block_query(query_start, i0 + n + BLOCK, last_row, HEAD_DIM, thread);
+                query_rows = load_block_query(at, select(i_next, i0 + n + BLOCK, n + BLOCK < STEP), last_row, HEAD_DIM, thread);
 #if STEP_SUMS
                 add_result_TK(&dk_step, n, ty, tx);
 #else
@@ -181,11 +177,11 @@ fn dkdv(
     for (var r = 0u; r < TR; r++) {
         let j = j0 + r * THREADS_Y + ty;
         if j < problem.seqlen_k {
-            let dk_start = head_start(problem.grad_key, at.batch, head_kv) + j * problem.grad_key.row;
+            let dk_start = grad_key_row(of_group, j);
             for (var u = 0u; u < TK; u++) {
                 write_grad_key(dk_start, 4u * (u * THREADS_X + tx), HEAD_DIM, dk[r][u] * problem.scale);
             }
-            let dv_start = head_start(problem.grad_value, at.batch, head_kv) + j * problem.grad_value.row;
+            let dv_start = grad_value_row(of_group, j);
             for (var u = 0u; u < TV; u++) {
                 write_grad_value(dv_start, 4u * (u * THREADS_X + tx), HEAD_DIM_V, dv[r][u]);
             }

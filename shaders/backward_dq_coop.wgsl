@@ -13,9 +13,7 @@
 // such block.
 enable f16;
 enable wgpu_cooperative_matrix;
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/matrices.wgsl"
 #include "common/elements_f16.wgsl"
 
@@ -27,6 +25,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 #include "common/matrix_elements.wgsl"
+#include "common/matrix_scores.wgsl"
 #include "common/read_f16.wgsl" tensor=query
 #include "common/read_f16.wgsl" tensor=key
 #include "common/read_f16.wgsl" tensor=value
@@ -72,24 +71,24 @@ fn store_eight(place: u32, x: Eight) {
 
 // A block of columns of Q, from column d0 on, and one of dO. Past the head dimension they have 0, so that these columns add
 // nothing, whatever K and V have there.
-fn store_queries(start: u32, row0: u32, last_row: u32, d0: u32, thread: u32) {
+fn store_queries(at: Sequence, row0: u32, last_row: u32, d0: u32, thread: u32) {
     for (var n = 0u; n < DQ_MOVES; n++) {
         let t = thread + n * THREADS;
         let d = d0 + 8u * (t % DQ8);
         let i = min(row0 + t / DQ8, last_row);
-        let x = read_query(start + i * problem.query.row, d, HEAD_DIM);
+        let x = read_query(query_row(at, i), d, HEAD_DIM);
         if t < ROWS * DQ8 {
             store_eight(t / DQ8 * DQ_STRIDE + 2u * (t % DQ8), first_elements(x, max(d, HEAD_DIM) - d));
         }
     }
 }
 
-fn store_grads(start: u32, row0: u32, last_row: u32, d0: u32, thread: u32) {
+fn store_grads(at: Sequence, row0: u32, last_row: u32, d0: u32, thread: u32) {
     for (var n = 0u; n < DO_MOVES; n++) {
         let t = thread + n * THREADS;
         let d = d0 + 8u * (t % DO8);
         let i = min(row0 + t / DO8, last_row);
-        let x = read_grad_out(start + i * problem.grad_out.row, d, HEAD_DIM_V);
+        let x = read_grad_out(grad_out_row(at, i), d, HEAD_DIM_V);
         if t < ROWS * DO8 {
             store_eight(t / DO8 * DO_STRIDE + 2u * (t % DO8), first_elements(x, max(d, HEAD_DIM_V) - d));
         }
@@ -102,15 +101,15 @@ struct Tile {
     v: array<Eight, V_MOVES>,
 }
 
-fn load_tile(key_start: u32, value_start: u32, j0: u32, last: u32, thread: u32) -> Tile {
+fn load_tile(at: Sequence, j0: u32, last: u32, thread: u32) -> Tile {
     var x: Tile;
     for (var n = 0u; n < K_MOVES; n++) {
         let t = thread + n * THREADS;
-        x.k[n] = read_key(key_start + min(j0 + t / D8, last) * problem.key.row, 8u * (t % D8), HEAD_DIM);
+        x.k[n] = read_key(key_row(at, min(j0 + t / D8, last)), 8u * (t % D8), HEAD_DIM);
     }
     for (var n = 0u; n < V_MOVES; n++) {
         let t = thread + n * THREADS;
-        x.v[n] = read_value(value_start + min(j0 + t / V8, last) * problem.value.row, 8u * (t % V8), HEAD_DIM_V);
+        x.v[n] = read_value(value_row(at, min(j0 + t / V8, last)), 8u * (t % V8), HEAD_DIM_V);
     }
     return x;
 }
@@ -147,15 +146,12 @@ fn dq(
     let mine = subgroup * ROW_MATRICES * M;
     // The first matrix of columns of dQ.
     let dq0 = group.x % BLOCKS * DQM;
-    let key_start = head_start(problem.key, at.batch, at.head_kv);
-    let value_start = head_start(problem.value, at.batch, at.head_kv);
-    // Shapes of scores times this are exponents of 2; a shape is odd in its score.
-    let factor = score_sign() * score_factor();
+    // What is held of scores, times this, are exponents of 2.
+    let factor = score_factor();
 
-    let query_start = head_start(problem.query, at.batch, at.head_q);
     var q: array<array<Left, BLOCKS * DQM>, ROW_MATRICES>;
     for (var b = 0u; b < BLOCKS; b++) {
-        store_queries(query_start, row0, last_row, b * DQM * M, thread);
+        store_queries(at, row0, last_row, b * DQM * M, thread);
         workgroupBarrier();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var d = 0u; d < DQM; d++) {
@@ -165,10 +161,9 @@ fn dq(
         }
         workgroupBarrier();
     }
-    let grad_start = head_start(problem.grad_out, at.batch, at.head_q);
     var grad: array<array<Left, DO_BLOCKS * DOM>, ROW_MATRICES>;
     for (var b = 0u; b < DO_BLOCKS; b++) {
-        store_grads(grad_start, row0, last_row, b * DOM * M, thread);
+        store_grads(at, row0, last_row, b * DOM * M, thread);
         workgroupBarrier();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var d = 0u; d < DOM; d++) {
@@ -188,29 +183,29 @@ fn dq(
         }
         for (var e = 0u; e < ELEMENTS; e++) {
             let i = min(row0 + mine + r * M + row_of(lane, e), last_row);
-            let number = row_stats((at.batch * problem.heads + at.head_q) * problem.seqlen_q + i);
+            let number = row_stats(row_number(at, i));
             of_row[r][held_row(e)] = vec2f(number.x * LOG2_E, number.y);
         }
     }
 
-    let range = key_range(at, i32(row0), i32(row1));
-    let first = range.x / i32(KEYS) * i32(KEYS);
-    let last = u32(max(at.keys, 1) - 1);
-    var tile: Tile;
+    let visited = key_tiles(at, i32(row0), i32(row1), KEYS);
+    let last = last_key(at);
+    var next: Tile;
 #if AHEAD
-    if range.x < range.y {
-        tile = load_tile(key_start, value_start, u32(first), last, thread);
+    if visited.count > 0 {
+        next = load_tile(at, u32(tile(visited, 0)), last, thread);
     }
 #endif
-    for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
+    for (var n = 0; n < visited.count; n++) {
+        let j0 = tile(visited, n);
         workgroupBarrier();
 #if !AHEAD
-        tile = load_tile(key_start, value_start, u32(j0), last, thread);
+        next = load_tile(at, u32(j0), last, thread);
 #endif
-        store_tile(tile, thread);
+        store_tile(next, thread);
         workgroupBarrier();
 #if AHEAD
-        tile = load_tile(key_start, value_start, u32(j0) + KEYS, last, thread);
+        next = load_tile(at, u32(tile(visited, n + 1)), last, thread);
 #endif
 
         // S = Q K^T,  dP = dO V^T
@@ -246,24 +241,21 @@ fn dq(
         var ds = array<array<Lane, KM>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
-                p[r][c] = elements_of(s[r][c]);
+                let i = i32(row0 + mine + r * M);
+                let scores = shaped(elements_of(s[r][c]), at, i, j0 + i32(c * M), lane);
                 ds[r][c] = elements_of(dp[r][c]);
                 for (var e = 0u; e < ELEMENTS; e++) {
                     let number = of_row[r][held_row(e)];
-                    let shape = score_shape(p[r][c][e]);
-                    p[r][c][e] = fma(shape, factor, -number.x);
-                    ds[r][c][e] = (ds[r][c][e] - number.y) * score_slope(shape);
+                    p[r][c][e] = fma(scores.score[e], factor, -number.x);
+                    ds[r][c][e] = (ds[r][c][e] - number.y) * scores.slope[e];
                 }
             }
         }
-        if !tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS)) {
+        if n >= visited.full {
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 for (var c = 0u; c < KM; c++) {
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        let i = i32(row0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
-                        let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                        p[r][c][e] = select(MASKED, p[r][c][e], keep(at, i, j));
-                    }
+                    let i = i32(row0 + mine + r * M);
+                    p[r][c] = masked(p[r][c], at, i, j0 + i32(c * M), lane, MASKED);
                 }
             }
         }
@@ -309,9 +301,8 @@ fn dq(
         let i = row0 + t / DQ8;
         let d = dq0 * M + 8u * (t % DQ8);
         if t < ROWS * DQ8 && i < row1 && d < HEAD_DIM {
-            let start = head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row;
             let place = t / DQ8 * DQ_STRIDE + 2u * (t % DQ8);
-            write_grad_query(start, d, HEAD_DIM, vec4f(tiles[place]), vec4f(tiles[place + 1u]));
+            write_grad_query(grad_query_row(at, i), d, HEAD_DIM, vec4f(tiles[place]), vec4f(tiles[place + 1u]));
         }
     }
 }

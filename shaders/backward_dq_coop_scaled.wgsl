@@ -13,9 +13,7 @@
 //     dQ = scale dQ
 enable f16;
 enable wgpu_cooperative_matrix;
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/matrices.wgsl"
 #include "common/elements.wgsl"
 
@@ -27,6 +25,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 #include "common/matrix_elements.wgsl"
+#include "common/matrix_scores.wgsl"
 #include "common/read.wgsl" tensor=query
 #include "common/read.wgsl" tensor=key
 #include "common/read.wgsl" tensor=value
@@ -53,7 +52,7 @@ fn dq(
 ) {
     let group = in_order(workgroup_id, workgroups);
     let at = sequence(group.z, group.y);
-    if ranges[at.batch * problem.heads + at.head_q] != OURS {
+    if range_of(at) != OURS {
         return;
     }
     // The last rows first: with a causal mask they take longest.
@@ -62,16 +61,8 @@ fn dq(
     let pair = subgroup % PAIRS;
     let half = subgroup / PAIRS;
     let mine = row0 + pair * MATRICES * M;
-    let key_start = head_start(problem.key, at.batch, at.head_kv);
-    let value_start = head_start(problem.value, at.batch, at.head_kv);
-    // Shapes of scores times this are scores; a shape is odd in its score.
-    let size = score_sign() * score_size();
-
     let last_row = last_query(at);
-    let owned = Owned(
-        load_query(head_start(problem.query, at.batch, at.head_q), row0, last_row, thread),
-        load_grad_out(head_start(problem.grad_out, at.batch, at.head_q), row0, last_row, thread),
-    );
+    let owned = Owned(load_query(at, row0, last_row, thread), load_grad_out(at, row0, last_row, thread));
     var owned_scales: Scales;
     var lefts = owned_parts(owned, HEAD_DIM, HEAD_DIM_V, thread, subgroup, lane, &owned_scales);
     var sums: Gradients;
@@ -83,46 +74,46 @@ fn dq(
         }
         for (var e = 0u; e < ELEMENTS; e++) {
             let i = min(mine + r * M + row_of(lane, e), last_row);
-            let of_row = row_stats((at.batch * problem.heads + at.head_q) * problem.seqlen_q + i);
+            let of_row = row_stats(row_number(at, i));
             number[r][held_row(e)] = of_half(of_row, half);
         }
     }
 
-    let range = key_range(at, i32(row0), i32(row1));
-    let first = range.x / i32(STEP) * i32(STEP);
-    let last = u32(max(at.keys, 1) - 1);
+    let visited = key_tiles(at, i32(row0), i32(row1), STEP);
+    let last = last_key(at);
     var step: Step;
 #if AHEAD
-    if range.x < range.y {
-        step = Step(load_key(key_start, u32(first), last, thread), load_value(value_start, u32(first), last, thread));
+    if visited.count > 0 {
+        let j0 = u32(tile(visited, 0));
+        step = Step(load_key(at, j0, last, thread), load_value(at, j0, last, thread));
     }
 #endif
-    for (var j0 = first; j0 < range.y; j0 += i32(STEP)) {
+    for (var n = 0; n < visited.count; n++) {
+        let j0 = tile(visited, n);
 #if !AHEAD
-        step = Step(load_key(key_start, u32(j0), last, thread), load_value(value_start, u32(j0), last, thread));
+        step = Step(load_key(at, u32(j0), last, thread), load_value(at, u32(j0), last, thread));
 #endif
         let scales = store_step(step, owned_scales, thread, subgroup, lane);
         workgroupBarrier();
 #if AHEAD
-        let j1 = u32(j0) + STEP;
-        step = Step(load_key(key_start, j1, last, thread), load_value(value_start, j1, last, thread));
+        let j1 = u32(tile(visited, n + 1));
+        step = Step(load_key(at, j1, last, thread), load_value(at, j1, last, thread));
 #endif
 
         // S = Q K^T, or dP = dO V^T
         var x = products(&lefts, half);
         // What takes the scales of owned rows and of the step back.
         var unscale = vec2f(inverse(of_half(owned_scales.tile, half)), inverse(of_half(scales.tile, half)));
+        // Times this, what half 0 holds is scores, or products if SHAPED.
 #if SHAPED
+        let unit = 1.0;
         var factor = unscale.x * unscale.y;
 #else
-        var factor = unscaled(size, owned_scales.tile.x, scales.tile.x);
+        let unit = score_unit();
+        var factor = unscaled(unit, owned_scales.tile.x, scales.tile.x);
 #endif
         if scales.apart {
-#if SHAPED
-            take_scales_back(&x, owned_scales, 1.0, pair, half, lane);
-#else
-            take_scales_back(&x, owned_scales, size, pair, half, lane);
-#endif
+            take_scales_back(&x, owned_scales, unit, pair, half, lane);
             unscale = vec2f(1.0);
             factor = 1.0;
         }
@@ -132,26 +123,25 @@ fn dq(
             var slope = Scores();
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < SM; c++) {
-                    for (var e = 0u; e < ELEMENTS; e++) {
+                    let i = i32(mine + r * M);
+                    let j = j0 + i32(c * M);
 #if SHAPED
-                        let shape = score_shape(x[r][c][e] * factor);
-                        slope[r][c][e] = score_slope(shape);
-                        x[r][c][e] = fma(shape, size, -number[r][held_row(e)]);
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        x[r][c][e] *= factor;
+                    }
+#endif
+                    let scores = shaped(x[r][c], at, i, j, lane);
+                    slope[r][c] = scores.slope;
+                    for (var e = 0u; e < ELEMENTS; e++) {
+                        let lse = number[r][held_row(e)];
+#if SHAPED
+                        x[r][c][e] = scores.score[e] - lse;
 #else
-                        slope[r][c][e] = 1.0;
-                        x[r][c][e] = fma(x[r][c][e], factor, -number[r][held_row(e)]);
+                        x[r][c][e] = fma(x[r][c][e], factor, -lse);
 #endif
                     }
-                }
-            }
-            if !tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(STEP)) {
-                for (var r = 0u; r < MATRICES; r++) {
-                    for (var c = 0u; c < SM; c++) {
-                        for (var e = 0u; e < ELEMENTS; e++) {
-                            let i = i32(mine + r * M + row_of(lane, 0u) + row_of(0u, e));
-                            let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                            x[r][c][e] = select(MASKED, x[r][c][e], keep(at, i, j));
-                        }
+                    if n >= visited.full {
+                        x[r][c] = masked(x[r][c], at, i, j, lane, MASKED);
                     }
                 }
             }
@@ -198,11 +188,10 @@ fn dq(
         workgroupBarrier();
         let i = mine + n / SUM_MATRICES * M + lane * ELEMENTS / M;
         if i < row1 {
-            let start = head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row;
             for (var e = 0u; e < ELEMENTS; e += 4u) {
                 let d = (half * SUM_MATRICES + n % SUM_MATRICES) * M + (lane * ELEMENTS + e) % M;
                 let y = told[(subgroup * M * M + lane * ELEMENTS + e) / 4u];
-                write_grad_query(start, d, HEAD_DIM, y * problem.scale);
+                write_grad_query(grad_query_row(at, i), d, HEAD_DIM, y * problem.scale);
             }
         }
     }

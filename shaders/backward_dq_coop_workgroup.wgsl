@@ -15,9 +15,7 @@
 // and S and dP are computed once for each such block.
 enable f16;
 enable wgpu_cooperative_matrix;
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/matrices.wgsl"
 #include "common/elements_f16.wgsl"
 
@@ -35,6 +33,7 @@ const SECOND = SUBGROUPS * ROW_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = SECOND;
 #include "common/matrix_exchange.wgsl" columns=KEYS
+#include "common/matrix_scores.wgsl"
 #include "common/read_f16.wgsl" tensor=query
 #include "common/read_f16.wgsl" tensor=key
 #include "common/read_f16.wgsl" tensor=value
@@ -55,8 +54,8 @@ struct Tile {
 }
 
 fn load_tile(at: Sequence, j0: i32, last: u32, thread: u32) -> Tile {
-    let k = load_key(head_start(problem.key, at.batch, at.head_kv), u32(j0), last, thread);
-    let v = load_value(head_start(problem.value, at.batch, at.head_kv), u32(j0), last, thread);
+    let k = load_key(at, u32(j0), last, thread);
+    let v = load_value(at, u32(j0), last, thread);
     return Tile(k, v);
 }
 
@@ -83,14 +82,14 @@ fn dq(
     let my_row = row0 + mine * M + row_of(lane, 0u);
     // The first matrix of columns of dQ.
     let dq0 = group.x % BLOCKS * DBM;
-    // Shapes of scores times this are exponents of 2; a shape is odd in its score.
-    let factor = score_sign() * score_factor();
+    // What is held of scores, times this, are exponents of 2.
+    let factor = score_factor();
 
     let last_row = last_query(at);
     var q: array<array<Left, DM>, ROW_MATRICES>;
 #unroll
     for (var d = 0u; d < DM; d++) {
-        put_query(head_start(problem.query, at.batch, at.head_q), row0, last_row, d * M, thread);
+        put_query(at, row0, last_row, d * M, thread);
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
@@ -101,7 +100,7 @@ fn dq(
     var grad: array<array<Left, VM>, ROW_MATRICES>;
 #unroll
     for (var d = 0u; d < VM; d++) {
-        put_grad_out(head_start(problem.grad_out, at.batch, at.head_q), row0, last_row, d * M, thread);
+        put_grad_out(at, row0, last_row, d * M, thread);
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
@@ -119,24 +118,23 @@ fn dq(
         for (var d = 0u; d < DBM; d++) {
             dq[r][d] = Accumulator();
         }
-        let first_row = (at.batch * problem.heads + at.head_q) * problem.seqlen_q;
-        let number = row_stats(first_row + min(my_row + r * M, last_row));
+        let number = row_stats(row_number(at, min(my_row + r * M, last_row)));
         of_row[r] = vec2f(number.x * LOG2_E, number.y);
     }
 
-    let range = key_range(at, i32(row0), i32(row1));
-    let first = range.x / i32(KEYS) * i32(KEYS);
-    let last = u32(max(at.keys, 1) - 1);
+    let visited = key_tiles(at, i32(row0), i32(row1), KEYS);
+    let last = last_key(at);
     var next: Tile;
-    if range.x < range.y {
-        store_tile(load_tile(at, first, last, thread), 0u, thread);
+    if visited.count > 0 {
+        store_tile(load_tile(at, tile(visited, 0), last, thread), 0u, thread);
 #if AHEAD
-        next = load_tile(at, first + i32(KEYS), last, thread);
+        next = load_tile(at, tile(visited, 1), last, thread);
 #endif
     }
     workgroupBarrier();
     var buffer = 0u;
-    for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
+    for (var n = 0; n < visited.count; n++) {
+        let j0 = tile(visited, n);
         let k_place = buffer * D_SIZE;
         let v_place = BUFFERS * D_SIZE + buffer * V_SIZE;
 
@@ -176,21 +174,19 @@ fn dq(
         workgroupBarrier();
 
         // P = 2^(score(S) - lse),  dS = P (dP - delta) score'
-        let full = tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS));
         for (var c = 0u; c < CM; c++) {
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                var x = get_elements(mine + r, c, lane);
+                let i = i32(row0 + (mine + r) * M);
+                let j = j0 + i32(c * M);
+                let scores = shaped(get_elements(mine + r, c, lane), at, i, j, lane);
+                var x = Lane();
                 var y = get_elements(SECOND + mine + r, c, lane);
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    let shape = score_shape(x[e]);
-                    x[e] = fma(shape, factor, -of_row[r].x);
-                    y[e] = (y[e] - of_row[r].y) * score_slope(shape);
+                    x[e] = fma(scores.score[e], factor, -of_row[r].x);
+                    y[e] = (y[e] - of_row[r].y) * scores.slope[e];
                 }
-                if !full {
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                        x[e] = select(MASKED, x[e], keep(at, i32(my_row + r * M), j));
-                    }
+                if n >= visited.full {
+                    x = masked(x, at, i, j, lane, MASKED);
                 }
                 for (var e = 0u; e < ELEMENTS; e++) {
                     y[e] *= exp2(x[e]);
@@ -199,7 +195,7 @@ fn dq(
             }
         }
 #if !AHEAD
-        next = load_tile(at, j0 + i32(KEYS), last, thread);
+        next = load_tile(at, tile(visited, n + 1), last, thread);
 #endif
         store_tile(next, 1u - buffer, thread);
         workgroupBarrier();
@@ -223,13 +219,12 @@ fn dq(
         }
 #if AHEAD
         // A compiler may move loads down to their use, but not into the next trip.
-        next = load_tile(at, j0 + 2 * i32(KEYS), last, thread);
+        next = load_tile(at, tile(visited, n + 2), last, thread);
 #endif
         buffer = 1u - buffer;
     }
 
     // To workgroup memory a matrix of columns at a time, then out
-    let start = head_start(problem.grad_query, at.batch, at.head_q);
 #unroll
     for (var d = 0u; d < DBM; d++) {
         workgroupBarrier();
@@ -238,6 +233,6 @@ fn dq(
             put_accumulator(dq[r][d], mine + r, 0u);
         }
         workgroupBarrier();
-        write_columns_grad_query(start, row0, row1, (dq0 + d) * M, problem.scale, thread);
+        write_columns_grad_query(at, row0, row1, (dq0 + d) * M, problem.scale, thread);
     }
 }

@@ -8,9 +8,7 @@
 //         dP = dO V^T
 //         dS = P (dP - delta) score'
 //         dQ = dQ + dS K                            OWN x HEAD_DIM
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/elements.wgsl"
 #include "common/tile_threads.wgsl"
 
@@ -45,17 +43,13 @@ fn dq(
     // The last rows first: with a causal mask they take longest.
     let i0 = (workgroups.x - 1u - group.x) * OWN;
     let i1 = min(i0 + OWN, problem.seqlen_q);
-    let range = key_range(at, i32(i0), i32(i1));
+    let visited = key_tiles(at, i32(i0), i32(i1), STEP);
     let last_row = last_query(at);
-    let last_key = u32(max(at.keys, 1) - 1);
-    let query_start = head_start(problem.query, at.batch, at.head_q);
-    let grad_start = head_start(problem.grad_out, at.batch, at.head_q);
-    let key_start = head_start(problem.key, at.batch, at.head_kv);
-    let value_start = head_start(problem.value, at.batch, at.head_kv);
+    let last = last_key(at);
     var row: array<vec2f, TR>;
     for (var r = 0u; r < TR; r++) {
         let i = min(i0 + r * THREADS_Y + ty, last_row);
-        row[r] = row_stats((at.batch * problem.heads + at.head_q) * problem.seqlen_q + i);
+        row[r] = row_stats(row_number(at, i));
     }
 
     var dq: array<array<vec4f, TK>, TR>;
@@ -63,19 +57,20 @@ fn dq(
     // A step has a sum of its own, as in backward_dkdv_tile.wgsl.
     var dq_step: array<array<vec4f, TK>, TR>;
 #endif
-    let first = u32(range.x / i32(STEP) * i32(STEP));
-    var query_next = load_chunk_query(query_start, i0, last_row, 0u, HEAD_DIM, thread);
-    var grad_next = load_chunk_grad_out(grad_start, i0, last_row, 0u, HEAD_DIM_V, thread);
+    let first = u32(tile(visited, 0));
+    var query_next = load_chunk_query(at, i0, last_row, 0u, HEAD_DIM, thread);
+    var grad_next = load_chunk_grad_out(at, i0, last_row, 0u, HEAD_DIM_V, thread);
     var key_next: Chunk_key;
     var value_next: Chunk_value;
     var key_rows: Block_key;
-    if range.x < range.y {
-        key_next = load_chunk_key(key_start, first, last_key, 0u, HEAD_DIM, thread);
-        value_next = load_chunk_value(value_start, first, last_key, 0u, HEAD_DIM_V, thread);
-        key_rows = load_block_key(key_start, first, last_key, HEAD_DIM, thread);
+    if visited.count > 0 {
+        key_next = load_chunk_key(at, first, last, 0u, HEAD_DIM, thread);
+        value_next = load_chunk_value(at, first, last, 0u, HEAD_DIM_V, thread);
+        key_rows = load_block_key(at, first, last, HEAD_DIM, thread);
     }
-    for (var step = range.x / i32(STEP) * i32(STEP); step < range.y; step += i32(STEP)) {
-        let j0 = u32(step);
+    for (var t = 0; t < visited.count; t++) {
+        let j0 = u32(tile(visited, t));
+        let j1 = u32(tile(visited, t + 1));
         // S = Q K^T, dP = dO V^T
         var s = Scores();
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
@@ -86,8 +81,8 @@ fn dq(
             // The next chunk: of this tile, or the first of the next tile.
             let more = d0 + CHUNK < HEAD_DIM;
             let d1 = select(0u, d0 + CHUNK, more);
-            query_next = load_chunk_query(query_start, i0, last_row, d1, HEAD_DIM, thread);
-            key_next = load_chunk_key(key_start, select(j0 + STEP, j0, more), last_key, d1, HEAD_DIM, thread);
+            query_next = load_chunk_query(at, i0, last_row, d1, HEAD_DIM, thread);
+            key_next = load_chunk_key(at, select(j1, j0, more), last, d1, HEAD_DIM, thread);
             add_scores(&s, ty, tx);
         }
         var ds = Scores();
@@ -98,19 +93,20 @@ fn dq(
             workgroupBarrier();
             let more = d0 + CHUNK < HEAD_DIM_V;
             let d1 = select(0u, d0 + CHUNK, more);
-            grad_next = load_chunk_grad_out(grad_start, i0, last_row, d1, HEAD_DIM_V, thread);
-            value_next = load_chunk_value(value_start, select(j0 + STEP, j0, more), last_key, d1, HEAD_DIM_V, thread);
+            grad_next = load_chunk_grad_out(at, i0, last_row, d1, HEAD_DIM_V, thread);
+            value_next = load_chunk_value(at, select(j1, j0, more), last, d1, HEAD_DIM_V, thread);
             add_scores(&ds, ty, tx);
         }
 
         // dS, 0 where a row does not see a key
-        let full = tile_is_full(at, i32(i0), i32(i1), step, step + i32(STEP));
         for (var r = 0u; r < TR; r++) {
+            let i = i32(i0 + r * THREADS_Y + ty);
             for (var c = 0u; c < TC; c++) {
-                let shape = score_shape(score_sign() * s[r][c / 4u][c % 4u]);
-                let seen = full || keep(at, i32(i0 + r * THREADS_Y + ty), i32(j0 + tx * TC + c));
-                let p = select(0.0, exp_difference(score_size() * shape, row[r].x), seen);
-                ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - row[r].y) * score_slope(shape);
+                let j = i32(j0 + tx * TC + c);
+                let x = scored(s[r][c / 4u][c % 4u], at, i, j);
+                let seen = t < visited.full || keep(at, i, j);
+                let p = select(0.0, exp_difference(x.score, row[r].x), seen);
+                ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - row[r].y) * x.slope;
             }
         }
 
@@ -123,7 +119,7 @@ fn dq(
             }
             store_block_key(key_rows, HEAD_DIM, thread);
             workgroupBarrier();
-            key_rows = load_block_key(key_start, j0 + n + BLOCK, last_key, HEAD_DIM, thread);
+            key_rows = load_block_key(at, select(j1, j0 + n + BLOCK, n + BLOCK < STEP), last, HEAD_DIM, thread);
 #if STEP_SUMS
             add_result_TK(&dq_step, n, ty, tx);
 #else
@@ -144,9 +140,8 @@ fn dq(
     for (var r = 0u; r < TR; r++) {
         let i = i0 + r * THREADS_Y + ty;
         if i < i1 {
-            let start = head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row;
             for (var u = 0u; u < TK; u++) {
-                write_grad_query(start, 4u * (u * THREADS_X + tx), HEAD_DIM, dq[r][u] * problem.scale);
+                write_grad_query(grad_query_row(at, i), 4u * (u * THREADS_X + tx), HEAD_DIM, dq[r][u] * problem.scale);
             }
         }
     }

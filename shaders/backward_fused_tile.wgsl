@@ -26,9 +26,7 @@
 // operands workgroup memory holds so that a thread reads vectors of what it has: for the scores CHUNK columns of both
 // operands, for the gradients P or dS, and LINES rows of the other operand. What is next for it is loaded to registers while a
 // product runs, and a tile of rows ends by storing the first chunk of the next.
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/elements.wgsl"
 #include "common/tile_threads.wgsl"
 #include "common/tile_columns.wgsl"
@@ -110,12 +108,12 @@ alias Lines = array<Elements4, LINES_LOADS>;
 // What dQ in memory has. Past the head dim it is an element of another thread's, which may have changed, and is not used.
 alias OldQuery = array<array<vec4f, TK>, 4u * DQ_PIECES>;
 
-fn load_old(start: u32, i0: u32, last_row: u32, ty: u32, tx: u32) -> OldQuery {
+fn load_old(at: Sequence, i0: u32, last_row: u32, ty: u32, tx: u32) -> OldQuery {
     var x: OldQuery;
     for (var c = 0u; c < 4u * DQ_PIECES; c++) {
         let i = min(i0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u, last_row);
         for (var u = 0u; u < TK; u++) {
-            x[c][u] = read_grad_query(start + i * problem.grad_query.row, 4u * (u * THREADS_X + tx), HEAD_DIM);
+            x[c][u] = read_grad_query(grad_query_row(at, i), 4u * (u * THREADS_X + tx), HEAD_DIM);
         }
     }
     return x;
@@ -141,10 +139,6 @@ fn place_of_row(c: u32, tx: u32) -> u32 {
     return P_AT + (c / 4u * ROW_PIECE + c % 4u * THREADS_X + tx) * ROW_STRIDE;
 }
 
-fn slope4(x: vec4f) -> vec4f {
-    return vec4f(score_slope(x.x), score_slope(x.y), score_slope(x.z), score_slope(x.w));
-}
-
 @compute @workgroup_size(THREADS)
 fn fused(
     @builtin(workgroup_id) workgroup_id: vec3u,
@@ -156,9 +150,8 @@ fn fused(
     let tx = thread_x(thread);
     let ty = thread_y(thread);
     let block = group.x;
-    let head_kv = group.y;
-    // Masks and lengths are the same for all heads of the group.
-    let at = sequence(group.z, head_kv * problem.group);
+    // The first of the heads that share these keys.
+    let of_group = sequence(group.z, group.y * problem.group);
     let row_blocks = (problem.seqlen_q + problem.block_rows - 1u) / problem.block_rows;
     // As FusedTile::rounds has it. Where there are fewer blocks of rows, some of keys meet none.
     let blocks = (max(workgroups.x, row_blocks) + 1u) / 2u * 2u;
@@ -166,10 +159,8 @@ fn fused(
     let row1 = min(row0 + problem.block_rows, problem.seqlen_q);
     let key0 = block * problem.block_keys;
     let key1 = min(key0 + problem.block_keys, problem.seqlen_k);
-    let last_key = u32(max(at.keys, 1) - 1);
-    let last_row = last_query(at);
-    let key_start = head_start(problem.key, at.batch, head_kv);
-    let value_start = head_start(problem.value, at.batch, head_kv);
+    let last = last_key(of_group);
+    let last_row = last_query(of_group);
 #if ADD_AT_FIRST
     let add = true;
 #else
@@ -177,27 +168,23 @@ fn fused(
 #endif
 
     for (var j0 = key0; j0 < key1; j0 += OWN) {
-        let range = row_range(at, i32(j0), i32(j0 + OWN));
+        let range = row_interval(of_group, i32(j0), i32(j0 + OWN));
         let first = max(u32(range.x) / STEP * STEP, row0);
         let end = min(u32(max(range.y, 0)), row1);
         if first >= end && add {
             continue;
         }
         // Without rows that see a key, zeros are written.
-        let first_head = head_kv * problem.group;
         let heads = select(1u, problem.group, first < end);
-        for (var head = first_head; head < first_head + heads; head++) {
-            let query_start = head_start(problem.query, at.batch, head);
-            let grad_start = head_start(problem.grad_out, at.batch, head);
-            let dq_start = head_start(problem.grad_query, at.batch, head);
-            let rows_start = (at.batch * problem.heads + head) * problem.seqlen_q;
+        for (var head = of_group.head; head < of_group.head + heads; head++) {
+            let at = with_head(of_group, head);
             // Each FOLD_ROWS rows have sums of their own, for one sum over all rows would round every time in the same direction
             // where gradients are alike.
             for (var fold0 = first; fold0 < max(end, first + 1u); fold0 += FOLD_ROWS) {
                 var dk = array<array<vec4f, TK>, 4u * KEY_PIECES>();
                 var dv = array<array<vec4f, TV>, 4u * KEY_PIECES>();
                 // What workgroup memory holds next: while one product runs, the operands of the next are loaded.
-                var next = load_chunks_s(key_start, j0, last_key, query_start, fold0, last_row, 0u, HEAD_DIM, thread);
+                var next = load_chunks_s(at, j0, last, fold0, last_row, 0u, HEAD_DIM, thread);
                 store_chunks(next, 0u, HEAD_DIM, thread);
                 workgroupBarrier();
                 var lines_next = Lines();
@@ -206,7 +193,7 @@ fn fused(
                     var row = array<vec2f, 4u * ROW_PIECES>();
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                         let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
-                        row[c] = row_stats(rows_start + min(i, last_row));
+                        row[c] = row_stats(row_number(at, min(i, last_row)));
                         row[c].x = select(row[c].x, NO_KEYS, i > last_row);
                     }
 
@@ -215,9 +202,9 @@ fn fused(
                     for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
                         let d1 = d0 + CHUNK;
                         if d1 < HEAD_DIM {
-                            next = load_chunks_s(key_start, j0, last_key, query_start, i0, last_row, d1, HEAD_DIM, thread);
+                            next = load_chunks_s(at, j0, last, i0, last_row, d1, HEAD_DIM, thread);
                         } else {
-                            next = load_chunks_dp(value_start, j0, last_key, grad_start, i0, last_row, 0u, HEAD_DIM_V, thread);
+                            next = load_chunks_dp(at, j0, last, i0, last_row, 0u, HEAD_DIM_V, thread);
                         }
                         add_scores(&s, ty, tx);
                         if d1 < HEAD_DIM {
@@ -229,16 +216,18 @@ fn fused(
 
                     // P, 0 where a row does not see a key. It waits in workgroup memory, so that registers have S or dP, not both (but
                     // for what the derivative of a softcap needs).
-                    let full = tile_is_full(at, i32(i0), i32(i0 + STEP), i32(j0), i32(j0 + OWN));
+                    let full = all_count(at, i32(i0), i32(i0 + STEP), i32(j0), i32(j0 + OWN));
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
-                        let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
-                        let interval = key_interval(at, i32(i));
+                        let i = vec4i(i32(i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u));
                         for (var r = 0u; r < KEY_PIECES; r++) {
-                            s[c][r] = shape4(score_sign() * s[c][r]);
-                            var p = exp2((score_size() * s[c][r] - row[c].x) * LOG2_E);
+                            let j = vec4i(i32(j0 + r * KEY_PIECE + 4u * ty)) + vec4i(0, 1, 2, 3);
+                            let x = scored4(s[c][r], at, i, j);
+#if SHAPED
+                            s[c][r] = x.slope;
+#endif
+                            var p = exp2((x.score - row[c].x) * LOG2_E);
                             if !full {
-                                let j = vec4i(i32(j0 + r * KEY_PIECE + 4u * ty)) + vec4i(0, 1, 2, 3);
-                                p = select(vec4f(), p, (j >= vec4i(interval.x)) & (j < vec4i(interval.y)));
+                                p = select(vec4f(), p, keep4(at, i, j));
                             }
                             tiles[place_of_row(c, tx) + r * THREADS_Y + ty] = p;
                         }
@@ -252,9 +241,9 @@ fn fused(
                     for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
                         let d1 = d0 + CHUNK;
                         if d1 < HEAD_DIM_V {
-                            next = load_chunks_dp(value_start, j0, last_key, grad_start, i0, last_row, d1, HEAD_DIM_V, thread);
+                            next = load_chunks_dp(at, j0, last, i0, last_row, d1, HEAD_DIM_V, thread);
                         } else {
-                            lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, 0u, HEAD_DIM_V, thread);
+                            lines_next = load_lines_grad_out(at, i0, last_row, THREADS_X, 0u, HEAD_DIM_V, thread);
                         }
                         add_scores(&ds, ty, tx);
                         if d1 < HEAD_DIM_V {
@@ -271,9 +260,9 @@ fn fused(
                         workgroupBarrier();
                         let l1 = l + LINES;
                         if l1 < STEP {
-                            lines_next = load_lines_grad_out(grad_start, i0, last_row, THREADS_X, l1, HEAD_DIM_V, thread);
+                            lines_next = load_lines_grad_out(at, i0, last_row, THREADS_X, l1, HEAD_DIM_V, thread);
                         } else {
-                            lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, 0u, HEAD_DIM, thread);
+                            lines_next = load_lines_query(at, i0, last_row, THREADS_X, 0u, HEAD_DIM, thread);
                         }
                         add_to_dv(&dv, l, ty, tx);
                     }
@@ -282,7 +271,10 @@ fn fused(
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                         for (var r = 0u; r < KEY_PIECES; r++) {
                             let p = tiles[place_of_row(c, tx) + r * THREADS_Y + ty];
-                            ds[c][r] = p * (ds[c][r] - row[c].y) * slope4(s[c][r]);
+                            ds[c][r] = p * (ds[c][r] - row[c].y);
+#if SHAPED
+                            ds[c][r] *= s[c][r];
+#endif
                         }
                     }
 
@@ -301,9 +293,9 @@ fn fused(
                         workgroupBarrier();
                         let l1 = l + LINES;
                         if l1 < STEP {
-                            lines_next = load_lines_query(query_start, i0, last_row, THREADS_X, l1, HEAD_DIM, thread);
+                            lines_next = load_lines_query(at, i0, last_row, THREADS_X, l1, HEAD_DIM, thread);
                         } else {
-                            lines_next = load_lines_key(key_start, j0, last_key, THREADS_Y, 0u, HEAD_DIM, thread);
+                            lines_next = load_lines_key(at, j0, last, THREADS_Y, 0u, HEAD_DIM, thread);
                         }
                         add_to_dk(&dk, l, ty, tx);
                     }
@@ -328,15 +320,15 @@ fn fused(
                             workgroupBarrier();
                             let l1 = r * KEY_PIECE + l + LINES;
                             if l1 < OWN {
-                                lines_next = load_lines_key(key_start, j0, last_key, THREADS_Y, l1, HEAD_DIM, thread);
+                                lines_next = load_lines_key(at, j0, last, THREADS_Y, l1, HEAD_DIM, thread);
                             } else {
-                                next = load_chunks_s(key_start, j0, last_key, query_start, i0 + STEP, last_row, 0u, HEAD_DIM, thread);
+                                next = load_chunks_s(at, j0, last, i0 + STEP, last_row, 0u, HEAD_DIM, thread);
                             }
                             add_to_dq(&dq, l, ty, tx);
                         }
                     }
                     // What dQ has is on its way while the next tile's first chunk is stored.
-                    let old = load_old(dq_start, i0, last_row, ty, tx);
+                    let old = load_old(at, i0, last_row, ty, tx);
                     workgroupBarrier();
                     store_chunks(next, 0u, HEAD_DIM, thread);
                     workgroupBarrier();
@@ -346,7 +338,7 @@ fn fused(
                             for (var u = 0u; u < TK; u++) {
                                 let d = 4u * (u * THREADS_X + tx);
                                 let x = fma(dq[c][u], vec4f(problem.scale), old[c][u]);
-                                write_grad_query(dq_start + i * problem.grad_query.row, d, HEAD_DIM, x);
+                                write_grad_query(grad_query_row(at, i), d, HEAD_DIM, x);
                             }
                         }
                     }
@@ -357,17 +349,15 @@ fn fused(
                         dk[c][u] *= problem.scale;
                     }
                 }
-                let dk_start = head_start(problem.grad_key, at.batch, head_kv);
-                let dv_start = head_start(problem.grad_value, at.batch, head_kv);
-                if add || head > first_head || fold0 > first {
+                if add || head > of_group.head || fold0 > first {
                     // All loads before the first store, so that they overlap. What is past the last key or the head dim is not used.
                     for (var c = 0u; c < 4u * KEY_PIECES; c++) {
                         let j = min(j0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u, problem.seqlen_k - 1u);
                         for (var u = 0u; u < TK; u++) {
-                            dk[c][u] += read_grad_key(dk_start + j * problem.grad_key.row, 4u * (u * THREADS_X + tx), HEAD_DIM);
+                            dk[c][u] += read_grad_key(grad_key_row(at, j), 4u * (u * THREADS_X + tx), HEAD_DIM);
                         }
                         for (var u = 0u; u < TV; u++) {
-                            dv[c][u] += read_grad_value(dv_start + j * problem.grad_value.row, 4u * (u * THREADS_X + tx), HEAD_DIM_V);
+                            dv[c][u] += read_grad_value(grad_value_row(at, j), 4u * (u * THREADS_X + tx), HEAD_DIM_V);
                         }
                     }
                 }
@@ -375,10 +365,10 @@ fn fused(
                     let j = j0 + c / 4u * KEY_PIECE + 4u * ty + c % 4u;
                     if j < problem.seqlen_k {
                         for (var u = 0u; u < TK; u++) {
-                            write_grad_key(dk_start + j * problem.grad_key.row, 4u * (u * THREADS_X + tx), HEAD_DIM, dk[c][u]);
+                            write_grad_key(grad_key_row(at, j), 4u * (u * THREADS_X + tx), HEAD_DIM, dk[c][u]);
                         }
                         for (var u = 0u; u < TV; u++) {
-                            write_grad_value(dv_start + j * problem.grad_value.row, 4u * (u * THREADS_X + tx), HEAD_DIM_V, dv[c][u]);
+                            write_grad_value(grad_value_row(at, j), 4u * (u * THREADS_X + tx), HEAD_DIM_V, dv[c][u]);
                         }
                     }
                 }

@@ -4,9 +4,7 @@
 //
 //     of each tensor:  largest and smallest size, other than 0, of groups of four elements of rows that count
 //     far apart:       a tensor whose two sizes are; or scores that may be so large that exponents of 2 are rounded
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/elements.wgsl"
 #include "common/sizes.wgsl"
 
@@ -18,7 +16,11 @@
 #include "common/read.wgsl" tensor=grad_out
 #include "common/row_sizes.wgsl" tensor=grad_out
 #endif
+#if GRADIENTS
+#include "common/row_stats.wgsl" access=read_write
+#else
 @group(0) @binding(18) var<storage, read_write> ranges: array<u32>;
+#endif
 #include "common/read.wgsl" tensor=query
 #include "common/read.wgsl" tensor=key
 #include "common/read.wgsl" tensor=value
@@ -49,11 +51,11 @@ fn find_ranges(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
     }
     workgroupBarrier();
     let queries = max(min(problem.row_end, u32(at.queries)), problem.row_begin) - problem.row_begin;
-    add_sizes(0u, row_sizes_query(head_start(problem.query, at.batch, at.head_q), queries, HEAD_DIM, thread));
-    add_sizes(1u, row_sizes_key(head_start(problem.key, at.batch, at.head_kv), u32(at.keys), HEAD_DIM, thread));
-    add_sizes(2u, row_sizes_value(head_start(problem.value, at.batch, at.head_kv), u32(at.keys), HEAD_DIM_V, thread));
+    add_sizes(0u, row_sizes_query(at, problem.row_begin, queries, HEAD_DIM, thread));
+    add_sizes(1u, row_sizes_key(at, 0u, u32(at.keys), HEAD_DIM, thread));
+    add_sizes(2u, row_sizes_value(at, 0u, u32(at.keys), HEAD_DIM_V, thread));
 #if GRADIENTS
-    add_sizes(3u, row_sizes_grad_out(head_start(problem.grad_out, at.batch, at.head_q), queries, HEAD_DIM_V, thread));
+    add_sizes(3u, row_sizes_grad_out(at, problem.row_begin, queries, HEAD_DIM_V, thread));
 #endif
     workgroupBarrier();
     if thread == 0u {
@@ -63,11 +65,16 @@ fn find_ranges(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_in
         }
         // A tile's scale is at least that of its tensor, so no tile has a larger factor.
 #if SHAPED
-        let large = score_factor() >= LARGEST_EXPONENT;
+        // Those are always rounded.
+        let large = false;
 #else
         let scales = vec2f(scale_for(sizes_of_tensor(0u).x), scale_for(sizes_of_tensor(1u).x));
         let large = unscaled(score_factor(), scales.x, scales.y) * LARGEST_SUM >= LARGEST_EXPONENT;
 #endif
-        ranges[at.batch * problem.heads + at.head_q] = u32(apart || large);
+#if GRADIENTS
+        rows[range_number(at)] = vec2u(u32(apart || large), 0u);
+#else
+        ranges[range_number(at)] = u32(apart || large);
+#endif
     }
 }

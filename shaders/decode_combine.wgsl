@@ -7,8 +7,7 @@
 // A workgroup takes ROWS rows. Of the threads of a row, (slice, column) keeps four columns over every SLICES-th part;
 // the slices are then merged in the same way, through workgroup memory. A part whose weight is 0 adds nothing, whatever its o
 // holds.
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
+#include "attention/attention.wgsl"
 #include "common/elements.wgsl"
 
 @group(0) @binding(4) var<storage, read_write> out: OutElements;
@@ -98,14 +97,14 @@ fn decode_combine(
         o = fma(vec4f(weight), slice_out[thread + slice * COLUMNS], o);
     }
     let queries = problem.row_end - problem.row_begin;
-    let batch = row / queries / problem.heads;
-    let head = row / queries % problem.heads;
-    let i = row % queries;
-    let start = head_start(problem.out, batch, head) + i * problem.out.row;
-    write_out(start, 4u * column, HEAD_DIM_V, o * inverse_sum(l));
+    let at = sequence(row / queries / problem.heads, row / queries % problem.heads);
+    let i = problem.row_begin + row % queries;
+    // A row in which some key counts has a sum of at least 1, from its largest score.
+    let end = finish_row(at, m, l, l < 0.5);
+    write_out(out_row(at, i), 4u * column, HEAD_DIM_V, o * end.inverse);
 #if LSE
     if column == 0u {
-        lse[head_start(problem.lse, batch, head) + i] = lse_bits(m, l);
+        lse[lse_row(at, i)] = end.lse;
     }
 #endif
 }

@@ -19,9 +19,7 @@
 // - softmax: one thread a key, its own.
 // - O: thread (slice, column) keeps four columns of all rows, over every SLICES-th key of the tile. The slices are summed
 //   once, after the last tile.
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/elements.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
@@ -68,16 +66,19 @@ struct Rows {
     first: u32,
     count: u32,
     queries: u32,
-    // The key-value head's first row, counted among all rows of this launch.
-    start: u32,
 }
 
 fn row_of(rows: Rows, r: u32) -> u32 {
     return min(rows.first + r, rows.count - 1u);
 }
 
-fn position(rows: Rows, r: u32) -> i32 {
-    return i32(problem.row_begin + row_of(rows, r) % rows.queries);
+// Its position, and the sequence of its head.
+fn position(rows: Rows, r: u32) -> u32 {
+    return problem.row_begin + row_of(rows, r) % rows.queries;
+}
+
+fn sequence_of(at: Sequence, rows: Rows, r: u32) -> Sequence {
+    return with_head(at, at.head + row_of(rows, r) / rows.queries);
 }
 
 fn load_query(at: Sequence, rows: Rows, thread: u32) {
@@ -88,10 +89,8 @@ fn load_query(at: Sequence, rows: Rows, thread: u32) {
         let inside = max(4u * vector, HEAD_DIM) - 4u * vector;
         var x = array<vec4f, 4>();
         for (var r = 0u; r < 4u; r++) {
-            let row = row_of(rows, 4u * r4 + r);
-            let start = head_start(problem.query, at.batch, at.head_q + row / rows.queries);
-            let elements = read_query(start + row % rows.queries * problem.query.row, 4u * vector, HEAD_DIM);
-            x[r] = first_elements(unpack4(elements), inside);
+            let row = query_row(sequence_of(at, rows, 4u * r4 + r), position(rows, 4u * r4 + r));
+            x[r] = first_elements(unpack4(read_query(row, 4u * vector, HEAD_DIM)), inside);
         }
         let place = r4 * Q_STRIDE + vector / KEY_THREADS * 4u * KEY_THREADS + vector % KEY_THREADS;
         q[place] = vec4f(x[0].x, x[1].x, x[2].x, x[3].x);
@@ -102,10 +101,10 @@ fn load_query(at: Sequence, rows: Rows, thread: u32) {
 }
 
 // Key g + n KEY_GROUPS of the tile is the n-th of key group g.
-fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<array<Elements4, KEY_VECTORS>, THREAD_KEYS> {
+fn load_key(at: Sequence, j0: u32, last: u32, thread: u32) -> array<array<Elements4, KEY_VECTORS>, THREAD_KEYS> {
     var x: array<array<Elements4, KEY_VECTORS>, THREAD_KEYS>;
     for (var n = 0u; n < THREAD_KEYS; n++) {
-        let row = start + min(j0 + thread / KEY_THREADS + n * KEY_GROUPS, last) * problem.key.row;
+        let row = key_row(at, min(j0 + thread / KEY_THREADS + n * KEY_GROUPS, last));
         for (var c = 0u; c < KEY_VECTORS; c++) {
             x[n][c] = read_key(row, 4u * (thread % KEY_THREADS + c * KEY_THREADS), HEAD_DIM);
         }
@@ -113,11 +112,11 @@ fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<array<Elements
     return x;
 }
 
-fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, SLICE_KEYS> {
+fn load_value(at: Sequence, j0: u32, last: u32, thread: u32) -> array<Elements4, SLICE_KEYS> {
     var x: array<Elements4, SLICE_KEYS>;
     for (var n = 0u; n < SLICE_KEYS; n++) {
         let j = min(j0 + thread / COLUMNS + n * SLICES, last);
-        x[n] = read_value(start + j * problem.value.row, 4u * (thread % COLUMNS), HEAD_DIM_V);
+        x[n] = read_value(value_row(at, j), 4u * (thread % COLUMNS), HEAD_DIM_V);
     }
     return x;
 }
@@ -205,24 +204,14 @@ fn decode_split(
     let tiles_of_rows = (heads * queries + ROWS - 1u) / ROWS;
     let head = group.y / tiles_of_rows * heads;
     let at = sequence(group.z, head);
-    let rows = Rows(
-        group.y % tiles_of_rows * ROWS,
-        heads * queries,
-        queries,
-        (group.z * problem.heads + head) * queries,
-    );
-    let key_start = head_start(problem.key, at.batch, at.head_kv);
-    let value_start = head_start(problem.value, at.batch, at.head_kv);
+    let rows = Rows(group.y % tiles_of_rows * ROWS, heads * queries, queries);
 
     // This share: whole tiles, as evenly as they go.
-    let row0 = i32(problem.row_begin);
-    let row1 = i32(problem.row_end);
-    let range = key_range(at, row0, row1);
-    let tiles = (u32(max(range.y - range.x, 0)) + KEYS - 1u) / KEYS;
-    let share = (tiles + groups.x - 1u) / groups.x * KEYS;
-    let last = u32(max(range.y, 1) - 1);
-    let begin = range.x + i32(group.x * share);
-    let end = min(begin + i32(share), range.y);
+    let visited = key_tiles(at, i32(problem.row_begin), i32(problem.row_end), KEYS);
+    let share = (visited.count + i32(groups.x) - 1) / i32(groups.x);
+    let begin = i32(group.x) * share;
+    let end = min(begin + share, visited.count);
+    let last = last_key(at);
 
     let own = own_key(thread);
     load_query(at, rows, thread);
@@ -245,11 +234,11 @@ fn decode_split(
     // K is loaded a tile ahead, so that there are loads under way while V is in use.
     var k: array<array<Elements4, KEY_VECTORS>, THREAD_KEYS>;
     if begin < end {
-        k = load_key(key_start, u32(begin), last, thread);
+        k = load_key(at, u32(tile(visited, begin)), last, thread);
     }
-    for (var j0 = begin; j0 < end; j0 += i32(KEYS)) {
-        let v = load_value(value_start, u32(j0), last, thread);
-        let full = tile_is_full(at, row0, row1, j0, j0 + i32(KEYS));
+    for (var t = begin; t < end; t++) {
+        let j0 = tile(visited, t);
+        let v = load_value(at, u32(j0), last, thread);
 
         // S = Q K^T, what each score is, and whether it counts
         var s = array<vec4f, ROWS4>();
@@ -269,16 +258,17 @@ fn decode_split(
             let dot = sum_of_neighbours(dots, thread);
             let j = j0 + i32(own.number);
             for (var r = 0u; r < 4u; r++) {
-                let i = position(rows, 4u * r4 + r);
-                let counts = own.there && (full || keep(at, i, j));
-                s[r4][r] = select(MASKED, score(dot[r], at, i, j), counts);
+                let i = i32(position(rows, 4u * r4 + r));
+                let of_row = sequence_of(at, rows, 4u * r4 + r);
+                let counts = own.there && (t < visited.full || keep(of_row, i, j));
+                s[r4][r] = select(MASKED, scored(dot[r], of_row, i, j).score, counts);
             }
             store_maxima(s[r4], own, r4, thread);
         }
         workgroupBarrier();
 
-        if j0 + i32(KEYS) < end {
-            k = load_key(key_start, u32(j0) + KEYS, last, thread);
+        if t + 1 < end {
+            k = load_key(at, u32(tile(visited, t + 1)), last, thread);
         }
 
         // m' = max(m, rowmax S),  P = exp(S - m'),  l = exp(m - m') l + rowsum P,  O = exp(m - m') O
@@ -350,7 +340,8 @@ fn decode_split(
             }
             let row = rows.first + 4u * r4 + r;
             if row < rows.count {
-                let place = group.x * problem.split_rows + rows.start + row;
+                // Rows of heads that share keys lie one after the other.
+                let place = group.x * problem.split_rows + row_number(at, problem.row_begin) + row;
                 split_out[place * COLUMNS + column] = x;
                 if column == 0u {
                     split_stats[place] = vec2f(m[r4][r], sum[r]);

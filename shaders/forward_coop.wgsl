@@ -15,9 +15,7 @@
 // to agree, so that P is where S was. Devices without access to elements have forward_coop_workgroup.wgsl.
 enable f16;
 enable wgpu_cooperative_matrix;
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/matrices.wgsl"
 #include "common/elements_f16.wgsl"
 
@@ -31,6 +29,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
 #include "common/matrix_elements.wgsl"
+#include "common/matrix_scores.wgsl"
 #include "common/read_f16.wgsl" tensor=query
 #include "common/read_f16.wgsl" tensor=key
 #include "common/read_f16.wgsl" tensor=value
@@ -72,23 +71,19 @@ fn forward(
     let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
     let mine = subgroup * ROW_MATRICES * M;
-    let query_start = head_start(problem.query, at.batch, at.head_q);
-    let key_start = head_start(problem.key, at.batch, at.head_kv);
-    let value_start = head_start(problem.value, at.batch, at.head_kv);
-    // Scores times this are exponents of 2. It is not negative: a negative scale turns Q around.
+    // What is held of scores, times this, are exponents of 2.
     let factor = max(score_factor(), 1.0e-22);
     // Times the factor it is far below EMPTY, whatever the factor.
-    let masked = -1.0e15 / factor;
+    let masked_score = -1.0e15 / factor;
 
     // Q, with 0 in the columns past the head dimension, so that they add nothing, whatever K has there
     for (var n = 0u; n < Q_LOADS; n++) {
         let t = thread + n * THREADS;
-        let i = min(row0 + t / D8, last_query(at)) - problem.row_begin;
+        let row = query_row(at, min(row0 + t / D8, last_query(at)));
         let d = 8u * (t % D8);
-        let x = first_elements(read_query(query_start + i * problem.query.row, d, HEAD_DIM), max(d, HEAD_DIM) - d);
+        let x = first_elements(read_query(row, d, HEAD_DIM), max(d, HEAD_DIM) - d);
         if t < ROWS * D8 {
-            let sign = f16(score_sign());
-            store_eight(t / D8 * D_STRIDE + 8u / WIDTH * (t % D8), Eight(x.low * sign, x.high * sign));
+            store_eight(t / D8 * D_STRIDE + 8u / WIDTH * (t % D8), x);
         }
     }
     workgroupBarrier();
@@ -120,20 +115,15 @@ fn forward(
     }
 
     // Tiles all of whose scores count come first, in a loop without a branch for others: drivers write it out several times,
-    // and then need not move O and the loads about between its trips. The rest follows: tiles after these, then before.
-    let range = key_range(at, i32(row0), i32(row1));
-    let first = range.x / i32(KEYS) * i32(KEYS);
-    let tiles_in_range = (max(range.y - first, 0) + i32(KEYS) - 1) / i32(KEYS);
-    let counting = full_range(at, i32(row0), i32(row1));
-    let before = min((counting.x - first + i32(KEYS) - 1) / i32(KEYS), tiles_in_range);
-    let full = max((counting.y - first) / i32(KEYS) - before, 0);
-    let last = u32(max(at.keys, 1) - 1);
-    var j0 = select(first, first + before * i32(KEYS), full > 0);
+    // and then need not move O and the loads about between its trips.
+    let visited = key_tiles(at, i32(row0), i32(row1), KEYS);
+    let last = last_key(at);
+    var j0 = tile(visited, 0);
     var key_next: array<Eight, D_LOADS>;
     var value_next: array<Eight, V_LOADS>;
-    if tiles_in_range > 0 {
-        key_next = load_key(key_start, u32(j0), last, thread);
-        value_next = load_value(value_start, u32(j0), last, thread);
+    if visited.count > 0 {
+        key_next = load_key(at, u32(j0), last, thread);
+        value_next = load_value(at, u32(j0), last, thread);
     }
     if BUFFERS == 2u {
         store_key(key_next, 0u, thread);
@@ -141,23 +131,21 @@ fn forward(
         workgroupBarrier();
     }
     var buffer = 0u;
-    let full_end = j0 + full * i32(KEYS);
-    for (; j0 < full_end; j0 += i32(KEYS)) {
-#include "common/coop_step.wgsl" masked=false
+    for (var n = 0; n < visited.full; n++) {
+#include "common/coop_step.wgsl" some_masked=false
     }
-    j0 = select(first, j0, j0 < range.y);
-    for (var n = full; n < tiles_in_range; n++) {
-#include "common/coop_step.wgsl" masked=true
-        j0 = next;
+    for (var n = visited.full; n < visited.count; n++) {
+#include "common/coop_step.wgsl" some_masked=true
     }
     workgroupBarrier();
 
     // O / l to workgroup memory, then out in whole rows
 #unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
+        var ends = array<Row, LANE_ROWS>();
 #unroll
         for (var h = 0u; h < LANE_ROWS; h++) {
-            l[r][h] = row_sum(l[r][h]);
+            ends[h] = finish_row(at, m[r][h] / LOG2_E, row_sum(l[r][h]), m[r][h] == EMPTY);
         }
 #unroll
         for (var d = 0u; d < VM; d++) {
@@ -166,7 +154,7 @@ fn forward(
             for (var e = 0u; e < ELEMENTS; e++) {
                 let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
-                tiles[row * V_STRIDE + column / 4u][column % 4u] = f16(y[e] * inverse_of_row(m[r][held_row(e)], l[r][held_row(e)]));
+                tiles[row * V_STRIDE + column / 4u][column % 4u] = f16(y[e] * ends[held_row(e)].inverse);
             }
         }
 #if LSE
@@ -174,8 +162,7 @@ fn forward(
         for (var e = 0u; e < ELEMENTS; e++) {
             let i = row0 + mine + r * M + row_of(lane, e);
             if column_of(lane, e) == 0u && i < row1 {
-                let h = held_row(e);
-                lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits_of_row(m[r][h], l[r][h]);
+                lse[lse_row(at, i)] = ends[held_row(e)].lse;
             }
         }
 #endif
@@ -186,9 +173,8 @@ fn forward(
         let i = row0 + t / V8;
         let d = 8u * (t % V8);
         if t < ROWS * V8 && i < row1 && d < HEAD_DIM_V {
-            let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
             let place = t / V8 * V_STRIDE + 8u / WIDTH * (t % V8);
-            write_out(start, d, HEAD_DIM_V, Eight(tiles[place], tiles[place + 1u]));
+            write_out(out_row(at, i), d, HEAD_DIM_V, Eight(tiles[place], tiles[place + 1u]));
         }
     }
 }

@@ -15,9 +15,7 @@
 // are taken back from S, those of V from P, whose rows are then scaled themselves.
 enable f16;
 enable wgpu_cooperative_matrix;
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/matrices.wgsl"
 #include "common/elements.wgsl"
 
@@ -29,6 +27,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
 #include "common/matrix_elements.wgsl"
+#include "common/matrix_scores.wgsl"
 #include "common/read.wgsl" tensor=query
 #include "common/read.wgsl" tensor=key
 #include "common/read.wgsl" tensor=value
@@ -84,20 +83,20 @@ const PART_ROUNDING = 0u;
 const SIZED_ROWS = ROWS + 2u * KEYS;
 #include "common/matrix_parts.wgsl"
 
-fn load_key(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, K_LOADS> {
+fn load_key(at: Sequence, j0: u32, last: u32, thread: u32) -> array<Elements4, K_LOADS> {
     var x: array<Elements4, K_LOADS>;
     for (var n = 0u; n < K_LOADS; n++) {
         let t = thread + n * THREADS;
-        x[n] = read_key(start + min(j0 + t / D4, last) * problem.key.row, 4u * (t % D4), HEAD_DIM);
+        x[n] = read_key(key_row(at, min(j0 + t / D4, last)), 4u * (t % D4), HEAD_DIM);
     }
     return x;
 }
 
-fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> array<Elements4, V_LOADS> {
+fn load_value(at: Sequence, j0: u32, last: u32, thread: u32) -> array<Elements4, V_LOADS> {
     var x: array<Elements4, V_LOADS>;
     for (var n = 0u; n < V_LOADS; n++) {
         let t = thread + n * THREADS;
-        x[n] = read_value(start + min(j0 + t / V4, last) * problem.value.row, 4u * (t % V4), HEAD_DIM_V);
+        x[n] = read_value(value_row(at, min(j0 + t / V4, last)), 4u * (t % V4), HEAD_DIM_V);
     }
     return x;
 }
@@ -150,7 +149,7 @@ fn forward(
     let group = in_order(workgroup_id, workgroups);
     let at = sequence(group.z, group.y);
     // All threads have one answer, which naga does not know. It takes matrices under such a condition only in a function of their own.
-    if ranges[at.batch * problem.heads + at.head_q] == OURS {
+    if range_of(at) == OURS {
         forward_rows(at, group.x, workgroups.x, thread, subgroup, lane);
     }
 }
@@ -161,19 +160,15 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
     let row0 = problem.row_begin + (blocks - 1u - block) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
     let mine = subgroup * ROW_MATRICES * M;
-    let query_start = head_start(problem.query, at.batch, at.head_q);
-    let key_start = head_start(problem.key, at.batch, at.head_kv);
-    let value_start = head_start(problem.value, at.batch, at.head_kv);
 
     // Q, with 0 in the columns past the head dimension, so that they add nothing, whatever K has there
     var query_rest: array<vec4f, Q_LOADS>;
     var query_sizes = vec2u();
     for (var n = 0u; n < Q_LOADS; n++) {
         let t = thread + n * THREADS;
-        let i = min(row0 + t / D4, last_query(at)) - problem.row_begin;
         let d = 4u * (t % D4);
-        let x = unpack4(read_query(query_start + i * problem.query.row, d, HEAD_DIM));
-        query_rest[n] = first_elements(x, max(d, HEAD_DIM) - d) * score_sign();
+        let x = unpack4(read_query(query_row(at, min(row0 + t / D4, last_query(at))), d, HEAD_DIM));
+        query_rest[n] = first_elements(x, max(d, HEAD_DIM) - d);
         query_sizes = max(query_sizes, sizes_of(query_rest[n]));
     }
     let query_scales = scales_of(query_sizes, vec2u(), subgroup, lane);
@@ -226,16 +221,16 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         }
     }
 
-    let range = key_range(at, i32(row0), i32(row1));
-    let first = range.x / i32(KEYS) * i32(KEYS);
-    let last = u32(max(at.keys, 1) - 1);
+    let visited = key_tiles(at, i32(row0), i32(row1), KEYS);
+    let last = last_key(at);
     var key_next: array<Elements4, K_LOADS>;
     var value_next: array<Elements4, V_LOADS>;
-    if range.x < range.y {
-        key_next = load_key(key_start, u32(first), last, thread);
-        value_next = load_value(value_start, u32(first), last, thread);
+    if visited.count > 0 {
+        key_next = load_key(at, u32(tile(visited, 0)), last, thread);
+        value_next = load_value(at, u32(tile(visited, 0)), last, thread);
     }
-    for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
+    for (var step = 0; step < visited.count; step++) {
+        let j0 = tile(visited, step);
         // K and V to workgroup memory
         var key_sizes = vec2u();
         var value_sizes = vec2u();
@@ -250,8 +245,8 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         let value_scale = scales.tile.y;
         // Times the factor, scores are exponents of 2.
 #if SHAPED
-        var factor = max(score_factor(), SMALLEST_FACTOR);
-        let small = factor < LARGEST_EXPONENT;
+        var factor = 1.0;
+        let small = true;
 #else
         var factor = clamp(unscaled(score_factor(), query_scales.tile.x, key_scale), SMALLEST_FACTOR, LARGEST_FACTOR);
         let small = factor * LARGEST_SUM < LARGEST_EXPONENT;
@@ -281,8 +276,8 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
             store_by_rows(key_next, value_next, thread);
         }
         workgroupBarrier();
-        key_next = load_key(key_start, u32(j0) + KEYS, last, thread);
-        value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
+        key_next = load_key(at, u32(tile(visited, step + 1)), last, thread);
+        value_next = load_value(at, u32(tile(visited, step + 1)), last, thread);
 
         // S = Q K^T
         var x = array<array<Lane, KM>, ROW_MATRICES>();
@@ -308,6 +303,9 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         }
 
         // What each score is, and whether it counts
+#if SHAPED
+        let dot = unscaled(1.0, query_scales.tile.x, key_scale);
+#endif
         if by_rows {
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 for (var c = 0u; c < KM; c++) {
@@ -316,38 +314,34 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
                         let of_row = query_scale(query_scales, row);
                         let of_key = row_scale(ROWS + c * M + column_of(lane, e));
 #if SHAPED
-                        x[r][c][e] = factor * score_shape(unscaled(x[r][c][e], of_row, of_key));
+                        x[r][c][e] = unscaled(x[r][c][e], of_row, of_key);
 #else
                         x[r][c][e] *= min(unscaled(score_factor(), of_row, of_key), LARGEST_FACTOR);
 #endif
                     }
                 }
             }
-            factor = 1.0;
         }
 #if SHAPED
-        else {
-            let dot = unscaled(1.0, query_scales.tile.x, key_scale);
-            for (var r = 0u; r < ROW_MATRICES; r++) {
-                for (var c = 0u; c < KM; c++) {
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        x[r][c][e] = score_shape(x[r][c][e] * dot);
-                    }
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < KM; c++) {
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    x[r][c][e] *= select(dot, 1.0, by_rows);
+                }
+                x[r][c] = shaped(x[r][c], at, i32(row0 + mine + r * M), j0 + i32(c * M), lane).score;
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    x[r][c][e] *= score_factor();
                 }
             }
         }
 #endif
+        factor = select(factor, 1.0, by_rows);
         // Times the factor it is far below EMPTY, whatever the factor.
-        let masked = -1.0e15 / factor;
-        let full = tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS));
-        if !full {
+        let masked_score = -1.0e15 / factor;
+        if step >= visited.full {
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 for (var c = 0u; c < KM; c++) {
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        let i = i32(row0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
-                        let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                        x[r][c][e] = select(masked, x[r][c][e], keep(at, i, j));
-                    }
+                    x[r][c] = masked(x[r][c], at, i32(row0 + mine + r * M), j0 + i32(c * M), lane, masked_score);
                 }
             }
         }
@@ -358,7 +352,7 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
             var most = array<f32, LANE_ROWS>();
             var sum = array<f32, LANE_ROWS>();
             for (var h = 0u; h < LANE_ROWS; h++) {
-                most[h] = masked;
+                most[h] = masked_score;
                 sum[h] = 0.0;
             }
             for (var c = 0u; c < KM; c++) {
@@ -447,22 +441,20 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
 
     // O / l, out in whole rows, a matrix of each subgroup at a time
     for (var r = 0u; r < ROW_MATRICES; r++) {
+        var ends = array<Row, LANE_ROWS>();
         for (var h = 0u; h < LANE_ROWS; h++) {
-            // The largest p of a row is about 2^HEADROOM, so a row with keys is told from an empty one by m.
-            l[r][h] = select(max(row_sum(l[r][h]), 0.5), 0.0, m[r][h] == EMPTY);
+            ends[h] = finish_row(at, m[r][h] / LOG2_E, row_sum(l[r][h]), m[r][h] == EMPTY);
         }
         for (var d = 0u; d < VM; d++) {
             for (var e = 0u; e < ELEMENTS; e++) {
-                o[r][d][e] *= inverse_sum(l[r][held_row(e)]);
+                o[r][d][e] *= ends[held_row(e)].inverse;
             }
         }
 #if LSE
         for (var e = 0u; e < ELEMENTS; e++) {
             let i = row0 + mine + r * M + row_of(lane, e);
             if column_of(lane, e) == 0u && i < row1 {
-                let h = held_row(e);
-                let place = head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin;
-                lse[place] = lse_bits(m[r][h] / LOG2_E, l[r][h]);
+                lse[lse_row(at, i)] = ends[held_row(e)].lse;
             }
         }
 #endif
@@ -481,11 +473,10 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         workgroupBarrier();
         let i = row0 + mine + n / VM * M + lane * ELEMENTS / M;
         if i < row1 {
-            let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
             for (var e = 0u; e < ELEMENTS; e += 4u) {
                 let t = subgroup * M * M + lane * ELEMENTS + e;
                 let column = n % VM * M + (lane * ELEMENTS + e) % M;
-                write_out(start, column, HEAD_DIM_V, vec4f(turned[t], turned[t + 1u], turned[t + 2u], turned[t + 3u]));
+                write_out(out_row(at, i), column, HEAD_DIM_V, vec4f(turned[t], turned[t + 1u], turned[t + 2u], turned[t + 3u]));
             }
         }
         workgroupBarrier();

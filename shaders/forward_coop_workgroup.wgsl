@@ -18,9 +18,7 @@
 // constants.
 enable f16;
 enable wgpu_cooperative_matrix;
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/matrices.wgsl"
 #include "common/elements_f16.wgsl"
 
@@ -35,6 +33,7 @@ enable wgpu_cooperative_matrix;
 const SUM_BLOCKS = SUBGROUPS * ROW_MATRICES;
 const HALF_BLOCKS = SUM_BLOCKS;
 #include "common/matrix_exchange.wgsl" columns=KEYS
+#include "common/matrix_scores.wgsl"
 #include "common/read_f16.wgsl" tensor=key
 #include "common/read_f16.wgsl" tensor=value
 
@@ -60,7 +59,7 @@ fn query_elements(start: u32, column: u32, lane: u32) -> Lane {
 #else
         let y = query[place];
 #endif
-        x[e] = select(0.0, f32(y) * score_sign(), d < HEAD_DIM);
+        x[e] = select(0.0, f32(y), d < HEAD_DIM);
     }
     return x;
 }
@@ -91,20 +90,17 @@ fn forward(
     // The first row of matrices of this subgroup; and a lane's row there, of which the others are M further.
     let mine = subgroup * ROW_MATRICES;
     let my_row = row0 + mine * M + row_of(lane, 0u);
-    let query_start = head_start(problem.query, at.batch, at.head_q);
-    let key_start = head_start(problem.key, at.batch, at.head_kv);
-    let value_start = head_start(problem.value, at.batch, at.head_kv);
-    // Scores times this are exponents of 2. It is not negative: a negative scale turns Q around.
+    // What is held of scores, times this, are exponents of 2.
     let factor = max(score_factor(), 1.0e-22);
     // Times the factor it is far below EMPTY, whatever the factor.
-    let masked = -1.0e15 / factor;
+    let masked_score = -1.0e15 / factor;
 
     var q: array<array<Left, DM>, ROW_MATRICES>;
 #unroll
     for (var d = 0u; d < DM; d++) {
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            let i = min(my_row + r * M, last_query(at)) - problem.row_begin;
-            put_elements(query_elements(query_start + i * problem.query.row, d * M, lane), mine + r, 0u, lane);
+            let row = query_row(at, min(my_row + r * M, last_query(at)));
+            put_elements(query_elements(row, d * M, lane), mine + r, 0u, lane);
         }
         workgroupBarrier();
 #unroll
@@ -113,50 +109,38 @@ fn forward(
         }
         workgroupBarrier();
     }
-    var one: Lane;
-    for (var e = 0u; e < ELEMENTS; e++) {
-        one[e] = 1.0;
-    }
-    put_elements(one, mine, 0u, lane);
     if thread == 0u {
-        atomicStore(&grown[0], -1);
+        atomicStore(&grown[0], -2);
     }
-    workgroupBarrier();
-    let ones = get_right(mine);
 
-    var o: array<array<Accumulator, OM>, ROW_MATRICES>;
+    var o: array<array<Accumulator, VM>, ROW_MATRICES>;
     var m: array<f32, ROW_MATRICES>;
     var l: array<f32, ROW_MATRICES>;
 #unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-        for (var d = 0u; d < OM; d++) {
+        for (var d = 0u; d < VM; d++) {
             o[r][d] = Accumulator();
-        }
-        // S of no tile
-#unroll
-        for (var c = 0u; c < KM; c++) {
-            put_accumulator(Accumulator(), mine + r, c);
         }
         m[r] = EMPTY;
         l[r] = 0.0;
     }
 
-    let range = key_range(at, i32(row0), i32(row1));
-    let first = range.x / i32(KEYS) * i32(KEYS);
-    let last = u32(max(at.keys, 1) - 1);
+    let visited = key_tiles(at, i32(row0), i32(row1), KEYS);
+    let last = last_key(at);
     var key_next: array<Eight, D_LOADS>;
     var value_next: array<Eight, V_LOADS>;
-    var begin = range.y;
-    if range.x < range.y {
-        // One step earlier, with every key masked, for S of the first tile.
-        begin = first - i32(KEYS);
-        store_key(load_key(key_start, u32(first), last, thread), 0u, thread);
-        key_next = load_key(key_start, u32(first) + KEYS, last, thread);
-        value_next = load_value(value_start, u32(first), last, thread);
+    // The first step is that of no tile: it computes S of the first one.
+    var n = visited.count;
+    if visited.count > 0 {
+        n = -1;
+        store_key(load_key(at, u32(tile(visited, 0)), last, thread), 0u, thread);
+        key_next = load_key(at, u32(tile(visited, 1)), last, thread);
+        value_next = load_value(at, u32(tile(visited, 0)), last, thread);
     }
     workgroupBarrier();
-    for (var j0 = begin; j0 < range.y; j0 += i32(KEYS)) {
+    for (; n < visited.count; n++) {
+        let j0 = tile(visited, max(n, 0));
         var x = array<array<Lane, KM>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
@@ -165,22 +149,15 @@ fn forward(
         }
 
         // What each score is, and whether it counts
-#if SHAPED
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    x[r][c][e] = score_shape(x[r][c][e]);
-                }
-            }
-        }
-#endif
-        if !tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS)) {
-            for (var r = 0u; r < ROW_MATRICES; r++) {
-                for (var c = 0u; c < KM; c++) {
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                        x[r][c][e] = select(masked, x[r][c][e], keep(at, i32(my_row + r * M), j));
-                    }
+                let i = i32(row0 + (mine + r) * M);
+                let j = j0 + i32(c * M);
+                x[r][c] = shaped(x[r][c], at, i, j, lane).score;
+                if n < 0 {
+                    x[r][c] = filled(masked_score);
+                } else if n >= visited.full {
+                    x[r][c] = masked(x[r][c], at, i, j, lane, masked_score);
                 }
             }
         }
@@ -210,7 +187,7 @@ fn forward(
         // m', l = 2^(m - m') l, and what O is to be multiplied by
         var shrink = array<f32, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            var most = masked;
+            var most = masked_score;
             for (var c = 0u; c < KM; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
                     most = max(most, x[r][c][e]);
@@ -219,7 +196,7 @@ fn forward(
             let larger = above(row_max(most) * factor);
             let grows = larger - m[r] > LAZY;
             if grows {
-                atomicStore(&grown[0], j0);
+                atomicStore(&grown[0], n);
             }
             shrink[r] = select(1.0, exp2(m[r] - larger), grows);
             m[r] = select(m[r], larger, grows);
@@ -241,9 +218,9 @@ fn forward(
 
         // O = 2^(m - m') O, in all subgroups or in none, since all meet at the barriers. It is a loop of no or one
         // trip, since naga takes the condition for one that may differ between threads.
-        for (var once = u32(atomicLoad(&grown[0]) == j0); once > 0u; once--) {
+        for (var once = u32(atomicLoad(&grown[0]) == n); once > 0u; once--) {
 #unroll
-            for (var d = 0u; d < OM; d++) {
+            for (var d = 0u; d < VM; d++) {
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     put_accumulator(o[r][d], mine + r, 0u);
@@ -261,14 +238,13 @@ fn forward(
             }
         }
 
-        // O = O + P (V, 1)
+        // O = O + P V
 #unroll
         for (var c = 0u; c < KM; c++) {
             var p = array<Left, ROW_MATRICES>();
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 p[r] = get_left(mine + r, c);
-                o[r][VM] = coopMultiplyAdd(p[r], ones, o[r][VM]);
             }
 #unroll
             for (var d = 0u; d < VM; d++) {
@@ -291,16 +267,18 @@ fn forward(
             }
         }
         store_key(key_next, 0u, thread);
-        key_next = load_key(key_start, u32(j0) + 3u * KEYS, last, thread);
-        value_next = load_value(value_start, u32(j0) + KEYS, last, thread);
+        key_next = load_key(at, u32(tile(visited, n + 3)), last, thread);
+        value_next = load_value(at, u32(tile(visited, n + 1)), last, thread);
         workgroupBarrier();
     }
 
-    // O / its last column, which comes first
-    var inverse: array<f32, ROW_MATRICES>;
+    // O / l
+    var ends: array<Row, ROW_MATRICES>;
+    for (var r = 0u; r < ROW_MATRICES; r++) {
+        ends[r] = finish_row(at, m[r] / LOG2_E, row_sum(l[r]), m[r] == EMPTY);
+    }
 #unroll
-    for (var n = 0u; n < OM; n++) {
-        const d = VM - n;
+    for (var d = 0u; d < VM; d++) {
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
             put_accumulator(o[r][d], mine + r, 0u);
@@ -309,14 +287,11 @@ fn forward(
         for (var r = 0u; r < ROW_MATRICES; r++) {
             let i = my_row + r * M;
             var y = get_elements(mine + r, 0u, lane);
-            if d == VM {
-                inverse[r] = inverse_of_row(m[r], y[0]);
-            } else if i < row1 {
+            if i < row1 {
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    y[e] *= inverse[r];
+                    y[e] *= ends[r].inverse;
                 }
-                let start = head_start(problem.out, at.batch, at.head_q) + (i - problem.row_begin) * problem.out.row;
-                write_elements(start, d * M, lane, y);
+                write_elements(out_row(at, i), d * M, lane, y);
             }
         }
         workgroupBarrier();
@@ -324,10 +299,8 @@ fn forward(
 #if LSE
     for (var r = 0u; r < ROW_MATRICES; r++) {
         let i = my_row + r * M;
-        let total = row_sum(l[r]);
         if column_of(lane, 0u) == 0u && i < row1 {
-            let place = head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin;
-            lse[place] = lse_bits_of_row(m[r], total);
+            lse[lse_row(at, i)] = ends[r].lse;
         }
     }
 #endif

@@ -17,12 +17,9 @@
 // and P lie there in columns, V in rows: Q and K CHUNK columns at a time, P and V VALUE_KEYS keys at a time, all as f32. What is
 // next for workgroup memory is loaded to registers while a product runs (unless packed, V's first rows of a tile: while the softmax
 // does), and a tile ends by storing the first chunk of the next. Where there are registers for it, threads keep all that they store
-// of Q, as it is in memory. Scores are products as they come (or, if SHAPED, the shapes of them); exponents of 2 are differences of
-// scores times `factor`: one multiplication a score. If the tile says so, the products are written out, so that loads of the next
+// of Q, as it is in memory. s is q·k itself (if SHAPED, the score); p = exp2((s - m) · factor). If the tile says so, the products are written out, so that loads of the next
 // vectors are among the products of these.
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/elements.wgsl"
 #include "common/tile_threads.wgsl"
 #include "common/tile_columns.wgsl"
@@ -82,15 +79,15 @@ alias Keys = array<array<Elements4, 4>, KEY_LOADS>;
 alias KeyRows = array<array<u32, 4>, KEY_LOADS>;
 alias Values = array<array<Elements4, TV>, VALUE_LOADS>;
 
-fn load_query(at: Sequence, start: u32, row0: u32, d0: u32, thread: u32) -> Queries {
+fn load_query(at: Sequence, row0: u32, d0: u32, thread: u32) -> Queries {
     var x: Queries;
     for (var n = 0u; n < QUERY_LOADS; n++) {
         let t = thread + n * THREADS;
         // Threads without a vector load none; no branch where all have one.
         if QUERY_LOADS * THREADS == ROWS4 * CHUNK4 || t < ROWS4 * CHUNK4 {
             for (var r = 0u; r < 4u; r++) {
-                let i = min(row0 + 4u * (t / CHUNK4) + r, last_query(at)) - problem.row_begin;
-                x[n][r] = read_vector_query(start + i * (problem.query.row / UNIT), d0 / 4u + t % CHUNK4, HEAD_DIM, WHOLE_CHUNKS);
+                let row = query_row(at, min(row0 + 4u * (t / CHUNK4) + r, last_query(at))) / UNIT;
+                x[n][r] = read_vector_query(row, d0 / 4u + t % CHUNK4, HEAD_DIM, WHOLE_CHUNKS);
             }
         }
     }
@@ -104,7 +101,7 @@ fn store_query(x: Queries, d0: u32, thread: u32) {
         if t < ROWS4 * CHUNK4 {
             var q = array<vec4f, 4>();
             for (var r = 0u; r < 4u; r++) {
-                q[r] = unpack4(x[n][r]) * score_sign();
+                q[r] = unpack4(x[n][r]);
                 if HEAD_DIM % CHUNK > 0u {
                     let d = d0 + 4u * (t % CHUNK4);
                     q[r] = first_elements(q[r], max(d, HEAD_DIM) - d);
@@ -117,14 +114,14 @@ fn store_query(x: Queries, d0: u32, thread: u32) {
 
 // Where the rows of K begin that a thread loads, for all chunks of a tile. Vectors of a piece, 4 THREADS_X keys, are those of one
 // row of threads. A vector has four keys THREADS_X apart, so that the columns of P are in the order of the keys.
-fn key_rows(start: u32, j0: u32, last: u32, thread: u32) -> KeyRows {
+fn key_rows(at: Sequence, j0: u32, thread: u32) -> KeyRows {
     var rows: KeyRows;
     for (var n = 0u; n < KEY_LOADS; n++) {
         let vector = (thread + n * THREADS) / CHUNK4;
         // That is vector / THREADS_X * 4 THREADS_X + vector % THREADS_X.
         let first = j0 + (vector + vector / THREADS_X * 3u * THREADS_X);
         for (var r = 0u; r < 4u; r++) {
-            rows[n][r] = start + min(first + r * THREADS_X, last) * (problem.key.row / UNIT);
+            rows[n][r] = key_row(at, min(first + r * THREADS_X, last_key(at))) / UNIT;
         }
     }
     return rows;
@@ -154,10 +151,10 @@ fn store_key(x: Keys, thread: u32) {
 }
 
 // Bounded for every head dimension: without, f16 was slower at 128 on an H100, though f32 faster at 64.
-fn load_value(start: u32, j0: u32, last: u32, thread: u32) -> Values {
+fn load_value(at: Sequence, j0: u32, thread: u32) -> Values {
     var x: Values;
     for (var n = 0u; n < VALUE_LOADS; n++) {
-        let row = start + min(j0 + thread / THREADS_X + n * THREADS_Y, last) * (problem.value.row / UNIT);
+        let row = value_row(at, min(j0 + thread / THREADS_X + n * THREADS_Y, last_key(at))) / UNIT;
         for (var u = 0u; u < TV; u++) {
             x[n][u] = read_vector_value(row, u * THREADS_X + thread % THREADS_X, HEAD_DIM_V, false);
         }
@@ -209,10 +206,6 @@ fn forward(
     // The last rows first: with a causal mask they take longest.
     let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
-    let query_start = head_start(problem.query, at.batch, at.head_q) / UNIT;
-    let key_start = head_start(problem.key, at.batch, at.head_kv) / UNIT;
-    let value_start = head_start(problem.value, at.batch, at.head_kv) / UNIT;
-    let out_start = head_start(problem.out, at.batch, at.head_q);
 
     // Not 0, so that a masked score vanishes with a scale of 0 as well.
     let factor = max(score_factor(), 1.0e-30);
@@ -229,29 +222,29 @@ fn forward(
         maxima[thread] = lowest;
     }
 
-    let range = key_range(at, i32(row0), i32(row1));
-    let first = range.x / i32(KEYS) * i32(KEYS);
-    let last = u32(max(at.keys, 1) - 1);
+    let visited = key_tiles(at, i32(row0), i32(row1), KEYS);
     // Loops over chunks are written out, since c must be a constant for Q to be in registers.
     var queries: array<Queries, KEPT>;
 #unroll
     for (var c = 0u; c < KEPT; c++) {
-        queries[c] = load_query(at, query_start, row0, c * CHUNK, thread);
+        queries[c] = load_query(at, row0, c * CHUNK, thread);
     }
     var key_next: Keys;
     var value_next: Values;
     var rows: KeyRows;
-    if range.x < range.y {
-        rows = key_rows(key_start, u32(first), last, thread);
+    if visited.count > 0 {
+        rows = key_rows(at, u32(tile(visited, 0)), thread);
         key_next = load_key(rows, 0u, thread);
 #if PACKED
-        value_next = load_value(value_start, u32(first), last, thread);
+        value_next = load_value(at, u32(tile(visited, 0)), thread);
 #endif
     }
     store_key(key_next, thread);
     store_query(queries[0], 0u, thread);
     workgroupBarrier();
-    for (var j0 = first; j0 < range.y; j0 += i32(KEYS)) {
+    for (var n = 0; n < visited.count; n++) {
+        let j0 = tile(visited, n);
+        let j1 = u32(tile(visited, n + 1));
         // S = Q K^T
         var s = Scores();
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
@@ -259,11 +252,11 @@ fn forward(
             let more = d0 + CHUNK < HEAD_DIM;
             let d1 = select(0u, d0 + CHUNK, more);
             if !more {
-                rows = key_rows(key_start, u32(j0) + KEYS, last, thread);
+                rows = key_rows(at, j1, thread);
             }
             key_next = load_key(rows, d1, thread);
             if KEPT < CHUNKS {
-                queries[0] = load_query(at, query_start, row0, d1, thread);
+                queries[0] = load_query(at, row0, d1, thread);
             }
             add_scores(&s, ty, tx);
             if more {
@@ -281,24 +274,25 @@ fn forward(
         }
 
 #if !PACKED
-        value_next = load_value(value_start, u32(j0), last, thread);
+        value_next = load_value(at, u32(j0), thread);
 #endif
 
         // What each score is, and whether it counts
 #if SHAPED
         for (var c = 0u; c < TC; c++) {
+            let j = vec4i(j0 + i32(c * THREADS_X + tx));
             for (var r = 0u; r < TR; r++) {
-                s[c][r] = shape4(s[c][r]);
+                let i = vec4i(i32(row0 + 4u * (r * THREADS_Y + ty))) + vec4i(0, 1, 2, 3);
+                s[c][r] = scored4(s[c][r], at, i, j).score;
             }
         }
 #endif
-        if !tile_is_full(at, i32(row0), i32(row1), j0, j0 + i32(KEYS)) {
+        if n >= visited.full {
             for (var c = 0u; c < TC; c++) {
-                let j = j0 + i32(c * THREADS_X + tx);
+                let j = vec4i(j0 + i32(c * THREADS_X + tx));
                 for (var r = 0u; r < TR; r++) {
-                    let i = i32(row0 + 4u * (r * THREADS_Y + ty));
-                    let kept = vec4<bool>(keep(at, i, j), keep(at, i + 1, j), keep(at, i + 2, j), keep(at, i + 3, j));
-                    s[c][r] = select(vec4f(masked), s[c][r], kept);
+                    let i = vec4i(i32(row0 + 4u * (r * THREADS_Y + ty))) + vec4i(0, 1, 2, 3);
+                    s[c][r] = select(vec4f(masked), s[c][r], keep4(at, i, j));
                 }
             }
         }
@@ -373,10 +367,10 @@ fn forward(
             workgroupBarrier();
 #if PACKED
             // After a tile's last rows, those that the next tile begins with: packed, there are registers for them during S.
-            value_next = load_value(value_start, u32(j0) + v0 + VALUE_KEYS, last, thread);
+            value_next = load_value(at, select(j1, u32(j0) + v0 + VALUE_KEYS, v0 + VALUE_KEYS < KEYS), thread);
 #else
             if v0 + VALUE_KEYS < KEYS {
-                value_next = load_value(value_start, u32(j0) + v0 + VALUE_KEYS, last, thread);
+                value_next = load_value(at, u32(j0) + v0 + VALUE_KEYS, thread);
             }
 #endif
 #if TILE_SUMS
@@ -394,10 +388,10 @@ fn forward(
         }
 #endif
 #if FOLDS
-        if (u32(j0 - first) / KEYS + 1u) % FOLD_TILES == 0u && j0 + i32(KEYS) < range.y {
+        if u32(n + 1) % FOLD_TILES == 0u && n + 1 < visited.count {
             for (var r = 0u; r < 4u * TR; r++) {
                 let i = row0 + 4u * (r / 4u * THREADS_Y + ty) + r % 4u;
-                let start = out_start + (i - problem.row_begin) * problem.out.row;
+                let start = out_row(at, i);
                 for (var u = 0u; u < TV; u++) {
                     let d = 4u * (u * THREADS_X + tx);
                     // Other rows are not this workgroup's, or are none.
@@ -433,20 +427,20 @@ fn forward(
             let sum = sums[e];
             let i = row0 + 4u * rows4 + e;
             if i < row1 {
-                let inverse = inverse_sum(sum);
-                let start = out_start + (i - problem.row_begin) * problem.out.row;
+                // A row in which some key counts has a sum of at least 1, from its largest score.
+                let row = finish_row(at, score_unit() * maxima[4u * rows4 + e], sum, sum < 0.5);
+                let start = out_row(at, i);
                 for (var u = 0u; u < TV; u++) {
                     let d = 4u * (u * THREADS_X + tx);
                     var x = o[4u * r + e][u];
 #if FOLDS
                     x = with_folded(folded, start, d, r, e, x);
 #endif
-                    write_out(start, d, HEAD_DIM_V, x * inverse);
+                    write_out(start, d, HEAD_DIM_V, x * row.inverse);
                 }
 #if LSE
                 if tx == 0u {
-                    let m = score_size() * maxima[4u * rows4 + e];
-                    lse[head_start(problem.lse, at.batch, at.head_q) + i - problem.row_begin] = lse_bits(m, sum);
+                    lse[lse_row(at, i)] = row.lse;
                 }
 #endif
             }

@@ -1,5 +1,5 @@
 // Materialised backward pass, step 3 of 3: dq_i = scale · sum over j of dS[i, j] k_j. One invocation four columns.
-#include "common/problem.wgsl"
+#include "attention/attention.wgsl"
 #include "common/elements.wgsl"
 
 @group(0) @binding(2) var<storage, read> key: InElements;
@@ -19,18 +19,17 @@ fn gradient_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id
     if i >= problem.seqlen_q || d >= HEAD_DIM {
         return;
     }
-    let k = head_start(problem.key, at.batch, at.head_kv);
-    let row = (group.z * problem.seqlen_q + i) * problem.seqlen_k;
+    let row = row_number(at, i) * problem.seqlen_k;
     var dq = vec4f();
     // A sum of sums, as in naive_output.wgsl.
     var sum = vec4f();
     for (var j0 = 0u; j0 < u32(at.keys); j0 += 128u) {
         for (var j = j0; j < min(j0 + 128u, u32(at.keys)); j++) {
-            sum += scores[row + j].y * unpack4(read_key(k + j * problem.key.row, d, HEAD_DIM));
+            sum += scores[row + j].y * unpack4(read_key(key_row(at, j), d, HEAD_DIM));
         }
         let before = dq;
         dq += sum;
         sum -= dq - before;
     }
-    write_grad_query(head_start(problem.grad_query, at.batch, at.head_q) + i * problem.grad_query.row, d, HEAD_DIM, dq * problem.scale);
+    write_grad_query(grad_query_row(at, i), d, HEAD_DIM, dq * problem.scale);
 }

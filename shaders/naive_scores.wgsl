@@ -1,7 +1,5 @@
 // Materialised attention, step 1 of 3: S[i, j] = score(q_i · k_j), or MASKED. One invocation a score.
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
-#include "common/score.wgsl"
+#include "attention/attention.wgsl"
 #include "common/elements.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
@@ -15,18 +13,14 @@
 fn scores_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) local: vec3u) {
     let heads = problem.heads;
     let at = sequence(group.z / heads, group.z % heads);
-    let row = group.y * 16u + local.y;
+    let i = problem.row_begin + group.y * 16u + local.y;
     let j = group.x * 16u + local.x;
-    let rows = problem.row_end - problem.row_begin;
-    if row >= rows || j >= problem.seqlen_k {
+    if i >= problem.row_end || j >= problem.seqlen_k {
         return;
     }
-    let i = i32(problem.row_begin + row);
     var s = MASKED;
-    if keep(at, i, i32(j)) {
-        let q = head_start(problem.query, at.batch, at.head_q) + row * problem.query.row;
-        let k = head_start(problem.key, at.batch, at.head_kv) + j * problem.key.row;
-        s = score(query_times_key(q, k), at, i, i32(j));
+    if keep(at, i32(i), i32(j)) {
+        s = scored(query_times_key(query_row(at, i), key_row(at, j)), at, i32(i), i32(j)).score;
     }
-    scores[(group.z * rows + row) * problem.seqlen_k + j] = s;
+    scores[row_number(at, i) * problem.seqlen_k + j] = s;
 }

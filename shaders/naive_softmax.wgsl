@@ -1,6 +1,5 @@
 // Materialised attention, step 2 of 3: each row of S becomes P = exp(S - max) / sum, in place. One workgroup a row.
-#include "common/problem.wgsl"
-#include "common/softmax.wgsl"
+#include "attention/attention.wgsl"
 
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
@@ -11,8 +10,9 @@ var<workgroup> reduced: array<f32, 64>;
 
 @compute @workgroup_size(64)
 fn softmax(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
-    let rows = problem.row_end - problem.row_begin;
-    let start = (group.z * rows + group.x) * problem.seqlen_k;
+    let at = sequence(group.z / problem.heads, group.z % problem.heads);
+    let i = problem.row_begin + group.x;
+    let start = row_number(at, i) * problem.seqlen_k;
 
     var most = LOWEST;
     for (var j = thread; j < problem.seqlen_k; j += 64u) {
@@ -41,15 +41,15 @@ fn softmax(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
         }
     }
     workgroupBarrier();
-    let l = reduced[0];
-    let inverse = inverse_sum(l);
+    // A row in which some key counts has a sum of at least 1, from its largest score.
+    let row = finish_row(at, m, reduced[0], reduced[0] < 0.5);
 
     for (var j = thread; j < problem.seqlen_k; j += 64u) {
-        scores[start + j] = exp_difference(scores[start + j], m) * inverse;
+        scores[start + j] = exp_difference(scores[start + j], m) * row.inverse;
     }
 #if LSE
     if thread == 0u {
-        lse[head_start(problem.lse, group.z / problem.heads, group.z % problem.heads) + group.x] = lse_bits(m, l);
+        lse[lse_row(at, i)] = row.lse;
     }
 #endif
 }

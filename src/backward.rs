@@ -218,10 +218,8 @@ pub(crate) fn recipe<'a>(
         Kernel::Decode => return Err(unsupported("it has no backward pass")),
     }
     let workspaces = move |part: &Part| {
-        let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(problem, part))];
-        if kernel == Kernel::Coop && problem.element_type != ElementType::F16 {
-            all.push((Slot::WorkspaceRanges, kernel::forward_coop_scaled::workspace_bytes(part)));
-        }
+        let has_ranges = kernel == Kernel::Coop && problem.element_type != ElementType::F16;
+        let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(problem, part, has_ranges))];
         if kernel == Kernel::Naive {
             all.push((Slot::WorkspaceScores, kernel::backward_naive::workspace_bytes(problem, part)));
         }

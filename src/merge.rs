@@ -145,8 +145,10 @@ impl Context {
         if problem.rows > 0 {
             let uniform = ProblemUniform {
                 out: TensorUniform { row: problem.head_dim_v, ..Default::default() },
+                lse: TensorUniform { row: 1, ..Default::default() },
                 row_end: problem.rows,
                 heads: 1,
+                group: 1,
                 splits: problem.parts,
                 split_rows: problem.rows,
                 ..Default::default()

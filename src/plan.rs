@@ -278,7 +278,7 @@ fn tensor_range(
         head: stride(layout.head, heads),
         row: stride(layout.row, rows),
     };
-    (start, size, uniform)
+    (start, size, uniform.counted_from(ranges.map(|range| range.start)))
 }
 
 /// Bindings: what each holds, its first byte and its size.
@@ -329,7 +329,16 @@ fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backward: bool) ->
             ranges.push((slot, 0, shape.batch as u64 * 4));
         }
     }
-    uniform.lengths_at = u32::try_from(part.rows_of_heads()).unwrap_or(u32::MAX);
+    let heads = part.heads.len() as u32;
+    let rows = part.rows.len() as u32;
+    let of_part = TensorUniform { base: 0, batch: heads.wrapping_mul(rows), head: rows, row: 1 };
+    uniform.rows = of_part.counted_from([part.batch.start, part.heads.start, part.rows.start]);
+    // Behind the rows, the lengths of each batch entry, and behind these the ranges of each head.
+    let lengths = if problem.has_lengths() { part.batch.len() as u32 } else { 0 };
+    let rows_end = part.rows_of_heads() as u32;
+    uniform.lengths_at = rows_end.wrapping_sub(part.batch.start);
+    let ranges_at = if backward { rows_end.wrapping_add(lengths) } else { 0 };
+    uniform.ranges_at = ranges_at.wrapping_sub(part.batch.start.wrapping_mul(heads)).wrapping_sub(part.heads.start);
     uniform.row_begin = part.rows.start;
     uniform.row_end = part.rows.end;
     uniform.batch_begin = part.batch.start;

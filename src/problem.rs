@@ -600,7 +600,7 @@ impl Problem {
     }
 
     /// The keys that query `i` may see when `keys` of them, and all queries, are valid: first, and one past the last.
-    /// The same arithmetic as `key_interval` in `shaders/common/score.wgsl`.
+    /// The same arithmetic as `key_interval` in `shaders/attention/keep.wgsl`.
     pub fn key_interval(&self, i: u32, keys: u32) -> (u32, u32) {
         self.key_interval_of(i, self.shape.seqlen_q, keys)
     }

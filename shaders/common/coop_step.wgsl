@@ -1,14 +1,14 @@
-        // What forward_coop.wgsl does with the keys from j0 on. $masked: some scores of this tile may not count.
+        // What forward_coop.wgsl does with the n-th tile of keys, from key j0 on. $some_masked: some of its scores may not count. Leaves
+        // in j0 where the next tile begins.
         if BUFFERS == 1u {
             workgroupBarrier();
             store_key(key_next, 0u, thread);
             store_value(value_next, 0u, thread);
             workgroupBarrier();
         }
-        // After the last tile come those before the first one.
-        let next = select(first, j0 + i32(KEYS), j0 + i32(KEYS) < range.y);
-        key_next = load_key(key_start, u32(next), last, thread);
-        value_next = load_value(value_start, u32(next), last, thread);
+        let next = tile(visited, n + 1);
+        key_next = load_key(at, u32(next), last, thread);
+        value_next = load_value(at, u32(next), last, thread);
 
         // S = Q K^T
         var s = array<array<Accumulator, KM>, ROW_MATRICES>();
@@ -41,29 +41,15 @@
         }
 
         // What each score is, and whether it counts
-#if SHAPED
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
             for (var c = 0u; c < KM; c++) {
-#unroll
-                for (var e = 0u; e < ELEMENTS; e++) {
-                    x[r][c][e] = score_shape(x[r][c][e]);
-                }
-            }
-        }
-#endif
-        if $masked {
-#unroll
-            for (var r = 0u; r < ROW_MATRICES; r++) {
-#unroll
-                for (var c = 0u; c < KM; c++) {
-#unroll
-                    for (var e = 0u; e < ELEMENTS; e++) {
-                        let i = i32(row0 + mine + r * M + row_of(lane, 0u) + row_of(0u, e));
-                        let j = j0 + i32(c * M + column_of(lane, 0u) + column_of(0u, e));
-                        x[r][c][e] = select(masked, x[r][c][e], keep(at, i, j));
-                    }
+                let i = i32(row0 + mine + r * M);
+                let j = j0 + i32(c * M);
+                x[r][c] = shaped(x[r][c], at, i, j, lane).score;
+                if $some_masked {
+                    x[r][c] = masked(x[r][c], at, i, j, lane, masked_score);
                 }
             }
         }
@@ -75,7 +61,7 @@
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
             for (var h = 0u; h < LANE_ROWS; h++) {
-                most[r][h] = masked;
+                most[r][h] = masked_score;
             }
             // Element by element first: short chains of maxima.
             var top = x[r][0];
@@ -159,3 +145,4 @@
             store_value(value_next, buffer, thread);
             workgroupBarrier();
         }
+        j0 = next;

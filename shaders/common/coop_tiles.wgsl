@@ -27,20 +27,20 @@ fn store_eight(place: u32, x: Eight) {
 #endif
 }
 
-fn load_$first(start: u32, i0: u32, last: u32, thread: u32) -> array<Eight, D_LOADS> {
+fn load_$first(at: Sequence, i0: u32, last: u32, thread: u32) -> array<Eight, D_LOADS> {
     var x: array<Eight, D_LOADS>;
     for (var n = 0u; n < D_LOADS; n++) {
         let t = thread + n * THREADS;
-        x[n] = read_$first(start + min(i0 + t / D8, last) * problem.$first.row, 8u * (t % D8), HEAD_DIM);
+        x[n] = read_$first($first_row(at, min(i0 + t / D8, last)), 8u * (t % D8), HEAD_DIM);
     }
     return x;
 }
 
-fn load_$second(start: u32, i0: u32, last: u32, thread: u32) -> array<Eight, V_LOADS> {
+fn load_$second(at: Sequence, i0: u32, last: u32, thread: u32) -> array<Eight, V_LOADS> {
     var x: array<Eight, V_LOADS>;
     for (var n = 0u; n < V_LOADS; n++) {
         let t = thread + n * THREADS;
-        x[n] = read_$second(start + min(i0 + t / V8, last) * problem.$second.row, 8u * (t % V8), HEAD_DIM_V);
+        x[n] = read_$second($second_row(at, min(i0 + t / V8, last)), 8u * (t % V8), HEAD_DIM_V);
     }
     return x;
 }

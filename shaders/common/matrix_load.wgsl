@@ -1,9 +1,9 @@
 // What a thread moves of $rows rows of $tensor, from row `first` on. Rows past `last` are that one over again.
-fn load_$tensor(start: u32, first: u32, last: u32, thread: u32) -> array<Elements4, $rows_LOADS> {
+fn load_$tensor(at: Sequence, first: u32, last: u32, thread: u32) -> array<Elements4, $rows_LOADS> {
     var x: array<Elements4, $rows_LOADS>;
     for (var n = 0u; n < $rows_LOADS; n++) {
         let t = thread + n * THREADS;
-        x[n] = read_$tensor(start + min(first + t / W4, last) * problem.$tensor.row, 4u * (t % W4), $dim);
+        x[n] = read_$tensor($tensor_row(at, min(first + t / W4, last)), 4u * (t % W4), $dim);
     }
     return x;
 }

@@ -46,8 +46,18 @@ fn scales_of(first: vec2u, second: vec2u, subgroup: u32, lane: u32) -> Scales {
 #endif
 }
 
-// Which modules are for a query head: 1 if they are those with BY_ROWS.
+// Which modules are for a query head: 1 if they are those with BY_ROWS. In the backward pass it is behind the numbers of the rows.
+#if GRADIENTS
+fn range_of(at: Sequence) -> u32 {
+    return rows[range_number(at)].x;
+}
+#else
 @group(0) @binding(18) var<storage, read> ranges: array<u32>;
+
+fn range_of(at: Sequence) -> u32 {
+    return ranges[range_number(at)];
+}
+#endif
 #if BY_ROWS
 const OURS = 1u;
 #else

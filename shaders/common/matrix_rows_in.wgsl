@@ -1,10 +1,10 @@
 // Columns d .. d + M of the $rows rows of $tensor that a workgroup owns, from row `first` on, to where get_left finds
 // them. Past the head dimension they have 0, so that these columns add nothing, whatever they are multiplied with.
-fn put_$tensor(start: u32, first: u32, last: u32, d: u32, thread: u32) {
+fn put_$tensor(at: Sequence, first: u32, last: u32, d: u32, thread: u32) {
     for (var t = thread; t < $rows * M / 8u; t += THREADS) {
         let row = t / (M / 8u);
         let column = 8u * (t % (M / 8u));
-        let all = read_$tensor(start + min(first + row, last) * problem.$tensor.row, d + column, $dim);
+        let all = read_$tensor($tensor_row(at, min(first + row, last)), d + column, $dim);
         let x = first_elements(all, max(d + column, $dim) - (d + column));
         let place = row * EXCHANGE_STRIDE + column / WIDTH;
 #if SCALARS

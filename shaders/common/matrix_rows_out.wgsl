@@ -1,6 +1,6 @@
 // Columns d .. d + M of the $rows rows of $tensor that a workgroup owns, from row `first` to before row `end`: `factor`
 // times what put_accumulator left in matrix 0 of the blocks.
-fn write_columns_$tensor(start: u32, first: u32, end: u32, d: u32, factor: f32, thread: u32) {
+fn write_columns_$tensor(at: Sequence, first: u32, end: u32, d: u32, factor: f32, thread: u32) {
     for (var t = thread; t < $rows * M / 8u; t += THREADS) {
         let row = t / (M / 8u);
         let column = 8u * (t % (M / 8u));
@@ -13,7 +13,7 @@ fn write_columns_$tensor(start: u32, first: u32, end: u32, d: u32, factor: f32, 
             let low = sums[place];
             let high = sums[place + 1u];
 #endif
-            write_$tensor(start + (first + row) * problem.$tensor.row, d + column, $dim, factor * low, factor * high);
+            write_$tensor($tensor_row(at, first + row), d + column, $dim, factor * low, factor * high);
         }
     }
 }

@@ -1,10 +1,10 @@
-// The sizes of what a thread reads of `rows` rows of $tensor, those of all threads being all of it. Needs THREADS.
-fn row_sizes_$tensor(start: u32, rows: u32, dim: u32, thread: u32) -> vec2u {
+// The sizes of what a thread reads of `rows` rows of $tensor from row `first` on, those of all threads being all of it. Needs THREADS.
+fn row_sizes_$tensor(at: Sequence, first: u32, rows: u32, dim: u32, thread: u32) -> vec2u {
     let vectors = (dim + 3u) / 4u;
     var sizes = vec2u();
     for (var t = thread; t < rows * vectors; t += THREADS) {
         let d = 4u * (t % vectors);
-        let x = unpack4(read_$tensor(start + t / vectors * problem.$tensor.row, d, dim));
+        let x = unpack4(read_$tensor($tensor_row(at, first + t / vectors), d, dim));
         sizes = max(sizes, sizes_of(first_elements(x, dim - d)));
     }
     return sizes;

@@ -1,10 +1,9 @@
 // The operands of $scores, f32: columns d0 .. d0 + CHUNK of OWN rows of $own and of STEP rows of $step, loaded to registers while
 // what is in workgroup memory is in use. Rows past a last one are that one over again.
 fn load_chunks_$scores(
-    own_start: u32,
+    at: Sequence,
     own_first: u32,
     own_last: u32,
-    step_start: u32,
     step_first: u32,
     step_last: u32,
     d0: u32,
@@ -18,12 +17,12 @@ fn load_chunks_$scores(
         if t < OWN4 * CHUNK4 {
             for (var r = 0u; r < 4u; r++) {
                 let row = min(own_first + 4u * (t / CHUNK4) + r, own_last);
-                x[n][r] = read_$own(own_start + row * problem.$own.row, d, dim);
+                x[n][r] = read_$own($own_row(at, row), d, dim);
             }
         } else if t < (OWN4 + STEP4) * CHUNK4 {
             for (var r = 0u; r < 4u; r++) {
                 let row = min(step_first + 4u * (t / CHUNK4 - OWN4) + r, step_last);
-                x[n][r] = read_$step(step_start + row * problem.$step.row, d, dim);
+                x[n][r] = read_$step($step_row(at, row), d, dim);
             }
         }
     }

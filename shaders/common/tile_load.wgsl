@@ -3,11 +3,11 @@
 // columns of BLOCK rows, with $columns vectors of columns a thread.
 alias Chunk_$tensor = array<Elements4, $count_LOADS>;
 
-fn load_chunk_$tensor(start: u32, first: u32, last: u32, d0: u32, dim: u32, thread: u32) -> Chunk_$tensor {
+fn load_chunk_$tensor(at: Sequence, first: u32, last: u32, d0: u32, dim: u32, thread: u32) -> Chunk_$tensor {
     var x: Chunk_$tensor;
     for (var n = 0u; n < $count_LOADS; n++) {
         let t = thread + n * THREADS;
-        x[n] = read_$tensor(start + min(first + t / CHUNK4, last) * problem.$tensor.row, d0 + 4u * (t % CHUNK4), dim);
+        x[n] = read_$tensor($tensor_row(at, min(first + t / CHUNK4, last)), d0 + 4u * (t % CHUNK4), dim);
     }
     return x;
 }
@@ -29,12 +29,12 @@ fn store_chunk_$tensor(x: Chunk_$tensor, place: u32, spread: u32, d0: u32, dim: 
 const LOADS_$tensor = (BLOCK * $columns * THREADS_X + THREADS - 1u) / THREADS;
 alias Block_$tensor = array<Elements4, LOADS_$tensor>;
 
-fn load_block_$tensor(start: u32, first: u32, last: u32, dim: u32, thread: u32) -> Block_$tensor {
+fn load_block_$tensor(at: Sequence, first: u32, last: u32, dim: u32, thread: u32) -> Block_$tensor {
     const width = $columns * THREADS_X;
     var x: Block_$tensor;
     for (var n = 0u; n < LOADS_$tensor; n++) {
         let t = thread + n * THREADS;
-        x[n] = read_$tensor(start + min(first + t / width, last) * problem.$tensor.row, 4u * (t % width), dim);
+        x[n] = read_$tensor($tensor_row(at, min(first + t / width, last)), 4u * (t % width), dim);
     }
     return x;
 }

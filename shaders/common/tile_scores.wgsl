@@ -2,10 +2,6 @@
 // rows, of the $count4 vectors at 0, by four times $others rows, of the $other_count4 vectors at $at.
 alias Scores = array<array<vec4f, $vectors>, 4u * $others>;
 
-fn shape4(x: vec4f) -> vec4f {
-    return vec4f(score_shape(x.x), score_shape(x.y), score_shape(x.z), score_shape(x.w));
-}
-
 fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
 #if WRITTEN_OUT
 #unroll

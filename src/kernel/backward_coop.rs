@@ -88,6 +88,7 @@ fn scaled_passes(
     let pass =
         |file, entry, tile: CoopBackwardTile, used: &[(Slot, Access)], workgroup_bytes, workgroups, by_rows: bool| {
             let mut switches = switches(problem, 4, size, tile);
+            switches.push("GRADIENTS");
             switches.extend(by_rows.then_some("BY_ROWS"));
             let mut constants = vec![
                 ("PARTS", parts),
@@ -100,7 +101,7 @@ fn scaled_passes(
             constants.extend(layout_constants(layout));
             Pass {
                 specialization: Specialization { file, entry, switches, constants },
-                bindings: bindings(problem, &[used, &[(Slot::WorkspaceRanges, Access::Read)]].concat()),
+                bindings: bindings(problem, used),
                 element_access: true,
                 rounds: None,
                 threads: tile.subgroups * format.lanes,

@@ -4,10 +4,12 @@ use super::{Access, Pass, Slot, backward_switches, bindings};
 use crate::specialize::Specialization;
 use crate::{Problem, plan::Part};
 
-/// Bytes of the pairs of lse and delta and, behind them, of the numbers of queries and keys of each batch entry.
-pub(crate) fn workspace_bytes(problem: &Problem, part: &Part) -> u64 {
+/// Bytes of the pairs of lse and delta and, behind them, of the numbers of queries and keys of each batch entry, and of what
+/// `coop_ranges.wgsl` finds out about each head.
+pub(crate) fn workspace_bytes(problem: &Problem, part: &Part, has_ranges: bool) -> u64 {
     let lengths = if problem.has_lengths() { part.batch_count() } else { 0 };
-    part.rows_of_heads().saturating_add(lengths).saturating_mul(8)
+    let ranges = if has_ranges { part.batch_count().saturating_mul(part.head_count()) } else { 0 };
+    part.rows_of_heads().saturating_add(lengths).saturating_add(ranges).saturating_mul(8)
 }
 
 /// With `clear`, the gradient of queries is set to 0.

@@ -1,6 +1,6 @@
 //! Host side of `shaders/decode_split.wgsl` and `shaders/decode_combine.wgsl`.
 
-use super::{Access, Kernel, Pass, Slot, bindings, switches};
+use super::{Access, Kernel, Pass, Slot, bindings, switches, without_scores};
 use crate::specialize::Specialization;
 use crate::tune::DecodeTile;
 use crate::{ElementType, MergeProblem, Problem, plan::Part};
@@ -83,9 +83,7 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
         workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
         workgroups: Box::new(workgroups),
     };
-    // The hooks are for the scores.
-    let mut on = switches(problem, 4);
-    on.retain(|name| !["SOFTCAP", "SHAPED", "TINY_SCALE", "SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"].contains(name));
+    let on = without_scores(switches(problem, 4));
     let used = bindings(
         problem,
         &[

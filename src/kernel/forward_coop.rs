@@ -202,10 +202,6 @@ pub(crate) fn pass(
         ("DM", shape.head_dim.div_ceil(size)),
         ("VM", shape.head_dim_v.div_ceil(size)),
     ];
-    if form == CoopForm::WorkgroupMemory {
-        // Those of O: one more, for the sums of P.
-        constants.push(("OM", shape.head_dim_v.div_ceil(size) + 1));
-    }
     constants.extend(layout_constants(layout));
     Pass {
         specialization: Specialization { file, entry: "forward", switches: on, constants },

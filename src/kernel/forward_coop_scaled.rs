@@ -34,7 +34,7 @@ pub(crate) fn ranges(problem: &Problem, size: u32, backward: bool) -> Pass {
         (Slot::Value, Access::Read),
         (Slot::SeqlensQ, Access::Read),
         (Slot::SeqlensK, Access::Read),
-        (Slot::WorkspaceRanges, Access::ReadWrite),
+        (if backward { Slot::Workspace } else { Slot::WorkspaceRanges }, Access::ReadWrite),
     ];
     used.extend(backward.then_some((Slot::GradOut, Access::Read)));
     Pass {

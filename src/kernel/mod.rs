@@ -210,6 +210,12 @@ pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
     switches_of(problem, &Tensor::FORWARD, vector)
 }
 
+/// `switches`, less those of what a score is and whether it counts: for a kernel that ends rows.
+pub(crate) fn without_scores(mut switches: Vec<&'static str>) -> Vec<&'static str> {
+    switches.retain(|name| !["SOFTCAP", "SHAPED", "SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"].contains(name));
+    switches
+}
+
 /// The same for a backward kernel.
 pub(crate) fn backward_switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
     let mut on = switches_of(problem, &Tensor::BACKWARD, vector);
@@ -223,19 +229,19 @@ pub(crate) fn backward_switches(problem: &Problem, vector: u32) -> Vec<&'static 
     on
 }
 
-/// Products times a smaller scale than this become scores before anything is done with them.
-const TINY_SCALE: f32 = 1e-28;
+/// With a smaller scale than this, 0 and negative ones included, kernels hold scores instead of products: a factor so small, times the
+/// difference of a masked and a real product, would not make the masked one vanish, and a negative one would turn the order around.
+const SMALLEST_FACTOR: f32 = 1e-28;
 
 fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'static str> {
     let aligned = problem.is_aligned(tensors, vector);
-    let tiny = problem.effective_scale().abs() < TINY_SCALE;
+    let shaped = problem.softcap.is_some() || problem.effective_scale() < SMALLEST_FACTOR;
     let mut on = vec![problem.element_type.switch()];
     let flags = [
         (aligned, "ALIGNED"),
         (aligned && problem.element_type != ElementType::F32, "PACKED"),
         (problem.softcap.is_some(), "SOFTCAP"),
-        (problem.softcap.is_some() || tiny, "SHAPED"),
-        (problem.softcap.is_none() && tiny, "TINY_SCALE"),
+        (shaped, "SHAPED"),
         (problem.seqlens_q, "SEQLENS_Q"),
         (problem.seqlens_q, "QUERY_LENGTHS"),
         (problem.seqlens_k, "SEQLENS_K"),

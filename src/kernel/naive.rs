@@ -1,6 +1,6 @@
 //! Host side of `shaders/naive_*.wgsl`.
 
-use super::{Access, Pass, Slot, bindings, switches};
+use super::{Access, Pass, Slot, bindings, switches, without_scores};
 use crate::specialize::Specialization;
 use crate::{Problem, plan::Part};
 
@@ -24,7 +24,15 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let shape = problem.shape;
     let (seqlen_k, head_dim_v) = (shape.seqlen_k as u64, shape.head_dim_v as u64);
     let pass = |file, entry, constants, used: &[(Slot, Access)], threads, workgroup_bytes, workgroups| Pass {
-        specialization: Specialization { file, entry, switches: switches(problem, 4), constants },
+        specialization: Specialization {
+            file,
+            entry,
+            switches: match entry {
+                "softmax" => without_scores(switches(problem, 4)),
+                _ => switches(problem, 4),
+            },
+            constants,
+        },
         bindings: bindings(problem, used),
         element_access: false,
         rounds: None,

@@ -1,4 +1,4 @@
-//! The numbers a launch is told: `struct Problem` of `shaders/common/problem.wgsl`.
+//! The numbers a launch is told: `struct Problem` of `shaders/attention/problem.wgsl`.
 
 use crate::{Causal, Problem};
 
@@ -9,6 +9,15 @@ pub(crate) struct TensorUniform {
     pub batch: u32,
     pub head: u32,
     pub row: u32,
+}
+
+impl TensorUniform {
+    /// What has been counted from the first batch entry, head and row of a part, counted from those of the problem. The sum wraps in
+    /// the shader as it does here.
+    pub(crate) fn counted_from(self, [batch, head, row]: [u32; 3]) -> Self {
+        let before = [batch.wrapping_mul(self.batch), head.wrapping_mul(self.head), row.wrapping_mul(self.row)];
+        TensorUniform { base: before.into_iter().fold(self.base, u32::wrapping_sub), ..self }
+    }
 }
 
 #[repr(C)]
@@ -23,6 +32,7 @@ pub(crate) struct ProblemUniform {
     pub grad_query: TensorUniform,
     pub grad_key: TensorUniform,
     pub grad_value: TensorUniform,
+    pub rows: TensorUniform,
     pub seqlen_q: u32,
     pub seqlen_k: u32,
     pub row_begin: u32,
@@ -43,6 +53,8 @@ pub(crate) struct ProblemUniform {
     pub block_rows: u32,
     pub round: u32,
     pub lengths_at: u32,
+    pub ranges_at: u32,
+    pub padding: [u32; 3],
 }
 
 /// An open side of a window: past every key, and far enough from the ends of i32 that adding a position cannot wrap.

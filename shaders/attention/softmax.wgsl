@@ -19,31 +19,6 @@ fn above(rounded: f32) -> f32 {
     return fma(abs(rounded), 2.4e-7, rounded);
 }
 
-// The coop kernels multiply a row by 1 / sum, and by 0 where no key counts. There the maximum is still EMPTY.
-fn inverse_of_row(m: f32, sum: f32) -> f32 {
-    return select(1.0 / max(sum, 1.0e-30), 0.0, m == EMPTY);
-}
-
-// Gives the bits of a row's lse. The coop kernels have the maximum m in base 2.
-fn lse_bits_of_row(m: f32, sum: f32) -> u32 {
-    return select(bitcast<u32>(m / LOG2_E + log(max(sum, 1.0e-30))), 0xff800000u, m == EMPTY);
-}
-
 fn exp_difference(x: f32, reference: f32) -> f32 {
     return exp2((x - reference) * LOG2_E);
-}
-
-// A row in which some key counts has a sum of at least 1, from its largest score.
-fn row_is_empty(sum: f32) -> bool {
-    return sum < 0.5;
-}
-
-// 1 / sum, and 0 for an empty row, whose output is 0.
-fn inverse_sum(sum: f32) -> f32 {
-    return select(1.0 / max(sum, 0.5), 0.0, row_is_empty(sum));
-}
-
-// m + ln(sum) and, for an empty row, -infinity: as bits, since WGSL may assume that infinity does not occur.
-fn lse_bits(m: f32, sum: f32) -> u32 {
-    return select(bitcast<u32>(m + log(max(sum, 0.5))), 0xff800000u, row_is_empty(sum));
 }

@@ -1,0 +1,8 @@
+// All that a kernel may ask about attention: whose rows these are and where they lie, which tiles are visited, what a score is,
+// whether it counts, and how a row ends. No kernel knows a mask or a shape of scores by name.
+#include "attention/softmax.wgsl"
+#include "attention/sequence.wgsl"
+#include "attention/score.wgsl"
+#include "attention/keep.wgsl"
+#include "attention/tiles.wgsl"
+#include "attention/finish.wgsl"

@@ -1,0 +1,14 @@
+// How a row ends. Needs softmax.wgsl and problem.wgsl.
+
+struct Row {
+    // What the sum of p V is multiplied by: 1 / the sum of p, and 0 for a row that sees no key.
+    inverse: f32,
+    // lse = m + ln(sum of p); of a row that sees no key -infinity. As bits, since WGSL may assume that infinity does not occur.
+    lse: u32,
+}
+
+// Of a row of which `sum` sums exp(score - m), p = exp(score - m) being what V was multiplied by.
+fn finish_row(at: Sequence, m: f32, sum: f32, is_empty: bool) -> Row {
+    let some = max(sum, 1.0e-30);
+    return Row(select(1.0 / some, 0.0, is_empty), select(bitcast<u32>(m + log(some)), 0xff800000u, is_empty));
+}

@@ -1,0 +1,44 @@
+// Which scores count. Rows i and keys j are positions in the sequence.
+
+// Which keys the causal mask, the window and the lengths leave row i, if it is a query: from x to before y. Neither bound falls as i
+// grows.
+fn key_interval(at: Sequence, i: i32) -> vec2i {
+    let diagonal = i + at.keys - at.queries;
+    let first = max(0, diagonal - problem.window_left);
+    let last = min(diagonal + problem.window_right, i + problem.top_left);
+    return vec2i(first, min(at.keys, last + 1));
+}
+
+// Which rows may see some of keys j0 .. j1: from x to before y.
+fn row_interval(at: Sequence, j0: i32, j1: i32) -> vec2i {
+    // The row of which key 0 is the diagonal.
+    let zero = at.queries - at.keys;
+    let first = max(0, max(zero + j0 - problem.window_right, j0 - problem.top_left));
+    let end = min(at.queries, zero + min(j1, at.keys) + problem.window_left);
+    return select(vec2i(first, end), vec2i(), j0 >= at.keys);
+}
+
+// Does key j count for row i? Either may be past the end, or below 0.
+fn keep(at: Sequence, i: i32, j: i32) -> bool {
+    let interval = key_interval(at, i);
+#if QUERY_LENGTHS
+    if i >= at.queries {
+        return false;
+    }
+#endif
+    return j >= interval.x && j < interval.y;
+}
+
+fn keep4(at: Sequence, i: vec4i, j: vec4i) -> vec4<bool> {
+    return vec4<bool>(keep(at, i.x, j.x), keep(at, i.y, j.y), keep(at, i.z, j.z), keep(at, i.w, j.w));
+}
+
+// Do all scores of rows i0 .. i1 with keys j0 .. j1 count? Then none of them needs to be asked about.
+fn all_count(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
+#if QUERY_LENGTHS
+    if i1 > at.queries {
+        return false;
+    }
+#endif
+    return j0 >= key_interval(at, i1 - 1).x && j1 <= key_interval(at, i0).y;
+}

@@ -1,0 +1,58 @@
+// The problem's run-time numbers; src/kernel/uniform.rs writes the same fields in the same order.
+
+// Element (batch, head, i, d) of a tensor is at base + batch · t.batch + head · t.head + i · t.row + d of its binding. batch, head and
+// i are numbers of the problem, whatever part of it a launch computes: base may be below 0, and the sum wraps.
+struct Tensor {
+    base: u32,
+    batch: u32,
+    head: u32,
+    row: u32,
+}
+
+struct Problem {
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    // The rows of this launch, one after the other, as the workspace has them.
+    rows: Tensor,
+    seqlen_q: u32,
+    seqlen_k: u32,
+    // This launch computes rows row_begin .. row_end of each of its heads.
+    row_begin: u32,
+    row_end: u32,
+    // This launch begins at this batch entry and query head of the whole problem.
+    batch_begin: u32,
+    head_begin: u32,
+    // Query heads of this launch, and how many share a key-value head.
+    heads: u32,
+    group: u32,
+    // Keys from diagonal - window_left to diagonal + window_right count, and those up to i + top_left.
+    window_left: i32,
+    window_right: i32,
+    top_left: i32,
+    scale: f32,
+    softcap: f32,
+    // Results over parts of the keys that decode_combine.wgsl merges, and rows of each.
+    splits: u32,
+    split_rows: u32,
+    // Whether workgroups go by heads first: see in_order.
+    heads_first: u32,
+    // backward_fused_tile.wgsl reads the blocks' sizes, and which pairs of blocks a dispatch computes.
+    block_keys: u32,
+    block_rows: u32,
+    round: u32,
+    // Where batch entry 0 of the problem has its lengths in the workspace, and head 0 of it its range (coop_ranges.wgsl).
+    lengths_at: u32,
+    ranges_at: u32,
+    padding_0: u32,
+    padding_1: u32,
+    padding_2: u32,
+}
+
+@group(0) @binding(0) var<uniform> problem: Problem;

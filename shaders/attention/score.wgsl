@@ -1,0 +1,56 @@
+// What a score is: scale · q·k, then softcap · tanh(score / softcap). Kernels ask with the score's place in the problem.
+//
+// Unless SHAPED, a score is a positive factor times the product, and kernels may hold products instead of scores: exponents of 2 are
+// then score_factor() times what they hold, and scores are score_unit() times it. With SHAPED they hold scores.
+
+struct Scored {
+    // The score, and d score / d (scale · q·k).
+    score: f32,
+    slope: f32,
+}
+
+fn scored(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
+    var x = Scored(problem.scale * dot, 1.0);
+#if SOFTCAP
+    let t = tanh_exact(x.score / problem.softcap);
+    x = Scored(problem.softcap * t, 1.0 - t * t);
+#endif
+    return x;
+}
+
+struct Scored4 {
+    score: vec4f,
+    slope: vec4f,
+}
+
+fn scored4(dots: vec4f, at: Sequence, i: vec4i, j: vec4i) -> Scored4 {
+    let a = scored(dots.x, at, i.x, j.x);
+    let b = scored(dots.y, at, i.y, j.y);
+    let c = scored(dots.z, at, i.z, j.z);
+    let d = scored(dots.w, at, i.w, j.w);
+    return Scored4(vec4f(a.score, b.score, c.score, d.score), vec4f(a.slope, b.slope, c.slope, d.slope));
+}
+
+fn score_unit() -> f32 {
+#if SHAPED
+    return 1.0;
+#else
+    return problem.scale;
+#endif
+}
+
+fn score_factor() -> f32 {
+    return score_unit() * LOG2_E;
+}
+
+#if SOFTCAP
+// tanh that neither overflows for large x nor cancels for small x, whatever the driver's own does.
+fn tanh_exact(x: f32) -> f32 {
+    let a = abs(x);
+    let e = exp2(min(a, 20.0) * (-2.0 * LOG2_E));
+    let large = (1.0 - e) / (1.0 + e);
+    let y = x * x;
+    let small = a * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))));
+    return sign(x) * select(large, small, a < 0.25);
+}
+#endif

@@ -1,0 +1,137 @@
+// Which sequence a workgroup works on, how long it is, and where its rows lie. With LENGTHS_IN_ROWS needs `rows` of row_stats.wgsl.
+
+#include "attention/problem.wgsl"
+
+#if LENGTHS_IN_WORDS
+// The numbers of valid queries and keys of each batch entry, as pack_words.wgsl leaves them where both have lengths.
+@group(0) @binding(19) var<storage, read> words: array<vec2u>;
+#else
+#if SEQLENS_K
+@group(0) @binding(6) var<storage, read> seqlens_k: array<i32>;
+#endif
+#if SEQLENS_Q
+@group(0) @binding(17) var<storage, read> seqlens_q: array<i32>;
+#endif
+#endif
+
+// All are numbers of the problem, whatever part of it the launch computes: batch entry, query head, key-value head, and how many
+// queries and keys of the batch entry are valid.
+struct Sequence {
+    batch: u32,
+    head: u32,
+    head_kv: u32,
+    queries: i32,
+    keys: i32,
+}
+
+// The sequence of a batch entry and a query head of this launch, both counted from 0.
+fn sequence(batch: u32, head: u32) -> Sequence {
+    let of_problem = problem.head_begin + head;
+    let lengths = lengths_of(problem.batch_begin + batch);
+    return Sequence(problem.batch_begin + batch, of_problem, of_problem / problem.group, lengths.x, lengths.y);
+}
+
+// Another query head of the batch entry that reads the keys of this one.
+fn with_head(at: Sequence, head: u32) -> Sequence {
+    return Sequence(at.batch, head, at.head_kv, at.queries, at.keys);
+}
+
+// The numbers of valid queries and keys of a batch entry.
+fn lengths_of(batch: u32) -> vec2i {
+    var lengths = vec2i(i32(problem.seqlen_q), i32(problem.seqlen_k));
+#if LENGTHS_IN_ROWS
+    // Clamped, for without rows nothing has been written there.
+    lengths = clamp(vec2i(rows[problem.lengths_at + batch]), vec2i(), lengths);
+#endif
+#if LENGTHS_IN_WORDS
+    lengths = vec2i(words[problem.lengths_at + batch]);
+#else
+#if SEQLENS_Q
+    lengths.x = clamp(seqlens_q[batch], 0, lengths.x);
+#endif
+#if SEQLENS_K
+    lengths.y = clamp(seqlens_k[batch], 0, lengths.y);
+#endif
+#endif
+    return lengths;
+}
+
+// The last of this launch's rows that is a query. Without any it is the first row, which then sees no key.
+fn last_query(at: Sequence) -> u32 {
+#if QUERY_LENGTHS
+    return max(min(problem.row_end, u32(at.queries)), problem.row_begin + 1u) - 1u;
+#else
+    return problem.row_end - 1u;
+#endif
+}
+
+// The last key that is valid. Without any it is key 0, which no row sees.
+fn last_key(at: Sequence) -> u32 {
+    return u32(max(at.keys, 1) - 1);
+}
+
+// Where rows begin: the element at which row i of the sequence's query head, or key-value head, begins in its binding.
+fn query_row(at: Sequence, i: u32) -> u32 {
+    return row_of_tensor(problem.query, at.batch, at.head, i);
+}
+
+fn key_row(at: Sequence, j: u32) -> u32 {
+    return row_of_tensor(problem.key, at.batch, at.head_kv, j);
+}
+
+fn value_row(at: Sequence, j: u32) -> u32 {
+    return row_of_tensor(problem.value, at.batch, at.head_kv, j);
+}
+
+fn out_row(at: Sequence, i: u32) -> u32 {
+    return row_of_tensor(problem.out, at.batch, at.head, i);
+}
+
+fn grad_out_row(at: Sequence, i: u32) -> u32 {
+    return row_of_tensor(problem.grad_out, at.batch, at.head, i);
+}
+
+fn grad_query_row(at: Sequence, i: u32) -> u32 {
+    return row_of_tensor(problem.grad_query, at.batch, at.head, i);
+}
+
+fn grad_key_row(at: Sequence, j: u32) -> u32 {
+    return row_of_tensor(problem.grad_key, at.batch, at.head_kv, j);
+}
+
+fn grad_value_row(at: Sequence, j: u32) -> u32 {
+    return row_of_tensor(problem.grad_value, at.batch, at.head_kv, j);
+}
+
+fn row_of_tensor(t: Tensor, batch: u32, head: u32, i: u32) -> u32 {
+    return t.base + batch * t.batch + head * t.head + i * t.row;
+}
+
+// The number of row i in the caller's buffers of one number a row: lse, and the gradient of lse.
+fn lse_row(at: Sequence, i: u32) -> u32 {
+    return row_of_tensor(problem.lse, at.batch, at.head, i);
+}
+
+// The number of row i among the rows that this launch computes: of what the workspace has of each row.
+fn row_number(at: Sequence, i: u32) -> u32 {
+    return row_of_tensor(problem.rows, at.batch, at.head, i);
+}
+
+// The number of a head among the ranges of coop_ranges.wgsl.
+fn range_number(at: Sequence) -> u32 {
+    return problem.ranges_at + at.batch * problem.heads + at.head;
+}
+
+// The tile, head and batch entry of a workgroup, numbered as they start. A kernel's tiles of one head follow one another,
+// which read the same keys and values. But where a mask makes some tiles longer than others, the first tiles of all heads
+// come first, the longest ones, and short ones fill the device at the end.
+fn in_order(group: vec3u, groups: vec3u) -> vec3u {
+    return select(group, by_heads(group, groups), problem.heads_first != 0u);
+}
+
+fn by_heads(group: vec3u, groups: vec3u) -> vec3u {
+    let heads = groups.y * groups.z;
+    let n = (group.z * groups.y + group.y) * groups.x + group.x;
+    let head = n % heads;
+    return vec3u(n / heads, head % groups.y, head / groups.y);
+}

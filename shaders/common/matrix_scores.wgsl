@@ -1,0 +1,79 @@
+// Scores on what a lane holds of a matrix. Needs Lane and attention.wgsl. A matrix has row i0 of the sequence and key j0 in its first
+// row and column; a transposed one has key j0 in its first row, and row i0 in its first column.
+
+// The scores (products as they are, unless SHAPED), and d score / d (scale · q·k).
+struct ShapedLane {
+    score: Lane,
+    slope: Lane,
+}
+
+fn shaped(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> ShapedLane {
+    var y: ShapedLane;
+#unroll
+    for (var e = 0u; e < ELEMENTS; e++) {
+#if SHAPED
+        let of_pair = scored(x[e], at, i0 + held_row_place(lane, e), j0 + held_column_place(lane, e));
+        y.score[e] = of_pair.score;
+        y.slope[e] = of_pair.slope;
+#else
+        y.score[e] = x[e];
+        y.slope[e] = 1.0;
+#endif
+    }
+    return y;
+}
+
+fn shaped_transposed(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> ShapedLane {
+    var y: ShapedLane;
+#unroll
+    for (var e = 0u; e < ELEMENTS; e++) {
+#if SHAPED
+        let of_pair = scored(x[e], at, i0 + held_column_place(lane, e), j0 + held_row_place(lane, e));
+        y.score[e] = of_pair.score;
+        y.slope[e] = of_pair.slope;
+#else
+        y.score[e] = x[e];
+        y.slope[e] = 1.0;
+#endif
+    }
+    return y;
+}
+
+// x with `value` in place of the scores that do not count.
+fn masked(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32, value: f32) -> Lane {
+    var y = x;
+#unroll
+    for (var e = 0u; e < ELEMENTS; e++) {
+        let counts = keep(at, i0 + held_row_place(lane, e), j0 + held_column_place(lane, e));
+        y[e] = select(value, x[e], counts);
+    }
+    return y;
+}
+
+fn masked_transposed(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32, value: f32) -> Lane {
+    var y = x;
+#unroll
+    for (var e = 0u; e < ELEMENTS; e++) {
+        let counts = keep(at, i0 + held_column_place(lane, e), j0 + held_row_place(lane, e));
+        y[e] = select(value, x[e], counts);
+    }
+    return y;
+}
+
+fn filled(value: f32) -> Lane {
+    var y: Lane;
+#unroll
+    for (var e = 0u; e < ELEMENTS; e++) {
+        y[e] = value;
+    }
+    return y;
+}
+
+// Row and column of an element: what the lane adds, plus what the element's number adds, which is a constant.
+fn held_row_place(lane: u32, e: u32) -> i32 {
+    return i32(row_of(lane, 0u) + row_of(0u, e));
+}
+
+fn held_column_place(lane: u32, e: u32) -> i32 {
+    return i32(column_of(lane, 0u) + column_of(0u, e));
+}
