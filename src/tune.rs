@@ -151,7 +151,7 @@ impl CoopTile {
 
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
 ///
-/// With matrices of 16 up to a head dim of 128 they were measured on an H100 (docs/performance.md, docs/rejected.md). Larger
+/// With matrices of 16 up to a head dim of 128 they were measured on an H100 (docs/performance.md, docs/tuning/forward-coop.md). Larger
 /// ones follow from counting: as many rows and keys as fit 48 KiB. Matrices of 8 with access to their elements only a processor
 /// is known to have, which takes its time to compile large tiles; the other form has what fits 32 KiB.
 pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
@@ -367,7 +367,7 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
         }
         tile
     };
-    // On an H100 in f32, TFLOP/s: the first 26.1 at D = 64, the second 25.5 at D = 128; docs/rejected.md has the others.
+    // On an H100 in f32, TFLOP/s: the first 26.1 at D = 64, the second 25.5 at D = 128; docs/tuning/log/tiles.csv has the others.
     let both = match (memory >> 10, widest) {
         (48.., 0..=64) => fitted(64, 64, (16, 16), 64, 64, true),
         (48.., 65..=128) => fitted(64, 64, (16, 16), 32, 32, true),
@@ -468,7 +468,7 @@ pub fn fused_tile(shape: &Shape, uneven: bool, limits: &wgpu::Limits) -> Option<
     let (head_dim, head_dim_v) = (shape.head_dim, shape.head_dim_v);
     let widest = head_dim.max(head_dim_v);
     let memory = limits.max_compute_workgroup_storage_size;
-    // On H100s, TFLOP/s: the first 34.7 to 35.0 at D = 64, the second 36.4 to 36.6 at D = 128; docs/rejected.md has the others.
+    // On H100s, TFLOP/s: the first 34.7 to 35.0 at D = 64, the second 36.4 to 36.6 at D = 128; docs/tuning/backward-tile.md has the others.
     let (own, step, chunk, lines) = match (memory >> 10, widest) {
         (48.., 0..=64) => (128, 64, 16, 32),
         (48.., 65..=128) => (128, 64, 16, 16),
@@ -626,7 +626,7 @@ impl CoopBackwardTile {
 /// The tiles of the backward kernels on cooperative matrices, by the size of the device's matrices: of the gradients of keys
 /// and values, and of queries.
 ///
-/// Those with matrices of 16 were measured on an H100 (docs/rejected.md), through workgroup memory up to a head dim of 128. The
+/// Those with matrices of 16 were measured on an H100 (docs/tuning/coop-backward.md), through workgroup memory up to a head dim of 128. The
 /// others follow from counting: K, V, dK and dV of a subgroup take 192 registers a lane with matrices of 16, half as many
 /// with Metal's of 8, and steps are as long as 48 and 32 KiB then allow.
 pub fn coop_backward_tiles(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> [CoopBackwardTile; 2] {
@@ -694,7 +694,7 @@ const fn row(
     Row { head_dim, workgroup_bytes, invocations: threads_x * threads_y, tile }
 }
 
-// TFLOP/s on an H100 in f32: the first row 43.0 at D = 64, the second 47.2 at D = 128, the third 42.6 at D = 256; docs/rejected.md has
+// TFLOP/s on an H100 in f32: the first row 43.0 at D = 64, the second 47.2 at D = 128, the third 42.6 at D = 256; docs/tuning/forward-tile.md has
 // others.
 #[rustfmt::skip]
 const TILES: &[Row] = &[

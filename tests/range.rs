@@ -332,7 +332,7 @@ fn softcaps_at_their_edges() {
     });
 }
 
-/// As large as docs/kernels.md says that scores and values may be.
+/// As large as docs/kernels/numbers.md says that scores and values may be.
 #[test]
 fn scores_and_values_at_the_ends_of_their_ranges() {
     let bounds = |_: &str, _: &Case| [2e-6, 1e-6, FINITE, FINITE, FINITE];

@@ -6,7 +6,7 @@ use crate::tune::DecodeTile;
 use crate::{ElementType, MergeProblem, Problem, plan::Part};
 
 /// From how many keys on this kernel is faster than another one, by how many rows at most share a key-value head: than the tile kernel,
-/// and than the coop kernel in f16, bf16 and f32. Measured on an H200 with 32 heads on 8 of head dim 128, one batch entry; docs/kernels.md
+/// and than the coop kernel in f16, bf16 and f32. Measured on an H200 with 32 heads on 8 of head dim 128, one batch entry; docs/kernels/decode.md
 /// has the times. The tile kernel computes 32 to 128 rows whatever there are; the coop kernel too, but on tensor cores.
 const FROM_KEYS: [(u64, [u32; 4]); 3] = [(4, [1, 96, 96, 1]), (8, [1, 320, 320, 32]), (16, [1, 2048, 2048, 96])];
 

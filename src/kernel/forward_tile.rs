@@ -49,7 +49,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     let fold_tiles = fold_tiles(problem, tile.keys);
     on.extend(fold_tiles.is_some().then_some("FOLDS"));
     on.extend(has_tile_sums(problem, tile).then_some("TILE_SUMS"));
-    // An order of the products, where it made an H100 faster (docs/rejected.md).
+    // An order of the products, where it made an H100 faster (docs/tuning/README.md).
     if tile.written_out && shape.head_dim_v <= 128 {
         on.push("THERE_AND_BACK");
     }

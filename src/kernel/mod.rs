@@ -24,7 +24,7 @@ use crate::{ElementType, Problem};
 ///
 /// All are right for scores within ±1e7 and values within ±1e35 over the number of keys, [`Kernel::Coop`] in f32 and bf16 for scores
 /// within ±5e13, the other kernels for scores within ±5e37 and values within ±1e37 over the number of keys. Nothing looks for larger
-/// ones. `docs/kernels.md` has more on this.
+/// ones. `docs/kernels/numbers.md` has more on this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Kernel {
