@@ -1,5 +1,6 @@
-use crate::problem::MAX_SEQLEN;
-use crate::{ElementType, Kernel, NoMatrices};
+//! What can be wrong with an argument or a device, in words that say what would be right.
+
+use crate::names::{ElementType, Kernel, MAX_SEQLEN};
 
 /// What was wrong with an argument, and what would be right.
 ///
@@ -245,6 +246,32 @@ pub enum Error {
         /// What was to be made.
         what: &'static str,
     },
+}
+
+/// Why kernels cannot use a device's cooperative matrices.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NoMatrices {
+    /// The device was created without features that are needed.
+    #[error("the device was created without {}; request it where the adapter has it", features(*.0))]
+    Features(wgpu::Features),
+    /// The adapter does not have features that are needed.
+    #[error("the adapter has no {}; its driver may be too old, or the hardware has none", features(*.0))]
+    AdapterFeatures(wgpu::Features),
+    /// The adapter has no square matrices of a size that WGSL can name, f16 with f32 sums.
+    #[error("the adapter lists no f16 matrices of 16x16 or 8x8 with f32 sums")]
+    MatrixSize,
+    /// A kernel cannot know how many lanes share a matrix.
+    #[error("subgroups have {min} to {max} lanes; one size is needed, from a row of a matrix to its elements")]
+    SubgroupSize {
+        /// Fewest lanes.
+        min: u32,
+        /// Most lanes.
+        max: u32,
+    },
+    /// The adapter is not the one that the device came from.
+    #[error("the adapter is another than the device's; pass the adapter that the device was requested from")]
+    Adapter,
 }
 
 /// The names of features as a program writes them, those first that have a name in plain words.

@@ -4,13 +4,15 @@ use std::sync::Arc;
 
 use wgpu::BufferBinding;
 
-use crate::context::{Context, LazyPipeline};
-use crate::forward::{Argument, BoundPass, ToBinding, bind_launch, check_buffers};
+use crate::bind::{Argument, BoundPass, Launch, ToBinding, bind_launch, check_buffers};
+use crate::context::Context;
+use crate::error::Error;
+use crate::faults;
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
-use crate::kernel::{Access, Kernel, Slot, decode};
-use crate::plan::{Launch, Part, check_limits, uniform_buffer};
-use crate::problem::MAX_HEAD_DIM;
-use crate::{ElementType, Error, faults};
+use crate::kernel::{Access, Part, Slot, check_limits, decode};
+use crate::names::{ElementType, Kernel, MAX_HEAD_DIM};
+use crate::pipelines::LazyPipeline;
+use crate::schedule::uniform_buffer;
 
 /// Partial results to merge: `parts` times o and lse of the same rows, each over keys of its own.
 ///
@@ -127,7 +129,7 @@ impl Context {
             return Err(Error::BindingTooLarge { argument: slot.name(), bytes, limit });
         }
         faults::alive(self.device())?;
-        let pass = decode::merge(problem);
+        let pass = decode::merge(problem.parts, problem.head_dim_v, problem.element_type);
         let part = Part { batch: 0..1, heads: 0..1, rows: 0..problem.rows };
         check_limits(Kernel::Decode, std::slice::from_ref(&pass), limits)?;
         let workgroups = (pass.workgroups)(&part);
@@ -151,7 +153,7 @@ impl Context {
                 split_rows: problem.rows,
                 ..Default::default()
             };
-            let pipeline = Arc::new(LazyPipeline::new(self, &pass));
+            let pipeline = Arc::new(LazyPipeline::new(self.pipelines(), &pass));
             pipeline.build()?;
             let launch = Launch {
                 pipeline,

@@ -7,11 +7,11 @@
 //! no such hint, and an array of matrices is in registers only where its indices are constants. Every line of the
 //! result remembers where it came from.
 
-use crate::elements::{MatrixFormat, MatrixLayout};
 use crate::kernel::{
     backward_coop, backward_delta, backward_fused, backward_naive, backward_tile, decode, forward_coop,
     forward_coop_scaled, forward_tile, naive,
 };
+use crate::matrices::{MatrixFormat, MatrixLayout};
 use crate::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use crate::{CoopForm, ElementType, MergeProblem, Problem};
 
@@ -343,7 +343,7 @@ pub fn decode_modules(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<S
 
 /// The module of a merge.
 pub fn merge_module(problem: &MergeProblem) -> Specialization {
-    decode::merge(problem).specialization
+    decode::merge(problem.parts, problem.head_dim_v, problem.element_type).specialization
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use common::switched::PAIRWISE;
 use common::{Case, TYPES, case, full};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
-use wgpu_flash_attention::elements::{self, ElementModule, MatrixLayout};
+use wgpu_flash_attention::matrices::{self, ElementModule, MatrixLayout};
 use wgpu_flash_attention::specialize::coop_backward_modules;
 use wgpu_flash_attention::tune::{self, CoopBackwardTile};
 use wgpu_flash_attention::{Context, ElementType, Error, Kernel, PlanOptions, Problem, Shape, Tensor};
@@ -253,7 +253,7 @@ fn small_limits_fall_back_to_the_tile_kernel() {
 
 #[test]
 fn plans_choose_the_form() {
-    let Some(context) = small_device(elements::FEATURES, 32 << 10) else { return };
+    let Some(context) = small_device(matrices::FEATURES, 32 << 10) else { return };
     for (asked, form) in [(None, Registers), (Some(Registers), Registers), (Some(WorkgroupMemory), WorkgroupMemory)] {
         let options = PlanOptions::default().coop_form(asked);
         let plan = context.plan_with(&small_problem(ElementType::F16), &options).unwrap();

@@ -12,7 +12,7 @@ use common::switched::{PAIRWISE, switched};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
-use wgpu_flash_attention::elements::{self, ElementModule, MatrixFormat, MatrixLayout};
+use wgpu_flash_attention::matrices::{self, ElementModule, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::coop_modules;
 use wgpu_flash_attention::tune::{self, CoopTile};
 use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, Shape};
@@ -187,7 +187,7 @@ fn plan_of(context: &Context, head_dim: u32) -> Plan {
 /// The tile kernel where the coop kernel's tile does not fit.
 #[test]
 fn small_limits_fall_back_to_the_tile_kernel() {
-    let Some(context) = small_device(elements::FEATURES, 16 << 10) else { return };
+    let Some(context) = small_device(matrices::FEATURES, 16 << 10) else { return };
     assert_eq!(plan_of(&context, 32).coop_form(), Some(Registers));
     let plan = plan_of(&context, 256);
     assert_eq!(plan.kernel(), Kernel::Tile);
