@@ -152,11 +152,15 @@ pub use error::{Error, NoMatrices};
 pub use forward::ForwardBuffers;
 pub use host::{Element, HeadlessOptions, HostTensor, SdpaOptions};
 pub use matrices::MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES;
+#[doc(hidden)]
+pub use merge::merge_module;
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};
 pub use names::{CoopForm, ElementType, Kernel, MAX_HEAD_DIM, MAX_SEQLEN};
 pub use options::PlanOptions;
 pub use plan::Plan;
 pub use problem::{Causal, Gradients, Layout, Problem, Shape, Tensor};
+#[doc(hidden)]
+pub use recipe::{PlannedModule, modules};
 pub use wgpu;
 
 // The README's code compiles, too.

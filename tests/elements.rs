@@ -11,9 +11,10 @@ use std::path::Path;
 use std::process::Command;
 
 use half::f16;
+use wgpu_flash_attention::facts::Facts;
 use wgpu_flash_attention::matrices::{self, Bit, ElementModule, LayoutError, MatrixFormat, MatrixLayout, ModuleError};
-use wgpu_flash_attention::specialize::layout_part;
-use wgpu_flash_attention::{Context, wgpu};
+use wgpu_flash_attention::specialize::Specialization;
+use wgpu_flash_attention::{Context, CoopForm, ElementType, Kernel, PlanOptions, Problem, Shape, modules, wgpu};
 
 use skipped::{NEWER_DRIVER, NO_VALIDATOR, skipped};
 
@@ -345,6 +346,15 @@ fn checks_are_added_on_request() {
     let [checked, plain] = [true, false].map(|checked| ElementModule::new(&text, EIGHT, &[], checked).unwrap());
     assert!(checked.spirv().len() > plain.spirv().len());
     assert_eq!(functions(checked.spirv())["coop_get_1"].chain.len(), 1);
+}
+
+/// The functions that tell kernels where the elements of a matrix lie, with the constants that a plan gives a kernel.
+fn layout_part(format: MatrixFormat, layout: &MatrixLayout) -> Specialization {
+    let facts = Facts::with_limits(wgpu::Limits::unlimited()).matrices(format, Some(layout.clone()));
+    let options = PlanOptions::default().kernel(Kernel::Coop).coop_form(CoopForm::Registers);
+    let problem = Problem::new(Shape::square(1, 1, 16, 16), ElementType::F16);
+    let [kernel] = &modules(&problem, &facts, &options).unwrap()[..] else { panic!("one module") };
+    Specialization { file: "common/matrix_layout.wgsl", entry: "", ..kernel.specialization.clone() }
 }
 
 /// Reads and makes matrices of each role through the layout that was found; bindings 0, 3 and 7.
