@@ -171,3 +171,45 @@ pub(crate) fn split(
     }
     Ok(done)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::mem::offset_of;
+
+    use super::*;
+    use crate::kernel::naive;
+    use crate::names::ElementType;
+    use crate::problem::Shape;
+
+    /// Names and places of fields.
+    macro_rules! fields {
+        ($of:ty: $($field:ident),*) => {
+            vec![$((stringify!($field).to_string(), offset_of!($of, $field) as u32)),*]
+        };
+    }
+
+    /// The members of a struct of a module, and its size.
+    fn members(module: &naga::Module, name: &str) -> (Vec<(String, u32)>, usize) {
+        let found = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some(name));
+        let Some((_, naga::Type { inner: naga::TypeInner::Struct { members, span }, .. })) = found else {
+            panic!("no struct {name}")
+        };
+        (members.iter().map(|m| (m.name.clone().unwrap_or_default(), m.offset)).collect(), *span as usize)
+    }
+
+    /// The struct that shaders read and the one that is written are the same: each field's name and place.
+    #[test]
+    fn shaders_read_what_is_written() {
+        let problem = Problem::new(Shape::square(1, 1, 1, 4), ElementType::F32);
+        let text = naive::passes(&problem)[0].specialization.source().unwrap().text;
+        let module = naga::front::wgsl::parse_str(&text).unwrap();
+        let tensor = fields!(TensorUniform: base, batch, head, row);
+        assert_eq!(members(&module, "Tensor"), (tensor, size_of::<TensorUniform>()));
+        let all = fields!(
+            ProblemUniform: query, key, value, out, lse, grad_out, grad_query, grad_key, grad_value, seqlen_q, seqlen_k, row_begin,
+            row_end, batch_begin, head_begin, heads, group, window_left, window_right, top_left, scale, softcap, splits,
+            split_rows, heads_first, block_keys, block_rows, round, lengths_at
+        );
+        assert_eq!(members(&module, "Problem"), (all, size_of::<ProblemUniform>()));
+    }
+}
