@@ -222,6 +222,30 @@ pub enum Error {
         /// The reason.
         why: &'static str,
     },
+    /// An option for a kernel that the plan does not take, so that it would change nothing.
+    #[error(
+        "PlanOptions::{option} is for the {needs} kernel, and {}; {}",
+        of_plan(*taken),
+        remedy(option, *needs, *taken, *backward)
+    )]
+    OptionUnused {
+        /// The field of [`PlanOptions`](crate::PlanOptions).
+        option: &'static str,
+        /// The kernel that the option is for.
+        needs: Kernel,
+        /// Whether it is for the backward pass.
+        backward: bool,
+        /// The kernel that the plan takes there, and why; `None` of the backward pass of a problem without gradients.
+        taken: Option<(Kernel, &'static str)>,
+    },
+    /// Two options of which only one can be followed.
+    #[error("PlanOptions::{option} and PlanOptions::{other} exclude each other; leave one of them out")]
+    OptionsExclude {
+        /// A field of [`PlanOptions`](crate::PlanOptions).
+        option: &'static str,
+        /// Another one.
+        other: &'static str,
+    },
     /// The adapter, or a device of it, has no cooperative matrices that the kernels can use.
     #[error(
         "{adapter}: {why}. Kernels on cooperative matrices were asked for \
@@ -285,6 +309,23 @@ pub(crate) fn features(features: wgpu::Features) -> String {
     };
     let names = features.iter_names().map(|(name, _)| format!("{} (Features::{name})", words(name)));
     names.collect::<Vec<_>>().join(", ")
+}
+
+/// What a plan takes in the place of a kernel that an option is for.
+fn of_plan(taken: Option<(Kernel, &'static str)>) -> String {
+    match taken {
+        Some((kernel, why)) => format!("this plan takes the {kernel} kernel ({why})"),
+        None => "the problem has no gradients".into(),
+    }
+}
+
+/// What to do about an option for a kernel that is not taken.
+fn remedy(option: &str, needs: Kernel, taken: Option<(Kernel, &'static str)>, backward: bool) -> String {
+    match (taken, backward) {
+        (None, _) => format!("leave {option} out, or plan a problem made by Problem::with_gradients"),
+        (Some(_), false) => format!("leave {option} out, or ask for the {needs} kernel by PlanOptions::kernel"),
+        (Some(_), true) => format!("leave {option} out, or ask for the {needs} kernel by PlanOptions::backward"),
+    }
 }
 
 /// The names of usages as a program writes them.

@@ -3,15 +3,16 @@
 use crate::names::{CoopForm, Kernel};
 use crate::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 
-/// Choices that [`Context::plan`](crate::Context::plan) makes by itself and [`Context::plan_with`](crate::Context::plan_with) takes. A choice for a kernel that the plan does not take
-/// changes nothing: [`Plan::kernel`] says which it takes. Those of tiles name types that may change in
+/// Choices that [`Context::plan`](crate::Context::plan) makes by itself and [`Context::plan_with`](crate::Context::plan_with) takes. An option for a kernel
+/// that the plan does not take is an [`Error::OptionUnused`](crate::Error::OptionUnused): `splits` where it takes the tile kernel, say. Only `backward` may be asked for
+/// of a problem without gradients, so that one value serves a problem with and without them. The options of tiles name types that may change in
 /// any release (see [the crate's documentation](crate#what-may-change)).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct PlanOptions {
     /// The kernel; `None` lets the plan choose.
     pub kernel: Option<Kernel>,
-    /// The kernel of the backward pass; `None` lets the plan choose.
+    /// The kernel of the backward pass, of a problem with gradients; `None` lets the plan choose.
     pub backward: Option<Kernel>,
     /// The form of the coop kernel, forward and backward; `None` takes the faster of those that the device allows.
     pub coop_form: Option<CoopForm>,
@@ -30,8 +31,8 @@ pub struct PlanOptions {
     /// unless there is a `fused_tile`.
     #[doc(hidden)]
     pub backward_tile: Option<BackwardTile>,
-    /// The tile of the backward pass' tile kernel that computes all gradients at once, in f32, whatever `backward_tile` is; `None` takes
-    /// `tune::fused_tile`, or the other kernels where there is a `backward_tile`.
+    /// The tile of the backward pass' tile kernel that computes all gradients at once, in f32; `None` takes `tune::fused_tile`, or the
+    /// other kernels where there is a `backward_tile`.
     #[doc(hidden)]
     pub fused_tile: Option<FusedTile>,
     /// The tiles of the backward pass' coop kernels, of the gradients of keys and values and of queries; `None` takes
