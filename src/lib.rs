@@ -108,9 +108,9 @@
 //! # What may change
 //!
 //! Types that will grow are `#[non_exhaustive]`: they are made by constructors and methods, and their public fields may be read
-//! and set. The modules `tune` (tiles by device), `specialize` (how a shader file becomes a module) and `matrices`, and the
-//! choices of tiles in [`PlanOptions`], are public for the crate's own tests and tools. They are not in these pages and may
-//! change in any release.
+//! and set. The modules `facts` (what a device allows), `tune` (tiles by device), `specialize` (how a shader file becomes a module)
+//! and `matrices`, the function `modules` (what a plan would compile) and the choices of tiles in [`PlanOptions`] are public for the crate's
+//! own tests and tools. They are not in these pages and may change in any release.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
