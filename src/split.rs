@@ -177,9 +177,12 @@ mod tests {
     use std::mem::offset_of;
 
     use super::*;
+    use crate::facts::Facts;
     use crate::kernel::naive;
-    use crate::names::ElementType;
+    use crate::names::{ElementType, Kernel};
+    use crate::options::PlanOptions;
     use crate::problem::Shape;
+    use crate::recipe::recipes;
 
     /// Names and places of fields.
     macro_rules! fields {
@@ -211,5 +214,44 @@ mod tests {
             split_rows, heads_first, block_keys, block_rows, round, lengths_at
         );
         assert_eq!(members(&module, "Problem"), (all, size_of::<ProblemUniform>()));
+    }
+
+    /// The parts of a problem on a device that allows so many bytes in a binding and so many workgroups.
+    fn parts(problem: &Problem, binding: u64, workgroups: u32) -> Result<Vec<Part>, Error> {
+        let limits = wgpu::Limits {
+            max_storage_buffer_binding_size: binding,
+            max_compute_workgroups_per_dimension: workgroups,
+            min_storage_buffer_offset_alignment: 32,
+            ..Default::default()
+        };
+        let bounds = Bounds::of(&limits);
+        let options = PlanOptions::default().kernel(Kernel::Tile);
+        let recipe = recipes(problem, &Facts::with_limits(limits), &options)?.forward;
+        split(problem, &recipe, &|part| bind_part(problem, part, &bounds, false).0, &|_| 0, 256, &bounds)
+    }
+
+    /// Without a device: every row of every head is in one part, and each part fits.
+    #[test]
+    fn parts_are_the_whole_problem_once() {
+        let shape = Shape { heads_kv: 2, ..Shape::square(3, 4, 100, 8) };
+        let problem = Problem::new(shape, ElementType::F32);
+        let whole = parts(&problem, 1 << 27, 65_535).unwrap();
+        assert_eq!(whole, [Part { batch: 0..3, heads: 0..4, rows: 0..100 }]);
+        // Keys of a head are 3,200 bytes. Workgroups are 4 for the rows of a head, and one for each head and batch entry.
+        for (binding, workgroups, least) in [(9600, 65_535, 6), (3200, 65_535, 12), (1 << 27, 3, 2), (3300, 2, 24)] {
+            let parts = parts(&problem, binding, workgroups).unwrap();
+            assert!(parts.len() >= least, "{binding} {workgroups}: {} parts", parts.len());
+            let mut seen = vec![0; (3 * 4 * 100) as usize];
+            for Part { batch, heads, rows } in &parts {
+                for (b, h) in batch.clone().flat_map(|b| heads.clone().map(move |h| (b, h))) {
+                    rows.clone().for_each(|i| seen[((b * 4 + h) * 100 + i) as usize] += 1);
+                }
+                assert!(batch.len().max(heads.len()).max(rows.len().div_ceil(32)) <= workgroups as usize, "{parts:?}");
+            }
+            assert!(seen.iter().all(|&times| times == 1), "{binding} {workgroups}: {parts:?}");
+        }
+        // Keys of a head cannot be split.
+        let error = parts(&problem, 3196, 65_535).unwrap_err();
+        assert_eq!(error, Error::BindingTooLarge { argument: "key", bytes: 3200, limit: 3196 });
     }
 }
