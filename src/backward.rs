@@ -1,13 +1,13 @@
-//! Planning and recording a backward pass: gradients of q, k and v from those of o.
+//! Recording a planned backward pass: gradients of q, k and v from those of o.
 
 use wgpu::BufferBinding;
 
-use crate::forward::{Argument, BoundPass, ForwardBuffers, ToBinding, ToOptionalBinding, check_buffers};
-use crate::kernel::{self, Access, Slot, backward_delta, forward_coop};
-use crate::plan::{Cut, Part, Recipe, SHORT_SEQUENCES, check_limits};
+use crate::bind::{Argument, BoundPass, ToBinding, ToOptionalBinding, check_buffers};
+use crate::error::Error;
+use crate::forward::ForwardBuffers;
+use crate::kernel::{Access, Slot};
+use crate::plan::Plan;
 use crate::problem::Tensor;
-use crate::tune::FusedTile;
-use crate::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, loops, tune};
 
 /// The buffers of a backward pass: those of the forward pass, the gradient of o, and where those of q, k and v go.
 ///
@@ -108,7 +108,7 @@ impl Plan {
     /// that. Where `|lse|` is above 4 million they are finite and mean nothing.
     ///
     /// On an error nothing has been recorded. It is [`Error::NoGradients`] for a plan of a problem without
-    /// [`gradients`](Problem::gradients).
+    /// [`gradients`](crate::Problem::gradients).
     pub fn backward(&self, encoder: &mut wgpu::CommandEncoder, buffers: &BackwardBuffers<'_>) -> Result<(), Error> {
         self.bind_backward(buffers)?.encode(encoder, "wgpu-flash-attention backward");
         Ok(())
@@ -149,111 +149,4 @@ impl Plan {
         let slots = check_buffers(&all, self.offset_alignment)?;
         BoundPass::new(&self.device, || schedule.bind(&self.device, &slots))
     }
-}
-
-/// How the backward pass of a problem is computed, whose forward pass `forward` computes.
-pub(crate) fn recipe<'a>(
-    context: &Context,
-    problem: &'a Problem,
-    options: &PlanOptions,
-    forward: Kernel,
-) -> Result<Recipe<'a>, Error> {
-    let shape = &problem.shape;
-    let limits = context.limits();
-    let matrices = context.matrices.as_ref();
-    let coop_fits = || {
-        let chosen = kernel::backward_coop::choose(problem, matrices?, options).ok()?;
-        check_limits(Kernel::Coop, &chosen.passes, limits).ok()
-    };
-    let in_registers = matrices.is_some_and(|matrices| matrices.in_registers(options.coop_form));
-    let (kernel, reason) = match (options.backward, matrices, problem.element_type) {
-        (Some(kernel), _, _) => (kernel, "asked for"),
-        (None, _, _) if options.kernel.is_none() && forward == Kernel::Naive => (Kernel::Naive, SHORT_SEQUENCES),
-        (None, Some(_), ElementType::F32 | ElementType::BF16) if !in_registers => {
-            (Kernel::Tile, forward_coop::HALF_WITHOUT_ACCESS)
-        }
-        (None, Some(_), ElementType::F32 | ElementType::BF16) if shape.head_dim.max(shape.head_dim_v) > 128 => (
-            Kernel::Tile,
-            "the coop kernel's backward pass in f32 and bf16 has no figures above a head dim of 128: ask for it",
-        ),
-        (None, Some(_), ElementType::BF16) if !kernel::backward_coop::bf16_in_vectors(problem) => (
-            Kernel::Tile,
-            "the coop kernel's backward pass in bf16 takes rows that begin and end at multiples of 4 elements",
-        ),
-        (None, Some(_), _) if coop_fits().is_none() => (Kernel::Tile, forward_coop::LIMITS_TOO_SMALL),
-        (None, Some(_), element_type) => (Kernel::Coop, forward_coop::reason(element_type)),
-        (None, None, _) => (Kernel::Tile, "it runs on every device and computes every problem"),
-    };
-    let unsupported = |why| Error::Unsupported { kernel, element_type: problem.element_type, why };
-    let granted = context.loop_iterations;
-    let mut coop_form = None;
-    let mut passes = vec![backward_delta::pass(problem, false)];
-    match kernel {
-        Kernel::Naive => {
-            loops::check(granted, kernel, loops::of_naive(problem, true))?;
-            passes.extend(kernel::backward_naive::passes(problem));
-        }
-        Kernel::Tile => match fused_tile(problem, options, limits)? {
-            Some(tile) => {
-                loops::check(granted, kernel, loops::of_fused(problem, tile))?;
-                passes = kernel::backward_fused::passes(problem, tile);
-            }
-            None => {
-                let [dkdv, dq] = match options.backward_tile {
-                    Some(tile) => [tile; 2],
-                    None => tune::backward_tiles(shape.head_dim, shape.head_dim_v, limits),
-                };
-                dkdv.validate()?;
-                dq.validate()?;
-                loops::check(granted, kernel, loops::of_backward_tiles(problem, [dkdv, dq]))?;
-                passes.extend(kernel::backward_tile::passes(problem, dkdv, dq));
-            }
-        },
-        Kernel::Coop => {
-            let matrices = matrices.ok_or(unsupported("the context was made without with_cooperative_matrices"))?;
-            let chosen = kernel::backward_coop::choose(problem, matrices, options)?;
-            coop_form = Some((chosen.form, chosen.why));
-            passes.extend(chosen.passes);
-        }
-        Kernel::Decode => return Err(unsupported("it has no backward pass")),
-    }
-    let workspaces = move |part: &Part| {
-        let has_ranges = kernel == Kernel::Coop && problem.element_type != ElementType::F16;
-        let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(problem, part, has_ranges))];
-        if kernel == Kernel::Naive {
-            all.push((Slot::WorkspaceScores, kernel::backward_naive::workspace_bytes(problem, part)));
-        }
-        all
-    };
-    Ok(Recipe { kernel, reason, coop_form, passes, workspaces: Box::new(workspaces), cut: Cut::Groups, splits: 0 })
-}
-
-/// The tile of the kernel that computes all gradients at once, if that is the one: in f32 it adds them up in place.
-fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -> Result<Option<FusedTile>, Error> {
-    let is_f32 = problem.element_type == ElementType::F32;
-    // Without queries there is no gradient of them to bind.
-    let has_queries = problem.shape.seqlen_q > 0;
-    if let Some(tile) = options.fused_tile {
-        tile.validate()?;
-        if !is_f32 {
-            return Err(Error::Unsupported {
-                kernel: Kernel::Tile,
-                element_type: problem.element_type,
-                why: "all gradients at once are computed in f32 only",
-            });
-        }
-        if tile.rounds(problem.shape.seqlen_q, problem.shape.seqlen_k) > tune::MOST_ROUNDS {
-            return Err(Error::Tile(
-                "block_keys and block_rows must be so large that there are at most 65,536 of each",
-            ));
-        }
-        return Ok(has_queries.then_some(tile));
-    }
-    // A window that moves along leaves most blocks of a round empty.
-    if options.backward_tile.is_some() || !is_f32 || !has_queries || problem.window_left.is_some() {
-        return Ok(None);
-    }
-    let fits =
-        |tile: &FusedTile| check_limits(Kernel::Tile, &kernel::backward_fused::passes(problem, *tile), limits).is_ok();
-    Ok(tune::fused_tile(&problem.shape, problem.rows_grow(), limits).filter(fits))
 }

@@ -1,5 +1,6 @@
-use crate::problem::MAX_SEQLEN;
-use crate::{ElementType, Kernel, NoMatrices};
+//! What can be wrong with an argument or a device, in words that say what would be right.
+
+use crate::names::{ElementType, Kernel, MAX_SEQLEN};
 
 /// What was wrong with an argument, and what would be right.
 ///
@@ -221,6 +222,30 @@ pub enum Error {
         /// The reason.
         why: &'static str,
     },
+    /// An option for a kernel that the plan does not take, so that it would change nothing.
+    #[error(
+        "PlanOptions::{option} is for the {needs} kernel, and {}; {}",
+        of_plan(*taken),
+        remedy(option, *needs, *taken, *backward)
+    )]
+    OptionUnused {
+        /// The field of [`PlanOptions`](crate::PlanOptions).
+        option: &'static str,
+        /// The kernel that the option is for.
+        needs: Kernel,
+        /// Whether it is for the backward pass.
+        backward: bool,
+        /// The kernel that the plan takes there, and why; `None` of the backward pass of a problem without gradients.
+        taken: Option<(Kernel, &'static str)>,
+    },
+    /// Two options of which only one can be followed.
+    #[error("PlanOptions::{option} and PlanOptions::{other} exclude each other; leave one of them out")]
+    OptionsExclude {
+        /// A field of [`PlanOptions`](crate::PlanOptions).
+        option: &'static str,
+        /// Another one.
+        other: &'static str,
+    },
     /// The adapter, or a device of it, has no cooperative matrices that the kernels can use.
     #[error(
         "{adapter}: {why}. Kernels on cooperative matrices were asked for \
@@ -247,6 +272,32 @@ pub enum Error {
     },
 }
 
+/// Why kernels cannot use a device's cooperative matrices.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NoMatrices {
+    /// The device was created without features that are needed.
+    #[error("the device was created without {}; request it where the adapter has it", features(*.0))]
+    Features(wgpu::Features),
+    /// The adapter does not have features that are needed.
+    #[error("the adapter has no {}; its driver may be too old, or the hardware has none", features(*.0))]
+    AdapterFeatures(wgpu::Features),
+    /// The adapter has no square matrices of a size that WGSL can name, f16 with f32 sums.
+    #[error("the adapter lists no f16 matrices of 16x16 or 8x8 with f32 sums")]
+    MatrixSize,
+    /// A kernel cannot know how many lanes share a matrix.
+    #[error("subgroups have {min} to {max} lanes; one size is needed, from a row of a matrix to its elements")]
+    SubgroupSize {
+        /// Fewest lanes.
+        min: u32,
+        /// Most lanes.
+        max: u32,
+    },
+    /// The adapter is not the one that the device came from.
+    #[error("the adapter is another than the device's; pass the adapter that the device was requested from")]
+    Adapter,
+}
+
 /// The names of features as a program writes them, those first that have a name in plain words.
 pub(crate) fn features(features: wgpu::Features) -> String {
     let words = |name: &str| match name {
@@ -258,6 +309,23 @@ pub(crate) fn features(features: wgpu::Features) -> String {
     };
     let names = features.iter_names().map(|(name, _)| format!("{} (Features::{name})", words(name)));
     names.collect::<Vec<_>>().join(", ")
+}
+
+/// What a plan takes in the place of a kernel that an option is for.
+fn of_plan(taken: Option<(Kernel, &'static str)>) -> String {
+    match taken {
+        Some((kernel, why)) => format!("this plan takes the {kernel} kernel ({why})"),
+        None => "the problem has no gradients".into(),
+    }
+}
+
+/// What to do about an option for a kernel that is not taken.
+fn remedy(option: &str, needs: Kernel, taken: Option<(Kernel, &'static str)>, backward: bool) -> String {
+    match (taken, backward) {
+        (None, _) => format!("leave {option} out, or plan a problem made by Problem::with_gradients"),
+        (Some(_), false) => format!("leave {option} out, or ask for the {needs} kernel by PlanOptions::kernel"),
+        (Some(_), true) => format!("leave {option} out, or ask for the {needs} kernel by PlanOptions::backward"),
+    }
 }
 
 /// The names of usages as a program writes them.

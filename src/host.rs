@@ -1,13 +1,16 @@
 //! Host slices in, host vectors out: for tests, tools and first steps.
 
 use std::future::Future;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex};
-use std::task::{Poll, Waker};
 
 use wgpu::BufferUsages;
 
-use crate::{Causal, Context, ElementType, Error, ForwardBuffers, NoMatrices, Problem, Shape, faults, passthrough};
+use crate::context::Context;
+use crate::error::{Error, NoMatrices};
+use crate::forward::ForwardBuffers;
+use crate::matrices::{MATRIX_FEATURES, passthrough};
+use crate::names::ElementType;
+use crate::problem::{Causal, Problem, Shape};
+use crate::{faults, transfer};
 
 /// An element type that host slices can have.
 pub trait Element: bytemuck::Pod + sealed::Sealed {
@@ -115,13 +118,13 @@ impl Context {
     /// The backends are those of the environment variable `WGPU_BACKEND`, or Vulkan, Metal, DX12 and WebGPU.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn headless() -> Result<Context, Error> {
-        block_on(Self::headless_async(&HeadlessOptions::default()))
+        pollster::block_on(Self::headless_async(&HeadlessOptions::default()))
     }
 
     /// As [`Context::headless`], with a choice of adapter.
     #[cfg(not(target_arch = "wasm32"))]
     pub fn headless_with(options: &HeadlessOptions) -> Result<Context, Error> {
-        block_on(Self::headless_async(options))
+        pollster::block_on(Self::headless_async(options))
     }
 
     /// As [`Context::headless_with`], without blocking.
@@ -154,7 +157,7 @@ impl Context {
         let (mut wanted, mut experimental) = (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled());
         if options.cooperative_matrices {
             useful |= wgpu::Features::PASSTHROUGH_SHADERS;
-            wanted = crate::COOPERATIVE_MATRIX_FEATURES;
+            wanted = MATRIX_FEATURES;
             experimental = passthrough::experimental_features();
         }
         let name = || adapter.get_info().name;
@@ -248,14 +251,7 @@ impl Context {
 
     /// A storage buffer with these bytes, padded with zeros to a multiple of 4, and copyable both ways.
     pub fn upload(&self, bytes: &[u8]) -> Result<wgpu::Buffer, Error> {
-        let (size, limit) = ((bytes.len() as u64).next_multiple_of(4), self.limits().max_buffer_size);
-        if size > limit {
-            return Err(Error::BindingTooLarge { argument: "upload", bytes: size, limit });
-        }
-        let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
-        faults::caught(self.device(), "upload", || {
-            faults::mapped(self.device(), "wgpu-flash-attention upload", usage, bytes)
-        })
+        transfer::upload(self.device(), bytes)
     }
 
     /// Bytes of a buffer with `COPY_SRC`, from `offset`, which is a multiple of 4; waits for what was submitted before.
@@ -265,7 +261,7 @@ impl Context {
         let data = self.download_async(buffer, offset, bytes);
         // Waits for the device first, so that the future is ready at once.
         self.device().poll(wgpu::PollType::wait_indefinitely()).map_err(|error| Error::Device(error.to_string()))?;
-        block_on(data)
+        pollster::block_on(data)
     }
 
     /// As [`Context::download`], without blocking: polls the device each time that the future is polled. The copy is submitted
@@ -276,106 +272,7 @@ impl Context {
         offset: u64,
         bytes: u64,
     ) -> impl Future<Output = Result<Vec<u8>, Error>> + use<> {
-        let copied = match self.check_download(buffer, offset, bytes) {
-            Ok(()) if bytes == 0 => Ok(None),
-            Ok(()) => {
-                let scopes = faults::Scopes::open(self.device(), "download");
-                let copy = self.copy_to_host(buffer, offset, bytes.next_multiple_of(4));
-                Ok(Some((scopes.close(), copy)))
-            }
-            Err(error) => Err(error),
-        };
-        async move {
-            let Some((closed, copy)) = copied? else {
-                return Ok(vec![]);
-            };
-            closed.await?;
-            let mut data = copy.await?;
-            data.truncate(bytes as usize);
-            Ok(data)
-        }
-    }
-
-    fn check_download(&self, buffer: &wgpu::Buffer, offset: u64, bytes: u64) -> Result<(), Error> {
-        let (found, needed) = (buffer.usage(), BufferUsages::COPY_SRC);
-        if !found.contains(needed) {
-            return Err(Error::BufferUsage { argument: "download", found, needed });
-        }
-        let size = buffer.size();
-        // Whole words are copied.
-        let end = bytes.checked_next_multiple_of(4).and_then(|bytes| bytes.checked_add(offset));
-        if !offset.is_multiple_of(4) || end.is_none_or(|end| end > size) {
-            return Err(Error::DownloadRange { offset, bytes, size });
-        }
-        let limit = self.limits().max_buffer_size;
-        if bytes > limit {
-            return Err(Error::BindingTooLarge { argument: "download", bytes, limit });
-        }
-        Ok(())
-    }
-
-    /// Submits a copy of so many bytes, and maps it.
-    fn copy_to_host(&self, buffer: &wgpu::Buffer, offset: u64, size: u64) -> Mapped {
-        let device = self.device().clone();
-        let staging = device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("wgpu-flash-attention download"),
-            size,
-            usage: BufferUsages::COPY_DST | BufferUsages::MAP_READ,
-            mapped_at_creation: false,
-        });
-        let mut encoder = device.create_command_encoder(&Default::default());
-        encoder.copy_buffer_to_buffer(buffer, offset, &staging, 0, size);
-        self.queue().submit([encoder.finish()]);
-        let mapped = Arc::new(Mutex::new((None, None::<Waker>)));
-        let tell = mapped.clone();
-        staging.map_async(wgpu::MapMode::Read, .., move |result| {
-            if let Ok(mut state) = tell.lock() {
-                state.0 = Some(result);
-                if let Some(waker) = state.1.take() {
-                    waker.wake();
-                }
-            }
-        });
-        Mapped { device, staging, mapped }
-    }
-}
-
-type MapState = (Option<Result<(), wgpu::BufferAsyncError>>, Option<Waker>);
-
-/// Ready when the staging buffer is mapped. On the web the browser wakes it; elsewhere nothing happens unless
-/// someone polls the device, so it does, without waiting, and asks to be polled again.
-struct Mapped {
-    device: wgpu::Device,
-    staging: wgpu::Buffer,
-    mapped: Arc<Mutex<MapState>>,
-}
-
-impl Future for Mapped {
-    type Output = Result<Vec<u8>, Error>;
-
-    fn poll(self: Pin<&mut Self>, context: &mut std::task::Context<'_>) -> Poll<Self::Output> {
-        if let Err(error) = self.device.poll(wgpu::PollType::Poll) {
-            return Poll::Ready(Err(Error::Device(error.to_string())));
-        }
-        let result = match self.mapped.lock() {
-            Ok(mut state) => {
-                state.1 = Some(context.waker().clone());
-                state.0.take()
-            }
-            Err(_) => Some(Err(wgpu::BufferAsyncError)),
-        };
-        match result {
-            None => {
-                if cfg!(not(target_arch = "wasm32")) {
-                    context.waker().wake_by_ref();
-                }
-                Poll::Pending
-            }
-            Some(Err(error)) => Poll::Ready(Err(Error::Device(error.to_string()))),
-            Some(Ok(())) => Poll::Ready(
-                self.staging.get_mapped_range(..).map(|view| view.to_vec()).map_err(|e| Error::Device(e.to_string())),
-            ),
-        }
+        transfer::download(self.device(), self.queue(), buffer, offset, bytes)
     }
 }
 
@@ -444,23 +341,4 @@ fn sdpa_problem<T: Element>(
     problem.scale = options.scale;
     problem.causal = options.is_causal.then_some(Causal::TopLeft);
     Ok(problem)
-}
-
-/// Runs a future to its end on this thread.
-#[cfg(not(target_arch = "wasm32"))]
-fn block_on<F: Future>(future: F) -> F::Output {
-    struct Unpark(std::thread::Thread);
-    impl std::task::Wake for Unpark {
-        fn wake(self: Arc<Self>) {
-            self.0.unpark();
-        }
-    }
-    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
-    let mut future = std::pin::pin!(future);
-    loop {
-        match future.as_mut().poll(&mut std::task::Context::from_waker(&waker)) {
-            Poll::Ready(output) => return output,
-            Poll::Pending => std::thread::park(),
-        }
-    }
 }

@@ -108,43 +108,59 @@
 //! # What may change
 //!
 //! Types that will grow are `#[non_exhaustive]`: they are made by constructors and methods, and their public fields may be read
-//! and set. The modules `tune` (tiles by device), `specialize` (how a shader file becomes a module) and `elements`, and the
-//! choices of tiles in [`PlanOptions`], are public for the crate's own tests and tools. They are not in these pages and may
-//! change in any release.
+//! and set. The modules `facts` (what a device allows), `tune` (tiles by device), `specialize` (how a shader file becomes a module)
+//! and `matrices`, the function `modules` (what a plan would compile) and the choices of tiles in [`PlanOptions`] are public for the crate's
+//! own tests and tools. They are not in these pages and may change in any release.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
 mod backward;
+mod bind;
 mod context;
-#[doc(hidden)]
-pub mod elements;
 mod error;
+mod explain;
+#[doc(hidden)]
+pub mod facts;
 mod faults;
 mod forward;
 mod host;
 mod kernel;
 mod loops;
+#[doc(hidden)]
+pub mod matrices;
 mod merge;
+mod names;
+mod options;
 mod overlap;
-mod passthrough;
+mod pipelines;
 mod plan;
 mod problem;
+mod recipe;
 pub mod reference;
+mod schedule;
 #[doc(hidden)]
 pub mod specialize;
+mod split;
+mod transfer;
 #[doc(hidden)]
 pub mod tune;
 
 pub use backward::BackwardBuffers;
+pub use bind::{BoundPass, ToBinding, ToOptionalBinding};
 pub use context::Context;
-pub use elements::{MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES, NoMatrices};
-pub use error::Error;
-pub use forward::{BoundPass, ForwardBuffers, ToBinding, ToOptionalBinding};
+pub use error::{Error, NoMatrices};
+pub use forward::ForwardBuffers;
 pub use host::{Element, HeadlessOptions, HostTensor, SdpaOptions};
-pub use kernel::{CoopForm, Kernel};
+pub use matrices::MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES;
+#[doc(hidden)]
+pub use merge::merge_module;
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};
-pub use plan::{Plan, PlanOptions};
-pub use problem::{Causal, ElementType, Gradients, Layout, MAX_HEAD_DIM, MAX_SEQLEN, Problem, Shape, Tensor};
+pub use names::{CoopForm, ElementType, Kernel, MAX_HEAD_DIM, MAX_SEQLEN};
+pub use options::PlanOptions;
+pub use plan::Plan;
+pub use problem::{Causal, Gradients, Layout, Problem, Shape, Tensor};
+#[doc(hidden)]
+pub use recipe::{PlannedModule, modules};
 pub use wgpu;
 
 // The README's code compiles, too.

@@ -5,8 +5,10 @@
 //! Each function here counts, from above, the iterations that an invocation of a kernel makes. It counts every loop that the shader's
 //! text does not write out, since a compiler may write out none.
 
+use crate::error::Error;
+use crate::names::Kernel;
+use crate::problem::{Causal, Problem};
 use crate::tune::{BackwardTile, DecodeTile, FusedTile, Tile};
-use crate::{Causal, Error, Kernel, Problem};
 
 /// How many iterations the driver grants a shader.
 const GRANTED: u64 = 65_535;

@@ -4,13 +4,16 @@ use std::sync::Arc;
 
 use wgpu::BufferBinding;
 
-use crate::context::{Context, LazyPipeline};
-use crate::forward::{Argument, BoundPass, ToBinding, bind_launch, check_buffers};
+use crate::bind::{Argument, BoundPass, Launch, ToBinding, bind_launch, check_buffers};
+use crate::context::Context;
+use crate::error::Error;
+use crate::faults;
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
-use crate::kernel::{Access, Kernel, Slot, decode};
-use crate::plan::{Launch, Part, check_limits, uniform_buffer};
-use crate::problem::MAX_HEAD_DIM;
-use crate::{ElementType, Error, faults};
+use crate::kernel::{Access, Part, Pass, Slot, check_limits, decode};
+use crate::names::{ElementType, Kernel, MAX_HEAD_DIM};
+use crate::pipelines::LazyPipeline;
+use crate::recipe::PlannedModule;
+use crate::schedule::uniform_buffer;
 
 /// Partial results to merge: `parts` times o and lse of the same rows, each over keys of its own.
 ///
@@ -89,6 +92,10 @@ impl MergeProblem {
         MergeProblem { parts, rows, head_dim_v, element_type }
     }
 
+    fn pass(&self) -> Pass {
+        decode::merge(self.parts, self.head_dim_v, self.element_type)
+    }
+
     /// Bytes of o of one part.
     fn out_bytes(&self) -> u64 {
         self.rows as u64 * self.head_dim_v as u64 * self.element_type.bytes()
@@ -109,6 +116,12 @@ impl MergeProblem {
     }
 }
 
+/// The module of a merge.
+#[doc(hidden)]
+pub fn merge_module(problem: &MergeProblem) -> PlannedModule {
+    PlannedModule::new(&problem.pass(), false)
+}
+
 impl Context {
     /// Checks a merge and builds its pipeline. All parts must fit into one binding.
     pub fn plan_merge(&self, problem: &MergeProblem) -> Result<MergePlan, Error> {
@@ -127,7 +140,7 @@ impl Context {
             return Err(Error::BindingTooLarge { argument: slot.name(), bytes, limit });
         }
         faults::alive(self.device())?;
-        let pass = decode::merge(problem);
+        let pass = problem.pass();
         let part = Part { batch: 0..1, heads: 0..1, rows: 0..problem.rows };
         check_limits(Kernel::Decode, std::slice::from_ref(&pass), limits)?;
         let workgroups = (pass.workgroups)(&part);
@@ -153,7 +166,7 @@ impl Context {
                 split_rows: problem.rows,
                 ..Default::default()
             };
-            let pipeline = Arc::new(LazyPipeline::new(self, &pass));
+            let pipeline = Arc::new(LazyPipeline::new(self.pipelines(), &pass));
             pipeline.build()?;
             let launch = Launch {
                 pipeline,

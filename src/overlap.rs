@@ -1,7 +1,5 @@
 //! Whether tensors in one buffer have bytes in common.
 
-use crate::problem::Layout;
-
 /// The bytes of a tensor: runs of `width` bytes, of which `axes` says how far apart they are and how many.
 #[derive(Clone, Debug)]
 pub(crate) struct Region {
@@ -21,13 +19,14 @@ impl Region {
         Region { start: 0, axes: vec![], width: bytes }
     }
 
-    /// The elements of a tensor of these sizes, none of them 0.
-    pub(crate) fn of(layout: &Layout, [batch, heads, rows, dim]: [u32; 4], element_bytes: u64) -> Self {
-        let axes = [(layout.batch, batch), (layout.head, heads), (layout.row, rows)];
-        let used = axes.into_iter().filter(|&(stride, n)| n > 1 && stride > 0);
+    /// The elements of a tensor of these sizes, none of them 0, from its first element on. The strides are those from one batch entry, head
+    /// and row to the next, in elements.
+    pub(crate) fn of(offset: u64, strides: [u64; 3], [batch, heads, rows, dim]: [u32; 4], element_bytes: u64) -> Self {
+        let axes = strides.into_iter().zip([batch, heads, rows]);
+        let used = axes.filter(|&(stride, n)| n > 1 && stride > 0);
         let mut axes: Vec<_> = used.map(|(stride, n)| (stride.saturating_mul(element_bytes), n)).collect();
         axes.sort_unstable_by_key(|&(stride, _)| std::cmp::Reverse(stride));
-        let start = layout.offset as i128 * element_bytes as i128;
+        let start = offset as i128 * element_bytes as i128;
         Region { start, axes, width: dim as u64 * element_bytes }
     }
 
@@ -130,9 +129,9 @@ mod tests {
             // Half of them have strides in common.
             let mut region = |common: bool| {
                 let [batch, head, row] = if common { strides } else { [next(40), next(20), next(8)] };
-                let layout = Layout { offset: next(20), batch, head, row };
+                let offset = next(20);
                 let sizes = [1 + next(2), 1 + next(3), 1 + next(3), 1 + next(4)].map(|n| n as u32);
-                Region::of(&layout, sizes, 2)
+                Region::of(offset, [batch, head, row], sizes, 2)
             };
             let (a, b) = (region(true), region(strides[0] % 2 == 0));
             let bytes = all(&a);
@@ -151,10 +150,7 @@ mod tests {
     #[test]
     fn packed_tensors_do_not_meet() {
         let (positions, dim, row) = (1 << 20, 64, (8 + 2 + 2) * 64);
-        let part = |first: u64, heads: u32| {
-            let layout = Layout { offset: first * 64, batch: row << 20, head: 64, row };
-            Region::of(&layout, [3, heads, positions, dim], 4)
-        };
+        let part = |first: u64, heads: u32| Region::of(first * 64, [row << 20, 64, row], [3, heads, positions, dim], 4);
         let [q, k, v] = [part(0, 8), part(8, 2), part(10, 2)];
         assert!(!q.meets(&k) && !k.meets(&v) && !q.meets(&v));
         assert!(q.meets(&part(7, 2)) && part(7, 2).meets(&q));
@@ -163,7 +159,7 @@ mod tests {
     /// Strides that have nothing to do with each other would take long: the answer is the safe one.
     #[test]
     fn patience_ends() {
-        let region = |offset, row| Region::of(&Layout { offset, batch: 0, head: 0, row }, [1, 1, 1 << 29, 1], 4);
+        let region = |offset, row| Region::of(offset, [0, 0, row], [1, 1, 1 << 29, 1], 4);
         assert!(region(0, 1001).meets(&region(1, 1003)));
     }
 }

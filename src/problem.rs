@@ -2,49 +2,14 @@
 
 use std::hash::{Hash, Hasher};
 
-use crate::Error;
+use crate::error::Error;
+use crate::names::{ElementType, MAX_HEAD_DIM, MAX_SEQLEN};
 use crate::overlap::Region;
 
-/// The largest sequence length: positions and window bounds are computed in `i32`.
-pub const MAX_SEQLEN: u32 = 1 << 29;
-/// The largest head dimension of queries and keys, and of values.
-pub const MAX_HEAD_DIM: u32 = 256;
 /// With larger ones, f32 does not hold the products that would make scores of a size of 1.
 const SCALES: std::ops::RangeInclusive<f32> = -1e30..=1e30;
 /// Of larger ones, f32 does not hold score / softcap where scores are small; of smaller ones, where they are large.
 const SOFTCAPS: std::ops::RangeInclusive<f32> = 1e-30..=1e30;
-
-/// The type of the elements in memory. Arithmetic is f32 (or better) in every case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum ElementType {
-    /// IEEE binary32.
-    F32,
-    /// IEEE binary16. Needs no device feature.
-    F16,
-    /// bfloat16, the upper half of a binary32. Needs no device feature.
-    BF16,
-}
-
-impl ElementType {
-    /// Bytes an element takes.
-    pub const fn bytes(self) -> u64 {
-        match self {
-            ElementType::F32 => 4,
-            ElementType::F16 | ElementType::BF16 => 2,
-        }
-    }
-}
-
-impl std::fmt::Display for ElementType {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            ElementType::F32 => "f32",
-            ElementType::F16 => "f16",
-            ElementType::BF16 => "bf16",
-        })
-    }
-}
 
 /// The sizes of q `[batch, heads_q, seqlen_q, head_dim]`, k `[batch, heads_kv, seqlen_k, head_dim]`,
 /// v `[batch, heads_kv, seqlen_k, head_dim_v]` and o `[batch, heads_q, seqlen_q, head_dim_v]`.
@@ -577,7 +542,8 @@ impl Problem {
 
     /// The bytes of a tensor in its buffer.
     pub(crate) fn region(&self, tensor: Tensor) -> Region {
-        Region::of(&self.layout(tensor), self.shape.dims(tensor), self.element_type.bytes())
+        let Layout { offset, batch, head, row } = self.layout(tensor);
+        Region::of(offset, [batch, head, row], self.shape.dims(tensor), self.element_type.bytes())
     }
 
     /// Whether all of these tensors can be read and written in groups of so many elements.

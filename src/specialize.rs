@@ -7,14 +7,6 @@
 //! no such hint, and an array of matrices is in registers only where its indices are constants. Every line of the
 //! result remembers where it came from.
 
-use crate::elements::{MatrixFormat, MatrixLayout};
-use crate::kernel::{
-    backward_coop, backward_delta, backward_fused, backward_naive, backward_tile, decode, forward_coop,
-    forward_coop_scaled, forward_tile, naive,
-};
-use crate::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
-use crate::{CoopForm, ElementType, MergeProblem, Problem};
-
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = &[
     ("attention/attention.wgsl", include_str!("../shaders/attention/attention.wgsl")),
@@ -270,86 +262,6 @@ impl Specialization {
         including.pop();
         Ok(())
     }
-}
-
-/// The modules of the backward pass with these tiles of keys and of queries or, without them, of the naive one.
-pub fn backward_modules(problem: &Problem, tiles: Option<[BackwardTile; 2]>) -> Vec<Specialization> {
-    let mut passes = vec![backward_delta::pass(problem, false)];
-    passes.extend(match tiles {
-        Some([dkdv, dq]) => backward_tile::passes(problem, dkdv, dq),
-        None => backward_naive::passes(problem),
-    });
-    passes.into_iter().map(|pass| pass.specialization).collect()
-}
-
-/// The modules of the backward pass that computes all gradients at once with this tile.
-pub fn fused_modules(problem: &Problem, tile: FusedTile) -> Vec<Specialization> {
-    backward_fused::passes(problem, tile).into_iter().map(|pass| pass.specialization).collect()
-}
-
-/// The modules of the tile kernel with this tile or, without one, of the naive kernel: what a plan compiles for a
-/// problem, without a device.
-pub fn modules(problem: &Problem, tile: Option<Tile>) -> Vec<Specialization> {
-    let passes = match tile {
-        Some(tile) => vec![forward_tile::pass(problem, tile)],
-        None => naive::passes(problem),
-    };
-    passes.into_iter().map(|pass| pass.specialization).collect()
-}
-
-/// The modules of the backward pass on cooperative matrices in a form and its layout, and the bindings that they are made for.
-#[doc(hidden)]
-pub fn coop_backward_modules(
-    problem: &Problem,
-    form: CoopForm,
-    tiles: [CoopBackwardTile; 2],
-    format: MatrixFormat,
-    layout: &MatrixLayout,
-) -> Vec<(Specialization, Vec<u32>)> {
-    let passes = backward_coop::passes(problem, form, tiles, format, layout);
-    let kernels = passes.into_iter().filter(|pass| pass.specialization.file != "coop_ranges.wgsl");
-    kernels.map(|pass| (pass.specialization.clone(), pass.binding_numbers())).collect()
-}
-
-/// The modules with element access of the cooperative-matrix kernel in a form and its layout, and the bindings that they are made for.
-#[doc(hidden)]
-pub fn coop_modules(
-    problem: &Problem,
-    form: CoopForm,
-    tile: CoopTile,
-    format: MatrixFormat,
-    layout: &MatrixLayout,
-) -> Vec<(Specialization, Vec<u32>)> {
-    let passes = match problem.element_type {
-        ElementType::F16 => vec![forward_coop::pass(problem, form, tile, format, layout)],
-        ElementType::F32 | ElementType::BF16 => forward_coop_scaled::passes(problem, tile, format, layout),
-    };
-    let kernels = passes.into_iter().filter(|pass| pass.specialization.file != "coop_ranges.wgsl");
-    kernels.map(|pass| (pass.specialization.clone(), pass.binding_numbers())).collect()
-}
-
-/// The module that finds which of the modules for f32 and bf16 are for a head, before the forward or the backward pass.
-#[doc(hidden)]
-pub fn ranges_module(problem: &Problem, size: u32, backward: bool) -> Specialization {
-    forward_coop_scaled::ranges(problem, size, backward).specialization
-}
-
-/// The functions that tell kernels where the elements of a matrix lie: a part of a module.
-#[doc(hidden)]
-pub fn layout_part(format: MatrixFormat, layout: &MatrixLayout) -> Specialization {
-    let switches = if format.size == 16 { vec!["MATRIX16"] } else { vec![] };
-    let constants = forward_coop::layout_constants(layout);
-    Specialization { file: "common/matrix_layout.wgsl", entry: "", switches, constants }
-}
-
-/// The modules of the decode kernel with this tile and so many splits of the keys.
-pub fn decode_modules(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Specialization> {
-    decode::passes(problem, tile, splits).into_iter().map(|pass| pass.specialization).collect()
-}
-
-/// The module of a merge.
-pub fn merge_module(problem: &MergeProblem) -> Specialization {
-    decode::merge(problem).specialization
 }
 
 #[cfg(test)]

@@ -13,10 +13,12 @@ use common::switched::PAIRWISE;
 use common::{Case, TYPES, case, full};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
-use wgpu_flash_attention::elements::{self, ElementModule, MatrixLayout};
-use wgpu_flash_attention::specialize::coop_backward_modules;
+use wgpu_flash_attention::facts::Facts;
+use wgpu_flash_attention::matrices::{self, ElementModule, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::tune::{self, CoopBackwardTile};
-use wgpu_flash_attention::{Context, ElementType, Error, Kernel, PlanOptions, Problem, Shape, Tensor};
+use wgpu_flash_attention::{
+    Context, ElementType, Error, Kernel, PlanOptions, PlannedModule, Problem, Shape, Tensor, modules, wgpu,
+};
 
 fn tile(subgroups: u32, matrices: u32, step: u32, columns: u32, ahead: bool) -> CoopBackwardTile {
     CoopBackwardTile { subgroups, matrices, step, columns, ahead }
@@ -253,7 +255,7 @@ fn small_limits_fall_back_to_the_tile_kernel() {
 
 #[test]
 fn plans_choose_the_form() {
-    let Some(context) = small_device(elements::FEATURES, 32 << 10) else { return };
+    let Some(context) = small_device(matrices::FEATURES, 32 << 10) else { return };
     for (asked, form) in [(None, Registers), (Some(Registers), Registers), (Some(WorkgroupMemory), WorkgroupMemory)] {
         let options = PlanOptions::default().coop_form(asked);
         let plan = context.plan_with(&small_problem(ElementType::F16), &options).unwrap();
@@ -344,6 +346,20 @@ fn tiles(form: CoopForm, size: u32, problem: &Problem) -> [[(CoopBackwardTile, u
     }
 }
 
+/// The modules with matrices that a plan with these tiles compiles on a device with such matrices.
+fn modules_of(
+    problem: &Problem,
+    form: CoopForm,
+    tiles: [CoopBackwardTile; 2],
+    format: MatrixFormat,
+    layout: Option<MatrixLayout>,
+) -> Vec<PlannedModule> {
+    let facts = Facts::with_limits(wgpu::Limits::unlimited()).matrices(format, layout);
+    let mut modules = modules(problem, &facts, &tiled(tiles).coop_form(form)).unwrap();
+    modules.retain(|module| ["dkdv", "dq"].contains(&module.specialization.entry));
+    modules
+}
+
 /// Needs no device: naga takes every module, its workgroup memory is what the tile says, and so does the validator of
 /// SPIR-V, where it is there.
 #[test]
@@ -352,8 +368,11 @@ fn modules_are_valid() {
     for (format, layout) in known_matrices() {
         for (switches, problem) in TYPES.into_iter().flat_map(problems) {
             for [dkdv, dq] in tiles(Registers, format.size, &problem) {
-                let modules = coop_backward_modules(&problem, Registers, [dkdv.0, dq.0], format, &layout);
-                for ((specialization, bindings), (tile, said)) in modules.into_iter().zip([dkdv, dq, dkdv, dq]) {
+                let modules = modules_of(&problem, Registers, [dkdv.0, dq.0], format, Some(layout.clone()));
+                for (module, (tile, said)) in modules.into_iter().zip([dkdv, dq, dkdv, dq]) {
+                    let PlannedModule { specialization, bindings, element_access, .. } = module;
+                    assert!(element_access);
+                    assert_eq!((module.workgroup_bytes, module.threads), (said, tile.subgroups * format.lanes));
                     let text = specialization.source().unwrap().text;
                     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
                     let loops = common::loops::uninitialised_in_loop(&text);
@@ -378,13 +397,13 @@ fn modules_are_valid() {
 fn modules_in_wgsl_alone_are_valid() {
     let spirv_val = validator();
     for format in WGSL_FORMATS {
-        let layout = MatrixLayout::rows(format);
         for (switches, problem) in problems(ElementType::F16) {
             let spirv_val = spirv_val.as_deref().filter(|_| matches!(switches, 0 | 31));
             for [dkdv, dq] in tiles(WorkgroupMemory, format.size, &problem) {
-                let modules = coop_backward_modules(&problem, WorkgroupMemory, [dkdv.0, dq.0], format, &layout);
-                for ((specialization, _), (_, said)) in modules.into_iter().zip([dkdv, dq]) {
-                    check_wgsl(&specialization, format, said, spirv_val);
+                let modules = modules_of(&problem, WorkgroupMemory, [dkdv.0, dq.0], format, None);
+                for (module, (_, said)) in modules.into_iter().zip([dkdv, dq]) {
+                    assert!(!module.element_access);
+                    check_wgsl(&module.specialization, format, said, spirv_val);
                 }
             }
         }

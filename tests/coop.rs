@@ -12,10 +12,12 @@ use common::switched::{PAIRWISE, switched};
 use common::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
-use wgpu_flash_attention::elements::{self, ElementModule, MatrixFormat, MatrixLayout};
-use wgpu_flash_attention::specialize::coop_modules;
+use wgpu_flash_attention::facts::Facts;
+use wgpu_flash_attention::matrices::{self, ElementModule, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::tune::{self, CoopTile};
-use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Plan, PlanOptions, Problem, Shape};
+use wgpu_flash_attention::{
+    Context, ElementType, Error, Kernel, Plan, PlanOptions, PlannedModule, Problem, Shape, modules, wgpu,
+};
 
 fn coop() -> PlanOptions {
     PlanOptions::default().kernel(Kernel::Coop)
@@ -187,7 +189,7 @@ fn plan_of(context: &Context, head_dim: u32) -> Plan {
 /// The tile kernel where the coop kernel's tile does not fit.
 #[test]
 fn small_limits_fall_back_to_the_tile_kernel() {
-    let Some(context) = small_device(elements::FEATURES, 16 << 10) else { return };
+    let Some(context) = small_device(matrices::FEATURES, 16 << 10) else { return };
     assert_eq!(plan_of(&context, 32).coop_form(), Some(Registers));
     let plan = plan_of(&context, 256);
     assert_eq!(plan.kernel(), Kernel::Tile);
@@ -253,6 +255,20 @@ fn tiles(form: CoopForm, format: MatrixFormat, problem: &Problem) -> Vec<(CoopTi
     tiles.into_iter().map(with_bytes).collect()
 }
 
+/// The modules with matrices that a plan with this tile compiles on a device with such matrices.
+fn modules_of(
+    problem: &Problem,
+    form: CoopForm,
+    tile: CoopTile,
+    format: MatrixFormat,
+    layout: Option<MatrixLayout>,
+) -> Vec<PlannedModule> {
+    let facts = Facts::with_limits(wgpu::Limits::unlimited()).matrices(format, layout);
+    let mut modules = modules(problem, &facts, &coop().coop_form(form).coop_tile(tile)).unwrap();
+    modules.retain(|module| module.specialization.entry == "forward");
+    modules
+}
+
 /// Needs no device: naga takes every module, its workgroup memory is what the tile says, and so does the validator of
 /// SPIR-V, where it is there.
 #[test]
@@ -262,9 +278,17 @@ fn modules_are_valid() {
         for (switches, problem) in problems(&TYPES) {
             let tiles = tiles(Registers, format, &problem);
             let modules = |&(tile, said): &(CoopTile, u32)| {
-                coop_modules(&problem, Registers, tile, format, &layout).into_iter().map(move |m| (m, tile, said))
+                let modules = modules_of(&problem, Registers, tile, format, Some(layout.clone()));
+                modules.into_iter().map(move |module| (module, tile, said))
             };
-            for ((specialization, bindings), tile, said) in tiles.iter().flat_map(modules) {
+            for (
+                PlannedModule { specialization, bindings, element_access, threads, workgroup_bytes: planned, .. },
+                tile,
+                said,
+            ) in tiles.iter().flat_map(modules)
+            {
+                assert!(element_access);
+                assert_eq!((planned, threads), (said, tile.subgroups * format.lanes), "{specialization:?}");
                 let text = specialization.source().unwrap().text;
                 assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
                 let loops = common::loops::uninitialised_in_loop(&text);
@@ -293,9 +317,9 @@ fn modules_in_wgsl_alone_are_valid() {
             // The validator takes its time, a process for each module.
             let spirv_val = spirv_val.as_deref().filter(|_| matches!(switches, 0 | 31));
             for (tile, said) in tiles(WorkgroupMemory, format, &problem) {
-                let layout = MatrixLayout::rows(format);
-                for (specialization, _) in coop_modules(&problem, WorkgroupMemory, tile, format, &layout) {
-                    check_wgsl(&specialization, format, said, spirv_val);
+                for module in modules_of(&problem, WorkgroupMemory, tile, format, None) {
+                    assert!(!module.element_access);
+                    check_wgsl(&module.specialization, format, said, spirv_val);
                 }
             }
         }

@@ -11,9 +11,10 @@ use std::path::Path;
 use std::process::Command;
 
 use half::f16;
-use wgpu_flash_attention::elements::{self, Bit, ElementModule, LayoutError, MatrixFormat, MatrixLayout, ModuleError};
-use wgpu_flash_attention::specialize::layout_part;
-use wgpu_flash_attention::{Context, wgpu};
+use wgpu_flash_attention::facts::Facts;
+use wgpu_flash_attention::matrices::{self, Bit, ElementModule, LayoutError, MatrixFormat, MatrixLayout, ModuleError};
+use wgpu_flash_attention::specialize::Specialization;
+use wgpu_flash_attention::{Context, CoopForm, ElementType, Kernel, PlanOptions, Problem, Shape, modules, wgpu};
 
 use skipped::{NEWER_DRIVER, NO_VALIDATOR, skipped};
 
@@ -347,6 +348,15 @@ fn checks_are_added_on_request() {
     assert_eq!(functions(checked.spirv())["coop_get_1"].chain.len(), 1);
 }
 
+/// The functions that tell kernels where the elements of a matrix lie, with the constants that a plan gives a kernel.
+fn layout_part(format: MatrixFormat, layout: &MatrixLayout) -> Specialization {
+    let facts = Facts::with_limits(wgpu::Limits::unlimited()).matrices(format, Some(layout.clone()));
+    let options = PlanOptions::default().kernel(Kernel::Coop).coop_form(CoopForm::Registers);
+    let problem = Problem::new(Shape::square(1, 1, 16, 16), ElementType::F16);
+    let [kernel] = &modules(&problem, &facts, &options).unwrap()[..] else { panic!("one module") };
+    Specialization { file: "common/matrix_layout.wgsl", entry: "", ..kernel.specialization.clone() }
+}
+
 /// Reads and makes matrices of each role through the layout that was found; bindings 0, 3 and 7.
 fn round_trip(format: MatrixFormat, layout: &MatrixLayout) -> String {
     let size = format.size;
@@ -413,7 +423,7 @@ fn modules_pass_the_validator_of_spirv() {
     };
     for format in FORMATS {
         let round_trip = round_trip(format, &some_layout(format));
-        for (text, bindings) in [(elements::probe_text(format), [0, 1, 2]), (round_trip, [0, 3, 7])] {
+        for (text, bindings) in [(matrices::probe_text(format), [0, 1, 2]), (round_trip, [0, 3, 7])] {
             for checked in [false, true] {
                 let module = ElementModule::new(&text, format, &bindings, checked).unwrap();
                 let output = validate(module.spirv());
@@ -423,7 +433,7 @@ fn modules_pass_the_validator_of_spirv() {
     }
     // It does look: a module that returns an id of another type.
     let mut broken =
-        ElementModule::new(&elements::probe_text(EIGHT), EIGHT, &[0, 1, 2], false).unwrap().spirv().to_vec();
+        ElementModule::new(&matrices::probe_text(EIGHT), EIGHT, &[0, 1, 2], false).unwrap().spirv().to_vec();
     let at = (5..broken.len()).find(|&at| broken[at] == 5 << 16 | COMPOSITE_EXTRACT).unwrap();
     broken[at + 3] = broken[at + 1];
     assert!(!validate(&broken).status.success());
@@ -436,9 +446,9 @@ fn coop_device() -> Option<(Context, MatrixFormat)> {
     let opened = pollster::block_on(async {
         let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle_from_env());
         let adapters = instance.enumerate_adapters(wgpu::Backends::all()).await;
-        let adapter = adapters.into_iter().find(|adapter| adapter.features().contains(elements::FEATURES))?;
+        let adapter = adapters.into_iter().find(|adapter| adapter.features().contains(matrices::FEATURES))?;
         let descriptor = wgpu::DeviceDescriptor {
-            required_features: elements::FEATURES,
+            required_features: matrices::FEATURES,
             required_limits: adapter.limits(),
             // SAFETY: cooperative matrices are what is tested here.
             experimental_features: unsafe { wgpu::ExperimentalFeatures::enabled() },
@@ -457,9 +467,9 @@ fn coop_device() -> Option<(Context, MatrixFormat)> {
 #[test]
 fn elements_are_where_the_probe_found_them() {
     let Some((context, format)) = coop_device() else { return };
-    let layouts = pollster::block_on(elements::probe(&context, format)).unwrap();
+    let layouts = pollster::block_on(matrices::probe(context.device(), context.queue(), format)).unwrap();
     println!("{format:?}: {layouts:?}");
-    assert_eq!(pollster::block_on(elements::probe(&context, format)).unwrap(), layouts);
+    assert_eq!(pollster::block_on(matrices::probe(context.device(), context.queue(), format)).unwrap(), layouts);
 
     let size = format.size as usize;
     let x = Vec::from_iter((0..size * size).map(|n| ((n / size * 37 + n % size * 11) % 97) as f32 + 1.0));
@@ -542,13 +552,13 @@ fn run(context: &Context, module: &ElementModule, x: &[f32], identity: &[f16], o
 #[test]
 fn a_device_without_the_features_is_refused() {
     let context = Context::headless().unwrap();
-    let missing = elements::FEATURES - context.device().features();
+    let missing = matrices::FEATURES - context.device().features();
     assert!(!missing.is_empty(), "Context::headless asks for no experimental features");
-    let probed = pollster::block_on(elements::probe(&context, EIGHT)).unwrap_err();
-    assert_eq!(probed, elements::NoElementAccess::Features(missing));
-    let missing = elements::MATRIX_FEATURES - context.device().features();
+    let probed = pollster::block_on(matrices::probe(context.device(), context.queue(), EIGHT)).unwrap_err();
+    assert_eq!(probed, matrices::NoElementAccess::Features(missing));
+    let missing = matrices::MATRIX_FEATURES - context.device().features();
     let error = MatrixFormat::of(context.device(), &[]).unwrap_err();
-    assert_eq!(error, elements::NoMatrices::Features(missing));
+    assert_eq!(error, wgpu_flash_attention::NoMatrices::Features(missing));
     // In words, with the name to look for.
     let text = error.to_string();
     assert!(text.contains("cooperative matrices (Features::EXPERIMENTAL_COOPERATIVE_MATRIX)"), "{text}");

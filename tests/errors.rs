@@ -118,6 +118,17 @@ fn plans() {
             },
             "f32 only",
         ),
+        (
+            good(),
+            tile().splits(3),
+            Error::OptionUnused {
+                option: "splits",
+                needs: Kernel::Decode,
+                backward: false,
+                taken: Some((Kernel::Tile, "asked for")),
+            },
+            "ask for the decode kernel by PlanOptions::kernel",
+        ),
     ];
     for (problem, options, expected, named) in refused {
         let error = without_device_error(full(), || full().plan_with(&problem, &options)).unwrap_err();

@@ -50,9 +50,6 @@ struct Problem {
     // Where batch entry 0 of the problem has its lengths in the workspace, and head 0 of it its range (coop_ranges.wgsl).
     lengths_at: u32,
     ranges_at: u32,
-    padding_0: u32,
-    padding_1: u32,
-    padding_2: u32,
 }
 
 @group(0) @binding(0) var<uniform> problem: Problem;

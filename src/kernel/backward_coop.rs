@@ -3,50 +3,14 @@
 //! bf16, `shaders/backward_dkdv_coop_scaled.wgsl` and `shaders/backward_dq_coop_scaled.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS, workgroups_by_keys, workgroups_by_rows};
-use super::forward_coop::{F16_ONLY, Matrices, NO_ACCESS, layout_constants, workgroup_switches};
+use super::forward_coop::{layout_constants, workgroup_switches};
 use super::forward_coop_scaled::{self, parts};
-use super::{Access, CoopForm, Pass, Slot, backward_switches, bindings};
-use crate::elements::{MatrixFormat, MatrixLayout};
+use super::{Access, Part, Pass, Slot, backward_switches, bindings};
+use crate::matrices::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
-use crate::tune::{self, CoopBackwardTile};
-use crate::{ElementType, Error, Kernel, PlanOptions, Problem, plan::Part};
-
-/// How the gradients of a problem are computed on these matrices.
-pub(crate) struct Chosen {
-    pub form: CoopForm,
-    /// Why this form.
-    pub why: String,
-    pub passes: Vec<Pass>,
-}
-
-pub(crate) fn choose(problem: &Problem, matrices: &Matrices, options: &PlanOptions) -> Result<Chosen, Error> {
-    let unsupported = |why| Error::Unsupported { kernel: Kernel::Coop, element_type: problem.element_type, why };
-    let (form, why) = matrices.form(options.coop_form);
-    let layout = matrices.layout(form).ok_or(unsupported(NO_ACCESS))?;
-    let (format, shape) = (matrices.format, problem.shape);
-    let widest = shape.head_dim.max(shape.head_dim_v);
-    let tiles = match (problem.element_type, form) {
-        (ElementType::F16, _) => {
-            let table = || tune::coop_backward_tiles(form, format.size, shape.head_dim, shape.head_dim_v);
-            let tiles = options.coop_backward_tiles.unwrap_or_else(table);
-            tiles.iter().try_for_each(|tile| tile.validate(format.size))?;
-            tiles
-        }
-        (ElementType::BF16, CoopForm::Registers) if !bf16_in_vectors(problem) => {
-            let why = "its backward pass in bf16 takes rows that begin and end at multiples of 4 elements";
-            return Err(unsupported(why));
-        }
-        (other, CoopForm::Registers) => {
-            let table = || tune::coop_scaled_backward_tiles(format.size, other, shape.head_dim, shape.head_dim_v);
-            let tiles = options.coop_backward_tiles.unwrap_or_else(table);
-            tiles.iter().try_for_each(|tile| tile.validate_scaled(format.size, format.lanes, widest))?;
-            tiles
-        }
-        (_, CoopForm::WorkgroupMemory) => return Err(unsupported(F16_ONLY)),
-    };
-    Ok(Chosen { form, why, passes: passes(problem, form, tiles, format, &layout) })
-}
+use crate::tune::CoopBackwardTile;
+use crate::{CoopForm, ElementType, Problem};
 
 /// Whether bf16 is moved four elements at a time only. Modules with matrices cannot have the atomics that `write.wgsl` stores
 /// single ones with: see `forward_coop_scaled.wgsl`.
@@ -99,15 +63,14 @@ fn scaled_passes(
                 ("STEP", tile.step),
             ];
             constants.extend(layout_constants(layout));
-            Pass {
-                specialization: Specialization { file, entry, switches, constants },
-                bindings: bindings(problem, used),
-                element_access: true,
-                rounds: None,
-                threads: tile.subgroups * format.lanes,
+            Pass::new(
+                Specialization { file, entry, switches, constants },
+                bindings(problem, used),
+                tile.subgroups * format.lanes,
                 workgroup_bytes,
                 workgroups,
-            }
+            )
+            .with_element_access(true)
         };
     // What finds out about each head, then the kernels for most of them, and those for heads whose numbers are far apart.
     let mut passes = vec![forward_coop_scaled::ranges(problem, size, true)];
@@ -191,33 +154,31 @@ fn half_passes(
         [tiles * dq.blocks(shape.head_dim) as u64, part.head_count(), part.batch_count()]
     };
     vec![
-        Pass {
-            specialization: specialization(
+        Pass::new(
+            specialization(
                 ["backward_dkdv_coop.wgsl", "backward_dkdv_coop_workgroup.wgsl"],
                 "dkdv",
                 ["KEY_MATRICES", "ROWS"],
                 dkdv,
             ),
-            bindings: bindings(problem, DKDV_BINDINGS),
-            element_access: form == CoopForm::Registers,
-            rounds: None,
-            threads: dkdv.subgroups * format.lanes,
-            workgroup_bytes: dkdv.dkdv_bytes(form, size, shape.head_dim, shape.head_dim_v),
-            workgroups: Box::new(of_keys),
-        },
-        Pass {
-            specialization: specialization(
+            bindings(problem, DKDV_BINDINGS),
+            dkdv.subgroups * format.lanes,
+            dkdv.dkdv_bytes(form, size, shape.head_dim, shape.head_dim_v),
+            Box::new(of_keys),
+        )
+        .with_element_access(form == CoopForm::Registers),
+        Pass::new(
+            specialization(
                 ["backward_dq_coop.wgsl", "backward_dq_coop_workgroup.wgsl"],
                 "dq",
                 ["ROW_MATRICES", "KEYS"],
                 dq,
             ),
-            bindings: bindings(problem, DQ_BINDINGS),
-            element_access: form == CoopForm::Registers,
-            rounds: None,
-            threads: dq.subgroups * format.lanes,
-            workgroup_bytes: dq.dq_bytes(form, size, shape.head_dim, shape.head_dim_v),
-            workgroups: Box::new(of_rows),
-        },
+            bindings(problem, DQ_BINDINGS),
+            dq.subgroups * format.lanes,
+            dq.dq_bytes(form, size, shape.head_dim, shape.head_dim_v),
+            Box::new(of_rows),
+        )
+        .with_element_access(form == CoopForm::Registers),
     ]
 }

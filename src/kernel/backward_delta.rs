@@ -1,8 +1,8 @@
 //! Host side of `shaders/backward_delta.wgsl`.
 
-use super::{Access, Pass, Slot, backward_switches, bindings};
+use super::{Access, Part, Pass, Slot, backward_switches, bindings};
+use crate::Problem;
 use crate::specialize::Specialization;
-use crate::{Problem, plan::Part};
 
 /// Bytes of the pairs of lse and delta and, behind them, of the numbers of queries and keys of each batch entry, and of what
 /// `coop_ranges.wgsl` finds out about each head.
@@ -42,13 +42,11 @@ pub(crate) fn pass(problem: &Problem, clear: bool) -> Pass {
         on.push("CLEAR");
         used.push((Slot::GradQuery, Access::ReadWrite));
     }
-    Pass {
-        specialization: Specialization { file: "backward_delta.wgsl", entry: "delta", switches: on, constants },
-        bindings: bindings(problem, &used),
-        element_access: false,
-        rounds: None,
-        threads: THREADS,
-        workgroup_bytes: 4 * THREADS,
-        workgroups: Box::new(|part: &Part| [part.row_count().div_ceil(ROWS), part.head_count(), part.batch_count()]),
-    }
+    Pass::new(
+        Specialization { file: "backward_delta.wgsl", entry: "delta", switches: on, constants },
+        bindings(problem, &used),
+        THREADS,
+        4 * THREADS,
+        Box::new(|part: &Part| [part.row_count().div_ceil(ROWS), part.head_count(), part.batch_count()]),
+    )
 }

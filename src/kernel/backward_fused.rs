@@ -26,8 +26,8 @@ fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
     if tile.written_out {
         on.extend(["WRITTEN_OUT", "THERE_AND_BACK"]);
     }
-    Pass {
-        specialization: Specialization {
+    Pass::new(
+        Specialization {
             file: "backward_fused_tile.wgsl",
             entry: "fused",
             switches: on,
@@ -47,15 +47,14 @@ fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
                 ("KEY_PIECES", tile.own / (4 * tile.threads_y)),
             ],
         },
-        bindings: bindings(problem, &[DKDV_BINDINGS, &[(Slot::GradQuery, Access::ReadWrite)]].concat()),
-        element_access: false,
-        rounds: Some(Rounds {
-            block_keys: tile.block_keys,
-            block_rows: tile.block_rows,
-            count: tile.rounds(shape.seqlen_q, shape.seqlen_k),
-        }),
-        threads: tile.threads(),
-        workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
-        workgroups: workgroups_by_keys(problem, tile.block_keys),
-    }
+        bindings(problem, &[DKDV_BINDINGS, &[(Slot::GradQuery, Access::ReadWrite)]].concat()),
+        tile.threads(),
+        tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+        workgroups_by_keys(problem, tile.block_keys),
+    )
+    .with_rounds(Rounds {
+        block_keys: tile.block_keys,
+        block_rows: tile.block_rows,
+        count: tile.rounds(shape.seqlen_q, shape.seqlen_k),
+    })
 }

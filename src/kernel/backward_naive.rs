@@ -1,8 +1,8 @@
 //! Host side of `shaders/naive_backward_*.wgsl`.
 
-use super::{Access, Pass, Slot, backward_switches, bindings};
+use super::{Access, Part, Pass, Slot, backward_switches, bindings};
+use crate::Problem;
 use crate::specialize::Specialization;
-use crate::{Problem, plan::Part};
 
 /// Bytes of the probabilities and the score gradients of a part.
 pub(crate) fn workspace_bytes(problem: &Problem, part: &Part) -> u64 {
@@ -13,23 +13,23 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let shape = problem.shape;
     let (group, seqlen_k) = (shape.group() as u64, shape.seqlen_k as u64);
     let [head_dim, head_dim_v] = [shape.head_dim, shape.head_dim_v].map(u64::from);
-    let pass = |file, entry, used: &[(Slot, Access)], workgroups| Pass {
-        specialization: Specialization {
-            file,
-            entry,
-            switches: backward_switches(problem, 4),
-            constants: vec![("HEAD_DIM", shape.head_dim), ("HEAD_DIM_V", shape.head_dim_v)],
-        },
-        bindings: bindings(problem, used)
-            .into_iter()
-            // The second and the third kernel read only lengths from the workspace, so they bind it only if there are any.
-            .filter(|&(slot, _)| slot != Slot::Workspace || entry == "scores_of" || problem.has_lengths())
-            .collect(),
-        element_access: false,
-        rounds: None,
-        threads: 256,
-        workgroup_bytes: 0,
-        workgroups,
+    let pass = |file, entry, used: &[(Slot, Access)], workgroups| {
+        Pass::new(
+            Specialization {
+                file,
+                entry,
+                switches: backward_switches(problem, 4),
+                constants: vec![("HEAD_DIM", shape.head_dim), ("HEAD_DIM_V", shape.head_dim_v)],
+            },
+            bindings(problem, used)
+                .into_iter()
+                // The second and the third kernel read only lengths from the workspace, so they bind it only if there are any.
+                .filter(|&(slot, _)| slot != Slot::Workspace || entry == "scores_of" || problem.has_lengths())
+                .collect(),
+            256,
+            0,
+            workgroups,
+        )
     };
     let heads = |part: &Part| part.batch_count() * part.head_count();
     vec![

@@ -1,9 +1,9 @@
 //! Host side of `shaders/backward_dkdv_tile.wgsl` and `shaders/backward_dq_tile.wgsl`.
 
-use super::{Access, Pass, Slot, Workgroups, backward_switches, bindings};
+use super::{Access, Part, Pass, Slot, Workgroups, backward_switches, bindings};
 use crate::specialize::Specialization;
 use crate::tune::BackwardTile;
-use crate::{ElementType, Problem, plan::Part};
+use crate::{ElementType, Problem};
 
 /// What the gradients of keys and values bind, on any kernel.
 pub(crate) const DKDV_BINDINGS: &[(Slot, Access)] = &[
@@ -53,8 +53,8 @@ pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) ->
             on.push("UNROLL");
         }
         on.extend(has_step_sums(problem, tile).then_some("STEP_SUMS"));
-        Pass {
-            specialization: Specialization {
+        Pass::new(
+            Specialization {
                 file,
                 entry,
                 switches: on,
@@ -72,13 +72,11 @@ pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) ->
                     ("BLOCK4", tile.block / 4),
                 ],
             },
-            bindings: bindings(problem, used),
-            element_access: false,
-            rounds: None,
-            threads: tile.threads(),
-            workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+            bindings(problem, used),
+            tile.threads(),
+            tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
             workgroups,
-        }
+        )
     };
     vec![
         pass("backward_dkdv_tile.wgsl", "dkdv", dkdv, DKDV_BINDINGS, workgroups_by_keys(problem, dkdv.own)),

@@ -1,9 +1,9 @@
 //! Host side of `shaders/decode_split.wgsl` and `shaders/decode_combine.wgsl`.
 
-use super::{Access, Kernel, Pass, Slot, bindings, switches, without_scores};
+use super::{Access, Part, Pass, Slot, bindings, switches, without_scores};
 use crate::specialize::Specialization;
 use crate::tune::DecodeTile;
-use crate::{ElementType, MergeProblem, Problem, plan::Part};
+use crate::{ElementType, Kernel, Problem};
 
 /// From how many keys on this kernel is faster than another one, by how many rows at most share a key-value head: than the tile kernel,
 /// and than the coop kernel in f16, bf16 and f32. Measured on an H200 with 32 heads on 8 of head dim 128, one batch entry; docs/kernels/decode.md
@@ -63,9 +63,9 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
         on.push("SHUFFLES");
         constants.push(("LANES", tile.lanes));
     }
-    let split = Pass {
-        specialization: Specialization { file: "decode_split.wgsl", entry: "decode_split", switches: on, constants },
-        bindings: bindings(
+    let split = Pass::new(
+        Specialization { file: "decode_split.wgsl", entry: "decode_split", switches: on, constants },
+        bindings(
             problem,
             &[
                 (Slot::Query, Access::Read),
@@ -77,12 +77,10 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
                 (Slot::WorkspaceStats, Access::ReadWrite),
             ],
         ),
-        element_access: false,
-        rounds: None,
-        threads: tile.threads,
-        workgroup_bytes: tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
-        workgroups: Box::new(workgroups),
-    };
+        tile.threads,
+        tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+        Box::new(workgroups),
+    );
     let on = without_scores(switches(problem, 4));
     let used = bindings(
         problem,
@@ -96,14 +94,14 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
     vec![split, combine(on, used, splits, shape.head_dim_v)]
 }
 
-/// The public merge.
-pub(crate) fn merge(problem: &MergeProblem) -> Pass {
-    let aligned = problem.head_dim_v.is_multiple_of(4);
-    let mut on = vec!["MERGE", "LSE", problem.element_type.switch()];
+/// The public merge, of so many partial results.
+pub(crate) fn merge(parts: u32, head_dim_v: u32, element_type: ElementType) -> Pass {
+    let aligned = head_dim_v.is_multiple_of(4);
+    let mut on = vec!["MERGE", "LSE", element_type.switch()];
     if aligned {
         on.push("ALIGNED");
     }
-    if aligned && problem.element_type != ElementType::F32 {
+    if aligned && element_type != ElementType::F32 {
         on.push("PACKED");
     }
     let used = vec![
@@ -112,7 +110,7 @@ pub(crate) fn merge(problem: &MergeProblem) -> Pass {
         (Slot::Out, Access::ReadWrite),
         (Slot::Lse, Access::ReadWrite),
     ];
-    combine(on, used, problem.parts, problem.head_dim_v)
+    combine(on, used, parts, head_dim_v)
 }
 
 fn combine(switches: Vec<&'static str>, bindings: Vec<(Slot, Access)>, parts: u32, head_dim_v: u32) -> Pass {
@@ -123,21 +121,19 @@ fn combine(switches: Vec<&'static str>, bindings: Vec<(Slot, Access)>, parts: u3
     let columns = head_dim_v.div_ceil(4);
     let slices = (THREADS / columns).min(parts.min(32).next_power_of_two()).max(1);
     let rows = (THREADS / columns / slices).max(1);
-    Pass {
-        specialization: Specialization {
+    Pass::new(
+        Specialization {
             file: "decode_combine.wgsl",
             entry: "decode_combine",
             switches,
             constants: vec![("HEAD_DIM_V", head_dim_v), ("SLICES", slices), ("ROWS", rows)],
         },
         bindings,
-        element_access: false,
-        rounds: None,
-        threads: rows * slices * columns,
-        workgroup_bytes: rows * slices * (16 * columns + 8),
-        workgroups: Box::new(move |part: &Part| {
+        rows * slices * columns,
+        rows * slices * (16 * columns + 8),
+        Box::new(move |part: &Part| {
             let groups = part.rows_of_heads().div_ceil(rows as u64);
             [groups.min(WIDTH), groups.div_ceil(WIDTH), 1]
         }),
-    }
+    )
 }

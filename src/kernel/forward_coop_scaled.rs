@@ -1,12 +1,12 @@
 //! Host side of `shaders/forward_coop_scaled.wgsl` and `shaders/coop_ranges.wgsl`.
 
 use super::forward_coop::layout_constants;
-use super::{Access, FORWARD_BINDINGS, Pass, Slot, bindings, switches, switches_of};
-use crate::elements::{MatrixFormat, MatrixLayout};
+use super::{Access, FORWARD_BINDINGS, Part, Pass, Slot, bindings, switches, switches_of};
+use crate::matrices::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
 use crate::tune::CoopTile;
-use crate::{ElementType, Problem, plan::Part};
+use crate::{ElementType, Problem};
 
 /// Into how many f16 an element is split.
 pub(crate) fn parts(element_type: ElementType) -> u32 {
@@ -37,8 +37,8 @@ pub(crate) fn ranges(problem: &Problem, size: u32, backward: bool) -> Pass {
         (if backward { Slot::Workspace } else { Slot::WorkspaceRanges }, Access::ReadWrite),
     ];
     used.extend(backward.then_some((Slot::GradOut, Access::Read)));
-    Pass {
-        specialization: Specialization {
+    Pass::new(
+        Specialization {
             file: "coop_ranges.wgsl",
             entry: "find_ranges",
             switches: on,
@@ -50,14 +50,12 @@ pub(crate) fn ranges(problem: &Problem, size: u32, backward: bool) -> Pass {
                 ("THREADS", THREADS),
             ],
         },
-        bindings: bindings(problem, &used),
-        element_access: false,
-        rounds: None,
-        threads: THREADS,
-        workgroup_bytes: 32,
+        bindings(problem, &used),
+        THREADS,
+        32,
         // Without rows too: gradients of keys and values are 0 then, and have to be written.
-        workgroups: Box::new(|part: &Part| [part.head_count(), part.batch_count(), 1]),
-    }
+        Box::new(|part: &Part| [part.head_count(), part.batch_count(), 1]),
+    )
 }
 
 /// What finds out about each head, the kernel for most of them, and the kernel for those whose numbers are far apart.
@@ -88,15 +86,12 @@ fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &Matrix
         ("ROW_MATRICES", tile.row_matrices),
     ];
     constants.extend(layout_constants(layout));
-    Pass {
-        specialization: Specialization { file: "forward_coop_scaled.wgsl", entry: "forward", switches: on, constants },
-        bindings: bindings(problem, &[FORWARD_BINDINGS, &[(Slot::WorkspaceRanges, Access::Read)]].concat()),
-        element_access: true,
-        rounds: None,
-        threads: tile.subgroups * format.lanes,
-        workgroup_bytes: tile.scaled_workgroup_bytes(size, parts, shape.head_dim, shape.head_dim_v),
-        workgroups: Box::new(move |part: &Part| {
-            [part.row_count().div_ceil(rows as u64), part.head_count(), part.batch_count()]
-        }),
-    }
+    Pass::new(
+        Specialization { file: "forward_coop_scaled.wgsl", entry: "forward", switches: on, constants },
+        bindings(problem, &[FORWARD_BINDINGS, &[(Slot::WorkspaceRanges, Access::Read)]].concat()),
+        tile.subgroups * format.lanes,
+        tile.scaled_workgroup_bytes(size, parts, shape.head_dim, shape.head_dim_v),
+        Box::new(move |part: &Part| [part.row_count().div_ceil(rows as u64), part.head_count(), part.batch_count()]),
+    )
+    .with_element_access(true)
 }

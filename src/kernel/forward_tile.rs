@@ -1,9 +1,9 @@
 //! Host side of `shaders/forward_tile.wgsl`.
 
-use super::{FORWARD_BINDINGS, Pass, bindings, switches};
+use super::{FORWARD_BINDINGS, Part, Pass, bindings, switches};
 use crate::specialize::Specialization;
 use crate::tune::Tile;
-use crate::{ElementType, Problem, plan::Part};
+use crate::{ElementType, Problem};
 
 /// From more keys than this on, outputs in f32 are added up in memory after each so many. One sum over N keys has a relative error
 /// of about 2e-8 · N^½ where values are random, which is 1.1e-6 here, and at 65,536 keys more than the 2e-6 that f32 promises.
@@ -54,8 +54,8 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
         on.push("THERE_AND_BACK");
     }
     let chunks = shape.head_dim.div_ceil(tile.chunk);
-    Pass {
-        specialization: Specialization {
+    Pass::new(
+        Specialization {
             file: "forward_tile.wgsl",
             entry: "forward",
             switches: on,
@@ -75,13 +75,11 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
                 ("FOLD_TILES", fold_tiles.unwrap_or(1)),
             ],
         },
-        bindings: bindings(problem, FORWARD_BINDINGS),
-        element_access: false,
-        rounds: None,
-        threads: tile.threads(),
-        workgroup_bytes: tile.workgroup_bytes(shape.head_dim_v),
-        workgroups: Box::new(move |part: &Part| {
+        bindings(problem, FORWARD_BINDINGS),
+        tile.threads(),
+        tile.workgroup_bytes(shape.head_dim_v),
+        Box::new(move |part: &Part| {
             [part.row_count().div_ceil(tile.rows as u64), part.head_count(), part.batch_count()]
         }),
-    }
+    )
 }

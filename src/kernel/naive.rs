@@ -1,8 +1,8 @@
 //! Host side of `shaders/naive_*.wgsl`.
 
-use super::{Access, Pass, Slot, bindings, switches, without_scores};
+use super::{Access, Part, Pass, Slot, bindings, switches, without_scores};
+use crate::Problem;
 use crate::specialize::Specialization;
-use crate::{Problem, plan::Part};
 
 /// The most queries and keys of a sequence with which plans for both passes take this kernel.
 const SHORT: u32 = 16;
@@ -23,22 +23,16 @@ pub(crate) fn workspace_bytes(problem: &Problem, part: &Part) -> u64 {
 pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let shape = problem.shape;
     let (seqlen_k, head_dim_v) = (shape.seqlen_k as u64, shape.head_dim_v as u64);
-    let pass = |file, entry, constants, used: &[(Slot, Access)], threads, workgroup_bytes, workgroups| Pass {
-        specialization: Specialization {
-            file,
-            entry,
-            switches: match entry {
-                "softmax" => without_scores(switches(problem, 4)),
-                _ => switches(problem, 4),
-            },
-            constants,
-        },
-        bindings: bindings(problem, used),
-        element_access: false,
-        rounds: None,
-        threads,
-        workgroup_bytes,
-        workgroups,
+    let pass = |file, entry, constants, used: &[(Slot, Access)], threads, workgroup_bytes, workgroups| {
+        let on = switches(problem, 4);
+        let on = if entry == "softmax" { without_scores(on) } else { on };
+        Pass::new(
+            Specialization { file, entry, switches: on, constants },
+            bindings(problem, used),
+            threads,
+            workgroup_bytes,
+            workgroups,
+        )
     };
     let heads = |part: &Part| part.batch_count() * part.head_count();
     vec![

@@ -54,7 +54,6 @@ pub(crate) struct ProblemUniform {
     pub round: u32,
     pub lengths_at: u32,
     pub ranges_at: u32,
-    pub padding: [u32; 3],
 }
 
 /// An open side of a window: past every key, and far enough from the ends of i32 that adding a position cannot wrap.

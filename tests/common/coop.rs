@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
-use wgpu_flash_attention::elements::{Bit, MatrixFormat, MatrixLayout};
+use wgpu_flash_attention::matrices::{Bit, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::Specialization;
 use wgpu_flash_attention::{Context, ElementType, HeadlessOptions, PlanOptions, wgpu};
 

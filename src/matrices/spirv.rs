@@ -5,7 +5,8 @@ use std::collections::{HashMap, HashSet};
 use naga::valid::Capabilities;
 use naga::{CooperativeRole, Scalar, TypeInner};
 
-use super::{MatrixFormat, ModuleError};
+use super::access::ModuleError;
+use super::format::MatrixFormat;
 
 /// What [`FEATURES`](super::FEATURES) let a module use. `pack2x16float` and its like need no feature on Vulkan.
 const CAPABILITIES: Capabilities = Capabilities::COOPERATIVE_MATRIX

@@ -1,7 +1,8 @@
-//! In the place of `module.rs` on the web, where no module with element access can be made: [`MatrixFormat::of`] finds no matrices
+//! In the place of `spirv.rs` on the web, where no module with element access can be made: [`MatrixFormat::of`] finds no matrices
 //! there, so that nothing asks for one.
 
-use super::{MatrixFormat, ModuleError};
+use super::access::ModuleError;
+use super::format::MatrixFormat;
 
 /// A module in SPIR-V whose placeholder functions access elements; there is none here.
 #[derive(Clone, Debug)]

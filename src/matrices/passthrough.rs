@@ -1,7 +1,8 @@
 //! The one place that hands SPIR-V to the driver past wgpu's checks.
 #![allow(unsafe_code)]
 
-use crate::elements::{ElementModule, FEATURES, NoElementAccess};
+use super::access::{FEATURES, NoElementAccess};
+use super::spirv::ElementModule;
 
 /// Whether [`shader_module`] can work on this device. Which features the device has is its owner's decision.
 pub(crate) fn check(device: &wgpu::Device) -> Result<(), NoElementAccess> {
@@ -44,7 +45,7 @@ pub(crate) fn shader_module(
     //   the same list. A pipeline whose layout has other entries would be refused by nobody: the library builds
     //   each such pipeline beside the module, and hands the module to no one.
     // - It reads and writes nothing out of bounds and ends: the WGSL is the library's own, the same argument as for the
-    //   modules that context.rs creates without run-time checks.
+    //   modules that pipelines.rs creates without run-time checks.
     Ok(unsafe { device.create_shader_module_passthrough(descriptor) })
 }
 

@@ -1,0 +1,250 @@
+//! Buffers: checks them, binds them, and records dispatches.
+
+use std::sync::Arc;
+
+use wgpu::{BindGroupEntry, BindingResource, BufferBinding, BufferUsages};
+
+use crate::error::Error;
+use crate::faults;
+use crate::kernel::uniform::ProblemUniform;
+use crate::kernel::{Access, Slot};
+use crate::overlap::Region;
+use crate::pipelines::{LazyPipeline, Pipeline};
+use crate::problem::{Problem, Tensor};
+
+/// A buffer argument: a whole buffer, `&buffer`, or a part of one, `BufferBinding { buffer, offset, size }`.
+pub trait ToBinding<'a>: ToOptionalBinding<'a> {
+    /// The part of the buffer.
+    fn to_binding(self) -> BufferBinding<'a>;
+}
+
+/// A buffer argument that a call may do without: as [`ToBinding`], or an `Option` of it.
+pub trait ToOptionalBinding<'a> {
+    /// The part of the buffer, if there is one.
+    fn to_optional_binding(self) -> Option<BufferBinding<'a>>;
+}
+
+impl<'a> ToBinding<'a> for &'a wgpu::Buffer {
+    fn to_binding(self) -> BufferBinding<'a> {
+        self.as_entire_buffer_binding()
+    }
+}
+
+impl<'a> ToBinding<'a> for BufferBinding<'a> {
+    fn to_binding(self) -> BufferBinding<'a> {
+        self
+    }
+}
+
+impl<'a> ToOptionalBinding<'a> for &'a wgpu::Buffer {
+    fn to_optional_binding(self) -> Option<BufferBinding<'a>> {
+        Some(self.to_binding())
+    }
+}
+
+impl<'a> ToOptionalBinding<'a> for BufferBinding<'a> {
+    fn to_optional_binding(self) -> Option<BufferBinding<'a>> {
+        Some(self)
+    }
+}
+
+impl<'a, B: ToBinding<'a>> ToOptionalBinding<'a> for Option<B> {
+    fn to_optional_binding(self) -> Option<BufferBinding<'a>> {
+        self.map(B::to_binding)
+    }
+}
+
+/// A forward or backward pass with its buffers bound, ready to be recorded any number of times. It keeps what it needs of its
+/// plan and its buffers.
+#[derive(Clone, Debug)]
+pub struct BoundPass {
+    pub(crate) steps: Vec<Step>,
+}
+
+/// A dispatch: its pipeline, its bind group, its workgroups.
+pub(crate) type Step = (Arc<Pipeline>, wgpu::BindGroup, [u32; 3]);
+
+impl BoundPass {
+    /// What `bind` binds, unless wgpu finds something wrong with it: a buffer of another device, say.
+    pub(crate) fn new(device: &wgpu::Device, bind: impl FnOnce() -> Result<Vec<Step>, Error>) -> Result<Self, Error> {
+        Ok(BoundPass { steps: faults::caught(device, "bind group", bind)? })
+    }
+
+    /// Records a compute pass of its own, if there is anything to record.
+    pub(crate) fn encode(&self, encoder: &mut wgpu::CommandEncoder, label: &str) {
+        if !self.steps.is_empty() {
+            let label = Some(label);
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label, timestamp_writes: None });
+            self.record(&mut pass);
+        }
+    }
+
+    /// Records the dispatches into the caller's pass. wgpu orders the dispatches of a pass, so that each sees what earlier ones wrote.
+    pub fn record(&self, pass: &mut wgpu::ComputePass<'_>) {
+        for (pipeline, group, [x, y, z]) in &self.steps {
+            pass.set_pipeline(&pipeline.pipeline);
+            pass.set_bind_group(0, group, &[]);
+            pass.dispatch_workgroups(*x, *y, *z);
+        }
+    }
+}
+
+/// One dispatch.
+#[derive(Debug)]
+pub(crate) struct Launch {
+    pub pipeline: Arc<LazyPipeline>,
+    /// For each binding of the pipeline: what it holds, its first byte and its size, from where the caller binds it.
+    pub ranges: Vec<(Slot, u64, u64)>,
+    pub uniform_offset: u64,
+    pub workgroups: [u32; 3],
+}
+
+/// A buffer argument.
+pub(crate) struct Argument<'b, 'a> {
+    slot: Slot,
+    access: Access,
+    given: Option<&'b BufferBinding<'a>>,
+    /// The bytes from where it is bound that it needs.
+    needed: u64,
+    /// Those of them that are its own.
+    region: Region,
+    /// Whether the problem has it.
+    has: bool,
+}
+
+impl<'b, 'a> Argument<'b, 'a> {
+    /// One that lies as a tensor of the problem.
+    pub(crate) fn tensor(
+        slot: Slot,
+        access: Access,
+        given: &'b BufferBinding<'a>,
+        problem: &Problem,
+        tensor: Tensor,
+    ) -> Self {
+        let needed = problem.tensor_bytes(tensor).next_multiple_of(4);
+        Argument { slot, access, given: Some(given), needed, region: problem.region(tensor), has: true }
+    }
+
+    /// One that is so many bytes in a row.
+    pub(crate) fn bytes(
+        slot: Slot,
+        access: Access,
+        given: Option<&'b BufferBinding<'a>>,
+        needed: u64,
+        has: bool,
+    ) -> Self {
+        Argument { slot, access, given, needed, region: Region::bytes(needed), has }
+    }
+
+    /// One that holds a length for each batch entry.
+    pub(crate) fn lengths(slot: Slot, given: Option<&'b BufferBinding<'a>>, problem: &Problem, has: bool) -> Self {
+        let needed = if has { 4 * problem.shape.batch as u64 } else { 0 };
+        Argument::bytes(slot, Access::Read, given, needed, has)
+    }
+}
+
+/// Checks every buffer; returns those that can be bound.
+pub(crate) fn check_buffers<'b, 'a>(
+    all: &[Argument<'b, 'a>],
+    offset_alignment: u64,
+) -> Result<Vec<(Slot, &'b BufferBinding<'a>)>, Error> {
+    let mut bound: Vec<(Slot, Access, &BufferBinding, Region)> = vec![];
+    for &Argument { slot, access, given, needed, ref region, has } in all {
+        let argument = slot.name();
+        let binding = match given {
+            Some(_) if !has => return Err(Error::BufferUnexpected { argument }),
+            None if needed > 0 => return Err(Error::BufferMissing { argument, bytes: needed }),
+            Some(binding) if needed > 0 => binding,
+            _ => continue,
+        };
+        let rest = binding.buffer.size().saturating_sub(binding.offset);
+        let found = binding.size.map_or(rest, |size| rest.min(size.get()));
+        if !binding.buffer.usage().contains(BufferUsages::STORAGE) {
+            let needed = BufferUsages::STORAGE;
+            return Err(Error::BufferUsage { argument, found: binding.buffer.usage(), needed });
+        }
+        if !binding.offset.is_multiple_of(offset_alignment) {
+            let alignment = offset_alignment;
+            return Err(Error::BufferOffset { argument, offset: binding.offset, alignment });
+        }
+        if found < needed {
+            return Err(Error::BufferTooSmall { argument, needed, found });
+        }
+        let region = region.clone().at(binding.offset);
+        for (other, other_access, there, other_region) in &bound {
+            if there.buffer != binding.buffer || (access, *other_access) == (Access::Read, Access::Read) {
+                continue;
+            }
+            let meet = match access == *other_access {
+                // Where words are shared they are written by atomic operations.
+                true => region.meets(other_region),
+                false => region.clone().in_words().meets(&other_region.clone().in_words()),
+            };
+            if meet {
+                let (output, other) = if access == Access::ReadWrite { (slot, *other) } else { (*other, slot) };
+                return Err(Error::BufferAliased { output: output.name(), other: other.name() });
+            }
+        }
+        bound.push((slot, access, binding, region));
+    }
+    Ok(bound.into_iter().map(|(slot, _, binding, _)| (slot, binding)).collect())
+}
+
+/// Binds a launch's uniform and ranges of the buffers.
+pub(crate) fn bind_launch(
+    device: &wgpu::Device,
+    launch: &Launch,
+    uniforms: &wgpu::Buffer,
+    slots: &[(Slot, &BufferBinding<'_>)],
+) -> Result<Step, Error> {
+    let uniform = BufferBinding {
+        buffer: uniforms,
+        offset: launch.uniform_offset,
+        size: wgpu::BufferSize::new(size_of::<ProblemUniform>() as u64),
+    };
+    let mut entries = vec![BindGroupEntry { binding: 0, resource: BindingResource::Buffer(uniform.clone()) }];
+    // The caller gives one workspace.
+    let given = |slot: Slot| {
+        let argument = match slot {
+            Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceRanges => Slot::Workspace,
+            slot => slot,
+        };
+        slots.iter().find(|(s, _)| *s == argument).map(|(_, binding)| binding)
+    };
+    for &(slot, start, size) in &launch.ranges {
+        let given = given(slot);
+        // A tensor without elements is never read; wgpu wants something bound all the same.
+        let resource = match (given, wgpu::BufferSize::new(size)) {
+            (Some(given), Some(size)) => {
+                BufferBinding { buffer: given.buffer, offset: given.offset + start, size: Some(size) }
+            }
+            _ => BufferBinding { offset: 0, ..uniform.clone() },
+        };
+        entries.push(BindGroupEntry { binding: slot as u32, resource: BindingResource::Buffer(resource) });
+    }
+    // wgpu takes a buffer at several places of a dispatch if all of them may write or none.
+    let bound = |slot| launch.ranges.iter().any(|&(s, _, size)| s == slot && size > 0);
+    let buffer = |slot: Slot| given(slot).filter(|_| bound(slot)).map(|binding| binding.buffer);
+    let written = launch.pipeline.written();
+    let shared = launch.pipeline.read().filter(|&slot| {
+        let there = buffer(slot);
+        there.is_some() && written.clone().any(|output| buffer(output) == there)
+    });
+    let shared: Vec<_> = shared.collect();
+    // A browser does not take a number from a buffer that may be written as the same for a whole workgroup. Lengths must be, since
+    // they bound loops with barriers.
+    let lengths = shared.iter().find(|slot| [Slot::SeqlensQ, Slot::SeqlensK].contains(slot));
+    match lengths {
+        Some(slot) if device.adapter_info().backend == wgpu::Backend::BrowserWebGpu => {
+            return Err(Error::LengthsShared { argument: slot.name() });
+        }
+        _ => {}
+    }
+    let pipeline = launch.pipeline.sharing(&shared)?;
+    let group = device.create_bind_group(&wgpu::BindGroupDescriptor {
+        label: Some("wgpu-flash-attention"),
+        layout: &pipeline.layout,
+        entries: &entries,
+    });
+    Ok((pipeline, group, launch.workgroups))
+}

@@ -1,0 +1,191 @@
+//! A dispatch of a kernel: its module, what it binds, and how many workgroups a part of the problem takes.
+
+use super::part::Part;
+use super::uniform::ProblemUniform;
+use crate::error::Error;
+use crate::names::Kernel;
+use crate::specialize::{Specialization, SpecializeError};
+
+/// What a binding holds. The number is its place in every shader's group 0; the uniform is at 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Slot {
+    Query = 1,
+    Key = 2,
+    Value = 3,
+    Out = 4,
+    Lse = 5,
+    SeqlensK = 6,
+    Workspace = 7,
+    /// The maxima and sums of the splits, at the workspace's end.
+    WorkspaceStats = 8,
+    PartOut = 9,
+    PartLse = 10,
+    GradOut = 11,
+    GradLse = 12,
+    GradQuery = 13,
+    GradKey = 14,
+    GradValue = 15,
+    /// Probabilities and score gradients of the naive backward pass, at the workspace's end.
+    WorkspaceScores = 16,
+    SeqlensQ = 17,
+    /// Which modules of the coop kernels for f32 and bf16 are for a head, at the workspace's end.
+    WorkspaceRanges = 18,
+}
+
+impl Slot {
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Slot::Query => "query",
+            Slot::Key => "key",
+            Slot::Value => "value",
+            Slot::Out => "out",
+            Slot::Lse => "lse",
+            Slot::SeqlensK => "seqlens_k",
+            Slot::SeqlensQ => "seqlens_q",
+            Slot::Workspace | Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceRanges => "workspace",
+            Slot::PartOut => "part_out",
+            Slot::PartLse => "part_lse",
+            Slot::GradOut => "grad_out",
+            Slot::GradLse => "grad_lse",
+            Slot::GradQuery => "grad_query",
+            Slot::GradKey => "grad_key",
+            Slot::GradValue => "grad_value",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Access {
+    Read,
+    ReadWrite,
+}
+
+/// One dispatch of a kernel, or several in a row.
+pub(crate) struct Pass {
+    pub specialization: Specialization,
+    pub bindings: Vec<(Slot, Access)>,
+    /// Whether the module has placeholders for `src/matrices/spirv.rs` to fill.
+    pub element_access: bool,
+    /// For a kernel that is dispatched several times in a row, each time for other blocks.
+    pub rounds: Option<Rounds>,
+    pub threads: u32,
+    pub workgroup_bytes: u32,
+    pub workgroups: Workgroups,
+}
+
+impl Pass {
+    /// One dispatch of a module that needs no access to the elements of matrices.
+    pub(crate) fn new(
+        specialization: Specialization,
+        bindings: Vec<(Slot, Access)>,
+        threads: u32,
+        workgroup_bytes: u32,
+        workgroups: Workgroups,
+    ) -> Self {
+        Pass { specialization, bindings, element_access: false, rounds: None, threads, workgroup_bytes, workgroups }
+    }
+
+    /// Whether the module has placeholders for access to the elements of matrices.
+    pub(crate) fn with_element_access(self, element_access: bool) -> Self {
+        Pass { element_access, ..self }
+    }
+
+    /// Dispatched once for each round of blocks.
+    pub(crate) fn with_rounds(self, rounds: Rounds) -> Self {
+        Pass { rounds: Some(rounds), ..self }
+    }
+
+    /// What is compiled for it.
+    pub(crate) fn module(&self) -> Module {
+        Module {
+            specialization: self.specialization.clone(),
+            bindings: self.bindings.clone(),
+            element_access: self.element_access,
+        }
+    }
+
+    /// The numbers of all its bindings.
+    pub(crate) fn binding_numbers(&self) -> Vec<u32> {
+        self.module().binding_numbers()
+    }
+}
+
+/// What a pipeline is compiled from. Equal ones are one pipeline.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Module {
+    pub specialization: Specialization,
+    pub bindings: Vec<(Slot, Access)>,
+    pub element_access: bool,
+}
+
+impl Module {
+    /// The numbers of all its bindings.
+    pub(crate) fn binding_numbers(&self) -> Vec<u32> {
+        std::iter::once(0).chain(self.bindings.iter().map(|&(slot, _)| slot as u32)).collect()
+    }
+
+    /// The same, with these inputs declared as if they were written: wgpu wants that of a buffer that is bound as an input and as
+    /// an output of one dispatch.
+    pub(crate) fn sharing(&self, inputs: &[Slot]) -> Module {
+        let mut module = self.clone();
+        for (slot, access) in &mut module.bindings {
+            if inputs.contains(slot) {
+                *access = Access::ReadWrite;
+            }
+        }
+        module
+    }
+
+    /// Its WGSL.
+    pub(crate) fn text(&self) -> Result<String, SpecializeError> {
+        let mut text = self.specialization.source()?.text;
+        for (slot, _) in self.bindings.iter().filter(|(_, access)| *access == Access::ReadWrite) {
+            let declared = |access: &str| format!("@binding({}) var<storage, {access}>", *slot as u32);
+            text = text.replace(&declared("read"), &declared("read_write"));
+        }
+        Ok(text)
+    }
+}
+
+/// Sizes of the blocks of keys and of rows, and how many rounds visit all pairs of them.
+#[derive(Clone, Copy)]
+pub(crate) struct Rounds {
+    pub block_keys: u32,
+    pub block_rows: u32,
+    pub count: u32,
+}
+
+/// The workgroups that a part of the problem takes.
+pub(crate) type Workgroups = Box<dyn Fn(&Part) -> [u64; 3]>;
+
+/// An error if a pass needs more than the device's limits allow.
+pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limits) -> Result<(), Error> {
+    for pass in passes {
+        let storage_buffers = pass.bindings.len() as u32;
+        let bindings = pass.binding_numbers().into_iter().max().unwrap_or(0) + 1;
+        let uniform_bytes = size_of::<ProblemUniform>() as u64;
+        let needs = [
+            ("max_compute_workgroup_storage_size", pass.workgroup_bytes, limits.max_compute_workgroup_storage_size),
+            ("max_compute_invocations_per_workgroup", pass.threads, limits.max_compute_invocations_per_workgroup),
+            ("max_compute_workgroup_size_x", pass.threads, limits.max_compute_workgroup_size_x),
+            ("max_compute_workgroup_size_y", 1, limits.max_compute_workgroup_size_y),
+            ("max_compute_workgroup_size_z", 1, limits.max_compute_workgroup_size_z),
+            ("max_compute_workgroups_per_dimension", 1, limits.max_compute_workgroups_per_dimension),
+            ("max_storage_buffers_per_shader_stage", storage_buffers, limits.max_storage_buffers_per_shader_stage),
+            ("max_uniform_buffers_per_shader_stage", 1, limits.max_uniform_buffers_per_shader_stage),
+            ("max_bindings_per_bind_group", bindings, limits.max_bindings_per_bind_group),
+            ("max_bind_groups", 1, limits.max_bind_groups),
+        ];
+        let needs = needs.map(|(limit, needed, found)| (limit, u64::from(needed), u64::from(found)));
+        let of_uniform = [
+            ("max_uniform_buffer_binding_size", uniform_bytes, limits.max_uniform_buffer_binding_size),
+            ("max_buffer_size", uniform_bytes, limits.max_buffer_size),
+        ];
+        for (limit, needed, found) in needs.into_iter().chain(of_uniform) {
+            if needed > found {
+                return Err(Error::DeviceLimit { kernel, limit, needed, found });
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,30 @@
+//! Access to the elements of cooperative matrices, which SPIR-V has and WGSL has not.
+//!
+//! The lanes of a subgroup hold a cooperative matrix together, each the same number of its elements. A kernel is WGSL
+//! that naga parses and validates like any other; it reaches a lane's elements through placeholder functions, whose
+//! bodies are harmless:
+//! - `coop_get_N(m)`, or `coop_get_…_N(m)`, is element N of what the lane holds of the matrix m,
+//! - `coop_set…(m, e0, e1, …)` is m with the lane's first elements replaced by e0, e1, ….
+//!
+//! [`ElementModule::new`] has naga write the module as SPIR-V, where it then makes the functions do what they say.
+//!
+//! Which row and column the element n of lane i is in is the implementation's choice. [`probe()`] asks it once, and
+//! [`MatrixLayout`] is the answer that kernels are specialised by.
+
+pub mod access;
+pub mod format;
+pub mod layout;
+pub(crate) mod passthrough;
+pub mod probe;
+#[cfg(not(target_arch = "wasm32"))]
+pub mod spirv;
+// Browsers have no cooperative matrices, and naga would be most of what they load.
+#[cfg(target_arch = "wasm32")]
+#[path = "spirv_web.rs"]
+pub mod spirv;
+
+pub use access::{FEATURES, ModuleError, NoElementAccess};
+pub use format::{MATRIX_FEATURES, MatrixFormat};
+pub use layout::{Bit, LayoutError, MatrixLayout};
+pub use probe::{ProbedLayouts, probe, probe_text};
+pub use spirv::ElementModule;

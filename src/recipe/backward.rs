@@ -1,0 +1,145 @@
+//! The kernel of the backward pass.
+
+use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, first};
+use super::coop::{self, Coop};
+use crate::error::Error;
+use crate::facts::Facts;
+use crate::kernel::{
+    Cut, Part, Pass, Slot, backward_coop, backward_delta, backward_fused, backward_naive, backward_tile, check_limits,
+};
+use crate::loops;
+use crate::names::{ElementType, Kernel};
+use crate::options::PlanOptions;
+use crate::problem::Problem;
+use crate::tune::{self, FusedTile};
+
+/// In the order in which a plan prefers them, after a forward pass by the kernel `forward`.
+fn candidates(
+    problem: &Problem,
+    facts: &Facts,
+    options: &PlanOptions,
+    forward: Kernel,
+    coop: &Result<Coop, Error>,
+) -> Vec<Candidate> {
+    let not_coop = coop::refusal(problem, facts, options, coop, not_measured(problem));
+    let short = options.kernel.is_none() && forward == Kernel::Naive;
+    let candidate = |kernel, takes, reason| Candidate { kernel, takes, reason };
+    vec![
+        candidate(Kernel::Naive, short, SHORT_SEQUENCES),
+        candidate(Kernel::Coop, not_coop.is_none(), coop::reason(problem.element_type)),
+        candidate(Kernel::Tile, true, not_coop.unwrap_or(ANYWHERE)),
+    ]
+}
+
+/// Why the coop kernel is not for such rows.
+fn not_measured(problem: &Problem) -> Option<&'static str> {
+    let wide = problem.shape.head_dim.max(problem.shape.head_dim_v) > 128;
+    if wide && problem.element_type != ElementType::F16 {
+        return Some(
+            "the coop kernel's backward pass in f32 and bf16 has no figures above a head dim of 128: ask for it",
+        );
+    }
+    (problem.element_type == ElementType::BF16 && !backward_coop::bf16_in_vectors(problem))
+        .then_some("the coop kernel's backward pass in bf16 takes rows that begin and end at multiples of 4 elements")
+}
+
+/// How the backward pass of a problem is computed, whose forward pass `forward` computes.
+pub(super) fn recipe(
+    problem: &Problem,
+    facts: &Facts,
+    options: &PlanOptions,
+    forward: Kernel,
+) -> Result<Recipe, Error> {
+    let coop = coop::backward(problem, facts, options);
+    let (kernel, reason) = first(options.backward, || candidates(problem, facts, options, forward, &coop));
+    let mut coop_form = None;
+    let after_delta = |passes| {
+        let mut all = vec![backward_delta::pass(problem, false)];
+        all.extend::<Vec<Pass>>(passes);
+        all
+    };
+    let passes = match kernel {
+        Kernel::Coop => {
+            let coop = coop?;
+            coop_form = Some((coop.form, coop.why));
+            after_delta(coop.passes)
+        }
+        Kernel::Decode => {
+            let why = "it has no backward pass";
+            return Err(Error::Unsupported { kernel, element_type: problem.element_type, why });
+        }
+        Kernel::Naive => {
+            loops::check(facts.loop_iterations, kernel, loops::of_naive(problem, true))?;
+            after_delta(backward_naive::passes(problem))
+        }
+        Kernel::Tile => match fused_tile(problem, options, &facts.limits)? {
+            Some(tile) => {
+                loops::check(facts.loop_iterations, kernel, loops::of_fused(problem, tile))?;
+                backward_fused::passes(problem, tile)
+            }
+            None => after_delta(two_kernels(problem, facts, options)?),
+        },
+    };
+    let problem = problem.clone();
+    let workspaces = move |part: &Part| {
+        let has_ranges = kernel == Kernel::Coop && problem.element_type != ElementType::F16;
+        let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(&problem, part, has_ranges))];
+        if kernel == Kernel::Naive {
+            all.push((Slot::WorkspaceScores, backward_naive::workspace_bytes(&problem, part)));
+        }
+        all
+    };
+    Ok(Recipe {
+        kernel,
+        reason,
+        coop_form,
+        passes,
+        workspaces: Box::new(workspaces),
+        cut: Cut::Groups,
+        splits: None,
+        tile: None,
+        rows_and_keys: None,
+    })
+}
+
+/// The tile kernels, of which each computes the scores.
+fn two_kernels(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Vec<Pass>, Error> {
+    let shape = &problem.shape;
+    let [dkdv, dq] = match options.backward_tile {
+        Some(tile) => [tile; 2],
+        None => tune::backward_tiles(shape.head_dim, shape.head_dim_v, &facts.limits),
+    };
+    dkdv.validate()?;
+    dq.validate()?;
+    loops::check(facts.loop_iterations, Kernel::Tile, loops::of_backward_tiles(problem, [dkdv, dq]))?;
+    Ok(backward_tile::passes(problem, dkdv, dq))
+}
+
+/// The tile of the kernel that computes all gradients at once, if that is the one: in f32 it adds them up in place.
+fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -> Result<Option<FusedTile>, Error> {
+    let is_f32 = problem.element_type == ElementType::F32;
+    // Without queries there is no gradient of them to bind.
+    let has_queries = problem.shape.seqlen_q > 0;
+    if let Some(tile) = options.fused_tile {
+        tile.validate()?;
+        if !is_f32 {
+            return Err(Error::Unsupported {
+                kernel: Kernel::Tile,
+                element_type: problem.element_type,
+                why: "all gradients at once are computed in f32 only",
+            });
+        }
+        if tile.rounds(problem.shape.seqlen_q, problem.shape.seqlen_k) > tune::MOST_ROUNDS {
+            return Err(Error::Tile(
+                "block_keys and block_rows must be so large that there are at most 65,536 of each",
+            ));
+        }
+        return Ok(has_queries.then_some(tile));
+    }
+    // A window that moves along leaves most blocks of a round empty.
+    if options.backward_tile.is_some() || !is_f32 || !has_queries || problem.window_left.is_some() {
+        return Ok(None);
+    }
+    let fits = |tile: &FusedTile| check_limits(Kernel::Tile, &backward_fused::passes(problem, *tile), limits).is_ok();
+    Ok(tune::fused_tile(&problem.shape, problem.rows_grow(), limits).filter(fits))
+}

@@ -1,0 +1,51 @@
+//! What a kernel would run for a problem, and which of several kernels is taken.
+
+use crate::kernel::{Cut, Part, Pass, Slot};
+use crate::names::{CoopForm, Kernel};
+use crate::tune::Tile;
+
+/// What a kernel runs for each part of a problem.
+pub(crate) struct Recipe {
+    pub kernel: Kernel,
+    pub reason: &'static str,
+    /// The coop kernel's form, and why.
+    pub coop_form: Option<(CoopForm, String)>,
+    pub passes: Vec<Pass>,
+    pub workspaces: Workspaces,
+    /// How a problem that is too large for one launch may be cut.
+    pub cut: Cut,
+    /// Splits of the keys, for the decode kernel.
+    pub splits: Option<u32>,
+    /// The tile kernel's tile, forward.
+    pub tile: Option<Tile>,
+    /// Queries and keys of a tile, for forward kernels that have tiles.
+    pub rows_and_keys: Option<(u32, u32)>,
+}
+
+/// What a part of a problem keeps in the workspace, and how many bytes of it.
+pub(crate) type Workspaces = Box<dyn Fn(&Part) -> Vec<(Slot, u64)>>;
+
+/// A kernel that a plan may take.
+pub(super) struct Candidate {
+    pub kernel: Kernel,
+    /// Whether it takes the problem.
+    pub takes: bool,
+    /// Why, if it does.
+    pub reason: &'static str,
+}
+
+/// The kernel that is asked for, or the first candidate that takes the problem; and why.
+pub(super) fn first(asked: Option<Kernel>, candidates: impl FnOnce() -> Vec<Candidate>) -> (Kernel, &'static str) {
+    match asked {
+        Some(kernel) => (kernel, "asked for"),
+        None => {
+            let taken = candidates().into_iter().find(|candidate| candidate.takes);
+            taken.map_or((Kernel::Tile, ANYWHERE), |candidate| (candidate.kernel, candidate.reason))
+        }
+    }
+}
+
+/// Why a plan takes the tile kernel.
+pub(super) const ANYWHERE: &str = "it runs on every device and computes every problem";
+/// Why a plan takes the naive kernel.
+pub(super) const SHORT_SEQUENCES: &str = "sequences so short that tiles would be nearly empty";

@@ -1,0 +1,177 @@
+//! The kernels on cooperative matrices, forward and backward: their form and their tiles.
+
+use super::candidate::ANYWHERE;
+use crate::error::Error;
+use crate::facts::{Facts, Matrices};
+use crate::kernel::{Pass, backward_coop, check_limits, forward_coop, forward_coop_scaled};
+use crate::matrices::{MatrixFormat, MatrixLayout};
+use crate::names::{CoopForm, ElementType, Kernel};
+use crate::options::PlanOptions;
+use crate::problem::Problem;
+use crate::tune::{self, CoopTile};
+
+/// Why a plan takes the coop kernel for a type.
+pub(super) const fn reason(element_type: ElementType) -> &'static str {
+    match element_type {
+        ElementType::F32 => "the device has cooperative matrices; f32 is multiplied in two parts of f16",
+        ElementType::F16 => "the device has cooperative matrices for f16",
+        ElementType::BF16 => "the device has cooperative matrices; bf16 is scaled to f16",
+    }
+}
+
+/// Why a plan takes the tile kernel instead.
+pub(super) const HALF_WITHOUT_ACCESS: &str =
+    "without access to the elements of matrices the coop kernel takes f16 only";
+pub(super) const LIMITS_TOO_SMALL: &str = "the device's limits are too small for the tile of the coop kernel";
+
+/// Why a form does not do.
+pub(super) const NO_ACCESS: &str = "in registers it needs access to the elements of matrices";
+pub(super) const F16_ONLY: &str = "through workgroup memory it takes f16 only";
+
+/// The passes of a problem on a device's matrices.
+pub(super) struct Coop {
+    pub form: CoopForm,
+    /// Why this form.
+    pub why: String,
+    pub passes: Vec<Pass>,
+    /// Queries and keys of a tile of the forward pass.
+    pub rows_and_keys: Option<(u32, u32)>,
+}
+
+/// Form, why this one, and how its elements lie.
+fn form(
+    problem: &Problem,
+    matrices: &Matrices,
+    options: &PlanOptions,
+) -> Result<(CoopForm, String, MatrixLayout), Error> {
+    let (form, why) = matrices.form(options.coop_form);
+    let layout = matrices.layout(form).ok_or(unsupported(problem, NO_ACCESS))?;
+    Ok((form, why, layout))
+}
+
+fn unsupported(problem: &Problem, why: &'static str) -> Error {
+    Error::Unsupported { kernel: Kernel::Coop, element_type: problem.element_type, why }
+}
+
+fn matrices_of<'a>(problem: &Problem, facts: &'a Facts) -> Result<&'a Matrices, Error> {
+    facts.matrices.as_ref().ok_or(unsupported(problem, "the context was made without with_cooperative_matrices"))
+}
+
+/// Why a plan does not take the kernel, forward or backward, by itself: what both passes have in common. `passes` are those that it would take.
+pub(super) fn refusal(
+    problem: &Problem,
+    facts: &Facts,
+    options: &PlanOptions,
+    passes: &Result<Coop, Error>,
+    too_wide: Option<&'static str>,
+) -> Option<&'static str> {
+    let Some(matrices) = &facts.matrices else {
+        return Some(ANYWHERE);
+    };
+    if problem.element_type != ElementType::F16 && !matrices.in_registers(options.coop_form) {
+        return Some(HALF_WITHOUT_ACCESS);
+    }
+    if too_wide.is_some() {
+        return too_wide;
+    }
+    let fits = passes.as_ref().is_ok_and(|coop| check_limits(Kernel::Coop, &coop.passes, &facts.limits).is_ok());
+    (!fits).then_some(LIMITS_TOO_SMALL)
+}
+
+/// The forward pass.
+pub(super) fn forward(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Coop, Error> {
+    let matrices = matrices_of(problem, facts)?;
+    let (form, why, layout) = form(problem, matrices, options)?;
+    let (format, shape) = (matrices.format, problem.shape);
+    let (tile, passes) = match (problem.element_type, form) {
+        (ElementType::F16, _) => {
+            let table = || tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v);
+            let long = || long_tile(problem, form, format, &layout, &facts.limits);
+            let tile = options.coop_tile.or_else(long).unwrap_or_else(table);
+            tile.validate(form, format.size)?;
+            (tile, vec![forward_coop::pass(problem, form, tile, format, &layout)])
+        }
+        (other, CoopForm::Registers) => {
+            let table = || tune::coop_scaled_tile(format.size, other, shape.head_dim, shape.head_dim_v);
+            let tile = options.coop_tile.unwrap_or_else(table);
+            tile.validate_scaled(format.size, format.lanes)?;
+            (tile, forward_coop_scaled::passes(problem, tile, format, &layout))
+        }
+        (_, CoopForm::WorkgroupMemory) => return Err(unsupported(problem, F16_ONLY)),
+    };
+    Ok(Coop { form, why, passes, rows_and_keys: Some((tile.rows(format.size), tile.keys)) })
+}
+
+/// The backward pass, but for the deltas before it.
+pub(super) fn backward(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Coop, Error> {
+    let matrices = matrices_of(problem, facts)?;
+    let (form, why, layout) = form(problem, matrices, options)?;
+    let (format, shape) = (matrices.format, problem.shape);
+    let widest = shape.head_dim.max(shape.head_dim_v);
+    let tiles = match (problem.element_type, form) {
+        (ElementType::F16, _) => {
+            let table = || tune::coop_backward_tiles(form, format.size, shape.head_dim, shape.head_dim_v);
+            let tiles = options.coop_backward_tiles.unwrap_or_else(table);
+            tiles.iter().try_for_each(|tile| tile.validate(format.size))?;
+            tiles
+        }
+        (ElementType::BF16, CoopForm::Registers) if !backward_coop::bf16_in_vectors(problem) => {
+            let why = "its backward pass in bf16 takes rows that begin and end at multiples of 4 elements";
+            return Err(unsupported(problem, why));
+        }
+        (other, CoopForm::Registers) => {
+            let table = || tune::coop_scaled_backward_tiles(format.size, other, shape.head_dim, shape.head_dim_v);
+            let tiles = options.coop_backward_tiles.unwrap_or_else(table);
+            tiles.iter().try_for_each(|tile| tile.validate_scaled(format.size, format.lanes, widest))?;
+            tiles
+        }
+        (_, CoopForm::WorkgroupMemory) => return Err(unsupported(problem, F16_ONLY)),
+    };
+    let passes = backward_coop::passes(problem, form, tiles, format, &layout);
+    Ok(Coop { form, why, passes, rows_and_keys: None })
+}
+
+/// The tile for long rows, if the problem has such rows, and enough of them, and the device's limits are large enough.
+fn long_tile(
+    problem: &Problem,
+    form: CoopForm,
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+    limits: &wgpu::Limits,
+) -> Option<CoopTile> {
+    let shape = &problem.shape;
+    let tile = tune::long_coop_tile(form, format.size, shape.head_dim, shape.head_dim_v)?;
+    let (first, end) = problem.key_interval(shape.seqlen_q.saturating_sub(1), shape.seqlen_k);
+    let blocks = shape.seqlen_q.div_ceil(tile.rows(format.size)) as u64;
+    let suits = shape.seqlen_q.min(end.saturating_sub(first)) >= tune::LONG
+        && blocks * shape.batch as u64 * shape.heads_q as u64 >= tune::FULL_DEVICE;
+    let fits =
+        || check_limits(Kernel::Coop, &[forward_coop::pass(problem, form, tile, format, layout)], limits).is_ok();
+    (suits && fits()).then_some(tile)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::problem::{Causal, Shape};
+
+    #[test]
+    fn long_rows_have_their_own_tile_where_it_fits() {
+        let format = MatrixFormat { size: 16, lanes: 32 };
+        let chosen = |problem: &Problem, format, limits| {
+            long_tile(problem, CoopForm::Registers, format, &MatrixLayout::rows(format), limits)
+        };
+        let large = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() };
+        let problem = |heads, seqlen| Problem::new(Shape::square(1, heads, seqlen, 64), ElementType::F16);
+        let long = problem(16, 16384);
+        assert_eq!(chosen(&long, format, &large), tune::long_coop_tile(CoopForm::Registers, 16, 64, 64));
+        assert!(chosen(&long, format, &large).is_some());
+        assert!(chosen(&long.clone().causal(Causal::BottomRight), format, &large).is_some());
+        assert!(chosen(&problem(16, 16383), format, &large).is_none());
+        assert!(chosen(&long.clone().window(Some(1000), Some(0)), format, &large).is_none());
+        assert!(chosen(&problem(4, 16384), format, &large).is_none(), "too few workgroups");
+        let small = wgpu::Limits { max_compute_workgroup_storage_size: 32 << 10, ..Default::default() };
+        assert!(chosen(&long, format, &small).is_none());
+        assert!(chosen(&long, MatrixFormat { lanes: 64, ..format }, &large).is_none(), "too many invocations");
+    }
+}

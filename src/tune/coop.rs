@@ -1,0 +1,152 @@
+//! The kernels on cooperative matrices, forward.
+
+use crate::error::Error;
+use crate::names::{CoopForm, ElementType};
+
+/// The tile of the cooperative-matrix kernel, `shaders/forward_coop.wgsl` and `shaders/forward_coop_workgroup.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CoopTile {
+    /// Subgroups in a workgroup.
+    pub subgroups: u32,
+    /// Matrices of rows that a subgroup has.
+    pub row_matrices: u32,
+    /// Keys a step of the loop takes; a multiple of the matrices' size.
+    pub keys: u32,
+    /// Tiles of K and V in workgroup memory: 1, or 2 to fill one while the other is in use.
+    pub buffers: u32,
+}
+
+impl CoopTile {
+    /// Queries a workgroup computes, with matrices of `size` rows.
+    pub const fn rows(&self, size: u32) -> u32 {
+        self.subgroups * self.row_matrices * size
+    }
+
+    /// Workgroup memory in bytes. The same sums as the constants of the shader.
+    pub const fn workgroup_bytes(&self, form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+        let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
+        let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
+        let tiles = self.buffers * self.keys * (k_stride + v_stride);
+        match form {
+            CoopForm::Registers => {
+                let rows = self.rows(size) * if k_stride > v_stride { k_stride } else { v_stride };
+                8 * if tiles > rows { tiles } else { rows }
+            }
+            // And the scores in f32, the probabilities in f16.
+            CoopForm::WorkgroupMemory => 8 * tiles + 6 * self.rows(size) * (self.keys + 8) + 16,
+        }
+    }
+
+    /// The same for `shaders/forward_coop_scaled.wgsl`, with elements of so many parts.
+    pub const fn scaled_workgroup_bytes(&self, size: u32, parts: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+        let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
+        let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
+        let tiles = parts * self.keys * (k_stride + v_stride);
+        let rows = self.rows(size) * k_stride;
+        let sizes = self.rows(size) + 2 * self.keys;
+        8 * if tiles > rows { tiles } else { rows } + self.subgroups * (16 + 4 * size * size) + 4 * sizes
+    }
+
+    /// Checks that the tile divides as the shader needs it to.
+    pub fn validate(&self, form: CoopForm, size: u32) -> Result<(), Error> {
+        // Bounds the arithmetic of workgroup_bytes.
+        if [self.subgroups, self.row_matrices, self.keys].iter().any(|&n| n == 0 || n > 1024) {
+            return Err(Error::Tile("every size must be from 1 to 1024"));
+        }
+        if self.subgroups * self.row_matrices > 1024 {
+            return Err(Error::Tile("subgroups times row_matrices must be at most 1024"));
+        }
+        if !matches!(self.buffers, 1 | 2) {
+            return Err(Error::Tile("buffers must be 1 or 2"));
+        }
+        if form == CoopForm::WorkgroupMemory && self.buffers != 1 {
+            return Err(Error::Tile("buffers must be 1 in the form through workgroup memory"));
+        }
+        if !self.keys.is_multiple_of(size) {
+            return Err(Error::Tile("the size of a matrix must divide keys"));
+        }
+        Ok(())
+    }
+
+    /// The same for `shaders/forward_coop_scaled.wgsl`, whose subgroups have `lanes` lanes.
+    pub fn validate_scaled(&self, size: u32, lanes: u32) -> Result<(), Error> {
+        self.validate(CoopForm::Registers, size)?;
+        if self.buffers != 1 {
+            return Err(Error::Tile("buffers must be 1 for f32 and bf16"));
+        }
+        if self.subgroups > lanes {
+            return Err(Error::Tile("a workgroup must have at most as many subgroups as a subgroup has lanes"));
+        }
+        Ok(())
+    }
+}
+
+/// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
+///
+/// With matrices of 16 up to a head dim of 128 they were measured on an H100 (docs/performance.md, docs/tuning/forward-coop.md). Larger
+/// ones follow from counting: as many rows and keys as fit 48 KiB. Matrices of 8 with access to their elements only a processor
+/// is known to have, which takes its time to compile large tiles; the other form has what fits 32 KiB.
+pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
+    let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };
+    match (form, size, head_dim.max(head_dim_v)) {
+        (CoopForm::Registers, 16, 0..=64) => tile(4, 2, 32, 1),
+        (CoopForm::Registers, 16, 65..=128) => tile(8, 1, 64, 1),
+        (CoopForm::Registers, 16, _) => tile(4, 1, 16, 2),
+        (CoopForm::Registers, _, 0..=128) => tile(4, 1, 8, 1),
+        (CoopForm::Registers, _, _) => tile(2, 1, 8, 2),
+        (CoopForm::WorkgroupMemory, 16, 0..=64) => tile(4, 2, 16, 1),
+        (CoopForm::WorkgroupMemory, 16, 65..=128) => tile(8, 1, 32, 1),
+        (CoopForm::WorkgroupMemory, 16, _) => tile(4, 1, 16, 1),
+        (CoopForm::WorkgroupMemory, _, 0..=128) => tile(4, 2, 16, 1),
+        (CoopForm::WorkgroupMemory, _, _) => tile(2, 2, 16, 1),
+    }
+}
+
+/// Queries and keys from which on plans take [`long_coop_tile`], if it gives the device enough workgroups.
+pub(crate) const LONG: u32 = 16384;
+
+/// The same for long rows, where there is a better one. An H100 then is at its limit of power, and 256 rows read K and V half
+/// as often as 128 do: with them 1·16·16384·64 has 287 to 300 TFLOP/s, without 273 to 295 (docs/performance.md).
+pub fn long_coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> Option<CoopTile> {
+    let measured = (form, size) == (CoopForm::Registers, 16) && head_dim.max(head_dim_v) <= 64;
+    measured.then_some(CoopTile { subgroups: 8, row_matrices: 2, keys: 64, buffers: 1 })
+}
+
+/// The same for elements that are made f16, `shaders/forward_coop_scaled.wgsl`.
+pub fn coop_scaled_tile(size: u32, element_type: ElementType, head_dim: u32, head_dim_v: u32) -> CoopTile {
+    let (subgroups, row_matrices, keys) = match (size, element_type, head_dim.max(head_dim_v)) {
+        (16, ElementType::F32, 0..=64) => (4, 2, 32),
+        (16, ElementType::F32, 65..=128) => (8, 1, 32),
+        (16, ElementType::F32, _) => (2, 1, 16),
+        (16, _, 0..=64) => (4, 2, 32),
+        (16, _, 65..=128) => (8, 1, 64),
+        (16, _, _) => (4, 1, 16),
+        (_, _, 0..=128) => (4, 1, 16),
+        (_, _, _) => (2, 1, 8),
+    };
+    CoopTile { subgroups, row_matrices, keys, buffers: 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_head_dim_gets_a_coop_tile_that_fits() {
+        for (form, size, bytes) in [
+            (CoopForm::Registers, 16, 48 << 10),
+            (CoopForm::Registers, 8, 32 << 10),
+            (CoopForm::WorkgroupMemory, 16, 48 << 10),
+            (CoopForm::WorkgroupMemory, 8, 32 << 10),
+        ] {
+            for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [1, 64, 128, 256, d].map(|dv| (d, dv))) {
+                let short = coop_tile(form, size, head_dim, head_dim_v);
+                for tile in [short].into_iter().chain(long_coop_tile(form, size, head_dim, head_dim_v)) {
+                    tile.validate(form, size).unwrap();
+                    let used = tile.workgroup_bytes(form, size, head_dim, head_dim_v);
+                    assert!(used <= bytes, "{form} {size} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
+                }
+            }
+        }
+    }
+}

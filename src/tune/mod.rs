@@ -1,0 +1,18 @@
+//! Which tile a kernel uses, by head dimension and device. Pure: numbers in, numbers out.
+
+mod backward;
+mod coop;
+mod coop_backward;
+mod decode;
+mod fused;
+mod tile;
+
+pub use backward::{BackwardTile, backward_tiles};
+pub(crate) use coop::LONG;
+pub use coop::{CoopTile, coop_scaled_tile, coop_tile, long_coop_tile};
+pub use coop_backward::{CoopBackwardTile, coop_backward_tiles, coop_scaled_backward_tiles};
+pub(crate) use decode::FULL_DEVICE;
+pub use decode::{DecodeTile, decode_splits, decode_tile};
+pub(crate) use fused::MOST_ROUNDS;
+pub use fused::{FusedTile, fused_tile};
+pub use tile::{Tile, tile};
