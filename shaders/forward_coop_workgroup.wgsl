@@ -122,6 +122,11 @@ fn forward(
         for (var d = 0u; d < VM; d++) {
             o[r][d] = Accumulator();
         }
+        // S of no tile
+#unroll
+        for (var c = 0u; c < KM; c++) {
+            put_accumulator(Accumulator(), mine + r, c);
+        }
         m[r] = EMPTY;
         l[r] = 0.0;
     }
@@ -140,7 +145,8 @@ fn forward(
     }
     workgroupBarrier();
     for (; n < visited.count; n++) {
-        let j0 = tile(visited, max(n, 0));
+        // The step of no tile has keys past the end, which do not count.
+        let j0 = select(tile(visited, n), at.keys, n < 0);
         var x = array<array<Lane, KM>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
@@ -154,10 +160,13 @@ fn forward(
                 let i = i32(row0 + (mine + r) * M);
                 let j = j0 + i32(c * M);
                 x[r][c] = shaped(x[r][c], at, i, j, lane).score;
-                if n < 0 {
-                    x[r][c] = filled(masked_score);
-                } else if n >= visited.full {
-                    x[r][c] = masked(x[r][c], at, i, j, lane, masked_score);
+            }
+        }
+        if n < 0 || n >= visited.full {
+            for (var r = 0u; r < ROW_MATRICES; r++) {
+                for (var c = 0u; c < KM; c++) {
+                    let i = i32(row0 + (mine + r) * M);
+                    x[r][c] = masked(x[r][c], at, i, j0 + i32(c * M), lane, masked_score);
                 }
             }
         }

@@ -47,6 +47,7 @@ const FILES: &[(&str, &str)] = &[
     ("common/row_stats.wgsl", include_str!("../shaders/common/row_stats.wgsl")),
     ("common/row_sizes.wgsl", include_str!("../shaders/common/row_sizes.wgsl")),
     ("common/sizes.wgsl", include_str!("../shaders/common/sizes.wgsl")),
+    ("coop_sizes.wgsl", include_str!("../shaders/coop_sizes.wgsl")),
     ("coop_ranges.wgsl", include_str!("../shaders/coop_ranges.wgsl")),
     ("common/tile_chunks.wgsl", include_str!("../shaders/common/tile_chunks.wgsl")),
     ("common/tile_columns.wgsl", include_str!("../shaders/common/tile_columns.wgsl")),

@@ -337,7 +337,9 @@ fn ranges() {
     let backward = problems_with_gradients().into_iter().map(|problem| (problem, coop.backward(Kernel::Coop)));
     for (problem, options) in forward.chain(backward) {
         if problem.element_type != ElementType::F16 {
-            seen.check(&problem, &facts, &options, |module| module.specialization.entry == "find_ranges");
+            seen.check(&problem, &facts, &options, |module| {
+                ["find_sizes", "find_ranges"].contains(&module.specialization.entry)
+            });
         }
     }
     assert!(seen.0.len() >= 100, "only {} modules", seen.0.len());

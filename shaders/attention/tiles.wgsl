@@ -86,14 +86,23 @@ fn next_tile(walk: Walk, j0: i32, j1: i32, size: u32) -> Walk {
     return past_heads_without_tiles(next, j0, j1, size);
 }
 
+// A head may have no tiles. Where all heads have the same ones, none of them has.
 fn past_heads_without_tiles(walk: Walk, j0: i32, j1: i32, size: u32) -> Walk {
     var x = walk;
+#if TILES_BY_HEAD
     while x.n >= x.tiles.count && x.heads_left > 0u {
         x.at = with_head(x.at, x.at.head + 1u);
         x.tiles = row_tiles(x.at, j0, j1, size);
         x.n = 0;
         x.heads_left--;
     }
+#else
+    if x.n >= x.tiles.count && x.heads_left > 0u {
+        x.at = with_head(x.at, x.at.head + 1u);
+        x.n = 0;
+        x.heads_left--;
+    }
+#endif
     return x;
 }
 

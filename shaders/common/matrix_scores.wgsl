@@ -60,15 +60,6 @@ fn masked_transposed(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32, value: 
     return y;
 }
 
-fn filled(value: f32) -> Lane {
-    var y: Lane;
-#unroll
-    for (var e = 0u; e < ELEMENTS; e++) {
-        y[e] = value;
-    }
-    return y;
-}
-
 // Row and column of an element: what the lane adds, plus what the element's number adds, which is a constant.
 fn held_row_place(lane: u32, e: u32) -> i32 {
     return i32(row_of(lane, 0u) + row_of(0u, e));

@@ -21,47 +21,74 @@ pub(crate) fn workspace_bytes(part: &Part) -> u64 {
     part.batch_count().saturating_mul(part.head_count()).saturating_mul(4)
 }
 
-/// Host side of `shaders/coop_ranges.wgsl`.
-pub(crate) fn ranges(problem: &Problem, size: u32, backward: bool) -> Pass {
+/// Into how many shares the rows of a head are cut, for one workgroup each to look at the sizes of their elements: so many that a few heads
+/// keep a device busy, but none of fewer than 128 rows.
+fn shares(problem: &Problem) -> u32 {
+    problem.shape.seqlen_q.max(problem.shape.seqlen_k).div_ceil(128).clamp(1, 32)
+}
+
+/// Bytes of the sizes of each head.
+pub(crate) fn sizes_bytes(problem: &Problem, part: &Part) -> u64 {
+    part.batch_count().saturating_mul(part.head_count()).saturating_mul(32 * shares(problem) as u64)
+}
+
+/// Host side of `shaders/coop_sizes.wgsl` and of `shaders/coop_ranges.wgsl`: they find out which modules are for each head.
+pub(crate) fn ranges(problem: &Problem, size: u32, backward: bool) -> [Pass; 2] {
     const THREADS: u32 = 256;
+    const HEADS: u32 = 32;
     let tensors = if backward { &Tensor::BACKWARD[..] } else { &Tensor::FORWARD };
     let mut on = switches_of(problem, tensors, 4);
     on.retain(|&name| name != "LSE");
     on.extend(backward.then_some("GRADIENTS"));
+    let shares = shares(problem);
+    let specialization = |file, entry, switches, threads| Specialization {
+        file,
+        entry,
+        switches,
+        constants: vec![
+            ("PARTS", parts(problem.element_type)),
+            ("HEAD_DIM", problem.shape.head_dim),
+            ("HEAD_DIM_V", problem.shape.head_dim_v),
+            ("PADDED_DIM", problem.shape.head_dim.next_multiple_of(size)),
+            ("SHARES", shares),
+            ("THREADS", threads),
+        ],
+    };
     let mut used = vec![
         (Slot::Query, Access::Read),
         (Slot::Key, Access::Read),
         (Slot::Value, Access::Read),
         (Slot::SeqlensQ, Access::Read),
         (Slot::SeqlensK, Access::Read),
-        (if backward { Slot::Workspace } else { Slot::WorkspaceRanges }, Access::ReadWrite),
+        (Slot::WorkspaceSizes, Access::ReadWrite),
     ];
     used.extend(backward.then_some((Slot::GradOut, Access::Read)));
-    Pass::new(
-        Specialization {
-            file: "coop_ranges.wgsl",
-            entry: "find_ranges",
-            switches: on,
-            constants: vec![
-                ("PARTS", parts(problem.element_type)),
-                ("HEAD_DIM", problem.shape.head_dim),
-                ("HEAD_DIM_V", problem.shape.head_dim_v),
-                ("PADDED_DIM", problem.shape.head_dim.next_multiple_of(size)),
-                ("THREADS", THREADS),
-            ],
-        },
+    // Without rows too: gradients of keys and values are 0 then, and have to be written.
+    let sizes = Pass::new(
+        specialization("coop_sizes.wgsl", "find_sizes", on.clone(), THREADS),
         bindings(problem, &used),
         THREADS,
         32,
-        // Without rows too: gradients of keys and values are 0 then, and have to be written.
-        Box::new(|part: &Part| [part.head_count(), part.batch_count(), 1]),
-    )
+        Box::new(move |part: &Part| [shares.into(), part.head_count(), part.batch_count()]),
+    );
+    // It knows no lengths: those are in the sizes.
+    on.retain(|name| !["SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"].contains(name));
+    let found = if backward { Slot::Workspace } else { Slot::WorkspaceRanges };
+    let ranges = Pass::new(
+        specialization("coop_ranges.wgsl", "find_ranges", on, HEADS),
+        // Both are in one buffer, of which a dispatch may only see all parts as writable.
+        vec![(Slot::WorkspaceSizes, Access::ReadWrite), (found, Access::ReadWrite)],
+        HEADS,
+        0,
+        Box::new(|part: &Part| [part.head_count().div_ceil(HEADS.into()), part.batch_count(), 1]),
+    );
+    [sizes, ranges]
 }
 
 /// What finds out about each head, the kernel for most of them, and the kernel for those whose numbers are far apart.
 pub(crate) fn passes(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout) -> Vec<Pass> {
     let kernel = |by_rows| pass(problem, tile, format, layout, by_rows);
-    vec![ranges(problem, format.size, false), kernel(false), kernel(true)]
+    ranges(problem, format.size, false).into_iter().chain([kernel(false), kernel(true)]).collect()
 }
 
 fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout, by_rows: bool) -> Pass {

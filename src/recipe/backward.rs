@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::facts::Facts;
 use crate::kernel::{
     Cut, Part, Pass, Slot, backward_coop, backward_delta, backward_fused, backward_naive, backward_tile, check_limits,
+    forward_coop_scaled,
 };
 use crate::loops;
 use crate::names::{ElementType, Kernel};
@@ -84,6 +85,9 @@ pub(super) fn recipe(
     let workspaces = move |part: &Part| {
         let has_ranges = kernel == Kernel::Coop && problem.element_type != ElementType::F16;
         let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(&problem, part, has_ranges))];
+        if has_ranges {
+            all.push((Slot::WorkspaceSizes, forward_coop_scaled::sizes_bytes(&problem, part)));
+        }
         if kernel == Kernel::Naive {
             all.push((Slot::WorkspaceScores, backward_naive::workspace_bytes(&problem, part)));
         }

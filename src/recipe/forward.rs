@@ -84,7 +84,15 @@ fn of_coop(problem: &Problem, coop: Coop) -> Recipe {
     let rows = coop.rows_and_keys.map_or(problem.shape.seqlen_q, |(rows, _)| rows);
     let workspaces: Workspaces = match problem.element_type {
         ElementType::F16 => Box::new(|_| vec![]),
-        _ => Box::new(|part: &Part| vec![(Slot::WorkspaceRanges, forward_coop_scaled::workspace_bytes(part))]),
+        _ => {
+            let problem = problem.clone();
+            Box::new(move |part: &Part| {
+                vec![
+                    (Slot::WorkspaceRanges, forward_coop_scaled::workspace_bytes(part)),
+                    (Slot::WorkspaceSizes, forward_coop_scaled::sizes_bytes(&problem, part)),
+                ]
+            })
+        }
     };
     Recipe {
         coop_form: Some((coop.form, coop.why)),
