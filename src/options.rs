@@ -3,10 +3,11 @@
 use crate::names::{CoopForm, Kernel};
 use crate::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 
-/// Choices that [`Context::plan`](crate::Context::plan) makes by itself and [`Context::plan_with`](crate::Context::plan_with) takes. An option for a kernel
-/// that the plan does not take is an [`Error::OptionUnused`](crate::Error::OptionUnused): `splits` where it takes the tile kernel, say. Only `backward` may be asked for
-/// of a problem without gradients, so that one value serves a problem with and without them. The options of tiles name types that may change in
-/// any release (see [the crate's documentation](crate#what-may-change)).
+/// Choices that [`Context::plan`](crate::Context::plan) makes by itself and [`Context::plan_with`](crate::Context::plan_with) takes.
+///
+/// An option for a kernel that the plan does not take is an [`Error::OptionUnused`](crate::Error::OptionUnused): `splits` where the plan takes
+/// the tile kernel, say. Only `backward` may also be given for a problem without gradients, so that one value serves training and inference.
+/// The options of tiles name types that may change in any release (see [the crate's documentation](crate#what-may-change)).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct PlanOptions {

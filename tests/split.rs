@@ -116,7 +116,7 @@ fn both_limits_at_once() {
 /// Backward passes: as [`check_split`].
 fn check_backward_split(context: &Context, kernel: Kernel, least: usize, cases: &[(&str, Case)]) {
     let tile = BackwardTile { own: 8, step: 8, threads_y: 4, threads_x: 2, chunk: 8, block: 8, written_out: false };
-    let options = backward(kernel).backward_tile(tile);
+    let options = backward(kernel).backward_tile((kernel == Kernel::Tile).then_some(tile));
     check_backward_split_with(context, &options, &TYPES, least, cases);
 }
 

@@ -32,7 +32,7 @@ fn candidates(
     ]
 }
 
-/// Why the coop kernel is not for such rows.
+/// Why the coop kernel is not for rows of this problem, if it is not.
 fn not_measured(problem: &Problem) -> Option<&'static str> {
     let wide = problem.shape.head_dim.max(problem.shape.head_dim_v) > 128;
     if wide && problem.element_type != ElementType::F16 {

@@ -19,14 +19,13 @@ pub(super) const fn reason(element_type: ElementType) -> &'static str {
     }
 }
 
-/// Why a plan takes the tile kernel instead.
-pub(super) const HALF_WITHOUT_ACCESS: &str =
-    "without access to the elements of matrices the coop kernel takes f16 only";
-pub(super) const LIMITS_TOO_SMALL: &str = "the device's limits are too small for the tile of the coop kernel";
+/// Why a plan does not take it.
+const HALF_WITHOUT_ACCESS: &str = "without access to the elements of matrices the coop kernel takes f16 only";
+const LIMITS_TOO_SMALL: &str = "the device's limits are too small for the tile of the coop kernel";
 
 /// Why a form does not do.
-pub(super) const NO_ACCESS: &str = "in registers it needs access to the elements of matrices";
-pub(super) const F16_ONLY: &str = "through workgroup memory it takes f16 only";
+const NO_ACCESS: &str = "in registers it needs access to the elements of matrices";
+const F16_ONLY: &str = "through workgroup memory it takes f16 only";
 
 /// The passes of a problem on a device's matrices.
 pub(super) struct Coop {
@@ -57,13 +56,14 @@ fn matrices_of<'a>(problem: &Problem, facts: &'a Facts) -> Result<&'a Matrices, 
     facts.matrices.as_ref().ok_or(unsupported(problem, "the context was made without with_cooperative_matrices"))
 }
 
-/// Why a plan does not take the kernel, forward or backward, by itself: what both passes have in common. `passes` are those that it would take.
+/// Why a plan does not take the coop kernel by itself, if it does not. `coop` is what the plan would take; `rows` is why the kernel is not for
+/// rows of this problem, if it is not.
 pub(super) fn refusal(
     problem: &Problem,
     facts: &Facts,
     options: &PlanOptions,
-    passes: &Result<Coop, Error>,
-    too_wide: Option<&'static str>,
+    coop: &Result<Coop, Error>,
+    rows: Option<&'static str>,
 ) -> Option<&'static str> {
     let Some(matrices) = &facts.matrices else {
         return Some(ANYWHERE);
@@ -71,10 +71,10 @@ pub(super) fn refusal(
     if problem.element_type != ElementType::F16 && !matrices.in_registers(options.coop_form) {
         return Some(HALF_WITHOUT_ACCESS);
     }
-    if too_wide.is_some() {
-        return too_wide;
+    if rows.is_some() {
+        return rows;
     }
-    let fits = passes.as_ref().is_ok_and(|coop| check_limits(Kernel::Coop, &coop.passes, &facts.limits).is_ok());
+    let fits = coop.as_ref().is_ok_and(|coop| check_limits(Kernel::Coop, &coop.passes, &facts.limits).is_ok());
     (!fits).then_some(LIMITS_TOO_SMALL)
 }
 

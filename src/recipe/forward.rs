@@ -35,7 +35,7 @@ fn candidates(problem: &Problem, facts: &Facts, options: &PlanOptions, coop: &Re
     ]
 }
 
-/// Why the coop kernel is not for rows of this length.
+/// Why the coop kernel is not for rows of this problem, if it is not.
 fn too_wide(problem: &Problem) -> Option<&'static str> {
     let wide = problem.shape.head_dim.max(problem.shape.head_dim_v) > 128;
     (wide && problem.element_type == ElementType::F32)
