@@ -1,7 +1,7 @@
 // Which element of a matrix does each lane hold? Loads matrices whose elements are their own indices, row · SIZE + column,
 // and writes what each lane finds: held[role][lane][element], the roles being C, A and B.
 //
-// src/elements.rs writes what comes before this: SIZE and LANES, the types MatrixC, MatrixA and MatrixB, and
+// src/matrices/ writes what comes before this: SIZE and LANES, the types MatrixC, MatrixA and MatrixB, and
 // write_c(m, at), write_a and write_b, which write a lane's elements of m from held[at] on. One subgroup runs it.
 @group(0) @binding(0) var<storage, read_write> indices_f32: array<f32>;
 @group(0) @binding(1) var<storage, read_write> indices_f16: array<f16>;

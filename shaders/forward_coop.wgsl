@@ -11,7 +11,7 @@
 //         l = l + rowsum P,  O = O + P V
 //     O = O / l,  lse = ln 2 (m + log2 l),          maxima being in base 2
 //
-// Which elements of a matrix a lane holds is asked of the device (src/elements.rs); accumulators and left operands have
+// Which elements of a matrix a lane holds is asked of the device (src/matrices/); accumulators and left operands have
 // to agree, so that P is where S was. Devices without access to elements have forward_coop_workgroup.wgsl.
 enable f16;
 enable wgpu_cooperative_matrix;

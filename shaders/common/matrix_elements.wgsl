@@ -1,7 +1,7 @@
 // What a lane holds of a matrix, as numbers. Left operands and accumulators of f32 lie alike.
 #include "common/matrix_layout.wgsl"
 
-// The bodies of these are put in by src/elements/module.rs: element e of a matrix, a matrix of given elements, and the four
+// The bodies of these are put in by src/matrices/spirv.rs: element e of a matrix, a matrix of given elements, and the four
 // f16 in 64 bits.
 fn coop_get_0(m: Accumulator) -> f32 { return 0.0; }
 fn coop_get_1(m: Accumulator) -> f32 { return 0.0; }

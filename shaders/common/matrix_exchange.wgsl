@@ -1,7 +1,7 @@
 // Elements of matrices through workgroup memory, in WGSL alone: accumulators are stored there and numbers read, numbers
 // stored and left operands loaded. There is room for SUM_BLOCKS rows of matrices, M by $columns, in f32, and for
 // HALF_BLOCKS in f16; `block` counts them through the workgroup. A lane's numbers all lie in one row, four at a time in
-// one vector, and the lanes of a row are neighbours (MatrixLayout::rows in src/elements.rs).
+// one vector, and the lanes of a row are neighbours (MatrixLayout::rows in src/matrices/).
 //
 // The barriers between are the caller's, and workgroupBarrier: what naga writes for subgroupBarrier orders no memory.
 // Rows are eight elements longer than $columns, which keeps them on different banks.
