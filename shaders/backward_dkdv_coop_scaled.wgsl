@@ -176,8 +176,12 @@ fn dkdv(
                         x[r][c][e] = fma(x[r][c][e], factor, -lse);
 #endif
                     }
-                    if !full {
-                        x[r][c] = masked_transposed(x[r][c], at, i, j, lane, MASKED);
+                }
+            }
+            if !full {
+                for (var r = 0u; r < MATRICES; r++) {
+                    for (var c = 0u; c < SM; c++) {
+                        x[r][c] = masked_transposed(x[r][c], at, row0 + i32(c * M), i32(mine + r * M), lane, MASKED);
                     }
                 }
             }

@@ -140,8 +140,12 @@ fn dq(
                         x[r][c][e] = fma(x[r][c][e], factor, -lse);
 #endif
                     }
-                    if n >= visited.full {
-                        x[r][c] = masked(x[r][c], at, i, j, lane, MASKED);
+                }
+            }
+            if n >= visited.full {
+                for (var r = 0u; r < MATRICES; r++) {
+                    for (var c = 0u; c < SM; c++) {
+                        x[r][c] = masked(x[r][c], at, i32(mine + r * M), j0 + i32(c * M), lane, MASKED);
                     }
                 }
             }

@@ -155,6 +155,7 @@ fn forward(
         }
 
         // What each score is, and whether it counts
+#if SHAPED
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < KM; c++) {
                 let i = i32(row0 + (mine + r) * M);
@@ -162,6 +163,7 @@ fn forward(
                 x[r][c] = shaped(x[r][c], at, i, j, lane).score;
             }
         }
+#endif
         if n < 0 || n >= visited.full {
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 for (var c = 0u; c < KM; c++) {
