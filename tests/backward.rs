@@ -1,10 +1,8 @@
 //! The backward pass by cases: each line is computed by every kernel, in every element type, and compared with the oracle.
 
-mod common;
-
-use common::backward::{Ask, backward, check_all, fused, prepare};
-use common::cases::{cases, dims};
-use common::{TYPES, case, every_kernel, full};
+use flash_attention_testing::backward::{Ask, backward, check_all, fused, prepare};
+use flash_attention_testing::cases::{cases, dims};
+use flash_attention_testing::{TYPES, case, every_kernel, full};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::tune::{BackwardTile, FusedTile};
 use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions};
@@ -82,7 +80,7 @@ fn dims_bf16() {
 }
 
 /// A few cases, aligned and not, with grouped heads, masks and lengths.
-fn few() -> Vec<(String, common::Case)> {
+fn few() -> Vec<(String, flash_attention_testing::Case)> {
     let all = [
         ("aligned", case(2, [4, 2], [37, 45], [16, 12]).causal(BottomRight)),
         ("odd", case(2, [2, 1], [19, 23], [7, 5]).odd().seqlens(&[23, 4]).softcap(2.0)),

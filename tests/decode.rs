@@ -1,10 +1,8 @@
 //! Decoding, and the public merge: the cases of the other forward kernels, and those that are about splits.
 
-mod common;
-
-use common::cases::{cases, dims, prepare};
-use common::skipped::skipped;
-use common::*;
+use flash_attention_testing::cases::{cases, dims, prepare};
+use flash_attention_testing::skipped::skipped;
+use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::tune::DecodeTile;
 use wgpu_flash_attention::wgpu;
@@ -260,8 +258,8 @@ fn partials(element_type: ElementType, [dim, dim_v]: [u32; 2], cuts: &[usize]) -
         head_dim: dim,
         head_dim_v: dim_v,
     };
-    let mut rng = Rng(7);
-    let mut random = |n: usize| -> Vec<f32> { (0..n).map(|_| 3.0 * rng.unit() - 1.2).collect() };
+    let mut rng = fastrand::Rng::with_seed(7);
+    let mut random = |n: usize| -> Vec<f32> { (0..n).map(|_| 3.0 * rng.f32() - 1.2).collect() };
     let query = random(2 * 2 * 5 * dim as usize);
     let (key, value) = (random(2 * keys * dim as usize), random(2 * keys * dim_v as usize));
     let attend = |first: usize, end: usize| {

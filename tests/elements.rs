@@ -3,9 +3,6 @@
 //! The last tests need a device with cooperative matrices (`scripts/vulkan --coop cargo test` has one); they say so where
 //! there is none.
 
-#[path = "common/skipped.rs"]
-mod skipped;
-
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
@@ -15,7 +12,7 @@ use wgpu_flash_attention::elements::{self, Bit, ElementModule, LayoutError, Matr
 use wgpu_flash_attention::specialize::layout_part;
 use wgpu_flash_attention::{Context, wgpu};
 
-use skipped::{NEWER_DRIVER, NO_VALIDATOR, skipped};
+use flash_attention_testing::skipped::{NEWER_DRIVER, NO_VALIDATOR, skipped};
 
 const FORMATS: [MatrixFormat; 5] = [
     MatrixFormat { size: 8, lanes: 8 },

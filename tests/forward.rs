@@ -1,9 +1,7 @@
 //! The forward pass by cases: each line is computed by every kernel, in every element type, and compared with the oracle.
 
-mod common;
-
-use common::cases::{cases, dims, prepare};
-use common::*;
+use flash_attention_testing::cases::{cases, dims, prepare};
+use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::{Context, ElementType, Layout, PlanOptions, Problem, Shape, Tensor};
 

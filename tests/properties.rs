@@ -1,11 +1,9 @@
 //! Random problems, layouts, types and tiles: each is computed as the oracle does.
 
-mod common;
-
 use std::sync::OnceLock;
 
-use common::backward::{Ask, backward, fused};
-use common::*;
+use flash_attention_testing::backward::{Ask, backward, fused};
+use flash_attention_testing::*;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};

@@ -2,11 +2,9 @@
 //! computed forward, and from that backward, by every kernel that takes it, and compared with f64 row by row, so that a huge
 //! row does not hide what it does to the others. Kernels on cooperative matrices need `scripts/vulkan --coop cargo test`.
 
-mod common;
-
-use common::backward::backward;
-use common::coop::{in_forms, is_software};
-use common::{Rng, TYPES, coop, from_bits, full, to_bits};
+use flash_attention_testing::backward::backward;
+use flash_attention_testing::coop::{in_forms, is_software};
+use flash_attention_testing::{TYPES, coop, from_bits, full, to_bits};
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::ElementType::{self, BF16, F16, F32};
 use wgpu_flash_attention::tune::{CoopBackwardTile, CoopTile};
@@ -29,8 +27,8 @@ impl Case {
     /// One batch entry and head; q, k, v and do are between −1 and 1.
     fn random(element_type: ElementType, [rows, keys]: [u32; 2], dim: u32) -> Case {
         let shape = Shape { seqlen_k: keys, ..Shape::square(1, 1, rows, dim) };
-        let mut rng = Rng(0x5eed);
-        let mut tensor = |rows: u32| (0..rows * dim).map(|_| 2.0 * rng.unit() - 1.0).collect::<Vec<f32>>();
+        let mut rng = fastrand::Rng::with_seed(0x5eed);
+        let mut tensor = |rows: u32| (0..rows * dim).map(|_| 2.0 * rng.f32() - 1.0).collect::<Vec<f32>>();
         let inputs = [tensor(rows), tensor(keys), tensor(keys), tensor(rows)];
         Case { problem: Problem::new(shape, element_type).with_gradients(), inputs }.rounded()
     }

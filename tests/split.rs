@@ -1,9 +1,7 @@
 //! Work that exceeds a binding or a dispatch is split. Devices are made with limits lowered on purpose.
 
-mod common;
-
-use common::backward::{Ask, backward, fused};
-use common::*;
+use flash_attention_testing::backward::{Ask, backward, fused};
+use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::tune::BackwardTile;
 use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Layout, Plan, PlanOptions, Problem, Shape, Tensor};

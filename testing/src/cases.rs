@@ -1,6 +1,6 @@
 //! The table of cases that the forward kernels are tested with.
 
-use super::{Case, Prepared, case};
+use crate::{Case, Prepared, case};
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::ElementType;
 
