@@ -304,7 +304,7 @@ fn problems(element_type: ElementType) -> Vec<(bool, Problem)> {
         let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
         for (n, mut problem) in switched_with_gradients(shape, element_type).into_iter().enumerate() {
             if element_type == ElementType::BF16 {
-                let aligned = problem.layout(Tensor::Query).at(0);
+                let aligned = Problem::new(shape, element_type).layout(Tensor::Query);
                 problem = problem.with_layout(Tensor::Query, aligned);
             }
             all.push((n < 2, problem));
