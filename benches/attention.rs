@@ -1,29 +1,30 @@
 //! Forward and backward passes, naive beside tile, at sizes that software Vulkan gets through in minutes. Device time where the
 //! adapter has timestamp queries. And the host's part: planning and recording. `examples/compare.rs` makes the figures to report.
 
-#[path = "../examples/support/mod.rs"]
-mod support;
-
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use support::{GradientBuffers, Inputs, Lengths, Outputs, Tensors, Upstream};
+use flash_attention_testing::Lengths;
+use flash_attention_testing::buffers::{
+    GradientBuffers, Inputs, Outputs, Tensors, Upstream, adapter_name, bind, random,
+};
+use flash_attention_testing::timing::{clock, pass_times};
 use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions, Problem, Shape};
 
 /// Device time: the forward pass, the backward pass over its output, and one after the other.
 fn passes(criterion: &mut Criterion) {
     let context = Context::headless().expect("an adapter");
-    eprintln!("{}: {}", support::adapter_name(&context), support::clock(&context));
+    eprintln!("{}: {}", adapter_name(&context), clock(&context));
     for seqlen in [256, 1024] {
         let problem = Problem::new(Shape::square(1, 2, seqlen, 64), ElementType::F32).with_gradients();
         let elements = 2 * seqlen as usize * 64;
         let tensors = Tensors::<f32> {
-            query: support::random(elements, 1),
-            key: support::random(elements, 2),
-            value: support::random(elements, 3),
+            query: random(elements, 1),
+            key: random(elements, 2),
+            value: random(elements, 3),
             lengths: Lengths::default(),
         };
-        let upstream = Upstream::<f32> { out: support::random(elements, 4), lse: None };
+        let upstream = Upstream::<f32> { out: random(elements, 4), lse: None };
         let inputs = Inputs::upload(&context, &tensors).expect("small inputs");
         let (forward, backward) = (problem.forward_flops(), problem.backward_flops());
         for (op, flops) in [("forward", forward), ("backward", backward), ("forward+backward", forward + backward)] {
@@ -37,7 +38,7 @@ fn passes(criterion: &mut Criterion) {
                 let outputs = Outputs::poisoned(&context, &plan).expect("small outputs");
                 let gradients = GradientBuffers::poisoned(&context, &plan, &upstream).expect("small gradients");
                 let mut bound = vec![
-                    support::bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes"),
+                    bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes"),
                     gradients.bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes"),
                 ];
                 match op {
@@ -45,13 +46,13 @@ fn passes(criterion: &mut Criterion) {
                     // The o and lse that it needs are there before.
                     "backward" => {
                         let forward = bound.remove(0);
-                        support::pass_times(&context, &[forward], 1, 1).expect("a working device");
+                        pass_times(&context, &[forward], 1, 1).expect("a working device");
                     }
                     _ => {}
                 }
                 group.bench_function(kernel.to_string(), |bencher| {
                     bencher.iter_custom(|runs| {
-                        let times = support::pass_times(&context, &bound, runs as u32, 1).expect("a working device");
+                        let times = pass_times(&context, &bound, runs as u32, 1).expect("a working device");
                         Duration::from_secs_f64(times[0])
                     });
                 });
@@ -73,8 +74,8 @@ fn host(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("host");
     group.sample_size(20).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(2));
     group.bench_function("plan", |bencher| bencher.iter(|| context.plan(&problem)));
-    group.bench_function("bind", |bencher| bencher.iter(|| support::bind(&plan, &inputs, &outputs)));
-    let bound = support::bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes");
+    group.bench_function("bind", |bencher| bencher.iter(|| bind(&plan, &inputs, &outputs)));
+    let bound = bind(&plan, &inputs, &outputs).expect("buffers of the plan's sizes");
     group.bench_function("record", |bencher| {
         let mut encoder = context.device().create_command_encoder(&Default::default());
         let mut pass = encoder.begin_compute_pass(&Default::default());

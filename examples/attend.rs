@@ -1,7 +1,5 @@
 //! Attention on a safetensors file, to check this crate against your own framework. `--help` lists the options.
 
-mod support;
-
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -9,17 +7,21 @@ use std::process::ExitCode;
 use clap::{Parser, ValueEnum};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use wgpu_flash_attention::reference::accept::{self, Bound, Errors};
+use wgpu_flash_attention::reference::{Forward, rounded};
 use wgpu_flash_attention::{
     BoundPass, Causal, Context, ElementType, HeadlessOptions, Kernel, MAX_SEQLEN, PlanOptions, Problem, Shape,
     reference,
 };
 
-use support::output::OutputFile;
-use support::terminal::{Progress, cut, first_few, harmless, quoted, quoted_list};
-use support::{
-    Errors, Expected, GRADIENTS, GradientBuffers, Inputs, Lengths, Number, Outputs, PlainGradients, Tensors, Upstream,
-    sample_rows,
+use flash_attention_testing::Lengths;
+use flash_attention_testing::buffers::{
+    GradientBuffers, Inputs, Number, Outputs, Tensors, Upstream, adapter_name, bind,
 };
+use flash_attention_testing::output::OutputFile;
+use flash_attention_testing::sample::{Expected, GRADIENTS, sample_rows};
+use flash_attention_testing::terminal::{Form, Progress, cut, first_few, harmless, quoted, quoted_list};
+use flash_attention_testing::timing::{clock, measure, pass_times};
 
 /// What stops the command, in one line.
 type Result<T> = std::result::Result<T, String>;
@@ -79,7 +81,7 @@ struct Args {
     softcap: Option<f32>,
     /// Where the coop kernel keeps scores and probabilities; without it, the faster of what the device allows
     #[arg(long, value_enum)]
-    coop_form: Option<support::Form>,
+    coop_form: Option<Form>,
     /// The adapter whose name holds this text
     #[arg(long, value_name = "SUBSTRING")]
     adapter: Option<String>,
@@ -568,7 +570,7 @@ fn on_device<T: Number>(
     options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options).map_err(words)?;
     drop(opening);
-    say("adapter", support::adapter_name(&context));
+    say("adapter", adapter_name(&context));
     let kernel = match args.kernel {
         KernelName::Naive => Some(Kernel::Naive),
         KernelName::Tile => Some(Kernel::Tile),
@@ -585,15 +587,15 @@ fn on_device<T: Number>(
     let computing = progress("computing on the device");
     let inputs = Inputs::upload(&context, tensors)?;
     let outputs = Outputs::poisoned(&context, &plan)?;
-    let bound = [support::bind(&plan, &inputs, &outputs).map_err(words)?];
-    support::pass_times(&context, &bound, 1, 1).map_err(words)?;
+    let bound = [bind(&plan, &inputs, &outputs).map_err(words)?];
+    pass_times(&context, &bound, 1, 1).map_err(words)?;
     let (out, lse) = outputs.read(&context, problem).map_err(words)?;
     drop(computing);
     let time = |pass: &str, bound: &[BoundPass]| -> Result<()> {
         let timing = progress(&format!("timing the {pass} pass"));
-        let time = support::measure(&context, bound).map_err(words)?;
+        let time = measure(&context, bound).map_err(words)?;
         drop(timing);
-        let (median, passes, clock) = (time.median * 1e3, time.passes, support::clock(&context));
+        let (median, passes, clock) = (time.median * 1e3, time.passes, clock(&context));
         say("time", format!("{pass}: {median:.3} ms ({clock}, median of {passes} measurements)"));
         Ok(())
     };
@@ -603,7 +605,7 @@ fn on_device<T: Number>(
         let computing = progress("computing gradients on the device");
         let gradients = GradientBuffers::poisoned(&context, &plan, upstream)?;
         let bound = [gradients.bind(&plan, &inputs, &outputs).map_err(words)?];
-        support::pass_times(&context, &bound, 1, 1).map_err(words)?;
+        pass_times(&context, &bound, 1, 1).map_err(words)?;
         results.gradients = Some(gradients.read(&context, problem).map_err(words)?);
         drop(computing);
         time("backward", &bound)?;
@@ -663,22 +665,21 @@ fn compare<T: Number>(
     // What the type costs the plain computation: lengths, masks and all, but never the expected values.
     let plain = (T::TYPE != ElementType::F32 && (task.out.is_some() || task.lse.is_some())).then(|| {
         let exact = reference::forward(&task.problem, &task.query, &task.key, &task.value, task.lengths.borrow());
-        let (out, lse) = plain(&task.problem, tensors);
-        (Errors::of(out, &exact.out), Errors::of(lse, &exact.lse))
+        let plain = plain(&task.problem, tensors);
+        [Errors::of(plain.out, &exact.out), Errors::of(plain.lse, &exact.lse)]
     });
+    // f32 has no use for it.
+    let [plain_out, plain_lse] = plain.unwrap_or_default();
     if let Some(expected) = &task.out {
         let errors = Errors::of(results.out.iter().copied(), expected);
-        let verdict = match plain {
-            None => support::judge_relative(errors, 2e-6),
-            Some((plain, _)) => support::judge_by_plain(errors, plain),
-        };
-        verdicts.push(("o", verdict));
+        verdicts.push(("o", Bound::out(T::TYPE, plain_out).judge(errors)));
     }
     if let Some(expected) = &task.lse {
-        let verdict = match plain {
-            None => support::judge_lse(&results.lse, expected),
+        let found = results.lse.iter().copied();
+        let verdict = match T::TYPE {
+            ElementType::F32 => accept::lse(found, expected),
             // The expected lse may be that of the values before they were rounded.
-            Some((_, plain)) => support::judge_by_plain(Errors::of(results.lse.iter().copied(), expected), plain),
+            _ => Bound::by_plain(plain_lse).judge(Errors::of(found, expected)),
         };
         verdicts.push(("lse", verdict));
     }
@@ -752,11 +753,15 @@ fn expected_gradients<T: Number>(
     let (problem, s) = (&task.problem, &task.problem.shape);
     let inputs = [&task.query[..], &task.key, &task.value, &backward.grad_out.values];
     let exact = reference::backward(problem, inputs, upstream.lse.as_deref(), task.lengths.borrow());
-    let (out, lse) = plain(problem, tensors);
-    let plain = PlainGradients { problem, tensors, upstream, out, lse };
+    let problem = &of_type::<T>(problem);
+    let Forward { out, lse, .. } = plain(problem, tensors);
+    let lse: Vec<f32> = lse.into_iter().map(|x| x as f32).collect();
+    let rows = rounded::Rows::new(problem, &upstream.out, &out, &lse, upstream.lse.as_deref());
+    let inputs = [&tensors.query[..], &tensors.key, &tensors.value, &upstream.out];
     let all_rows = |heads, positions| sample_rows([s.batch, heads, positions], u64::MAX);
-    let dq = plain.query_rows(&all_rows(s.heads_q, s.seqlen_q));
-    let [dk, dv] = plain.key_rows(&all_rows(s.heads_kv, s.seqlen_k));
+    let (queries, keys) = (all_rows(s.heads_q, s.seqlen_q), all_rows(s.heads_kv, s.seqlen_k));
+    let dq = rounded::backward_query_rows(problem, inputs, &rows, tensors.lengths.borrow(), &queries);
+    let [dk, dv] = rounded::backward_key_rows(problem, inputs, &rows, tensors.lengths.borrow(), &keys);
     let [query, key, value] = backward.expected.each_ref().map(Option::as_ref);
     let expected = |values: Option<&Vec<f64>>, exact: &[f64], plain| {
         values.map(|values| Expected::new(values.clone(), exact, plain))
@@ -764,20 +769,16 @@ fn expected_gradients<T: Number>(
     [expected(query, &exact.query, dq), expected(key, &exact.key, dk), expected(value, &exact.value, dv)]
 }
 
-/// Every row of the plain computation.
-fn plain<T: Number>(problem: &Problem, tensors: &Tensors<T>) -> (Vec<T>, Vec<f32>) {
-    let s = &problem.shape;
-    let (mut out, mut lse) = (vec![], vec![]);
-    for b in 0..s.batch {
-        for h in 0..s.heads_q {
-            for i in 0..s.seqlen_q {
-                let (o, l) = support::plain_row(problem, tensors, [b, h, i]);
-                out.extend(o);
-                lse.push(l);
-            }
-        }
-    }
-    (out, lse)
+/// The plain computation in type `T`.
+fn plain<T: Number>(problem: &Problem, tensors: &Tensors<T>) -> Forward {
+    rounded::forward(&of_type::<T>(problem), &tensors.query, &tensors.key, &tensors.value, tensors.lengths.borrow())
+}
+
+/// The problem in type `T`, whatever that of the file is.
+fn of_type<T: Number>(problem: &Problem) -> Problem {
+    let mut problem = problem.clone();
+    problem.element_type = T::TYPE;
+    problem
 }
 
 /// A line with its subject in front; further lines of the same subject are indented.

@@ -1,7 +1,5 @@
 //! Times the kernels beside each other, after checking what they computed. `--help` lists the options.
 
-mod support;
-
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,15 +10,17 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use wgpu_flash_attention::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use wgpu_flash_attention::{
-    Causal, Context, CoopForm, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape, reference,
+    Causal, Context, CoopForm, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape,
 };
 
-use support::output::OutputFile;
-use support::terminal::{Progress, bytes, harmless};
-use support::{
-    Errors, GRADIENTS, GradientBuffers, GradientSample, Inputs, Lengths, Number, Outputs, Tensors, Time, Upstream,
-    Verdict,
+use flash_attention_testing::Lengths;
+use flash_attention_testing::buffers::{
+    GradientBuffers, Inputs, Number, Outputs, Tensors, Upstream, adapter_name, bind, random,
 };
+use flash_attention_testing::output::OutputFile;
+use flash_attention_testing::sample::{GRADIENTS, GradientSample, Sample, sample_rows};
+use flash_attention_testing::terminal::{Form, Progress, bytes, harmless};
+use flash_attention_testing::timing::{Time, clock, measure, pass_times};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -66,7 +66,7 @@ struct Args {
     coop_backward_tiles: Vec<[CoopBackwardTile; 2]>,
     /// Times the coop kernel in this form in place of the faster one that the device allows; may be repeated
     #[arg(long, value_enum)]
-    coop_form: Vec<support::Form>,
+    coop_form: Vec<Form>,
     /// Times the decode kernel with so many splits of the keys, in place of the tuned number; may be repeated
     #[arg(long)]
     splits: Vec<u32>,
@@ -346,50 +346,14 @@ impl Figure {
 /// How many rows of each output are checked.
 const SAMPLES: u64 = 64;
 
-/// The rows that are checked, and what they should be.
-struct Sample {
-    rows: Vec<[u32; 3]>,
-    out: Vec<f64>,
-    lse: Vec<f64>,
-    /// Of the plain computation in the same type.
-    plain: Errors,
-}
-
-impl Sample {
-    fn of<T: Number>(problem: &Problem, tensors: &Tensors<T>) -> Self {
-        let s = &problem.shape;
-        let rows = support::sample_rows([s.batch, s.heads_q, s.seqlen_q], SAMPLES);
-        let (mut out, mut lse, mut plain) = (vec![], vec![], vec![]);
-        for &row in &rows {
-            let (o, l) = reference::forward_row(problem, &tensors.query, &tensors.key, &tensors.value, None, row);
-            out.extend(o);
-            lse.push(l);
-            plain.extend(support::plain_row(problem, tensors, row).0);
-        }
-        Sample { rows, plain: Errors::of(plain, &out), out, lse }
+/// What is wrong with a result, if anything.
+fn check<T: Number>(sample: &Sample, problem: &Problem, out: &[T], lse: &[f32]) -> std::result::Result<(), String> {
+    let is_nan = |&x: &T| -> bool { x.into().is_nan() };
+    if out.iter().any(is_nan) || lse.iter().any(|x| x.is_nan()) {
+        return Err("WRONG: some elements were not written or are NaN".into());
     }
-
-    /// What is wrong with a result, if anything.
-    fn check<T: Number>(&self, problem: &Problem, out: &[T], lse: &[f32]) -> std::result::Result<(), String> {
-        let is_nan = |&x: &T| -> bool { x.into().is_nan() };
-        if out.iter().any(is_nan) || lse.iter().any(|x| x.is_nan()) {
-            return Err("WRONG: some elements were not written or are NaN".into());
-        }
-        let s = &problem.shape;
-        let at =
-            |[b, h, i]: [u32; 3]| (b as usize * s.heads_q as usize + h as usize) * s.seqlen_q as usize + i as usize;
-        let dim = s.head_dim_v as usize;
-        let found = self.rows.iter().flat_map(|&row| out[at(row) * dim..][..dim].iter().copied());
-        let errors = Errors::of(found, &self.out);
-        let verdict = match problem.element_type {
-            ElementType::F32 => support::judge_relative(errors, 2e-6),
-            _ => support::judge_by_plain(errors, self.plain),
-        };
-        let lse: Vec<f32> = self.rows.iter().map(|&row| lse[at(row)]).collect();
-        let broken = |(name, verdict): (&str, Verdict)| (!verdict.holds).then(|| format!("WRONG: {name}: {verdict}"));
-        let verdicts = [("o", verdict), ("lse", support::judge_lse(&lse, &self.lse))];
-        verdicts.into_iter().find_map(broken).map_or(Ok(()), Err)
-    }
+    let broken = ["o", "lse"].into_iter().zip(sample.judge(problem, out, lse)).find(|(_, verdict)| !verdict.holds);
+    broken.map_or(Ok(()), |(name, verdict)| Err(format!("WRONG: {name}: {verdict}")))
 }
 
 /// Prints the rows of the table as they are measured, and keeps them.
@@ -567,10 +531,10 @@ fn compare_one<T: Number>(
     }
     report.most_bytes = report.most_bytes.max(taken);
     let outputs = Outputs::poisoned(context, &plan)?;
-    let mut bound = vec![support::bind(&plan, subject.inputs, &outputs)?];
-    support::pass_times(context, &bound, 1, 1)?;
+    let mut bound = vec![bind(&plan, subject.inputs, &outputs)?];
+    pass_times(context, &bound, 1, 1)?;
     let (out, lse) = outputs.read::<T>(context, &problem)?;
-    let mut checked = subject.sample.check(&problem, &out, &lse);
+    let mut checked = check(&subject.sample, &problem, &out, &lse);
     let mut extra_bytes = 4 * problem.shape.rows();
     if op != Op::Backward {
         extra_bytes += plan.workspace_bytes();
@@ -578,7 +542,7 @@ fn compare_one<T: Number>(
     if let (Ok(()), Some(sample), true) = (&checked, &subject.gradients, op != Op::Forward) {
         let gradients = GradientBuffers::poisoned(context, &plan, subject.upstream)?;
         let backward = [gradients.bind(&plan, subject.inputs, &outputs)?];
-        support::pass_times(context, &backward, 1, 1)?;
+        pass_times(context, &backward, 1, 1)?;
         checked = check_gradients(sample, &problem, &gradients.read::<T>(context, &problem)?);
         extra_bytes += plan.backward_workspace_bytes();
         if op == Op::Backward {
@@ -591,7 +555,7 @@ fn compare_one<T: Number>(
         report.all_right = false;
         return Ok(());
     }
-    let time = support::measure(context, &bound)?;
+    let time = measure(context, &bound)?;
     report.add(Figure { name, op, problem, time, extra_bytes })
 }
 
@@ -644,23 +608,23 @@ fn compare_all<T: Number>(
     let elements =
         |heads: u32, rows: u32| shape.batch as usize * heads as usize * rows as usize * shape.head_dim as usize;
     let tensors = Tensors::<T> {
-        query: support::random(elements(shape.heads_q, shape.seqlen_q), 1),
-        key: support::random(elements(shape.heads_kv, shape.seqlen_k), 2),
-        value: support::random(elements(shape.heads_kv, shape.seqlen_k), 3),
+        query: random(elements(shape.heads_q, shape.seqlen_q), 1),
+        key: random(elements(shape.heads_kv, shape.seqlen_k), 2),
+        value: random(elements(shape.heads_kv, shape.seqlen_k), 3),
         lengths: Lengths::default(),
     };
     let inputs = Inputs::upload(context, &tensors)?;
-    let upstream = Upstream { out: support::random(elements(shape.heads_q, shape.seqlen_q), 4), lse: None };
+    let upstream = Upstream { out: random(elements(shape.heads_q, shape.seqlen_q), 4), lse: None };
     drop(making);
     for &causal in masks {
         let mut problem = problem.clone();
         problem.causal = causal;
         let checking = report.progress(format!("computing rows of {} in f64, to check with", label(&shape)));
         report.bar.set_message(format!("rows of {} in f64, to check with", label(&shape)));
-        let sample = Sample::of(&problem, &tensors);
-        let keys = support::sample_rows([shape.batch, shape.heads_kv, shape.seqlen_k], SAMPLES);
-        let gradients =
-            needed.then(|| GradientSample::of(context, &problem, &tensors, &upstream, sample.rows.clone(), keys));
+        let rows = sample_rows([shape.batch, shape.heads_q, shape.seqlen_q], SAMPLES);
+        let sample = Sample::of(&problem, &tensors, rows.clone());
+        let keys = sample_rows([shape.batch, shape.heads_kv, shape.seqlen_k], SAMPLES);
+        let gradients = needed.then(|| GradientSample::of(context, &problem, &tensors, &upstream, rows, keys));
         let gradients = gradients.transpose()?;
         drop(checking);
         let given = input_bytes(&problem) + size_of_val(&upstream.out[..]) as u64;
@@ -705,8 +669,8 @@ fn run(mut args: Args) -> Result<bool> {
         writeln!(csv, "kernel,op,dtype,B,H,Hkv,N,D,causal,median_ms,TFLOPS,Nk,GBps")?;
     }
     let mut report = Report { bar, csv, most_bytes: 0, figures: vec![], all_right: true };
-    println!("adapter: {}", support::adapter_name(&context));
-    println!("times: {}; speed-up: over naive in f32 on the same op and shape", support::clock(&context));
+    println!("adapter: {}", adapter_name(&context));
+    println!("times: {}; speed-up: over naive in f32 on the same op and shape", clock(&context));
     report.header();
     let measured = compare_shapes(&context, &args, masks, &mut report);
     report.bar.finish_and_clear();
@@ -715,7 +679,7 @@ fn run(mut args: Args) -> Result<bool> {
     measured?;
     report.note(&format!("the most in buffers at one time: {}", bytes(report.most_bytes)));
     if let Some(mut plot) = plot.filter(|_| !report.figures.is_empty()) {
-        let svg = draw(&report.figures, &support::adapter_name(&context))?;
+        let svg = draw(&report.figures, &adapter_name(&context))?;
         plot.write_all(svg.as_bytes()).map_err(|error| format!("{}: {error}", plot.path().display()))?;
         plot.finish()?;
     }

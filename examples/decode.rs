@@ -46,7 +46,7 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
     let mut cache = Cache {
         device: [buffer("keys", elements), buffer("values", elements)],
         host: [vec![0.0; elements], vec![0.0; elements]],
-        numbers: Numbers(1),
+        numbers: fastrand::Rng::with_seed(1),
     };
     let seqlens_k = buffer("seqlens_k", BATCH);
     let workspace = plan.create_workspace()?;
@@ -106,7 +106,7 @@ struct Cache {
     device: [wgpu::Buffer; 2],
     /// `[batch, head, position, dim]`.
     host: [Vec<f32>; 2],
-    numbers: Numbers,
+    numbers: fastrand::Rng,
 }
 
 impl Cache {
@@ -114,24 +114,12 @@ impl Cache {
     /// here: an encoder's `copy_buffer_to_buffer` does it without the host.
     fn append(&mut self, context: &Context, b: usize, position: usize) {
         for (device, host) in self.device.iter().zip(&mut self.host) {
-            let row: Vec<f32> = (0..HEADS_KV * DIM).map(|_| self.numbers.next()).collect();
+            let row: Vec<f32> = (0..HEADS_KV * DIM).map(|_| 2.0 * self.numbers.f32() - 1.0).collect();
             let place = (b * CAPACITY + position) * HEADS_KV * DIM;
             context.queue().write_buffer(device, 4 * place as u64, bytemuck::cast_slice(&row));
             for (h, head) in row.chunks(DIM).enumerate() {
                 host[((b * HEADS_KV + h) * CAPACITY + position) * DIM..][..DIM].copy_from_slice(head);
             }
         }
-    }
-}
-
-/// Numbers from −1 to 1 that look random (SplitMix64).
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((x ^ (x >> 31)) >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
 }

@@ -1,8 +1,6 @@
 //! Random problems for minutes, on real hardware: every kernel against the oracle, twice for the same bits.
 //! `--help` lists the options.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -11,12 +9,17 @@ use clap::Parser;
 use half::{bf16, f16};
 use wgpu_flash_attention::{
     Causal, Context, CoopForm, ElementType, Error, HeadlessOptions, Kernel, Layout, Plan, PlanOptions, Problem, Shape,
-    Tensor, reference, wgpu,
+    Tensor, wgpu,
 };
 
-use support::{
-    Errors, GRADIENTS, GradientBuffers, GradientSample, Inputs, Lengths, Number, Outputs, Tensors, Upstream, Verdict,
+use fastrand::Rng;
+use flash_attention_testing::Lengths;
+use flash_attention_testing::buffers::{
+    GradientBuffers, Inputs, Number, Outputs, Tensors, Upstream, adapter_name, bind, place, random,
 };
+use flash_attention_testing::sample::{GRADIENTS, GradientSample, Sample, sample_rows};
+use flash_attention_testing::timing::pass_times;
+use wgpu_flash_attention::reference::accept::Verdict;
 
 /// Random shapes, options, strides and element types, through every kernel that takes them, forward and backward, against
 /// the oracle in f64.
@@ -39,45 +42,24 @@ struct Args {
     coop: bool,
 }
 
-/// splitmix64.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        x ^ (x >> 31)
-    }
-
-    /// From `first` to `last`, both included.
-    fn from(&mut self, first: u32, last: u32) -> u32 {
-        first + (self.next() % (last - first + 1) as u64) as u32
-    }
-
-    /// True once in n.
-    fn once_in(&mut self, n: u64) -> bool {
-        self.next().is_multiple_of(n)
-    }
-
-    fn unit(&mut self) -> f32 {
-        (self.next() >> 40) as f32 / (1 << 24) as f32
-    }
+/// True once in n.
+fn once_in(rng: &mut Rng, n: u32) -> bool {
+    rng.u32(0..n) == 0
 }
 
 fn random_shape(rng: &mut Rng, most: u32) -> Shape {
-    let head_dim = |rng: &mut Rng| if rng.once_in(2) { rng.from(1, 256) } else { 16 << rng.from(0, 4) };
+    let head_dim = |rng: &mut Rng| if once_in(rng, 2) { rng.u32(1..=256) } else { 16 << rng.u32(0..=4) };
     loop {
-        let heads_kv = rng.from(1, 3);
+        let heads_kv = rng.u32(1..=3);
         let dim = head_dim(rng);
         let shape = Shape {
-            batch: rng.from(1, 3),
-            heads_q: heads_kv * rng.from(1, 4),
+            batch: rng.u32(1..=3),
+            heads_q: heads_kv * rng.u32(1..=4),
             heads_kv,
-            seqlen_q: if rng.once_in(3) { rng.from(1, 16) } else { rng.from(1, most) },
-            seqlen_k: if rng.once_in(4) { rng.from(0, 40) } else { rng.from(1, most) },
+            seqlen_q: if once_in(rng, 3) { rng.u32(1..=16) } else { rng.u32(1..=most) },
+            seqlen_k: if once_in(rng, 4) { rng.u32(0..=40) } else { rng.u32(1..=most) },
             head_dim: dim,
-            head_dim_v: if rng.once_in(2) { dim } else { head_dim(rng) },
+            head_dim_v: if once_in(rng, 2) { dim } else { head_dim(rng) },
         };
         // Of a few elements even the plain computation in 16 bits may be exact, and the bound nearly 0.
         if shape.rows() * shape.head_dim_v as u64 >= 256 {
@@ -88,12 +70,12 @@ fn random_shape(rng: &mut Rng, most: u32) -> Shape {
 
 /// Rows in this order or that; for inputs also gaps, of multiples of eight elements or of any size.
 fn random_layout(rng: &mut Rng, heads: u32, rows: u32, dim: u32, gaps: bool) -> Layout {
-    match rng.from(0, if gaps { 3 } else { 1 }) {
+    match rng.u32(0..=if gaps { 3 } else { 1 }) {
         0 => Layout::bhnd(heads, rows, dim),
         1 => Layout { batch: (heads * rows * dim) as u64, ..Layout::bnhd(heads, rows, dim) },
         n => {
             let unit = if n == 2 { 8 } else { 1 };
-            let mut gap = || unit * rng.from(0, 3) as u64;
+            let mut gap = || unit * rng.u32(0..=3) as u64;
             let row = (dim as u64).next_multiple_of(unit) + gap();
             let head = rows as u64 * row + gap();
             Layout { offset: gap(), batch: heads as u64 * head + gap(), head, row }
@@ -109,14 +91,14 @@ fn random_problem(rng: &mut Rng, most: u32, element_type: ElementType) -> Proble
         .with_layout(Tensor::Key, random_layout(rng, s.heads_kv, s.seqlen_k, s.head_dim, true))
         .with_layout(Tensor::Value, random_layout(rng, s.heads_kv, s.seqlen_k, s.head_dim_v, true))
         .with_layout(Tensor::Out, random_layout(rng, s.heads_q, s.seqlen_q, s.head_dim_v, false));
-    problem.scale = rng.once_in(3).then(|| (3.0 * rng.unit() - 1.5) / (s.head_dim as f32).sqrt());
-    problem.softcap = rng.once_in(4).then(|| 0.5 + 20.0 * rng.unit());
-    let diagonal = if rng.once_in(2) { Causal::BottomRight } else { Causal::TopLeft };
-    problem.causal = rng.once_in(3).then_some(diagonal);
-    let mut side = || rng.once_in(4).then(|| rng.from(0, s.seqlen_k));
+    problem.scale = once_in(rng, 3).then(|| (3.0 * rng.f32() - 1.5) / (s.head_dim as f32).sqrt());
+    problem.softcap = once_in(rng, 4).then(|| 0.5 + 20.0 * rng.f32());
+    let diagonal = if once_in(rng, 2) { Causal::BottomRight } else { Causal::TopLeft };
+    problem.causal = once_in(rng, 3).then_some(diagonal);
+    let mut side = || once_in(rng, 4).then(|| rng.u32(0..=s.seqlen_k));
     (problem.window_left, problem.window_right) = (side(), side());
-    problem.seqlens_k = rng.once_in(3);
-    problem.seqlens_q = rng.once_in(4);
+    problem.seqlens_k = once_in(rng, 3);
+    problem.seqlens_q = once_in(rng, 4);
     problem
 }
 
@@ -131,7 +113,7 @@ fn lay_out<T: Number>(
     let mut out = vec![];
     let all = (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..rows).map(move |i| [b, h, i])));
     for (row, at) in data.chunks(dim).zip(all) {
-        let start = support::place(layout, at);
+        let start = place(layout, at);
         out.resize(out.len().max(start + dim), T::nearest(f32::NAN));
         if at[2] < count(at[0]) {
             out[start..][..dim].copy_from_slice(row);
@@ -153,11 +135,11 @@ fn run_backward<T: Number>(
 ) -> Result<[Verdict; 3], String> {
     let words = |error: Error| error.to_string();
     let outputs = Outputs::poisoned(context, plan)?;
-    support::pass_times(context, &[support::bind(plan, inputs, &outputs).map_err(words)?], 1, 1).map_err(words)?;
+    pass_times(context, &[bind(plan, inputs, &outputs).map_err(words)?], 1, 1).map_err(words)?;
     let run = || -> Result<[Vec<T>; 3], String> {
         let gradients = GradientBuffers::poisoned(context, plan, upstream)?;
         let bound = gradients.bind(plan, inputs, &outputs).map_err(words)?;
-        support::pass_times(context, &[bound], 1, 1).map_err(words)?;
+        pass_times(context, &[bound], 1, 1).map_err(words)?;
         gradients.read(context, plan.problem()).map_err(words)
     };
     let [first, second] = [run()?, run()?];
@@ -170,8 +152,8 @@ fn run_backward<T: Number>(
 
 fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Result<(), String> {
     let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
-    let mut rng = Rng(seed);
-    let large = rng.once_in(4);
+    let mut rng = Rng::with_seed(seed);
+    let large = once_in(&mut rng, 4);
     let problem = random_problem(
         &mut rng,
         if software {
@@ -184,15 +166,14 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
         T::TYPE,
     );
     let s = &problem.shape;
-    let mut some = |all: u32| (0..s.batch).map(|_| rng.from(0, all) as i32).collect::<Vec<_>>();
+    let mut some = |all: u32| (0..s.batch).map(|_| rng.u32(0..=all) as i32).collect::<Vec<_>>();
     let keys = problem.seqlens_k.then(|| some(s.seqlen_k));
     let queries = problem.seqlens_q.then(|| some(s.seqlen_q));
     let lengths = Lengths { queries, keys };
     let valid = |b: u32| lengths.borrow().of(&problem, b);
     let q = [s.batch, s.heads_q, s.seqlen_q, s.head_dim];
     let [k, v] = [s.head_dim, s.head_dim_v].map(|dim| [s.batch, s.heads_kv, s.seqlen_k, dim]);
-    let tensor =
-        |dims: [u32; 4], n: u64| support::random::<T>(dims.iter().map(|&d| d as usize).product(), seed ^ n << 60);
+    let tensor = |dims: [u32; 4], n: u64| random::<T>(dims.iter().map(|&d| d as usize).product(), seed ^ n << 60);
     // Values of a mean other than 0: a relative error says nothing of sums that cancel.
     let value: Vec<T> = tensor(v, 3).into_iter().map(|x| T::nearest(0.7 + 0.5 * x.into() as f32)).collect();
     let tensors = Tensors { query: tensor(q, 1), key: tensor(k, 2), value, lengths: lengths.clone() };
@@ -207,17 +188,9 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     // All rows, or as many as the oracle computes in a moment.
     let affordable = 20_000_000 / (s.seqlen_k as u64 * (s.head_dim + s.head_dim_v) as u64).max(1);
     let step = s.rows().div_ceil(affordable.max(32)) as usize;
-    let (mut rows, mut out, mut lse, mut plain) = (vec![], vec![], vec![], vec![]);
-    for n in (0..s.rows() as u32).step_by(step) {
-        let row = [n / s.seqlen_q / s.heads_q, n / s.seqlen_q % s.heads_q, n % s.seqlen_q];
-        let Tensors { query, key, value, .. } = &tensors;
-        let (o, l) = reference::forward_row(&problem, query, key, value, lengths.borrow(), row);
-        rows.push((n as usize, row));
-        out.extend(o);
-        lse.push(l);
-        plain.extend(support::plain_row(&problem, &tensors, row).0);
-    }
-    let plain = Errors::of(plain, &out);
+    let row = |n: u32| [n / s.seqlen_q / s.heads_q, n / s.seqlen_q % s.heads_q, n % s.seqlen_q];
+    let rows = (0..s.rows() as u32).step_by(step).map(row).collect();
+    let forward_sample = Sample::of(&problem, &tensors, rows);
 
     // Gradients of q, k and v have layouts of their own; that of o is laid out as inputs are.
     let mut with_gradients = problem
@@ -227,21 +200,21 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
         .with_layout(Tensor::GradQuery, random_layout(&mut rng, s.heads_q, s.seqlen_q, s.head_dim, false))
         .with_layout(Tensor::GradKey, random_layout(&mut rng, s.heads_kv, s.seqlen_k, s.head_dim, false))
         .with_layout(Tensor::GradValue, random_layout(&mut rng, s.heads_kv, s.seqlen_k, s.head_dim_v, false));
-    let of_lse = rng.once_in(2);
+    let of_lse = once_in(&mut rng, 2);
     if of_lse {
         with_gradients = with_gradients.with_grad_lse();
     }
     let o = [s.batch, s.heads_q, s.seqlen_q, s.head_dim_v];
-    let grad_lse = of_lse.then(|| (0..s.rows()).map(|_| 2.0 * rng.unit() - 1.0).collect());
+    let grad_lse = of_lse.then(|| (0..s.rows()).map(|_| 2.0 * rng.f32() - 1.0).collect());
     let upstream = Upstream { out: tensor(o, 4), lse: grad_lse };
     let upstream_laid_out = Upstream {
         out: lay_out(&upstream.out, &with_gradients.layout(Tensor::GradOut), o, |b| valid(b).0),
         lse: upstream.lse.clone(),
     };
-    let queries = support::sample_rows([s.batch, s.heads_q, s.seqlen_q], affordable.clamp(32, 512) / 4);
+    let queries = sample_rows([s.batch, s.heads_q, s.seqlen_q], affordable.clamp(32, 512) / 4);
     let group_rows = s.group() as u64 * s.seqlen_q as u64 * (s.head_dim + s.head_dim_v) as u64;
     let affordable_keys = (20_000_000 / group_rows).clamp(32, 512) / 4;
-    let keys = support::sample_rows([s.batch, s.heads_kv, s.seqlen_k], affordable_keys);
+    let keys = sample_rows([s.batch, s.heads_kv, s.seqlen_k], affordable_keys);
     let sample = GradientSample::of(context, &with_gradients, &tensors, &upstream, queries, keys)
         .map_err(|what| format!("seed {seed}: {what}\n{problem:?}\n{lengths:?}"))?;
 
@@ -259,8 +232,8 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
         };
         let run = || -> Result<(Vec<T>, Vec<f32>), String> {
             let outputs = Outputs::poisoned(context, &plan)?;
-            let bound = support::bind(&plan, &inputs, &outputs).map_err(|error| error.to_string())?;
-            support::pass_times(context, &[bound], 1, 1).map_err(|error| error.to_string())?;
+            let bound = bind(&plan, &inputs, &outputs).map_err(|error| error.to_string())?;
+            pass_times(context, &[bound], 1, 1).map_err(|error| error.to_string())?;
             outputs.read(context, &problem).map_err(|error| error.to_string())
         };
         let [first, second] = [run().map_err(failed)?, run().map_err(failed)?];
@@ -269,18 +242,8 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
         if bytes(&first) != bytes(&second) {
             return Err(failed("two runs gave different bits".into()));
         }
-        let dim = s.head_dim_v as usize;
-        let found_out = rows
-            .iter()
-            .flat_map(|&(_, row)| &first.0[support::place(&problem.layout(Tensor::Out), row)..][..dim])
-            .copied();
-        let found_lse: Vec<f32> = rows.iter().map(|&(n, _)| first.1[n]).collect();
-        let errors = Errors::of(found_out, &out);
-        let o = match T::TYPE {
-            ElementType::F32 => support::judge_relative(errors, 2e-6),
-            _ => support::judge_by_plain(errors, plain),
-        };
-        for (what, verdict) in [("o", o), ("lse", support::judge_lse(&found_lse, &lse))] {
+        let verdicts = forward_sample.judge(&problem, &first.0, &first.1);
+        for (what, verdict) in ["o", "lse"].into_iter().zip(verdicts) {
             if !verdict.holds {
                 return Err(failed(format!("{what}: {verdict}")));
             }
@@ -310,7 +273,7 @@ fn run(args: &Args) -> Result<bool, Box<dyn std::error::Error>> {
     let mut options = HeadlessOptions::default().cooperative_matrices(args.coop);
     options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options)?;
-    println!("adapter: {}", support::adapter_name(&context));
+    println!("adapter: {}", adapter_name(&context));
     let (start, mut totals, mut seed) = (Instant::now(), Totals::new(), args.seed);
     let failure = loop {
         let result = match seed % 3 {

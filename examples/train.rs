@@ -1,12 +1,6 @@
 //! Trains a small transformer on a text, character by character, and lets it write. Its attention runs on the device,
 //! forward, backward and, at the end, from a cache of keys and values. `--help` lists the options.
 
-#[path = "support/attention.rs"]
-mod attention;
-mod support;
-#[path = "support/transformer.rs"]
-mod transformer;
-
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -18,11 +12,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use plotters::prelude::*;
 use wgpu_flash_attention::{Context, HeadlessOptions, Kernel, Shape};
 
-use attention::{CachedAttention, DeviceAttention};
-use support::Number;
-use support::output::OutputFile;
-use support::terminal::harmless;
-use transformer::{AdamW, Sizes, Text, Transformer};
+use flash_attention_testing::attention::{CachedAttention, DeviceAttention};
+use flash_attention_testing::buffers::{Number, adapter_name};
+use flash_attention_testing::output::OutputFile;
+use flash_attention_testing::terminal::harmless;
+use flash_attention_testing::transformer::{AdamW, Sizes, Text, Transformer};
 
 /// What the host computes in.
 type Real = f32;
@@ -118,7 +112,7 @@ fn rate(args: &Args, step: u64) -> Real {
 }
 
 /// Trains the model; the loss of each step.
-fn train<T: Number>(args: &Args, context: &Context, text: &Text, model: &mut Transformer) -> Result<Vec<f64>> {
+fn train<T: Number>(args: &Args, context: &Context, text: &Text, model: &mut Transformer<Real>) -> Result<Vec<f64>> {
     let shape =
         Shape::square(args.batch as u32, args.heads as u32, args.context as u32, (args.dim / args.heads) as u32);
     let kernel = match args.kernel {
@@ -156,7 +150,7 @@ fn train<T: Number>(args: &Args, context: &Context, text: &Text, model: &mut Tra
 }
 
 /// What the model writes, from the first character of the text on. The cache on the device holds what the model sees.
-fn sample<T: Number>(args: &Args, context: &Context, text: &Text, model: &mut Transformer) -> Result<String> {
+fn sample<T: Number>(args: &Args, context: &Context, text: &Text, model: &mut Transformer<Real>) -> Result<String> {
     const TEMPERATURE: Real = 0.7;
     let heads = [args.heads, args.dim / args.heads].map(|n| n as u32);
     let mut attention =
@@ -251,7 +245,7 @@ fn run(args: &Args) -> Result<()> {
     let mut options = HeadlessOptions::default().cooperative_matrices(args.kernel == KernelName::Coop);
     options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options).map_err(words)?;
-    say("adapter", support::adapter_name(&context));
+    say("adapter", adapter_name(&context));
     say("text", format!("{name}: {characters} characters, {} different ones", sizes.vocabulary));
     let mut model = Transformer::new(sizes, args.seed);
     let weights: usize = model.parameters().iter().map(|parameter| parameter.value.len()).sum();

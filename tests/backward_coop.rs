@@ -1,16 +1,15 @@
 //! The backward pass on cooperative matrices (`scripts/vulkan --coop cargo test` has a device with some): the cases of the other
 //! backward kernels, in all element types. Says so where there is no such device.
 
-mod common;
-
-use common::backward::{Ask, PreparedBackward, backward, check_all, prepare};
-use common::cases::cases;
-use common::coop::{
+use flash_attention_testing::backward::{Ask, PreparedBackward, backward, check_all, prepare};
+use flash_attention_testing::cases::cases;
+use flash_attention_testing::coop::{
     WGSL_FORMATS, check_wgsl, context, dims_of, in_forms, is_software, known_matrices, matrix_size, small_device,
     spirv_error, validator, workgroup_bytes,
 };
-use common::switched::PAIRWISE;
-use common::{Case, TYPES, case, full};
+use flash_attention_testing::loops::uninitialised_in_loop;
+use flash_attention_testing::switches::switched_with_gradients;
+use flash_attention_testing::{Case, TYPES, case, full};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::facts::Facts;
@@ -295,8 +294,8 @@ fn contexts_without_matrices_refuse_it() {
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
 }
 
-/// Problems that differ in a switch or a constant of the module, each with the bits of its five switches.
-fn problems(element_type: ElementType) -> Vec<(u32, Problem)> {
+/// Problems that differ in a switch or a constant of the module, each with whether it has none or all of the switches.
+fn problems(element_type: ElementType) -> Vec<(bool, Problem)> {
     let mut all = vec![];
     for [head_dim, head_dim_v] in [[1u32, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
         // Only rows of bf16 that are aligned.
@@ -304,19 +303,13 @@ fn problems(element_type: ElementType) -> Vec<(u32, Problem)> {
         if element_type == ElementType::BF16 && !whole {
             continue;
         }
-        for switches in PAIRWISE {
-            let on = |n: u32| switches >> n & 1 == 1;
-            let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
-            let mut problem = Problem::new(shape, element_type).with_gradients();
-            if element_type != ElementType::BF16 {
-                let layout = problem.layout(Tensor::Query).at(on(0).into());
-                problem = problem.with_layout(Tensor::Query, layout);
+        let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
+        for (n, mut problem) in switched_with_gradients(shape, element_type).into_iter().enumerate() {
+            if element_type == ElementType::BF16 {
+                let aligned = Problem::new(shape, element_type).layout(Tensor::Query);
+                problem = problem.with_layout(Tensor::Query, aligned);
             }
-            problem.softcap = on(1).then_some(2.0);
-            problem.seqlens_k = on(2);
-            problem.seqlens_q = on(4);
-            problem.gradients.iter_mut().for_each(|gradients| gradients.accumulate = on(3));
-            all.push((switches, problem));
+            all.push((n < 2, problem));
         }
     }
     all
@@ -366,7 +359,7 @@ fn modules_of(
 fn modules_are_valid() {
     let validator = validator();
     for (format, layout) in known_matrices() {
-        for (switches, problem) in TYPES.into_iter().flat_map(problems) {
+        for (at_an_end, problem) in TYPES.into_iter().flat_map(problems) {
             for [dkdv, dq] in tiles(Registers, format.size, &problem) {
                 let modules = modules_of(&problem, Registers, [dkdv.0, dq.0], format, Some(layout.clone()));
                 for (module, (tile, said)) in modules.into_iter().zip([dkdv, dq, dkdv, dq]) {
@@ -375,13 +368,18 @@ fn modules_are_valid() {
                     assert_eq!((module.workgroup_bytes, module.threads), (said, tile.subgroups * format.lanes));
                     let text = specialization.source().unwrap().text;
                     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
-                    let loops = common::loops::uninitialised_in_loop(&text);
+                    let loops = uninitialised_in_loop(&text);
                     assert_eq!(loops, None, "a variable in a loop without a value: {specialization:?}");
-                    let module = ElementModule::new(&text, format, &bindings, switches >> 3 & 1 == 1)
-                        .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
+                    let module = ElementModule::new(
+                        &text,
+                        format,
+                        &bindings,
+                        problem.gradients.is_some_and(|gradients| gradients.accumulate),
+                    )
+                    .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
                     assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
                     // With none and with all of the switches; the validator takes its time.
-                    let validator = validator.as_deref().filter(|_| matches!(switches, 0 | 31));
+                    let validator = validator.as_deref().filter(|_| at_an_end);
                     let refused = |path| spirv_error(path, "backward_coop.spv", module.spirv());
                     if let Some(error) = validator.and_then(refused) {
                         panic!("{specialization:?}: {error}");
@@ -397,8 +395,8 @@ fn modules_are_valid() {
 fn modules_in_wgsl_alone_are_valid() {
     let spirv_val = validator();
     for format in WGSL_FORMATS {
-        for (switches, problem) in problems(ElementType::F16) {
-            let spirv_val = spirv_val.as_deref().filter(|_| matches!(switches, 0 | 31));
+        for (at_an_end, problem) in problems(ElementType::F16) {
+            let spirv_val = spirv_val.as_deref().filter(|_| at_an_end);
             for [dkdv, dq] in tiles(WorkgroupMemory, format.size, &problem) {
                 let modules = modules_of(&problem, WorkgroupMemory, [dkdv.0, dq.0], format, None);
                 for (module, (_, said)) in modules.into_iter().zip([dkdv, dq]) {

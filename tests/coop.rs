@@ -1,15 +1,14 @@
 //! The cooperative-matrix kernel on a device that has such matrices (`scripts/vulkan --coop cargo test` has one): the
 //! cases of the other kernels. Says so where there is no such device.
 
-mod common;
-
-use common::cases::{cases, prepare};
-use common::coop::{
+use flash_attention_testing::cases::{cases, prepare};
+use flash_attention_testing::coop::{
     WGSL_FORMATS, check_wgsl, context, dims_of, in_form, in_forms, is_software, known_matrices, matrix_size,
     small_device, spirv_error, validator, workgroup_bytes,
 };
-use common::switched::{PAIRWISE, switched};
-use common::*;
+use flash_attention_testing::loops::uninitialised_in_loop;
+use flash_attention_testing::switches::switched;
+use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::facts::Facts;
@@ -220,14 +219,14 @@ fn contexts_without_matrices_refuse_it() {
     assert_eq!(full().plan(&problem).unwrap().kernel(), Kernel::Tile);
 }
 
-/// Problems that differ in a switch or a constant of the module, each with the bits of its five switches.
-fn problems(element_types: &[ElementType]) -> Vec<(u32, Problem)> {
+/// Problems that differ in a switch or a constant of the module, each with whether it has none or all of the switches.
+fn problems(element_types: &[ElementType]) -> Vec<(bool, Problem)> {
     let mut all = vec![];
     for [head_dim, head_dim_v] in [[1, 1], [8, 24], [31, 33], [64, 64], [128, 128], [256, 200]] {
         let shape = Shape { head_dim_v, ..Shape::square(2, 2, 8, head_dim) };
         for &element_type in element_types {
-            all.extend(PAIRWISE.map(|bits| (bits, switched(shape, element_type, bits))));
-            all.push((8, switched(shape, element_type, 8).scale(0.0)));
+            all.extend(switched(shape, element_type).into_iter().enumerate().map(|(n, problem)| (n < 2, problem)));
+            all.push((false, Problem::new(shape, element_type).with_lse().scale(0.0)));
         }
     }
     all
@@ -275,7 +274,7 @@ fn modules_of(
 fn modules_are_valid() {
     let validator = validator();
     for (format, layout) in known_matrices() {
-        for (switches, problem) in problems(&TYPES) {
+        for (at_an_end, problem) in problems(&TYPES) {
             let tiles = tiles(Registers, format, &problem);
             let modules = |&(tile, said): &(CoopTile, u32)| {
                 let modules = modules_of(&problem, Registers, tile, format, Some(layout.clone()));
@@ -291,14 +290,14 @@ fn modules_are_valid() {
                 assert_eq!((planned, threads), (said, tile.subgroups * format.lanes), "{specialization:?}");
                 let text = specialization.source().unwrap().text;
                 assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
-                let loops = common::loops::uninitialised_in_loop(&text);
+                let loops = uninitialised_in_loop(&text);
                 assert_eq!(loops, None, "a variable in a loop without a value: {specialization:?}");
                 assert!(said <= 48 << 10, "{specialization:?}");
                 let module = ElementModule::new(&text, format, &bindings, problem.lse)
                     .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
                 assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
                 // With none and with all of the switches; the validator takes its time, a process for each module.
-                let validator = validator.as_deref().filter(|_| matches!(switches, 0 | 31));
+                let validator = validator.as_deref().filter(|_| at_an_end);
                 let refused = |path| spirv_error(path, "coop.spv", module.spirv());
                 if let Some(error) = validator.and_then(refused) {
                     panic!("{specialization:?}: {error}");
@@ -313,9 +312,9 @@ fn modules_are_valid() {
 fn modules_in_wgsl_alone_are_valid() {
     let spirv_val = validator();
     for format in WGSL_FORMATS {
-        for (switches, problem) in problems(&[ElementType::F16]) {
+        for (at_an_end, problem) in problems(&[ElementType::F16]) {
             // The validator takes its time, a process for each module.
-            let spirv_val = spirv_val.as_deref().filter(|_| matches!(switches, 0 | 31));
+            let spirv_val = spirv_val.as_deref().filter(|_| at_an_end);
             for (tile, said) in tiles(WorkgroupMemory, format, &problem) {
                 for module in modules_of(&problem, WorkgroupMemory, tile, format, None) {
                     assert!(!module.element_access);

@@ -3,9 +3,6 @@
 //! The last tests need a device with cooperative matrices (`scripts/vulkan --coop cargo test` has one); they say so where
 //! there is none.
 
-#[path = "common/skipped.rs"]
-mod skipped;
-
 use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
@@ -16,7 +13,7 @@ use wgpu_flash_attention::matrices::{self, Bit, ElementModule, LayoutError, Matr
 use wgpu_flash_attention::specialize::Specialization;
 use wgpu_flash_attention::{Context, CoopForm, ElementType, Kernel, PlanOptions, Problem, Shape, modules, wgpu};
 
-use skipped::{NEWER_DRIVER, NO_VALIDATOR, skipped};
+use flash_attention_testing::skipped::{NEWER_DRIVER, NO_VALIDATOR, skipped};
 
 const FORMATS: [MatrixFormat; 5] = [
     MatrixFormat { size: 8, lanes: 8 },

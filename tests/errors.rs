@@ -1,9 +1,7 @@
 //! Bad input: the error that each brings, that its text names what is wrong, and that nothing was written.
 
-mod common;
-
-use common::backward::fused;
-use common::*;
+use flash_attention_testing::backward::fused;
+use flash_attention_testing::*;
 use wgpu_flash_attention::tune::{BackwardTile, Tile};
 use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferSize, BufferUsages, ErrorFilter};
 use wgpu_flash_attention::{

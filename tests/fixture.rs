@@ -1,9 +1,7 @@
 //! Real queries, keys and values, with expected values computed elsewhere: see the metadata of the file.
 
-mod common;
-
-use common::backward::PreparedBackward;
-use common::*;
+use flash_attention_testing::backward::PreparedBackward;
+use flash_attention_testing::*;
 use safetensors::SafeTensors;
 use wgpu_flash_attention::{ElementType, Kernel, Problem, Shape, wgpu};
 

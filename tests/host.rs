@@ -1,8 +1,6 @@
 //! What the host asks of a device that fails: each call that returns a `Result` returns an error, and none panics.
 
-mod common;
-
-use common::*;
+use flash_attention_testing::*;
 use pollster::block_on;
 use wgpu_flash_attention::wgpu::{self, BufferUsages};
 use wgpu_flash_attention::{
@@ -198,7 +196,7 @@ fn out_of_memory() {
         }
         Some(Err(other)) => panic!("{other}"),
         Some(Ok(_)) | None => {
-            common::skipped::skipped("out of memory: the driver has no memory budget, or a large one")
+            flash_attention_testing::skipped::skipped("out of memory: the driver has no memory budget, or a large one")
         }
     }
 }

@@ -1,10 +1,8 @@
 //! Sequences so long that Mesa's software driver before version 25 would end the loops over them: each kernel is right there, or refuses
 //! the problem. On other drivers all are right.
 
-mod common;
-
-use common::backward::{Ask, backward};
-use common::{Case, case, full, naive, tile};
+use flash_attention_testing::backward::{Ask, backward};
+use flash_attention_testing::{Case, case, full, naive, tile};
 use wgpu_flash_attention::{Error, Kernel, PlanOptions};
 
 /// Whether the driver is one that ends loops.

@@ -1,11 +1,9 @@
 //! Random problems, layouts, types and tiles: each is computed as the oracle does.
 
-mod common;
-
 use std::sync::OnceLock;
 
-use common::backward::{Ask, backward, fused};
-use common::*;
+use flash_attention_testing::backward::{Ask, backward, fused};
+use flash_attention_testing::*;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
@@ -30,8 +28,8 @@ enum Order {
 
 fn cases() -> impl Strategy<Value = Case> {
     let sizes = (0..4u32, 1..4u32, 1..4u32, 0..50u32, 0..70u32);
-    // Few head dims, since each is a module of its own to compile.
-    let dims = prop::sample::select(vec![[4, 4], [8, 12], [5, 3]]);
+    // Two pairs of head dims, in whole vectors and not, since each is a module of its own to compile.
+    let dims = prop::sample::select(vec![[8, 12], [5, 3]]);
     let order = prop::sample::select(vec![
         Order::Bhnd,
         Order::Bnhd,

@@ -2,11 +2,9 @@
 //! computed forward, and from that backward, by every kernel that takes it, and compared with f64 row by row, so that a huge
 //! row does not hide what it does to the others. Kernels on cooperative matrices need `scripts/vulkan --coop cargo test`.
 
-mod common;
-
-use common::backward::backward;
-use common::coop::{in_forms, is_software};
-use common::{Rng, TYPES, coop, from_bits, full, to_bits};
+use flash_attention_testing::backward::backward;
+use flash_attention_testing::coop::{in_forms, is_software};
+use flash_attention_testing::{TYPES, coop, from_bits, full, to_bits};
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::ElementType::{self, BF16, F16, F32};
 use wgpu_flash_attention::tune::{CoopBackwardTile, CoopTile};
@@ -18,6 +16,20 @@ use wgpu_flash_attention::{BackwardBuffers, Context, ForwardBuffers, Kernel, Pla
 struct Case {
     problem: Problem,
     inputs: [Vec<f32>; 4],
+}
+
+/// SplitMix64. The bounds here were found with its numbers, and depend on them: errors are relative to a row of a gradient, which
+/// may be a difference of nearly equal numbers. With other numbers a bound for such rows is to be derived first.
+struct Rng(u64);
+
+impl Rng {
+    /// From 0 to below 1.
+    fn unit(&mut self) -> f32 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let x = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((x ^ (x >> 31)) >> 40) as f32 / (1u32 << 24) as f32
+    }
 }
 
 /// o, lse, dq, dk and dv, contiguous.

@@ -1,14 +1,12 @@
 //! The convenience on host slices, blocking and not.
 
-mod common;
-
-use common::{Rng, full, with_limits};
+use flash_attention_testing::{full, with_limits};
 use half::{bf16, f16};
 use wgpu_flash_attention::{Causal, Element, Error, HostTensor, Problem, SdpaOptions, Shape, reference};
 
 fn random<T>(len: usize, seed: u64, round: impl Fn(f32) -> T) -> Vec<T> {
-    let mut rng = Rng(seed);
-    (0..len).map(|_| round(3.0 * rng.unit() - 1.0)).collect()
+    let mut rng = fastrand::Rng::with_seed(seed);
+    (0..len).map(|_| round(3.0 * rng.f32() - 1.0)).collect()
 }
 
 /// Compares both forms with the oracle: shapes are those of q and v; k has the head dim of q.

@@ -1,28 +1,23 @@
 //! Every module that a plan can build: naga accepts it, every backend can write it, and it keeps within what it says
 //! of itself and within WebGPU's default limits. Needs no GPU.
 
-#[path = "common/loops.rs"]
-mod loops;
-#[path = "common/stores.rs"]
-mod stores;
-#[path = "common/switched.rs"]
-mod switched;
-
 use std::collections::HashSet;
 
-use loops::uninitialised_in_loop;
+use flash_attention_testing::TYPES;
+use flash_attention_testing::loops::uninitialised_in_loop;
+use flash_attention_testing::stores::stores_components;
+use flash_attention_testing::switches::{switched, switched_with_gradients};
 use naga::back::{hlsl, msl, spv};
 use naga::proc::Layouter;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, Module};
-use stores::stores_components;
-use switched::{PAIRWISE, switched};
 use wgpu_flash_attention::facts::Facts;
 use wgpu_flash_attention::matrices::{MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::{Source, Specialization};
 use wgpu_flash_attention::tune::{backward_tiles, decode_tile, fused_tile};
 use wgpu_flash_attention::{
-    ElementType, Error, Kernel, MergeProblem, PlanOptions, PlannedModule, Problem, Shape, merge_module, modules, wgpu,
+    ElementType, Error, Kernel, MergeProblem, PlanOptions, PlannedModule, Problem, Shape, Tensor, merge_module,
+    modules, wgpu,
 };
 
 const DIMS: &[[u32; 2]] = &[
@@ -40,37 +35,43 @@ const DIMS: &[[u32; 2]] = &[
     [256, 256],
 ];
 
+/// The shapes of problems that differ in a constant.
+fn shapes() -> impl Iterator<Item = (Shape, ElementType)> {
+    let of_type = |element_type| {
+        // With 8,192 keys f32 has sums of sums.
+        let seqlens: &[u32] = if element_type == ElementType::F32 { &[8, 8192] } else { &[8] };
+        seqlens.iter().map(move |&seqlen| (seqlen, element_type))
+    };
+    let all = DIMS.iter().flat_map(move |&dims| TYPES.into_iter().flat_map(of_type).map(move |rest| (dims, rest)));
+    all.map(|([head_dim, head_dim_v], (seqlen, element_type))| {
+        (Shape { head_dim_v, ..Shape::square(2, 2, seqlen, head_dim) }, element_type)
+    })
+}
+
+/// The problems with a scale of 0, with rows in whole vectors and not.
+fn of_scale_0(problem: Problem) -> [Problem; 2] {
+    let layout = problem.layout(Tensor::Query).at(1);
+    [problem.clone(), problem.with_layout(Tensor::Query, layout)].map(|problem| problem.scale(0.0))
+}
+
 /// Problems that differ in a switch or a constant.
 fn problems() -> Vec<Problem> {
-    let mut all = vec![];
-    for &[head_dim, head_dim_v] in DIMS {
-        for element_type in [ElementType::F32, ElementType::F16, ElementType::BF16] {
-            // With 8,192 keys f32 has sums of sums.
-            let seqlens: &[u32] = if element_type == ElementType::F32 { &[8, 8192] } else { &[8] };
-            for &seqlen in seqlens {
-                let shape = Shape { head_dim_v, ..Shape::square(2, 2, seqlen, head_dim) };
-                all.extend(PAIRWISE.map(|bits| switched(shape, element_type, bits)));
-                // Aligned or not, with lse and a scale of 0.
-                all.extend([8, 9].map(|bits| switched(shape, element_type, bits).scale(0.0)));
-            }
-        }
-    }
-    all
+    let of_shape = |(shape, element_type)| {
+        let mut all = switched(shape, element_type);
+        all.extend(of_scale_0(Problem::new(shape, element_type).with_lse()));
+        all
+    };
+    shapes().flat_map(of_shape).collect()
 }
 
 /// The same with gradients, and what only they have.
 fn problems_with_gradients() -> Vec<Problem> {
-    let mut all = vec![];
-    for problem in problems().into_iter().filter(|problem| problem.lse) {
-        for (lse, accumulate) in [(false, false), (true, true)] {
-            let mut problem = problem.clone().with_gradients();
-            if let Some(gradients) = &mut problem.gradients {
-                (gradients.lse, gradients.accumulate) = (lse, accumulate);
-            }
-            all.push(problem);
-        }
-    }
-    all
+    let of_shape = |(shape, element_type)| {
+        let mut all = switched_with_gradients(shape, element_type);
+        all.extend(of_scale_0(Problem::new(shape, element_type).with_gradients()));
+        all
+    };
+    shapes().flat_map(of_shape).collect()
 }
 
 /// Line `line` of a module, for a message.

@@ -1,9 +1,7 @@
 //! Tensors of one call in one buffer: as parts of a pool, and among each other. Where a buffer lies changes no bit of a result.
 
-mod common;
-
-use common::backward::{backward, fused};
-use common::*;
+use flash_attention_testing::backward::{backward, fused};
+use flash_attention_testing::*;
 use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferSize};
 use wgpu_flash_attention::{
     BackwardBuffers, Causal, Context, CoopForm, ElementType, Error, ForwardBuffers, Kernel, Layout, MergeBuffers,
@@ -50,9 +48,9 @@ impl Memory {
 }
 
 fn numbers(element_type: ElementType, count: u64, seed: u64) -> Vec<u8> {
-    let mut rng = Rng(seed);
+    let mut rng = fastrand::Rng::with_seed(seed);
     let bytes = element_type.bytes() as usize;
-    let bits = (0..count).map(|_| to_bits(element_type, 2.0 * rng.unit() - 1.0));
+    let bits = (0..count).map(|_| to_bits(element_type, 2.0 * rng.f32() - 1.0));
     bits.flat_map(|bits| bits.to_le_bytes().into_iter().take(bytes)).collect()
 }
 

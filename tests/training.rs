@@ -2,23 +2,14 @@
 //!
 //! Its other layers are on the host in f64 either way, so that attention makes the whole difference.
 
-mod common;
-#[path = "../examples/support/mod.rs"]
-mod support;
-
-#[path = "../examples/support/attention.rs"]
-mod attention;
-#[path = "../examples/support/transformer.rs"]
-mod transformer;
-
-use attention::{CachedAttention, DeviceAttention};
 use fastrand::Rng;
+use flash_attention_testing::attention::{CachedAttention, DeviceAttention};
+use flash_attention_testing::full;
+use flash_attention_testing::transformer::{self, AdamW, Attention, Batch, Differentiable, Sizes, Text, Transformer};
 use half::f16;
-use transformer::{AdamW, Attention, Batch, Differentiable, Matrix, Sizes, Text, Transformer};
 use wgpu_flash_attention::{Causal, ElementType, Error, Problem, Shape, reference};
 
-/// What the host computes in.
-type Real = f64;
+type Matrix = transformer::Matrix<f64>;
 
 const TEXT: &str = "Do cats eat bats? Do bats eat cats? As she couldn't answer either question, \
                     it didn't much matter which way she put it.";
@@ -60,7 +51,7 @@ impl Reference {
     }
 }
 
-impl Attention for Reference {
+impl Attention<f64> for Reference {
     fn forward(&mut self, block: usize, query: &Matrix, key: &Matrix, value: &Matrix) -> Result<Matrix, Error> {
         self.inputs[block] = [query, key, value].map(Self::by_head);
         let [query, key, value] = &self.inputs[block];
@@ -68,7 +59,7 @@ impl Attention for Reference {
     }
 }
 
-impl Differentiable for Reference {
+impl Differentiable<f64> for Reference {
     fn backward(&mut self, block: usize, grad_out: &Matrix) -> Result<[Matrix; 3], Error> {
         let [query, key, value] = &self.inputs[block];
         let grad_out = Self::by_head(grad_out);
@@ -79,7 +70,7 @@ impl Differentiable for Reference {
 
 /// A model and the piece of text that it learns by heart.
 struct Training {
-    model: Transformer,
+    model: Transformer<f64>,
     batch: Batch,
     optimizer: AdamW,
 }
@@ -93,7 +84,7 @@ impl Training {
     }
 
     /// The loss of each step.
-    fn steps(&mut self, steps: usize, attention: &mut dyn Differentiable) -> Vec<f64> {
+    fn steps(&mut self, steps: usize, attention: &mut dyn Differentiable<f64>) -> Vec<f64> {
         let step = |_| {
             let loss = self.model.learn(&self.batch, attention).unwrap();
             self.optimizer.step(self.model.parameters(), 5e-3);
@@ -102,7 +93,7 @@ impl Training {
         (0..steps).map(step).collect()
     }
 
-    fn loss(&mut self, attention: &mut dyn Attention) -> f64 {
+    fn loss(&mut self, attention: &mut dyn Attention<f64>) -> f64 {
         let logits = self.model.logits(&self.batch.tokens, &self.batch.positions, attention).unwrap();
         transformer::cross_entropy(logits, &self.batch.targets).0
     }
@@ -124,10 +115,10 @@ fn the_losses_are_those_of_attention_in_f64() {
     let (first, last) = (expected[0], expected[STEPS - 1]);
     assert!(first > 3.0 && last < 0.02, "the loss fell from {first} to {last}");
 
-    let mut single = DeviceAttention::<f32>::new(common::full(), shape(), LAYERS, None).unwrap();
+    let mut single = DeviceAttention::<f32>::new(full(), shape(), LAYERS, None).unwrap();
     let found = difference(&Training::new().steps(STEPS, &mut single), &expected);
     assert!(found < 1e-5, "in f32 the losses differ by {found:.1e} of their size");
-    let mut half = DeviceAttention::<f16>::new(common::full(), shape(), LAYERS, None).unwrap();
+    let mut half = DeviceAttention::<f16>::new(full(), shape(), LAYERS, None).unwrap();
     let found = difference(&Training::new().steps(STEPS, &mut half), &expected);
     assert!(found < 0.1, "in f16 the losses differ by {found:.1e} of their size");
 }
@@ -137,7 +128,7 @@ fn gradients_too_small_for_f16_are_not_lost() {
     let mut rng = Rng::with_seed(1);
     let mut random = || Matrix::from_shape_simple_fn((PIECES * CONTEXT, HEADS * HEAD_DIM), || rng.f64() - 0.3);
     let [query, key, value, grad_out] = [random(), random(), random(), random()];
-    let mut attention = DeviceAttention::<f16>::new(common::full(), shape(), LAYERS, None).unwrap();
+    let mut attention = DeviceAttention::<f16>::new(full(), shape(), LAYERS, None).unwrap();
     attention.forward(1, &query, &key, &value).unwrap();
     let expected = attention.backward(1, &grad_out).unwrap();
     let small = 2f64.powi(-30);
@@ -181,7 +172,7 @@ fn one_token_after_the_other_gives_the_logits_of_all_at_once() {
     };
     let expected = model.logits(&batch.tokens, &batch.positions, &mut Reference::new()).unwrap();
     let sizes = [HEADS, HEAD_DIM].map(|n| n as u32);
-    let mut cache = CachedAttention::<f32>::new(common::full(), sizes, CONTEXT as u32, LAYERS).unwrap();
+    let mut cache = CachedAttention::<f32>::new(full(), sizes, CONTEXT as u32, LAYERS).unwrap();
     for position in 0..CONTEXT {
         cache.move_to(position);
         let found = model.logits(&[batch.tokens[position]], &[position], &mut cache).unwrap();

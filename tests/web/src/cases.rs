@@ -8,8 +8,8 @@ use wgpu_flash_attention::ElementType::{self, BF16, F16, F32};
 use wgpu_flash_attention::tune::{BackwardTile, FusedTile};
 use wgpu_flash_attention::{Kernel, PlanOptions};
 
-use crate::common::backward::{Ask, backward, fused};
-use crate::common::{Case, case, naive, tile, tiled};
+use flash_attention_testing::backward::{Ask, backward, fused};
+use flash_attention_testing::{Case, case, naive, tile, tiled};
 
 /// What is computed, and how.
 pub struct Entry {

@@ -2,15 +2,17 @@
 #![cfg(target_arch = "wasm32")]
 
 mod cases;
-#[path = "../../common/mod.rs"]
-mod common;
 
 use std::sync::{Arc, Mutex};
 
 use cases::Entry;
-use common::{Measured, case};
+use flash_attention_testing::case;
 use wasm_bindgen::prelude::*;
+use wgpu_flash_attention::reference::accept::Verdict;
 use wgpu_flash_attention::{Causal, Context, HostTensor, Plan, PlanOptions, Problem, SdpaOptions, wgpu};
+
+/// What was found of each result, or what is wrong.
+type Compared = Result<Vec<(&'static str, Verdict)>, String>;
 
 #[wasm_bindgen]
 extern "C" {
@@ -35,7 +37,7 @@ pub async fn run(adapter_limits: bool, few: bool, say: js_sys::Function) -> Resu
     let mut entries = cases::entries();
     entries.retain(|entry| entry.few || !few);
     let (mut passed, mut count) = (0, 0);
-    let mut report = |name: &str, begin: f64, mut result: Result<Vec<Measured>, String>| {
+    let mut report = |name: &str, begin: f64, mut result: Compared| {
         // What the browser refused leaves zeros or poison behind; its own words say more.
         let refused = std::mem::take(&mut *errors.lock().unwrap());
         if !refused.is_empty() {
@@ -45,7 +47,9 @@ pub async fn run(adapter_limits: bool, few: bool, say: js_sys::Function) -> Resu
         passed += u32::from(result.is_ok());
         let (verdict, words) = match result {
             Ok(measured) => {
-                let words = measured.iter().map(|m| format!("{} {:.1e} of {:.1e}", m.name, m.error, m.bound));
+                let words = measured
+                    .iter()
+                    .map(|(name, verdict)| format!("{name} {:.0} % of its bound", 100.0 * verdict.ratio));
                 ("PASS", words.collect::<Vec<_>>().join(", "))
             }
             Err(why) => ("FAIL", why),
@@ -78,7 +82,7 @@ async fn device(adapter_limits: bool) -> Result<(Context, wgpu::Adapter, Arc<Mut
 }
 
 /// Computes the case twice and compares with the oracle.
-async fn check(entry: &Entry, context: &Context) -> Result<Vec<Measured>, String> {
+async fn check(entry: &Entry, context: &Context) -> Compared {
     match entry.gradients {
         None => {
             let case = entry.case.prepare();
@@ -106,7 +110,7 @@ async fn check(entry: &Entry, context: &Context) -> Result<Vec<Measured>, String
 }
 
 /// The function that applications call first.
-async fn host_slices(context: &Context) -> Result<Vec<Measured>, String> {
+async fn host_slices(context: &Context) -> Compared {
     let shape = [1, 4, 100, 64];
     let case = case(1, [4, 4], [100, 100], [64, 64]).no_lse().causal(Causal::TopLeft).prepare();
     let [q, k, v] = &case.seen();
@@ -117,7 +121,7 @@ async fn host_slices(context: &Context) -> Result<Vec<Measured>, String> {
 }
 
 /// What must not go unnoticed.
-async fn errors_are_errors(adapter_limits: bool) -> Result<Vec<Measured>, String> {
+async fn errors_are_errors(adapter_limits: bool) -> Compared {
     let (context, adapter, _) = device(adapter_limits).await?;
     if context.clone().with_cooperative_matrices(&adapter).await.is_ok() {
         return Err("a context with cooperative matrices, which browsers do not have".into());

@@ -1,6 +1,7 @@
 //! What the tests of kernels on cooperative matrices share.
 
 use std::collections::{HashMap, HashSet};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -9,8 +10,8 @@ use wgpu_flash_attention::matrices::{Bit, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::Specialization;
 use wgpu_flash_attention::{Context, ElementType, HeadlessOptions, PlanOptions, wgpu};
 
-use super::skipped::{NEWER_DRIVER, NO_VALIDATOR, skipped};
-use super::{Case, cases::dims};
+use crate::skipped::{NEWER_DRIVER, NO_VALIDATOR, skipped};
+use crate::{Case, cases::dims, loops, stores};
 
 /// A context with cooperative matrices, on a device of its own: software Vulkan compiles the pipelines of a device one by one,
 /// those of several tests at once.
@@ -96,7 +97,7 @@ pub fn workgroup_bytes(text: &str) -> u32 {
 
 /// The validator of SPIR-V, where it is there.
 pub fn validator() -> Option<PathBuf> {
-    let validator = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/mesa/spirv-val");
+    let validator = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/mesa/spirv-val");
     if !validator.exists() {
         skipped(NO_VALIDATOR);
         return None;
@@ -180,9 +181,9 @@ pub fn spirv_error(validator: &Path, name: &str, words: &[u32]) -> Option<String
         return Some(format!("capability {capability} is none that the device was asked for"));
     }
     let words = &without_layouts_on_chip(words)[..];
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
-    std::fs::write(&file, bytemuck::cast_slice::<u32, u8>(words)).unwrap();
-    let output = Command::new(validator).args(["--target-env", "vulkan1.3"]).arg(&file).output().unwrap();
+    let mut file = tempfile::Builder::new().suffix(name).tempfile().unwrap();
+    file.write_all(bytemuck::cast_slice(words)).unwrap();
+    let output = Command::new(validator).args(["--target-env", "vulkan1.3"]).arg(file.path()).output().unwrap();
     (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
@@ -203,7 +204,7 @@ pub fn check_wgsl(specialization: &Specialization, format: MatrixFormat, said: u
     let text = specialization.source().unwrap().text;
     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
     let fail = |error: &str| -> ! { panic!("{specialization:?}: {error}") };
-    if let Some((line, text)) = super::loops::uninitialised_in_loop(&text) {
+    if let Some((line, text)) = loops::uninitialised_in_loop(&text) {
         fail(&format!("line {line}: a variable in a loop without a value: {text}"));
     }
     let module = naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
@@ -217,7 +218,7 @@ pub fn check_wgsl(specialization: &Specialization, format: MatrixFormat, said: u
     if let Some(error) = spirv_val.and_then(|v| spirv_error(v, &name, &words)) {
         fail(&error);
     }
-    if super::stores::stores_components(&module, &info) {
+    if stores::stores_components(&module, &info) {
         fail("a component of a shared vector is stored");
     }
     let options = msl::Options { lang_version: (2, 3), ..Default::default() };

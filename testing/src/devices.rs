@@ -3,7 +3,7 @@
 use wgpu_flash_attention::wgpu;
 use wgpu_flash_attention::{Context, ElementType, PlanOptions};
 
-use super::skipped;
+use crate::skipped::skipped;
 
 thread_local! {
     static FULL: &'static Context = Box::leak(Box::new(Context::headless().unwrap()));
@@ -33,7 +33,7 @@ pub fn with_features(required_features: wgpu::Features) -> Option<Context> {
     let adapter = adapter();
     if !adapter.features().contains(required_features) {
         let names: Vec<_> = required_features.iter_names().map(|(name, _)| name).collect();
-        skipped::skipped(&format!("devices with {}, which this adapter does not have", names.join(" and ")));
+        skipped(&format!("devices with {}, which this adapter does not have", names.join(" and ")));
         return None;
     }
     Some(device_of(&adapter, wgpu::DeviceDescriptor { required_features, ..Default::default() }))

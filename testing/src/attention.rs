@@ -1,6 +1,4 @@
 //! A transformer's attention on a device: with gradients for training, with a cache of keys and values for generating.
-#![allow(dead_code)] // The example and the tests each use a part.
-#![allow(clippy::unnecessary_cast)] // Real is f32 in one and f64 in the other.
 
 use std::marker::PhantomData;
 
@@ -9,9 +7,8 @@ use wgpu_flash_attention::{
     BackwardBuffers, Causal, Context, Error, ForwardBuffers, Kernel, Plan, PlanOptions, Problem, Shape,
 };
 
-use super::Real;
-use super::support::Number;
-use super::transformer::{Attention, Differentiable, Matrix};
+use crate::buffers::Number;
+use crate::transformer::{Attention, Differentiable, Matrix, Real};
 
 /// A buffer that can be written, used and read.
 fn buffer(context: &Context, argument: &'static str, bytes: u64) -> Result<wgpu::Buffer, Error> {
@@ -25,16 +22,17 @@ fn buffer(context: &Context, argument: &'static str, bytes: u64) -> Result<wgpu:
     Ok(context.device().create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false }))
 }
 
-fn write<T: Number>(context: &Context, buffer: &wgpu::Buffer, offset: u64, matrix: &Matrix, factor: Real) {
-    let values: Vec<T> = matrix.iter().map(|&x| T::nearest((x * factor) as f32)).collect();
+fn write<T: Number>(context: &Context, buffer: &wgpu::Buffer, offset: u64, matrix: &Matrix<impl Real>, factor: f64) {
+    let value = |x: f64| T::nearest((x * factor) as f32);
+    let values: Vec<T> = matrix.iter().map(|&x| value(x.into())).collect();
     context.queue().write_buffer(buffer, offset, bytemuck::cast_slice(&values));
 }
 
 /// Elements of a buffer, times a factor.
-fn matrix<T: Number>(bytes: &[u8], shape: (usize, usize), factor: Real) -> Matrix {
+fn matrix<T: Number, R: Real>(bytes: &[u8], shape: (usize, usize), factor: f64) -> Matrix<R> {
     let value = |x: T| -> f64 { x.into() };
     let mut values = bytemuck::pod_collect_to_vec::<u8, T>(bytes).into_iter();
-    Matrix::from_shape_simple_fn(shape, || values.next().map_or(0.0, |x| value(x) as Real * factor))
+    Matrix::from_shape_simple_fn(shape, || values.next().map_or(R::zero(), |x| R::of(value(x) * factor)))
 }
 
 /// Attention over whole sequences, with gradients. Planned once; each block has buffers of its own, so that what
@@ -108,8 +106,14 @@ impl<T: Number> DeviceAttention<T> {
     }
 }
 
-impl<T: Number> Attention for DeviceAttention<T> {
-    fn forward(&mut self, block: usize, query: &Matrix, key: &Matrix, value: &Matrix) -> Result<Matrix, Error> {
+impl<T: Number, R: Real> Attention<R> for DeviceAttention<T> {
+    fn forward(
+        &mut self,
+        block: usize,
+        query: &Matrix<R>,
+        key: &Matrix<R>,
+        value: &Matrix<R>,
+    ) -> Result<Matrix<R>, Error> {
         let Saved { inputs, out, lse } = &self.blocks[block];
         for (n, tensor) in (0..).zip([query, key, value]) {
             write::<T>(&self.context, inputs, n * self.step, tensor, 1.0);
@@ -117,15 +121,15 @@ impl<T: Number> Attention for DeviceAttention<T> {
         let [q, k, v] = self.thirds(inputs);
         let buffers = ForwardBuffers::new(q, k, v, out).lse(lse).workspace(self.workspace.as_ref());
         self.submit(|encoder| self.plan.forward(encoder, &buffers))?;
-        Ok(matrix::<T>(&self.context.download(out, 0, self.bytes)?, query.dim(), 1.0))
+        Ok(matrix::<T, R>(&self.context.download(out, 0, self.bytes)?, query.dim(), 1.0))
     }
 }
 
-impl<T: Number> Differentiable for DeviceAttention<T> {
-    fn backward(&mut self, block: usize, grad_out: &Matrix) -> Result<[Matrix; 3], Error> {
+impl<T: Number, R: Real> Differentiable<R> for DeviceAttention<T> {
+    fn backward(&mut self, block: usize, grad_out: &Matrix<R>) -> Result<[Matrix<R>; 3], Error> {
         // Gradients are linear in dO, and those of a mean over many tokens are small: the power of two that takes the
         // largest element of dO to between 1 and 2 keeps them all within the range of f16, and rounds nothing.
-        let largest = grad_out.iter().fold(0.0, |largest: Real, x| largest.max(x.abs()));
+        let largest = grad_out.iter().fold(0.0, |largest: f64, &x| largest.max(x.into().abs()));
         let factor = if largest > 0.0 { (-largest.log2().floor()).exp2() } else { 1.0 };
         write::<T>(&self.context, &self.grad_out, 0, grad_out, factor);
         let Saved { inputs, out, lse } = &self.blocks[block];
@@ -135,8 +139,9 @@ impl<T: Number> Differentiable for DeviceAttention<T> {
             .workspace(self.backward_workspace.as_ref());
         self.submit(|encoder| self.plan.backward(encoder, &buffers))?;
         let bytes = self.context.download(&self.gradients, 0, 2 * self.step + self.bytes)?;
-        let tensor =
-            |n| matrix::<T>(&bytes[(n * self.step) as usize..][..self.bytes as usize], grad_out.dim(), factor.recip());
+        let tensor = |n| {
+            matrix::<T, R>(&bytes[(n * self.step) as usize..][..self.bytes as usize], grad_out.dim(), factor.recip())
+        };
         Ok([tensor(0), tensor(1), tensor(2)])
     }
 }
@@ -195,9 +200,15 @@ impl<T: Number> CachedAttention<T> {
     }
 }
 
-impl<T: Number> Attention for CachedAttention<T> {
+impl<T: Number, R: Real> Attention<R> for CachedAttention<T> {
     /// q, k and v are those of one token.
-    fn forward(&mut self, block: usize, query: &Matrix, key: &Matrix, value: &Matrix) -> Result<Matrix, Error> {
+    fn forward(
+        &mut self,
+        block: usize,
+        query: &Matrix<R>,
+        key: &Matrix<R>,
+        value: &Matrix<R>,
+    ) -> Result<Matrix<R>, Error> {
         let cache = &self.blocks[block];
         let row = query.len() as u64 * T::TYPE.bytes();
         let offset = self.position as u64 * row;
@@ -210,6 +221,6 @@ impl<T: Number> Attention for CachedAttention<T> {
         let mut encoder = self.context.device().create_command_encoder(&Default::default());
         self.plan.forward(&mut encoder, &buffers)?;
         self.context.queue().submit([encoder.finish()]);
-        Ok(matrix::<T>(&self.context.download(&self.out, 0, row)?, query.dim(), 1.0))
+        Ok(matrix::<T, R>(&self.context.download(&self.out, 0, row)?, query.dim(), 1.0))
     }
 }

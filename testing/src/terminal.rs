@@ -1,4 +1,4 @@
-//! What a command says: text that is safe on a terminal, and progress.
+//! What commands say and are asked: text that is safe on a terminal, progress, an option that several have.
 
 use std::fmt::{Display, Write};
 use std::io::IsTerminal;
@@ -7,6 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
+use wgpu_flash_attention::CoopForm;
 
 /// The text with every character that a terminal may obey written as Rust writes it in a literal. Line breaks stay if `lines`
 /// says so. Names in files and names of files may hold escape sequences, which would otherwise reach the terminal.
@@ -114,6 +115,22 @@ impl Drop for Progress {
         // The line must be gone before anything else is printed.
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+    }
+}
+
+/// The forms of the coop kernel, as options name them.
+#[derive(Clone, Copy, clap::ValueEnum)]
+pub enum Form {
+    Registers,
+    WorkgroupMemory,
+}
+
+impl From<Form> for CoopForm {
+    fn from(form: Form) -> Self {
+        match form {
+            Form::Registers => CoopForm::Registers,
+            Form::WorkgroupMemory => CoopForm::WorkgroupMemory,
         }
     }
 }

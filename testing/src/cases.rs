@@ -1,6 +1,6 @@
 //! The table of cases that the forward kernels are tested with.
 
-use super::{Case, Prepared, case};
+use crate::{Case, Prepared, case};
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::ElementType;
 
@@ -146,7 +146,23 @@ pub fn cases() -> Vec<(String, Case)> {
 
 /// A small case for each pair of head dims.
 pub fn dims() -> Vec<(String, Case)> {
-    DIMS.iter().map(|&dims| (format!("dims {dims:?}"), case(1, [2, 1], [37, 45], dims))).collect()
+    dims_with([37, 45])
+}
+
+/// Those of [`dims`] with so many queries and keys.
+pub fn dims_with(seqlens: [u32; 2]) -> Vec<(String, Case)> {
+    DIMS.iter().map(|&dims| (format!("dims {dims:?}"), case(1, [2, 1], seqlens, dims))).collect()
+}
+
+/// Those of [`dims`] that a type is tried with: each pair of head dims is a module to compile for each kernel. f16 and bf16 lie in
+/// memory in the same way and are read by the same text but for one conversion, so each of them has half of the pairs.
+pub fn dims_of(element_type: ElementType) -> Vec<(String, Case)> {
+    let every_second = |first| dims().into_iter().skip(first).step_by(2).collect();
+    match element_type {
+        ElementType::F16 => every_second(0),
+        ElementType::BF16 => every_second(1),
+        _ => dims(),
+    }
 }
 
 /// Inputs and expected results of cases in an element type.

@@ -10,29 +10,47 @@
 //!
 //! A layer keeps its input in `forward`; `backward` takes the gradient of its output, adds to the gradients of its
 //! parameters and returns the gradient of its input.
-#![allow(dead_code)] // The example and the tests each use a part.
-#![allow(clippy::unnecessary_cast, clippy::excessive_precision)] // Real is f32 in one and f64 in the other.
 
 use fastrand::Rng;
 use ndarray::linalg::general_mat_mul;
-use ndarray::{Axis, Zip};
+use ndarray::{Axis, NdFloat, Zip};
 use wgpu_flash_attention::Error;
 
-// f32 in the example, to be fast; f64 in the tests, for finite differences.
-use super::Real;
+/// What the host computes in: f32 in the example, to be fast; f64 in the tests, for finite differences.
+pub trait Real: NdFloat + Into<f64> {
+    /// The nearest value.
+    fn of(x: f64) -> Self;
+}
 
-pub type Matrix = ndarray::Array2<Real>;
+impl Real for f32 {
+    fn of(x: f64) -> Self {
+        x as f32
+    }
+}
+impl Real for f64 {
+    fn of(x: f64) -> Self {
+        x
+    }
+}
+
+pub type Matrix<R> = ndarray::Array2<R>;
 
 /// Causal attention over q, k, v `[batch · positions, heads · head_dim]`.
-pub trait Attention {
+pub trait Attention<R> {
     /// o of one block, in the same form.
-    fn forward(&mut self, block: usize, query: &Matrix, key: &Matrix, value: &Matrix) -> Result<Matrix, Error>;
+    fn forward(
+        &mut self,
+        block: usize,
+        query: &Matrix<R>,
+        key: &Matrix<R>,
+        value: &Matrix<R>,
+    ) -> Result<Matrix<R>, Error>;
 }
 
 /// Attention that can be trained: `forward` keeps what `backward` needs.
-pub trait Differentiable: Attention {
+pub trait Differentiable<R>: Attention<R> {
     /// The gradients of q, k and v at the block's last `forward`.
-    fn backward(&mut self, block: usize, grad_out: &Matrix) -> Result<[Matrix; 3], Error>;
+    fn backward(&mut self, block: usize, grad_out: &Matrix<R>) -> Result<[Matrix<R>; 3], Error>;
 }
 
 /// A text as numbers of its characters.
@@ -85,121 +103,124 @@ pub struct Sizes {
 }
 
 /// A matrix that is learnt, with its gradient and AdamW's averages of the gradient and of its square.
-pub struct Parameter {
-    pub value: Matrix,
-    pub gradient: Matrix,
-    mean: Matrix,
-    square: Matrix,
+pub struct Parameter<R> {
+    pub value: Matrix<R>,
+    pub gradient: Matrix<R>,
+    mean: Matrix<R>,
+    square: Matrix<R>,
     /// Whether weight decay pulls it towards 0.
     decays: bool,
 }
 
-impl Parameter {
-    fn new(value: Matrix, decays: bool) -> Self {
+impl<R: Real> Parameter<R> {
+    fn new(value: Matrix<R>, decays: bool) -> Self {
         let zeros = || Matrix::zeros(value.raw_dim());
         Parameter { gradient: zeros(), mean: zeros(), square: zeros(), decays, value }
     }
 
     /// Random values of this standard deviation.
     fn random(rng: &mut Rng, [rows, columns]: [usize; 2], deviation: f64) -> Self {
-        let value = || (12f64.sqrt() * deviation * (rng.f64() - 0.5)) as Real;
+        let value = || R::of(12f64.sqrt() * deviation * (rng.f64() - 0.5));
         Self::new(Matrix::from_shape_simple_fn((rows, columns), value), true)
     }
 }
 
 /// y = x W
-struct Linear {
-    weight: Parameter,
-    input: Matrix,
+struct Linear<R> {
+    weight: Parameter<R>,
+    input: Matrix<R>,
 }
 
-impl Linear {
+impl<R: Real> Linear<R> {
     fn new(rng: &mut Rng, inputs: usize, outputs: usize, deviation: f64) -> Self {
-        Linear { weight: Parameter::random(rng, [inputs, outputs], deviation), input: Matrix::default((0, 0)) }
+        Linear { weight: Parameter::random(rng, [inputs, outputs], deviation), input: Matrix::zeros((0, 0)) }
     }
 
-    fn forward(&mut self, x: Matrix) -> Matrix {
+    fn forward(&mut self, x: Matrix<R>) -> Matrix<R> {
         self.input = x;
         self.input.dot(&self.weight.value)
     }
 
-    fn backward(&mut self, grad: &Matrix) -> Matrix {
-        general_mat_mul(1.0, &self.input.t(), grad, 1.0, &mut self.weight.gradient);
+    fn backward(&mut self, grad: &Matrix<R>) -> Matrix<R> {
+        general_mat_mul(R::one(), &self.input.t(), grad, R::one(), &mut self.weight.gradient);
         grad.dot(&self.weight.value.t())
     }
 }
 
 /// y = x / rms(x) · gain, row by row
-struct Norm {
-    gain: Parameter,
-    input: Matrix,
+struct Norm<R> {
+    gain: Parameter<R>,
+    input: Matrix<R>,
 }
 
-impl Norm {
+impl<R: Real> Norm<R> {
     fn new(dim: usize) -> Self {
-        Norm { gain: Parameter::new(Matrix::ones((1, dim)), false), input: Matrix::default((0, 0)) }
+        Norm { gain: Parameter::new(Matrix::ones((1, dim)), false), input: Matrix::zeros((0, 0)) }
     }
 
     /// 1 / rms of each row, as a column.
-    fn scales(x: &Matrix) -> Matrix {
-        let scale = |squares: Real| 1.0 / (squares / x.ncols() as Real + 1e-6).sqrt();
+    fn scales(x: &Matrix<R>) -> Matrix<R> {
+        let scale = |squares: R| (squares / R::of(x.ncols() as f64) + R::of(1e-6)).sqrt().recip();
         (x * x).sum_axis(Axis(1)).mapv(scale).insert_axis(Axis(1))
     }
 
-    fn forward(&mut self, x: &Matrix) -> Matrix {
+    fn forward(&mut self, x: &Matrix<R>) -> Matrix<R> {
         self.input = x.clone();
         x * &Self::scales(x) * &self.gain.value
     }
 
-    fn backward(&mut self, grad: &Matrix) -> Matrix {
+    fn backward(&mut self, grad: &Matrix<R>) -> Matrix<R> {
         let x = &self.input;
         let scale = Self::scales(x);
         let normed = x * &scale;
         self.gain.gradient += &(grad * &normed).sum_axis(Axis(0));
         // With g = grad · gain and n = x · scale:  dx = scale · (g − n · mean(g · n))
         let g = grad * &self.gain.value;
-        let mean = (&g * &normed).sum_axis(Axis(1)).insert_axis(Axis(1)) / x.ncols() as Real;
+        let mean = (&g * &normed).sum_axis(Axis(1)).insert_axis(Axis(1)) / R::of(x.ncols() as f64);
         (g - normed * mean) * scale
     }
 }
 
 /// GELU in the usual form with tanh, element by element.
-struct Gelu {
-    input: Matrix,
+struct Gelu<R> {
+    input: Matrix<R>,
 }
 
-impl Gelu {
-    const SLOPE: Real = 0.797_884_560_802_865_4; // √(2/π)
-    const CUBE: Real = 0.044715;
-
-    fn forward(&mut self, x: Matrix) -> Matrix {
-        self.input = x;
-        self.input.mapv(|x| 0.5 * x * (1.0 + (Self::SLOPE * (x + Self::CUBE * x * x * x)).tanh()))
+impl<R: Real> Gelu<R> {
+    /// tanh of the inner polynomial `√(2/π) (x + c x³)`, and its derivative in x.
+    fn tanh(x: R) -> (R, R) {
+        let (slope, cube) = (R::of((2.0 / std::f64::consts::PI).sqrt()), R::of(0.044715));
+        let tanh = (slope * (x + cube * x * x * x)).tanh();
+        (tanh, (R::one() - tanh * tanh) * slope * (R::one() + R::of(3.0) * cube * x * x))
     }
 
-    fn backward(&mut self, mut grad: Matrix) -> Matrix {
+    fn forward(&mut self, x: Matrix<R>) -> Matrix<R> {
+        self.input = x;
+        self.input.mapv(|x| R::of(0.5) * x * (R::one() + Self::tanh(x).0))
+    }
+
+    fn backward(&mut self, mut grad: Matrix<R>) -> Matrix<R> {
         grad.zip_mut_with(&self.input, |grad, &x| {
-            let t = (Self::SLOPE * (x + Self::CUBE * x * x * x)).tanh();
-            let inner = Self::SLOPE * (1.0 + 3.0 * Self::CUBE * x * x);
-            *grad *= 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner;
+            let (tanh, slope) = Self::tanh(x);
+            *grad *= R::of(0.5) * (R::one() + tanh + x * slope);
         });
         grad
     }
 }
 
-struct Block {
-    norm: Norm,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    out: Linear,
-    mlp_norm: Norm,
-    up: Linear,
-    gelu: Gelu,
-    down: Linear,
+struct Block<R> {
+    norm: Norm<R>,
+    query: Linear<R>,
+    key: Linear<R>,
+    value: Linear<R>,
+    out: Linear<R>,
+    mlp_norm: Norm<R>,
+    up: Linear<R>,
+    gelu: Gelu<R>,
+    down: Linear<R>,
 }
 
-impl Block {
+impl<R: Real> Block<R> {
     fn new(rng: &mut Rng, dim: usize, layers: usize) -> Self {
         // As GPT-2: what is added to x is made smaller, so that x does not grow with the number of blocks.
         let added = DEVIATION / (2.0 * layers as f64).sqrt();
@@ -212,12 +233,12 @@ impl Block {
             out: linear(dim, dim, added),
             mlp_norm: Norm::new(dim),
             up: linear(dim, 4 * dim, DEVIATION),
-            gelu: Gelu { input: Matrix::default((0, 0)) },
+            gelu: Gelu { input: Matrix::zeros((0, 0)) },
             down: linear(4 * dim, dim, added),
         }
     }
 
-    fn forward(&mut self, x: Matrix, block: usize, attention: &mut dyn Attention) -> Result<Matrix, Error> {
+    fn forward(&mut self, x: Matrix<R>, block: usize, attention: &mut dyn Attention<R>) -> Result<Matrix<R>, Error> {
         let normed = self.norm.forward(&x);
         let query = self.query.forward(normed.clone());
         let key = self.key.forward(normed.clone());
@@ -228,7 +249,12 @@ impl Block {
         Ok(x + self.down.forward(hidden))
     }
 
-    fn backward(&mut self, grad: Matrix, block: usize, attention: &mut dyn Differentiable) -> Result<Matrix, Error> {
+    fn backward(
+        &mut self,
+        grad: Matrix<R>,
+        block: usize,
+        attention: &mut dyn Differentiable<R>,
+    ) -> Result<Matrix<R>, Error> {
         let hidden = self.gelu.backward(self.down.backward(&grad));
         let grad = self.mlp_norm.backward(&self.up.backward(&hidden)) + grad;
         let [query, key, value] = attention.backward(block, &self.out.backward(&grad))?;
@@ -240,15 +266,15 @@ impl Block {
 /// The standard deviation of the first weights.
 const DEVIATION: f64 = 0.02;
 
-pub struct Transformer {
-    tokens: Parameter,
-    positions: Parameter,
-    blocks: Vec<Block>,
-    norm: Norm,
-    head: Linear,
+pub struct Transformer<R> {
+    tokens: Parameter<R>,
+    positions: Parameter<R>,
+    blocks: Vec<Block<R>>,
+    norm: Norm<R>,
+    head: Linear<R>,
 }
 
-impl Transformer {
+impl<R: Real> Transformer<R> {
     pub fn new(sizes: Sizes, seed: u64) -> Self {
         let Sizes { vocabulary, context, dim, layers } = sizes;
         let rng = &mut Rng::with_seed(seed);
@@ -266,8 +292,8 @@ impl Transformer {
         &mut self,
         tokens: &[usize],
         positions: &[usize],
-        attention: &mut dyn Attention,
-    ) -> Result<Matrix, Error> {
+        attention: &mut dyn Attention<R>,
+    ) -> Result<Matrix<R>, Error> {
         let mut x = self.tokens.value.select(Axis(0), tokens) + self.positions.value.select(Axis(0), positions);
         for (n, block) in self.blocks.iter_mut().enumerate() {
             x = block.forward(x, n, attention)?;
@@ -276,7 +302,7 @@ impl Transformer {
     }
 
     /// The loss, with its gradients added to those of the parameters.
-    pub fn learn(&mut self, batch: &Batch, attention: &mut dyn Differentiable) -> Result<f64, Error> {
+    pub fn learn(&mut self, batch: &Batch, attention: &mut dyn Differentiable<R>) -> Result<f64, Error> {
         let Batch { tokens, positions, targets } = batch;
         let (loss, grad) = cross_entropy(self.logits(tokens, positions, attention)?, targets);
         let mut grad = self.norm.backward(&self.head.backward(&grad));
@@ -292,7 +318,7 @@ impl Transformer {
         Ok(loss)
     }
 
-    pub fn parameters(&mut self) -> Vec<&mut Parameter> {
+    pub fn parameters(&mut self) -> Vec<&mut Parameter<R>> {
         let mut all = vec![&mut self.tokens, &mut self.positions, &mut self.norm.gain, &mut self.head.weight];
         for block in &mut self.blocks {
             all.extend([&mut block.norm.gain, &mut block.mlp_norm.gain]);
@@ -304,48 +330,48 @@ impl Transformer {
 }
 
 /// The mean over the rows of −log softmax(logits)[target], and its gradient.
-pub fn cross_entropy(mut logits: Matrix, targets: &[usize]) -> (f64, Matrix) {
-    let rows = targets.len() as Real;
+pub fn cross_entropy<R: Real>(mut logits: Matrix<R>, targets: &[usize]) -> (f64, Matrix<R>) {
+    let rows = R::of(targets.len() as f64);
     let mut loss = 0.0;
     for (mut row, &target) in logits.outer_iter_mut().zip(targets) {
-        let max = row.fold(Real::NEG_INFINITY, |max, &x| max.max(x));
+        let max = row.fold(R::neg_infinity(), |max, &x| max.max(x));
         let right = row[target] - max;
         row.mapv_inplace(|x| (x - max).exp());
         let sum = row.sum();
-        loss += (sum.ln() - right) as f64;
+        loss += (sum.ln() - right).into();
         row.mapv_inplace(|x| x / sum / rows);
-        row[target] -= 1.0 / rows;
+        row[target] -= rows.recip();
     }
     (loss / targets.len() as f64, logits)
 }
 
 /// AdamW (Loshchilov and Hutter, 2017).
 pub struct AdamW {
-    pub weight_decay: Real,
+    weight_decay: f64,
     steps: i32,
 }
 
 impl AdamW {
-    const BETA1: Real = 0.9;
-    const BETA2: Real = 0.99;
+    const BETA1: f64 = 0.9;
+    const BETA2: f64 = 0.99;
 
-    pub fn new(weight_decay: Real) -> Self {
+    pub fn new(weight_decay: f64) -> Self {
         AdamW { weight_decay, steps: 0 }
     }
 
     /// Moves every parameter against its gradient, and sets that to 0 for the next step.
-    pub fn step(&mut self, parameters: Vec<&mut Parameter>, rate: Real) {
+    pub fn step<R: Real>(&mut self, parameters: Vec<&mut Parameter<R>>, rate: R) {
         self.steps += 1;
+        let [keep1, keep2] = [Self::BETA1, Self::BETA2].map(|beta| R::of(1.0 - beta));
         // The averages begin at 0; this makes up for it.
-        let mean_of = 1.0 / (1.0 - Self::BETA1.powi(self.steps));
-        let square_of = 1.0 / (1.0 - Self::BETA2.powi(self.steps));
+        let [mean_of, square_of] = [Self::BETA1, Self::BETA2].map(|beta| R::of(1.0 / (1.0 - beta.powi(self.steps))));
         for Parameter { value, gradient, mean, square, decays } in parameters {
-            let decay = if *decays { rate * self.weight_decay } else { 0.0 };
+            let decay = if *decays { rate * R::of(self.weight_decay) } else { R::zero() };
             Zip::from(value).and(gradient).and(mean).and(square).for_each(|value, gradient, mean, square| {
-                *mean += (1.0 - Self::BETA1) * (*gradient - *mean);
-                *square += (1.0 - Self::BETA2) * (*gradient * *gradient - *square);
-                *value -= decay * *value + rate * *mean * mean_of / ((*square * square_of).sqrt() + 1e-8);
-                *gradient = 0.0;
+                *mean += keep1 * (*gradient - *mean);
+                *square += keep2 * (*gradient * *gradient - *square);
+                *value -= decay * *value + rate * *mean * mean_of / ((*square * square_of).sqrt() + R::of(1e-8));
+                *gradient = R::zero();
             });
         }
     }

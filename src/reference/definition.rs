@@ -1,0 +1,313 @@
+//! What attention is: one text for the exact computation and for the one that rounds to an element type.
+//!
+//! They differ in two things: what they compute in, [`Real`], and what becomes of a value that attention in a 16-bit type would
+//! hold in that type, [`Attention::round`].
+
+use std::iter::Sum;
+use std::ops::{Add, AddAssign, Div, Mul, Sub};
+
+use super::{Backward, Forward, Lengths};
+use crate::{Causal, Problem};
+
+/// What is computed in: f64 or f32.
+pub(super) trait Real:
+    Copy
+    + PartialOrd
+    + Into<f64>
+    + Add<Output = Self>
+    + Sub<Output = Self>
+    + Mul<Output = Self>
+    + Div<Output = Self>
+    + AddAssign
+    + Sum
+{
+    /// The nearest value.
+    fn of(x: f64) -> Self;
+    fn exp(self) -> Self;
+    fn ln(self) -> Self;
+    fn tanh(self) -> Self;
+}
+
+macro_rules! real {
+    ($type:ident) => {
+        impl Real for $type {
+            fn of(x: f64) -> Self {
+                x as $type
+            }
+            fn exp(self) -> Self {
+                $type::exp(self)
+            }
+            fn ln(self) -> Self {
+                $type::ln(self)
+            }
+            fn tanh(self) -> Self {
+                $type::tanh(self)
+            }
+        }
+    };
+}
+real!(f32);
+real!(f64);
+
+/// A query and a key: their batch entry and their positions.
+#[derive(Clone, Copy)]
+pub(super) struct Pair {
+    pub b: u32,
+    pub i: u32,
+    pub j: u32,
+}
+
+/// What a score is, and its derivative in `scale · q·k`.
+struct Scored<N> {
+    score: N,
+    slope: N,
+}
+
+/// What a query and a key that it sees have in common in the backward pass.
+struct PairGradient<N> {
+    /// The probability, rounded.
+    p: N,
+    /// The loss' gradient in q·k.
+    ddot: N,
+    /// How large `ddot` would be if p·dp and p·delta did not cancel.
+    size: f64,
+}
+
+/// Some elements of a gradient.
+pub(super) struct GradientRow<N> {
+    /// The sums. Nothing has rounded them yet.
+    pub values: Vec<N>,
+    /// The squares of what was summed, added up.
+    pub squares: f64,
+}
+
+/// q, k, v and do.
+pub(super) type Tensors<'a, T> = [&'a [T]; 4];
+
+/// A problem, and how to compute it.
+pub(super) struct Attention<'a, N> {
+    pub problem: &'a Problem,
+    pub lengths: Lengths<'a>,
+    /// Rounds what attention in the element type holds in that type: a probability, the gradient of a score, an element of o.
+    pub round: &'a dyn Fn(N) -> N,
+}
+
+impl<N: Real> Attention<'_, N> {
+    /// Every row of the forward pass.
+    pub fn forward<T: Copy + Into<f64>>(&self, tensors: [&[T]; 3]) -> Forward {
+        let s = &self.problem.shape;
+        let mut result = Forward { out: vec![], lse: vec![] };
+        for at in rows(s.batch, s.heads_q, s.seqlen_q) {
+            let (out, lse) = self.forward_row(tensors, at);
+            result.out.extend(out.into_iter().map(Into::into));
+            result.lse.push(lse.into());
+        }
+        result
+    }
+
+    /// Every row of the backward pass, from lse and delta of every row of queries. Nothing rounds the sums.
+    pub fn backward<T: Copy + Into<f64>>(&self, tensors: Tensors<'_, T>, [lse, delta]: [&[N]; 2]) -> Backward {
+        let s = &self.problem.shape;
+        let [mut dq, mut dk, mut dv] = [0, 1, 2].map(|_| GradientRow::zeros(0));
+        for at in rows(s.batch, s.heads_q, s.seqlen_q) {
+            let n = self.query_number(at);
+            dq.append(self.query_gradient(tensors, [lse[n], delta[n]], at));
+        }
+        for at in rows(s.batch, s.heads_kv, s.seqlen_k) {
+            let [of_key, of_value] = self.key_gradients(tensors, [lse, delta], at);
+            dk.append(of_key);
+            dv.append(of_value);
+        }
+        let terms = [&dq, &dk, &dv].map(|gradient| gradient.squares.sqrt());
+        let [query, key, value] = [dq, dk, dv].map(|gradient| gradient.values.into_iter().map(Into::into).collect());
+        Backward { query, key, value, terms }
+    }
+
+    /// `delta` of every row.
+    pub fn deltas<T: Copy + Into<f64>, O: Copy + Into<f64>>(
+        &self,
+        grad_out: &[T],
+        out: &[O],
+        grad_lse: Option<&[f32]>,
+    ) -> Vec<N> {
+        let s = &self.problem.shape;
+        let of_row = |n| {
+            let (grad_out, out) = (row(grad_out, n, s.head_dim_v), row(out, n, s.head_dim_v));
+            self.delta(grad_out, out, grad_lse.map_or(0.0, |grad| grad[n]))
+        };
+        (0..s.rows() as usize).map(of_row).collect()
+    }
+
+    /// The number of the row of query `[b, h, i]`, of q, o, lse and their gradients.
+    pub fn query_number(&self, [b, h, i]: [u32; 3]) -> usize {
+        let s = &self.problem.shape;
+        (b as usize * s.heads_q as usize + h as usize) * s.seqlen_q as usize + i as usize
+    }
+
+    /// The number of the row of key `[b, h, j]`, of k, v and their gradients; `h` is a key-value head.
+    fn key_number(&self, [b, h, j]: [u32; 3]) -> usize {
+        let s = &self.problem.shape;
+        (b as usize * s.heads_kv as usize + h as usize) * s.seqlen_k as usize + j as usize
+    }
+
+    /// What a score is: `scale · dot`, then `softcap · tanh(s / softcap)`.
+    fn scored(&self, dot: N) -> Scored<N> {
+        let (s, one) = (self.scale() * dot, N::of(1.0));
+        let Some(cap) = self.problem.softcap else { return Scored { score: s, slope: one } };
+        let cap = N::of(cap.into());
+        let tanh = (s / cap).tanh();
+        Scored { score: cap * tanh, slope: one - tanh * tanh }
+    }
+
+    fn scale(&self) -> N {
+        N::of(self.problem.effective_scale().into())
+    }
+
+    /// Whether the key counts for the query: each mask by its own definition.
+    pub fn keep(&self, Pair { b, i, j }: Pair) -> bool {
+        let (queries, keys) = self.lengths.of(self.problem, b);
+        let (i, j) = (i as i64, j as i64);
+        let diagonal = i + keys as i64 - queries as i64;
+        let causal = match self.problem.causal {
+            None => true,
+            Some(Causal::BottomRight) => j <= diagonal,
+            Some(Causal::TopLeft) => j <= i,
+        };
+        i < queries as i64
+            && j < keys as i64
+            && causal
+            && self.problem.window_left.is_none_or(|left| j >= diagonal - left as i64)
+            && self.problem.window_right.is_none_or(|right| j <= diagonal + right as i64)
+    }
+
+    /// One row of the forward pass, at batch entry, query head and position `[b, h, i]`: o and lse.
+    pub fn forward_row<T: Copy + Into<f64>>(&self, [query, key, value]: [&[T]; 3], at: [u32; 3]) -> (Vec<N>, N) {
+        let s = &self.problem.shape;
+        let [b, h, i] = at;
+        let q = row(query, self.query_number(at), s.head_dim);
+        // The scores that count, with the rows of their keys.
+        let mut scores = vec![];
+        for j in 0..s.seqlen_k {
+            if self.keep(Pair { b, i, j }) {
+                let n = self.key_number([b, h / s.group(), j]);
+                scores.push((n, self.scored(dot(q, row(key, n, s.head_dim))).score));
+            }
+        }
+        let mut out = vec![N::of(0.0); s.head_dim_v as usize];
+        let least = N::of(f64::NEG_INFINITY);
+        if scores.is_empty() {
+            return (out, least);
+        }
+        let max = scores.iter().fold(least, |max, &(_, score)| if score > max { score } else { max });
+        let sum: N = scores.iter().map(|&(_, score)| (score - max).exp()).sum();
+        for (n, score) in scores {
+            let p = (self.round)((score - max).exp() / sum);
+            add(&mut out, p, row(value, n, s.head_dim_v));
+        }
+        (out.into_iter().map(self.round).collect(), max + sum.ln())
+    }
+
+    /// `delta = do · o − dlse` of a row.
+    pub fn delta<T: Copy + Into<f64>, O: Copy + Into<f64>>(&self, grad_out: &[T], out: &[O], grad_lse: f32) -> N {
+        dot::<N, _, _>(grad_out, out) - N::of(grad_lse.into())
+    }
+
+    /// The row of dq at `[b, h, i]`, from lse and delta of that row.
+    pub fn query_gradient<T: Copy + Into<f64>>(
+        &self,
+        tensors: Tensors<'_, T>,
+        [lse, delta]: [N; 2],
+        at: [u32; 3],
+    ) -> GradientRow<N> {
+        let s = &self.problem.shape;
+        let [b, h, i] = at;
+        let mut dq = GradientRow::zeros(s.head_dim);
+        for j in (0..s.seqlen_k).filter(|&j| self.keep(Pair { b, i, j })) {
+            let key = self.key_number([b, h / s.group(), j]);
+            let pair = self.pair_gradient(tensors, [self.query_number(at), key], [lse, delta]);
+            dq.add(pair.ddot, pair.size, row(tensors[1], key, s.head_dim));
+        }
+        dq
+    }
+
+    /// The rows of dk and of dv at `[b, h, j]`, from lse and delta of every row.
+    pub fn key_gradients<T: Copy + Into<f64>>(
+        &self,
+        tensors: Tensors<'_, T>,
+        [lse, delta]: [&[N]; 2],
+        at: [u32; 3],
+    ) -> [GradientRow<N>; 2] {
+        let s = &self.problem.shape;
+        let [b, h, j] = at;
+        let (mut dk, mut dv) = (GradientRow::zeros(s.head_dim), GradientRow::zeros(s.head_dim_v));
+        for head in h * s.group()..(h + 1) * s.group() {
+            for i in (0..s.seqlen_q).filter(|&i| self.keep(Pair { b, i, j })) {
+                let n = self.query_number([b, head, i]);
+                let pair = self.pair_gradient(tensors, [n, self.key_number(at)], [lse[n], delta[n]]);
+                dk.add(pair.ddot, pair.size, row(tensors[0], n, s.head_dim));
+                dv.add(pair.p, pair.p.into(), row(tensors[3], n, s.head_dim_v));
+            }
+        }
+        [dk, dv]
+    }
+
+    /// With `s = score(q·k)` (FlashAttention, Dao et al. 2022, section B.2):
+    ///
+    /// ```text
+    /// p_ij = exp(s_ij − lse_i),   dp_ij = do_i · v_j,   ds_ij = p_ij (dp_ij − delta_i)
+    /// dv_j = Σ_i p_ij do_i,   dq_i = Σ_j score'_ij ds_ij k_j,   dk_j = Σ_i score'_ij ds_ij q_i
+    /// ```
+    fn pair_gradient<T: Copy + Into<f64>>(
+        &self,
+        [query, key, value, grad_out]: Tensors<'_, T>,
+        [n, m]: [usize; 2],
+        [lse, delta]: [N; 2],
+    ) -> PairGradient<N> {
+        let s = &self.problem.shape;
+        let Scored { score, slope } = self.scored(dot(row(query, n, s.head_dim), row(key, m, s.head_dim)));
+        let p = (score - lse).exp();
+        let dp: N = dot(row(grad_out, n, s.head_dim_v), row(value, m, s.head_dim_v));
+        let factor = p * slope * self.scale();
+        PairGradient {
+            p: (self.round)(p),
+            ddot: (self.round)(p * (dp - delta) * slope) * self.scale(),
+            size: factor.into() * (dp.into().abs() + delta.into().abs()),
+        }
+    }
+}
+
+impl<N: Real> GradientRow<N> {
+    fn zeros(dim: u32) -> Self {
+        GradientRow { values: vec![N::of(0.0); dim as usize], squares: 0.0 }
+    }
+
+    /// Adds the rows after these.
+    fn append(&mut self, other: Self) {
+        self.values.extend(other.values);
+        self.squares += other.squares;
+    }
+
+    /// Adds `factor · x`; its terms count as `size · x`.
+    fn add<T: Copy + Into<f64>>(&mut self, factor: N, size: f64, x: &[T]) {
+        add(&mut self.values, factor, x);
+        self.squares += size * size * x.iter().map(|&x| x.into() * x.into()).sum::<f64>();
+    }
+}
+
+fn rows(batch: u32, heads: u32, positions: u32) -> impl Iterator<Item = [u32; 3]> {
+    (0..batch).flat_map(move |b| (0..heads).flat_map(move |h| (0..positions).map(move |i| [b, h, i])))
+}
+
+/// Row `n` of a contiguous tensor.
+pub(super) fn row<T>(tensor: &[T], n: usize, dim: u32) -> &[T] {
+    &tensor[n * dim as usize..][..dim as usize]
+}
+
+fn dot<N: Real, T: Copy + Into<f64>, U: Copy + Into<f64>>(x: &[T], y: &[U]) -> N {
+    x.iter().zip(y).map(|(&x, &y)| N::of(x.into()) * N::of(y.into())).sum()
+}
+
+/// sum += factor · x
+fn add<N: Real, T: Copy + Into<f64>>(sum: &mut [N], factor: N, x: &[T]) {
+    sum.iter_mut().zip(x).for_each(|(sum, &x)| *sum += factor * N::of(x.into()));
+}

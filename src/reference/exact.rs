@@ -1,0 +1,274 @@
+//! Attention in f64.
+
+use super::definition::{Attention, row};
+use super::{Backward, Forward, Lengths};
+use crate::Problem;
+
+fn exact<'a>(problem: &'a Problem, lengths: Lengths<'a>) -> Attention<'a, f64> {
+    Attention { problem, lengths, round: &|x| x }
+}
+
+/// Attention by its definition, for every row.
+///
+/// # Panics
+/// If a slice is shorter than the problem's shape says.
+pub fn forward<'a, T: Copy + Into<f64>>(
+    problem: &Problem,
+    query: &[T],
+    key: &[T],
+    value: &[T],
+    lengths: impl Into<Lengths<'a>>,
+) -> Forward {
+    exact(problem, lengths.into()).forward([query, key, value])
+}
+
+/// One row of the forward pass, at batch entry, query head and position `[b, h, i]`: o and lse.
+///
+/// # Panics
+/// If a slice is shorter than the problem's shape says.
+pub fn forward_row<'a, T: Copy + Into<f64>>(
+    problem: &Problem,
+    query: &[T],
+    key: &[T],
+    value: &[T],
+    lengths: impl Into<Lengths<'a>>,
+    at: [u32; 3],
+) -> (Vec<f64>, f64) {
+    exact(problem, lengths.into()).forward_row([query, key, value], at)
+}
+
+/// Gradients from that of o and, if the loss uses lse, that of lse. With `s = score(q·k)` and `p = exp(s − lse)`
+/// (FlashAttention, Dao et al. 2022, section B.2):
+///
+/// ```text
+/// dp_ij = do_i · v_j,   delta_i = do_i · o_i − dlse_i,   ds_ij = p_ij (dp_ij − delta_i)
+/// dv_j = Σ_i p_ij do_i,   dq_i = Σ_j score'_ij ds_ij k_j,   dk_j = Σ_i score'_ij ds_ij q_i
+/// ```
+///
+/// `grad_out` is `[batch, heads_q, seqlen_q, head_dim_v]`, `grad_lse` `[batch, heads_q, seqlen_q]`. Whether the problem says
+/// that gradients accumulate makes no difference here.
+///
+/// # Panics
+/// If a slice is shorter than the problem's shape says.
+pub fn backward<'a, T: Copy + Into<f64>>(
+    problem: &Problem,
+    tensors: [&[T]; 4],
+    grad_lse: Option<&[f32]>,
+    lengths: impl Into<Lengths<'a>>,
+) -> Backward {
+    let lengths = lengths.into();
+    let [query, key, value, grad_out] = tensors;
+    let Forward { out, lse } = forward(problem, query, key, value, lengths);
+    let delta = delta(problem, grad_out, &out, grad_lse);
+    exact(problem, lengths).backward(tensors, [&lse, &delta])
+}
+
+/// One row of dq, at batch entry, query head and position `[b, h, i]`; otherwise as [`backward`].
+///
+/// # Panics
+/// If a slice is shorter than the problem's shape says.
+pub fn backward_query_row<'a, T: Copy + Into<f64>>(
+    problem: &Problem,
+    tensors: [&[T]; 4],
+    grad_lse: Option<&[f32]>,
+    lengths: impl Into<Lengths<'a>>,
+    at: [u32; 3],
+) -> Vec<f64> {
+    let exact = exact(problem, lengths.into());
+    let [query, key, value, grad_out] = tensors;
+    let (out, lse) = exact.forward_row([query, key, value], at);
+    let n = exact.query_number(at);
+    let grad_out = row(grad_out, n, problem.shape.head_dim_v);
+    let delta = exact.delta(grad_out, &out, grad_lse.map_or(0.0, |grad| grad[n]));
+    exact.query_gradient(tensors, [lse, delta], at).values
+}
+
+/// One row of dk and of dv, at batch entry, key-value head and position `[b, h, j]`.
+///
+/// `lse` and [`delta()`], `[batch, heads_q, seqlen_q]` each, are what [`backward`] works out for each query: with them given, one key
+/// costs as much as one query.
+///
+/// # Panics
+/// If a slice is shorter than the problem's shape says.
+pub fn backward_key_row<'a, T: Copy + Into<f64>>(
+    problem: &Problem,
+    tensors: [&[T]; 4],
+    [lse, delta]: [&[f64]; 2],
+    lengths: impl Into<Lengths<'a>>,
+    at: [u32; 3],
+) -> (Vec<f64>, Vec<f64>) {
+    let [dk, dv] = exact(problem, lengths.into()).key_gradients(tensors, [lse, delta], at);
+    (dk.values, dv.values)
+}
+
+/// `do · o − dlse` of each row, `[batch, heads_q, seqlen_q]`: what the backward pass needs of o.
+///
+/// # Panics
+/// If a slice is shorter than the problem's shape says.
+pub fn delta<T: Copy + Into<f64>, O: Copy + Into<f64>>(
+    problem: &Problem,
+    grad_out: &[T],
+    out: &[O],
+    grad_lse: Option<&[f32]>,
+) -> Vec<f64> {
+    exact(problem, Lengths::default()).deltas(grad_out, out, grad_lse)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::definition::Pair;
+    use super::*;
+    use crate::{Causal, ElementType, Shape};
+
+    fn dot(x: &[f64], y: &[f64]) -> f64 {
+        x.iter().zip(y).map(|(x, y)| x * y).sum()
+    }
+
+    /// Whether key `j` counts for query `i` when so many queries and keys are valid.
+    fn keep(problem: &Problem, [queries, keys]: [u32; 2], i: u32, j: u32) -> bool {
+        let [queries, keys] = [queries, keys].map(|length| [length as i32]);
+        exact(problem, Lengths { queries: Some(&queries), keys: Some(&keys) }).keep(Pair { b: 0, i, j })
+    }
+
+    fn problem(seqlen_q: u32, seqlen_k: u32) -> Problem {
+        let shape = Shape { seqlen_k, ..Shape::square(1, 1, seqlen_q, 1) };
+        Problem::new(shape, ElementType::F32).scale(1.0)
+    }
+
+    #[test]
+    fn two_keys_by_hand() {
+        let result = forward(&problem(1, 2), &[1.0f64], &[0.0, 3f64.ln()], &[4.0, 8.0], None);
+        assert!((result.out[0] - 7.0).abs() < 1e-12, "(1·4 + 3·8) / 4");
+        assert!((result.lse[0] - 4f64.ln()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn softcap_bounds_the_scores() {
+        let result = forward(&problem(1, 1).softcap(2.0), &[1e6f64], &[1.0], &[1.0], None);
+        assert!((result.lse[0] - 2.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn masks_by_hand() {
+        let seen_by = |problem: &Problem, queries: u32, keys: u32| -> Vec<String> {
+            let s = problem.shape;
+            let mark = |i, j| if keep(problem, [queries, keys], i, j) { 'x' } else { '.' };
+            (0..s.seqlen_q).map(|i| (0..s.seqlen_k).map(|j| mark(i, j)).collect()).collect()
+        };
+        let seen = |problem: &Problem, keys: u32| seen_by(problem, problem.shape.seqlen_q, keys);
+        let wide = problem(2, 4);
+        assert_eq!(seen(&wide.clone().causal(Causal::BottomRight), 4), ["xxx.", "xxxx"]);
+        assert_eq!(seen(&wide.clone().causal(Causal::TopLeft), 4), ["x...", "xx.."]);
+        assert_eq!(seen(&wide.clone().causal(Causal::BottomRight), 3), ["xx..", "xxx."]);
+        assert_eq!(seen(&wide.clone().window(Some(1), Some(0)), 4), [".xx.", "..xx"]);
+        assert_eq!(seen(&wide.window(None, Some(1)), 2), ["xx..", "xx.."]);
+        let tall = problem(4, 2);
+        assert_eq!(seen(&tall.clone().causal(Causal::BottomRight), 2), ["..", "..", "x.", "xx"]);
+        assert_eq!(seen(&tall.clone().window(Some(0), Some(0)), 2), ["..", "..", "x.", ".x"]);
+        // With lengths of both, diagonals end where both end.
+        assert_eq!(seen_by(&tall.clone().causal(Causal::BottomRight), 2, 2), ["x.", "xx", "..", ".."]);
+        assert_eq!(seen_by(&tall.window(Some(0), Some(0)), 3, 2), ["..", "x.", ".x", ".."]);
+    }
+
+    #[test]
+    fn the_interval_of_keys_is_what_the_masks_keep() {
+        for (n, m) in [(5, 5), (3, 8), (8, 3)] {
+            for causal in [None, Some(Causal::BottomRight), Some(Causal::TopLeft)] {
+                for (left, right) in
+                    [(None, None), (Some(0), Some(0)), (Some(2), None), (None, Some(1)), (Some(9), Some(9))]
+                {
+                    let mut problem = problem(n, m).window(left, right);
+                    problem.causal = causal;
+                    for (queries, keys) in (0..=n).flat_map(|queries| (0..=m).map(move |keys| (queries, keys))) {
+                        for i in 0..n {
+                            let (first, end) = problem.key_interval_of(i, queries, keys);
+                            for j in 0..m {
+                                let kept = keep(&problem, [queries, keys], i, j);
+                                let text = format!("{problem:?} queries {queries} keys {keys} i {i} j {j}");
+                                assert_eq!(kept, (first..end).contains(&j), "{text}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Numbers between -1 and 1 without a pattern.
+    fn numbers(n: usize, seed: f64) -> Vec<f64> {
+        (0..n).map(|n| ((n as f64 + 1.0) * seed).sin()).collect()
+    }
+
+    /// Every gradient of every option, against differences of the forward pass.
+    #[test]
+    fn gradients_are_the_slopes_of_the_forward_pass() {
+        let shape = Shape { heads_q: 4, heads_kv: 2, seqlen_k: 5, head_dim_v: 2, ..Shape::square(2, 4, 4, 3) };
+        let plain = Problem::new(shape, ElementType::F32);
+        let cases: [(Problem, Option<&[i32]>); 8] = [
+            (plain.clone(), None),
+            (plain.clone().scale(-0.7), None),
+            (plain.clone().softcap(0.8), None),
+            (plain.clone().causal(Causal::BottomRight), None),
+            (plain.clone().causal(Causal::TopLeft), None),
+            (plain.clone().window(Some(1), Some(0)), None),
+            (plain.clone(), Some(&[0, 3])),
+            (plain.causal(Causal::BottomRight).window(Some(2), None).softcap(1.5).scale(1.1), Some(&[4, 1])),
+        ];
+        let [nq, nk, nv, no] = [2 * 4 * 4 * 3, 2 * 2 * 5 * 3, 2 * 2 * 5 * 2, 2 * 4 * 4 * 2];
+        let grad_out = numbers(no, 1.3);
+        let grad_lse: Vec<f32> = numbers(no / 2, 2.9).into_iter().map(|x| x as f32).collect();
+        for (problem, lengths) in cases {
+            let mut inputs = [numbers(nq, 0.7), numbers(nk, 1.9), numbers(nv, 2.3)];
+            let loss = |[q, k, v]: &[Vec<f64>; 3]| {
+                let result = forward(&problem, q, k, v, lengths);
+                let of_lse = result.lse.iter().zip(&grad_lse).filter(|(x, _)| x.is_finite());
+                dot(&result.out, &grad_out) + of_lse.map(|(x, &g)| x * g as f64).sum::<f64>()
+            };
+            let [q, k, v] = &inputs;
+            let found = backward(&problem, [q, k, v, &grad_out], Some(&grad_lse), lengths);
+            let found = [found.query, found.key, found.value];
+            for n in 0..3 {
+                for place in 0..found[n].len() {
+                    let kept = inputs[n][place];
+                    let step = 1e-5;
+                    inputs[n][place] = kept + step;
+                    let above = loss(&inputs);
+                    inputs[n][place] = kept - step;
+                    let slope = (above - loss(&inputs)) / (2.0 * step);
+                    inputs[n][place] = kept;
+                    let error = (found[n][place] - slope).abs();
+                    assert!(error < 1e-8, "{problem:?}: gradient {n} at {place} is {}, not {slope}", found[n][place]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn one_row_of_the_gradient_of_queries() {
+        let shape = Shape { heads_kv: 1, ..Shape::square(1, 2, 3, 2) };
+        let problem = Problem::new(shape, ElementType::F32).causal(Causal::BottomRight);
+        let [q, k, v, g] = [(12, 0.4), (6, 1.1), (6, 0.9), (12, 2.1)].map(|(n, seed)| numbers(n, seed));
+        let all = backward(&problem, [&q, &k, &v, &g], None, None);
+        let row = backward_query_row(&problem, [&q, &k, &v, &g], None, None, [0, 1, 2]);
+        assert_eq!(row, all.query[5 * 2..]);
+    }
+
+    #[test]
+    fn one_row_of_the_gradients_of_keys_and_values() {
+        let shape = Shape { heads_q: 4, heads_kv: 2, seqlen_k: 5, head_dim_v: 2, ..Shape::square(2, 4, 4, 3) };
+        let problem = Problem::new(shape, ElementType::F32).causal(Causal::BottomRight).softcap(1.5);
+        let lengths: Option<&[i32]> = Some(&[4, 1]);
+        let [q, k, v, g] = [(96, 0.4), (60, 1.1), (40, 0.9), (64, 2.1)].map(|(n, seed)| numbers(n, seed));
+        let grad_lse: Vec<f32> = numbers(32, 2.9).into_iter().map(|x| x as f32).collect();
+        let Forward { out, lse } = forward(&problem, &q, &k, &v, lengths);
+        let delta = delta(&problem, &g, &out, Some(&grad_lse));
+        let all = backward(&problem, [&q, &k, &v, &g], Some(&grad_lse), lengths);
+        for m in 0..20 {
+            let [b, h, j] = [m / 10, m / 5 % 2, m % 5];
+            let (dk, dv) = backward_key_row(&problem, [&q, &k, &v, &g], [&lse, &delta], lengths, [b, h, j]);
+            let m = m as usize;
+            let close = |x: &[f64], y: &[f64]| x.iter().zip(y).all(|(x, y)| (x - y).abs() < 1e-12);
+            assert!(close(&dk, &all.key[3 * m..][..3]) && close(&dv, &all.value[2 * m..][..2]), "key {m}");
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! Tensors of any size on the host, and a plan's buffers on the device.
+
+use fastrand::Rng;
+use wgpu_flash_attention::{
+    BackwardBuffers, BoundPass, Context, Element, Error, ForwardBuffers, Layout, Plan, Problem, wgpu,
+};
+
+use crate::Lengths;
+
+/// The adapter in words.
+pub fn adapter_name(context: &Context) -> String {
+    let info = context.device().adapter_info();
+    format!("{} ({}, {} {})", info.name, info.backend, info.driver, info.driver_info)
+}
+
+/// An element type that one can compute with on the host.
+pub trait Number: Element + Into<f64> {
+    /// The nearest value of the type.
+    fn nearest(x: f32) -> Self;
+}
+
+impl Number for f32 {
+    fn nearest(x: f32) -> Self {
+        x
+    }
+}
+impl Number for half::f16 {
+    fn nearest(x: f32) -> Self {
+        Self::from_f32(x)
+    }
+}
+impl Number for half::bf16 {
+    fn nearest(x: f32) -> Self {
+        Self::from_f32(x)
+    }
+}
+
+/// Normally distributed values. They repeat after a prime number of elements, so that large inputs cost little and
+/// no two rows or heads are equal.
+pub fn random<T: Number>(elements: usize, seed: u64) -> Vec<T> {
+    const PERIOD: usize = 1_048_583;
+    let mut rng = Rng::with_seed(seed);
+    // From above 0 to 1: the first one's logarithm is taken.
+    let mut uniform = || 1.0 - rng.f32();
+    let mut normal = || (-2.0 * uniform().ln()).sqrt() * (std::f32::consts::TAU * uniform()).cos();
+    let block: Vec<T> = (0..elements.min(PERIOD)).map(|_| T::nearest(normal())).collect();
+    let mut all = Vec::with_capacity(elements);
+    while all.len() < elements {
+        all.extend_from_slice(&block[..block.len().min(elements - all.len())]);
+    }
+    all
+}
+
+/// q, k, v and the key lengths on the host: contiguous `[batch, head, position, dim]`.
+pub struct Tensors<T> {
+    pub query: Vec<T>,
+    pub key: Vec<T>,
+    pub value: Vec<T>,
+    pub lengths: Lengths,
+}
+
+/// What the backward pass is given besides: the gradients of o and, where the loss uses it, of lse; contiguous.
+pub struct Upstream<T> {
+    pub out: Vec<T>,
+    pub lse: Option<Vec<f32>>,
+}
+
+/// q, k, v and the key lengths on the device.
+pub struct Inputs {
+    query: wgpu::Buffer,
+    key: wgpu::Buffer,
+    value: wgpu::Buffer,
+    seqlens_q: Option<wgpu::Buffer>,
+    seqlens_k: Option<wgpu::Buffer>,
+}
+
+impl Inputs {
+    pub fn upload<T: Number>(context: &Context, tensors: &Tensors<T>) -> Result<Self, String> {
+        let lengths = |name: &str, lengths: &Option<Vec<i32>>| {
+            lengths.as_deref().map(|lengths| upload(context, name, lengths)).transpose()
+        };
+        Ok(Inputs {
+            query: upload(context, "q", &tensors.query)?,
+            key: upload(context, "k", &tensors.key)?,
+            value: upload(context, "v", &tensors.value)?,
+            seqlens_q: lengths("seqlens_q", &tensors.lengths.queries)?,
+            seqlens_k: lengths("seqlens_k", &tensors.lengths.keys)?,
+        })
+    }
+}
+
+fn upload<T: bytemuck::Pod>(context: &Context, name: &str, data: &[T]) -> Result<wgpu::Buffer, String> {
+    fits(context, name, size_of_val(data) as u64)?;
+    context.upload(bytemuck::cast_slice(data)).map_err(|error| format!("{name}: {error}"))
+}
+
+fn fits(context: &Context, name: &str, bytes: u64) -> Result<(), String> {
+    match context.device().limits().max_buffer_size {
+        limit if bytes > limit => Err(format!("{name} takes {bytes} bytes; the device's largest buffer is {limit}")),
+        _ => Ok(()),
+    }
+}
+
+/// A buffer full of NaN.
+fn poisoned(context: &Context, name: &str, bytes: u64) -> Result<wgpu::Buffer, String> {
+    fits(context, name, bytes)?;
+    context.upload(&vec![0xff; bytes as usize]).map_err(|error| format!("{name}: {error}"))
+}
+
+/// o and lse, filled with NaN, and the plan's workspace.
+pub struct Outputs {
+    out: wgpu::Buffer,
+    lse: wgpu::Buffer,
+    workspace: Option<wgpu::Buffer>,
+}
+
+impl Outputs {
+    pub fn poisoned(context: &Context, plan: &Plan) -> Result<Self, String> {
+        let (out, lse) = output_bytes(plan.problem());
+        Ok(Outputs {
+            out: poisoned(context, "o", out)?,
+            lse: poisoned(context, "lse", lse)?,
+            workspace: plan.create_workspace().map_err(|error| error.to_string())?,
+        })
+    }
+
+    /// o and lse as they are now.
+    pub fn read<T: Number>(&self, context: &Context, problem: &Problem) -> Result<(Vec<T>, Vec<f32>), Error> {
+        let (out, lse) = output_bytes(problem);
+        if lse == 0 {
+            return Ok((vec![], vec![]));
+        }
+        let out = bytemuck::pod_collect_to_vec(&context.download(&self.out, 0, out)?);
+        let lse = bytemuck::pod_collect_to_vec(&context.download(&self.lse, 0, lse)?);
+        Ok((out, lse))
+    }
+}
+
+fn output_bytes(problem: &Problem) -> (u64, u64) {
+    let rows = problem.shape.rows();
+    (rows * problem.shape.head_dim_v as u64 * problem.element_type.bytes(), rows * 4)
+}
+
+/// Binds the buffers of a plan with lse.
+pub fn bind(plan: &Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundPass, Error> {
+    plan.bind_forward(&forward_buffers(inputs, outputs).workspace(outputs.workspace.as_ref()))
+}
+
+/// The tensors of a plan with lse, without a workspace.
+fn forward_buffers<'a>(inputs: &'a Inputs, outputs: &'a Outputs) -> ForwardBuffers<'a> {
+    ForwardBuffers::new(&inputs.query, &inputs.key, &inputs.value, &outputs.out)
+        .lse(&outputs.lse)
+        .seqlens_q(inputs.seqlens_q.as_ref())
+        .seqlens_k(inputs.seqlens_k.as_ref())
+}
+
+/// The buffers of a backward pass that its forward pass has no use for; dq, dk and dv are filled with NaN.
+pub struct GradientBuffers {
+    out: wgpu::Buffer,
+    lse: Option<wgpu::Buffer>,
+    /// dq, dk, dv.
+    results: [wgpu::Buffer; 3],
+    workspace: Option<wgpu::Buffer>,
+}
+
+impl GradientBuffers {
+    pub fn poisoned<T: Number>(context: &Context, plan: &Plan, upstream: &Upstream<T>) -> Result<Self, String> {
+        let [query, key, value] = gradient_bytes(plan.problem());
+        Ok(GradientBuffers {
+            out: upload(context, "do", &upstream.out)?,
+            lse: upstream.lse.as_deref().map(|lse| upload(context, "dlse", lse)).transpose()?,
+            results: [poisoned(context, "dq", query)?, poisoned(context, "dk", key)?, poisoned(context, "dv", value)?],
+            workspace: plan.create_backward_workspace().map_err(|error| error.to_string())?,
+        })
+    }
+
+    /// Binds the backward pass of a plan, over what its forward pass has been given and has left.
+    pub fn bind(&self, plan: &Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundPass, Error> {
+        let forward = forward_buffers(inputs, outputs);
+        let buffers = BackwardBuffers::new(&forward, &self.out, self.results.each_ref());
+        plan.bind_backward(&buffers.grad_lse(self.lse.as_ref()).workspace(self.workspace.as_ref()))
+    }
+
+    /// dq, dk and dv as they are now.
+    pub fn read<T: Number>(&self, context: &Context, problem: &Problem) -> Result<[Vec<T>; 3], Error> {
+        let mut all = [vec![], vec![], vec![]];
+        for ((values, buffer), bytes) in all.iter_mut().zip(&self.results).zip(gradient_bytes(problem)) {
+            if bytes > 0 {
+                *values = bytemuck::pod_collect_to_vec(&context.download(buffer, 0, bytes)?);
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// Of dq, dk and dv.
+fn gradient_bytes(problem: &Problem) -> [u64; 3] {
+    let s = &problem.shape;
+    let keys = s.batch as u64 * s.heads_kv as u64 * s.seqlen_k as u64;
+    [(s.rows(), s.head_dim), (keys, s.head_dim), (keys, s.head_dim_v)]
+        .map(|(rows, dim)| rows * dim as u64 * problem.element_type.bytes())
+}
+
+/// Where element (b, h, i, 0) lies.
+pub fn place(layout: &Layout, [b, h, i]: [u32; 3]) -> usize {
+    (layout.offset + b as u64 * layout.batch + h as u64 * layout.head + i as u64 * layout.row) as usize
+}

@@ -1,0 +1,269 @@
+//! What a test computes: a problem, how its tensors lie in memory, and what they hold.
+
+use fastrand::Rng;
+use wgpu_flash_attention::{Causal, Context, ElementType, Layout, Problem, Shape, Tensor, reference, wgpu};
+
+use crate::Prepared;
+
+/// What q and k hold; v is random in either case.
+#[derive(Clone, Copy, Debug)]
+pub enum Inputs {
+    Random,
+    /// Integers up to this size, so that the scores are exact in f32 however large they are.
+    Integers(i32),
+    /// Random numbers times these, for q, k and v.
+    Times([f32; 3]),
+    /// Random columns, of which each row has the same: all scores are equal, and all values of a column.
+    Alike,
+    /// All scores are equal, values are random.
+    EqualScores,
+    /// Random columns times numbers that grow from row to row: each key's scores and values are larger than those before.
+    Sorted,
+}
+
+/// How many queries and keys of each batch entry are valid, where a case has lengths.
+#[derive(Clone, Debug, Default)]
+pub struct Lengths {
+    pub queries: Option<Vec<i32>>,
+    pub keys: Option<Vec<i32>>,
+}
+
+impl Lengths {
+    pub fn borrow(&self) -> reference::Lengths<'_> {
+        reference::Lengths { queries: self.queries.as_deref(), keys: self.keys.as_deref() }
+    }
+
+    /// Those of queries, and those of keys.
+    pub fn upload(&self, context: &Context) -> [Option<wgpu::Buffer>; 2] {
+        let upload = |lengths: &Vec<i32>| context.upload(bytemuck::cast_slice(lengths)).unwrap();
+        [&self.queries, &self.keys].map(|lengths| lengths.as_ref().map(upload))
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub problem: Problem,
+    pub lengths: Lengths,
+    pub inputs: Inputs,
+    /// q, k and v lie in one buffer.
+    pub one_buffer: bool,
+}
+
+/// `case(batch, [heads_q, heads_kv], [seqlen_q, seqlen_k], [head_dim, head_dim_v])`: contiguous, unmasked, with lse.
+pub const fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]) -> Case {
+    let shape = Shape {
+        batch,
+        heads_q: heads[0],
+        heads_kv: heads[1],
+        seqlen_q: seqlens[0],
+        seqlen_k: seqlens[1],
+        head_dim: dims[0],
+        head_dim_v: dims[1],
+    };
+    let problem = Problem::new(shape, ElementType::F32).with_lse();
+    Case { problem, lengths: Lengths { queries: None, keys: None }, inputs: Inputs::Random, one_buffer: false }
+}
+
+impl Case {
+    pub fn element_type(mut self, element_type: ElementType) -> Self {
+        self.problem.element_type = element_type;
+        self
+    }
+
+    pub fn no_lse(mut self) -> Self {
+        self.problem.lse = false;
+        self
+    }
+
+    pub fn causal(mut self, causal: Causal) -> Self {
+        self.problem.causal = Some(causal);
+        self
+    }
+
+    /// A negative side is open.
+    pub fn window(mut self, left: i32, right: i32) -> Self {
+        self.problem = self.problem.window(u32::try_from(left).ok(), u32::try_from(right).ok());
+        self
+    }
+
+    pub fn seqlens(mut self, lengths: &[i32]) -> Self {
+        assert_eq!(lengths.len(), self.problem.shape.batch as usize);
+        self.problem.seqlens_k = true;
+        self.lengths.keys = Some(lengths.to_vec());
+        self
+    }
+
+    /// Lengths of queries.
+    pub fn seqlens_q(mut self, lengths: &[i32]) -> Self {
+        assert_eq!(lengths.len(), self.problem.shape.batch as usize);
+        self.problem.seqlens_q = true;
+        self.lengths.queries = Some(lengths.to_vec());
+        self
+    }
+
+    pub fn scale(mut self, scale: f32) -> Self {
+        self.problem.scale = Some(scale);
+        self
+    }
+
+    pub fn softcap(mut self, softcap: f32) -> Self {
+        self.problem.softcap = Some(softcap);
+        self
+    }
+
+    pub fn integers(mut self, largest: i32) -> Self {
+        self.inputs = Inputs::Integers(largest);
+        self
+    }
+
+    pub fn alike(mut self) -> Self {
+        self.inputs = Inputs::Alike;
+        self
+    }
+
+    pub fn equal_scores(mut self) -> Self {
+        self.inputs = Inputs::EqualScores;
+        self
+    }
+
+    pub fn sorted(mut self) -> Self {
+        self.inputs = Inputs::Sorted;
+        self
+    }
+
+    /// Random q, k and v times these.
+    pub fn times(mut self, factors: [f32; 3]) -> Self {
+        self.inputs = Inputs::Times(factors);
+        self
+    }
+
+    /// Each tensor's layout from its batch, heads, rows and dim, and its number (q, k, v, o).
+    pub fn layouts(mut self, layout: impl Fn([u32; 4], u64) -> Layout) -> Self {
+        let [q, k, v, o] = tensor_dims(&self.problem.shape);
+        self.problem = self
+            .problem
+            .with_layout(Tensor::Query, layout(q, 0))
+            .with_layout(Tensor::Key, layout(k, 1))
+            .with_layout(Tensor::Value, layout(v, 2))
+            .with_layout(Tensor::Out, layout(o, 3));
+        self
+    }
+
+    pub fn bnhd(mut self) -> Self {
+        self.problem = self.problem.bnhd();
+        self
+    }
+
+    /// `[position, batch, head, dim]`.
+    pub fn nbhd(self) -> Self {
+        self.layouts(|[batch, heads, _, dim], _| {
+            let (batch, heads, dim) = (batch as u64, heads as u64, dim as u64);
+            Layout { offset: 0, batch: heads * dim, head: dim, row: batch * heads * dim }
+        })
+    }
+
+    /// Nothing is a multiple of 2; rows of 16-bit types share words with their neighbours and with gaps.
+    pub fn odd(self) -> Self {
+        self.layouts(|[_, heads, rows, dim], n| {
+            let row = (dim as u64 + n) | 1;
+            let head = (rows as u64 * row + 2) | 1;
+            Layout { offset: 2 * n + 1, batch: (heads as u64 * head) | 1, head, row }
+        })
+    }
+
+    /// Gaps of four elements, so that groups of four stay together where the head dims allow.
+    pub fn gaps(self) -> Self {
+        self.layouts(|[_, heads, rows, dim], n| {
+            let row = dim as u64 + 4;
+            let head = rows as u64 * row + 4 * n;
+            Layout { offset: 4 * n, batch: heads as u64 * head + 8, head, row }
+        })
+    }
+
+    /// Odd strides of dimensions of one, which nothing uses: groups of four stay together.
+    pub fn unused_odd(self) -> Self {
+        self.layouts(|[batch, heads, rows, dim], n| {
+            let odd = |stride: u64, length: u32| if length == 1 { stride | 1 } else { stride };
+            let row = dim as u64 + 4;
+            let head = rows as u64 * row;
+            let batch = odd(heads as u64 * head, batch);
+            Layout { offset: 4 * n, batch, head: odd(head, heads), row: odd(row, rows) }
+        })
+    }
+
+    /// `[batch, position, q heads | k heads | v heads, dim]` in one buffer, o contiguous.
+    pub fn packed(mut self) -> Self {
+        let s = self.problem.shape;
+        let (q, k, v) = (s.heads_q * s.head_dim, s.heads_kv * s.head_dim, s.heads_kv * s.head_dim_v);
+        let row = (q + k + v) as u64;
+        let view = |offset: u32, dim: u32, rows: u32| Layout {
+            offset: offset as u64,
+            batch: rows as u64 * row,
+            head: dim as u64,
+            row,
+        };
+        assert_eq!(s.seqlen_q, s.seqlen_k);
+        self.problem = self
+            .problem
+            .with_layout(Tensor::Query, view(0, s.head_dim, s.seqlen_q))
+            .with_layout(Tensor::Key, view(q, s.head_dim, s.seqlen_k))
+            .with_layout(Tensor::Value, view(q + k, s.head_dim_v, s.seqlen_k));
+        self.one_buffer = true;
+        self
+    }
+
+    /// All batch entries and heads share one k and one v.
+    pub fn shared_kv(mut self) -> Self {
+        for tensor in [Tensor::Key, Tensor::Value] {
+            let layout = Layout { batch: 0, head: 0, ..self.problem.layout(tensor) };
+            self.problem = self.problem.with_layout(tensor, layout);
+        }
+        self
+    }
+
+    pub fn prepare(&self) -> Prepared {
+        let mut rng = Rng::with_seed(0x5eed);
+        let dims = tensor_dims(&self.problem.shape);
+        let mut tensor = |n: usize, integers: Option<i32>, low: f32, high: f32| -> Vec<f32> {
+            let len = dims[n].iter().map(|&d| d as usize).product();
+            let one = |rng: &mut Rng| match integers {
+                Some(most) => rng.i32(-most..=most) as f32,
+                None => low + (high - low) * rng.f32(),
+            };
+            (0..len).map(|_| one(&mut rng)).collect()
+        };
+        let (integers, [q, k, v]) = match self.inputs {
+            Inputs::Random | Inputs::Alike | Inputs::EqualScores | Inputs::Sorted => (None, [1.0; 3]),
+            Inputs::Integers(most) => (Some(most), [1.0; 3]),
+            Inputs::Times(factors) => (None, factors),
+        };
+        let mut inputs = [
+            tensor(0, integers, -1.5 * q, 2.0 * q),
+            tensor(1, integers, -2.0 * k, 1.5 * k),
+            tensor(2, None, -v, 2.0 * v),
+        ];
+        if !matches!(self.inputs, Inputs::Random | Inputs::Integers(_) | Inputs::Times(_)) {
+            let tensors = if matches!(self.inputs, Inputs::EqualScores) { 2 } else { 3 };
+            for (tensor, dims) in inputs.iter_mut().zip(dims).take(tensors) {
+                let (rows, dim) = (dims[2] as usize, dims[3] as usize);
+                let columns: Vec<f32> = tensor.iter().copied().take(dim).collect();
+                let grown = |row: usize| (row % rows + 1) as f32 / rows as f32;
+                for (n, row) in tensor.chunks_mut(dim).enumerate() {
+                    let factor = if matches!(self.inputs, Inputs::Sorted) { grown(n) } else { 1.0 };
+                    row.iter_mut().zip(&columns).for_each(|(x, column)| *x = factor * column);
+                }
+            }
+        }
+        Prepared::new(&self.problem, inputs, self.lengths.clone(), self.one_buffer)
+    }
+}
+
+/// `[batch, heads, rows, dim]` of q, k, v and o.
+pub(crate) fn tensor_dims(s: &Shape) -> [[u32; 4]; 4] {
+    [
+        [s.batch, s.heads_q, s.seqlen_q, s.head_dim],
+        [s.batch, s.heads_kv, s.seqlen_k, s.head_dim],
+        [s.batch, s.heads_kv, s.seqlen_k, s.head_dim_v],
+        [s.batch, s.heads_q, s.seqlen_q, s.head_dim_v],
+    ]
+}
