@@ -14,9 +14,6 @@
 @group(0) @binding(18) var<storage, read_write> ranges: array<u32>;
 #endif
 
-// As in forward_coop_scaled.wgsl.
-const LARGEST_SUM = 1073741824.0 * f32(PADDED_DIM);
-
 @compute @workgroup_size(THREADS)
 fn find_ranges(@builtin(global_invocation_id) id: vec3u) {
     let head = id.x;
@@ -32,14 +29,9 @@ fn find_ranges(@builtin(global_invocation_id) id: vec3u) {
     }
     let apart = are_apart(query_and_key.xy) || are_apart(query_and_key.zw) || are_apart(value_and_grad.xy)
         || are_apart(value_and_grad.zw);
-    // A tile's scale is at least that of its tensor, so no tile has a larger factor.
-#if SHAPED
-    // Those are always rounded.
-    let large = false;
-#else
-    let scales = vec2f(scale_for(query_and_key.x), scale_for(query_and_key.z));
-    let large = unscaled(score_factor(), scales.x, scales.y) * LARGEST_SUM >= LARGEST_EXPONENT;
-#endif
+    // A tile's scale is at least that of its tensor, so no tile has a larger product.
+    let largest = largest_product(scale_for(query_and_key.x), scale_for(query_and_key.z));
+    let large = exponent_bound(largest) >= LARGEST_EXPONENT;
     let at = sequence(id.y, head);
 #if GRADIENTS
     rows[range_number(at)] = vec2u(u32(apart || large), 0u);

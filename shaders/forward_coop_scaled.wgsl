@@ -67,8 +67,6 @@ const K_LOADS = (KEYS * D4 + THREADS - 1u) / THREADS;
 const V_LOADS = (KEYS * V4 + THREADS - 1u) / THREADS;
 // The largest P is 2^HEADROOM, so that the second part of small ones is not lost below the smallest f16.
 const HEADROOM = 8.0;
-// Sums of products of scaled elements stay below this, and below 2^38; coop_ranges.wgsl has it too.
-const LARGEST_SUM = 1073741824.0 * f32(DM * M);
 // With the one factor all of them are 0; with the other they are finite, and no score.
 const SMALLEST_FACTOR = 1.0e-22;
 const LARGEST_FACTOR = 1.0e25;
@@ -245,15 +243,14 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         let value_scale = scales.tile.y;
         // Times the factor, scores are exponents of 2.
 #if SHAPED
-        var factor = 1.0;
-        let small = true;
+        var factor = score_factor();
 #else
         var factor = clamp(unscaled(score_factor(), query_scales.tile.x, key_scale), SMALLEST_FACTOR, LARGEST_FACTOR);
-        let small = factor * LARGEST_SUM < LARGEST_EXPONENT;
 #endif
         // Whether each row of Q, K and V has a scale of its own, and scores are rounded.
 #if BY_ROWS
-        let by_rows = query_scales.apart || scales.apart || !small;
+        let large = exponent_bound(largest_product(query_scales.tile.x, key_scale)) >= LARGEST_EXPONENT;
+        let by_rows = query_scales.apart || scales.apart || large;
 #else
         let by_rows = false;
 #endif
@@ -330,7 +327,7 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
                 }
                 x[r][c] = shaped(x[r][c], at, i32(row0 + mine + r * M), j0 + i32(c * M), lane).score;
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    x[r][c][e] *= score_factor();
+                    x[r][c][e] *= select(1.0, factor, by_rows);
                 }
             }
         }

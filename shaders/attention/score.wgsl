@@ -43,6 +43,16 @@ fn score_factor() -> f32 {
     return score_unit() * LOG2_E;
 }
 
+// What no exponent of 2, score · log2(e), exceeds where no product exceeds `largest`. It is at most 3e37.
+fn exponent_bound(largest: f32) -> f32 {
+#if SOFTCAP
+    return problem.softcap * LOG2_E;
+#else
+    let factor = abs(problem.scale) * LOG2_E;
+    return factor * min(largest, 3.0e37 / max(factor, 1.0));
+#endif
+}
+
 #if SOFTCAP
 // tanh that neither overflows for large x nor cancels for small x, whatever the driver's own does.
 fn tanh_exact(x: f32) -> f32 {

@@ -1,5 +1,5 @@
-// Sizes of elements, and the powers of two that bring them to where f16 holds them. Needs PARTS. Gives are_apart,
-// size_of, sizes_of, scale_for, power_of_two, unscaled.
+// Sizes of elements, and the powers of two that bring them to where f16 holds them. Needs PARTS and HEAD_DIM. Gives are_apart,
+// size_of, sizes_of, scale_for, power_of_two, unscaled, largest_product.
 
 // How many powers of two elements may be apart before rows have scales of their own: 16 in f32, and 24 in bf16,
 // whose 8 bits are in one f16 down to 2^-32 of the largest.
@@ -36,4 +36,9 @@ fn unscaled(x: f32, a: f32, b: f32) -> f32 {
     let power = 254 - i32(bitcast<u32>(a) >> 23u) - i32(bitcast<u32>(b) >> 23u);
     let half = power / 2;
     return x * power_of_two(half) * power_of_two(power - half);
+}
+
+// What no product of two rows exceeds whose scales are at least these: scaled elements are below 2^15. It is at most 3e36.
+fn largest_product(a: f32, b: f32) -> f32 {
+    return min(unscaled(1.0, a, b), 1.0e25) * (1073741824.0 * f32(HEAD_DIM));
 }

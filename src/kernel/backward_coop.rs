@@ -73,7 +73,7 @@ fn scaled_passes(
             .with_element_access(true)
         };
     // What finds out about each head, then the kernels for most of them, and those for heads whose numbers are far apart.
-    let mut passes = Vec::from(forward_coop_scaled::ranges(problem, size, true));
+    let mut passes = Vec::from(forward_coop_scaled::ranges(problem, true));
     passes.extend([false, true].into_iter().flat_map(|by_rows| {
         [
             pass(

@@ -33,7 +33,7 @@ pub(crate) fn sizes_bytes(problem: &Problem, part: &Part) -> u64 {
 }
 
 /// Host side of `shaders/coop_sizes.wgsl` and of `shaders/coop_ranges.wgsl`: they find out which modules are for each head.
-pub(crate) fn ranges(problem: &Problem, size: u32, backward: bool) -> [Pass; 2] {
+pub(crate) fn ranges(problem: &Problem, backward: bool) -> [Pass; 2] {
     const THREADS: u32 = 256;
     const HEADS: u32 = 32;
     let tensors = if backward { &Tensor::BACKWARD[..] } else { &Tensor::FORWARD };
@@ -49,7 +49,6 @@ pub(crate) fn ranges(problem: &Problem, size: u32, backward: bool) -> [Pass; 2] 
             ("PARTS", parts(problem.element_type)),
             ("HEAD_DIM", problem.shape.head_dim),
             ("HEAD_DIM_V", problem.shape.head_dim_v),
-            ("PADDED_DIM", problem.shape.head_dim.next_multiple_of(size)),
             ("SHARES", shares),
             ("THREADS", threads),
         ],
@@ -88,7 +87,7 @@ pub(crate) fn ranges(problem: &Problem, size: u32, backward: bool) -> [Pass; 2] 
 /// What finds out about each head, the kernel for most of them, and the kernel for those whose numbers are far apart.
 pub(crate) fn passes(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout) -> Vec<Pass> {
     let kernel = |by_rows| pass(problem, tile, format, layout, by_rows);
-    ranges(problem, format.size, false).into_iter().chain([kernel(false), kernel(true)]).collect()
+    ranges(problem, false).into_iter().chain([kernel(false), kernel(true)]).collect()
 }
 
 fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout, by_rows: bool) -> Pass {
