@@ -340,8 +340,8 @@ fn decode_split(
             }
             let row = rows.first + 4u * r4 + r;
             if row < rows.count {
-                // Rows of heads that share keys lie one after the other.
-                let place = group.x * problem.split_rows + row_number(at, problem.row_begin) + row;
+                let number = row_number(sequence_of(at, rows, 4u * r4 + r), position(rows, 4u * r4 + r));
+                let place = group.x * problem.split_rows + number;
                 split_out[place * COLUMNS + column] = x;
                 if column == 0u {
                     split_stats[place] = vec2f(m[r4][r], sum[r]);

@@ -158,6 +158,8 @@ pub use merge::{MergeBuffers, MergePlan, MergeProblem};
 pub use names::{CoopForm, ElementType, Kernel, MAX_HEAD_DIM, MAX_SEQLEN};
 pub use options::PlanOptions;
 pub use plan::Plan;
+#[doc(hidden)]
+pub use problem::Probe;
 pub use problem::{Causal, Gradients, Layout, Problem, Shape, Tensor};
 #[doc(hidden)]
 pub use recipe::{PlannedModule, modules};

@@ -279,6 +279,66 @@ pub struct Problem {
     /// The layouts that were set, by tensor. The others follow when they are asked for, so that the order of calls, and a shape
     /// that is changed later, cannot leave one behind.
     layouts: [Option<Layout>; Tensor::BACKWARD.len()],
+    /// What only tests ask for.
+    pub(crate) probe: Option<Probe>,
+}
+
+/// Variants of attention that only tests compute, each through one seam between what attention is and how kernels compute it
+/// (`shaders/attention/probe.wgsl`). [`mod@crate::reference`] computes them too.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Probe {
+    /// Scores gain a term that differs by head and batch entry, and by the order of query and key: position and head.
+    Slant,
+    /// Queries lie in memory in another order, and keys in a third one: where rows are. The reference knows nothing of it.
+    Rows,
+    /// Some squares of scores do not count, others in half, differently in each head: which tiles are visited.
+    Tiles,
+    /// A score of no key in the denominator of each row: how a row ends.
+    Sink,
+}
+
+impl Probe {
+    /// All of them.
+    pub const ALL: [Probe; 4] = [Probe::Slant, Probe::Rows, Probe::Tiles, Probe::Sink];
+
+    /// The name by which shaders know it.
+    pub(crate) fn switch(self) -> &'static str {
+        match self {
+            Probe::Slant => "PROBE_SLANT",
+            Probe::Rows => "PROBE_ROWS",
+            Probe::Tiles => "PROBE_TILES",
+            Probe::Sink => "PROBE_SINK",
+        }
+    }
+
+    /// What is added to the score of a query and a key.
+    pub(crate) fn slant(self, [b, h, i, j]: [u32; 4]) -> f64 {
+        let factor = (h + 2 * b + 1) as f64 / 64.0;
+        if self == Probe::Slant { factor * (j as f64 - i as f64) } else { 0.0 }
+    }
+
+    /// Whether a score counts.
+    pub(crate) fn keeps(self, [h, i, j]: [u32; 3]) -> bool {
+        const SQUARE: u32 = 48;
+        let kind = (i / SQUARE + 2 * (j / SQUARE) + h) % 4;
+        self != Probe::Tiles || kind > 1 || (kind == 1 && (i + j).is_multiple_of(2))
+    }
+
+    /// The score of no key that a row has.
+    pub(crate) fn sink(self, [b, h]: [u32; 2]) -> Option<f64> {
+        (self == Probe::Sink).then_some(0.75 * h as f64 - 0.5 * b as f64 - 0.25)
+    }
+
+    /// In which row of its tensor query `i` of `queries`, or key `j` of `keys`, lies.
+    pub fn query_row(self, i: u32, queries: u32) -> u32 {
+        if self == Probe::Rows && i ^ 1 < queries { i ^ 1 } else { i }
+    }
+
+    /// As [`Probe::query_row`] for a key.
+    pub fn key_row(self, j: u32, keys: u32) -> u32 {
+        if self == Probe::Rows { keys - 1 - j } else { j }
+    }
 }
 
 impl PartialEq for Problem {
@@ -312,6 +372,7 @@ impl Problem {
             gradients: None,
             bnhd: false,
             layouts: [None; Tensor::BACKWARD.len()],
+            probe: None,
         }
     }
 
@@ -331,10 +392,11 @@ impl Problem {
             gradients,
             bnhd,
             layouts,
+            probe,
         } = self.clone();
         let numbers = [scale, softcap].map(|x| x.map(f32::to_bits));
         let masks = (causal, window_left, window_right);
-        (shape, element_type, numbers, masks, (seqlens_q, seqlens_k), lse, gradients, bnhd, layouts)
+        (shape, element_type, numbers, masks, (seqlens_q, seqlens_k), lse, gradients, (bnhd, layouts, probe))
     }
 
     /// Contiguous `[batch, position, head, dim]` tensors instead, flash-attention's order, but for those that
@@ -448,6 +510,19 @@ impl Problem {
             gradients.accumulate = true;
         }
         self
+    }
+
+    /// Computes a variant that only tests need.
+    #[doc(hidden)]
+    pub const fn with_probe(mut self, probe: Probe) -> Self {
+        self.probe = Some(probe);
+        self
+    }
+
+    /// The variant that is computed, if it is one that only tests need.
+    #[doc(hidden)]
+    pub const fn probe(&self) -> Option<Probe> {
+        self.probe
     }
 
     /// The factor in use.

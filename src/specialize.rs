@@ -12,6 +12,7 @@ const FILES: &[(&str, &str)] = &[
     ("attention/attention.wgsl", include_str!("../shaders/attention/attention.wgsl")),
     ("attention/finish.wgsl", include_str!("../shaders/attention/finish.wgsl")),
     ("attention/keep.wgsl", include_str!("../shaders/attention/keep.wgsl")),
+    ("attention/probe.wgsl", include_str!("../shaders/attention/probe.wgsl")),
     ("attention/problem.wgsl", include_str!("../shaders/attention/problem.wgsl")),
     ("attention/score.wgsl", include_str!("../shaders/attention/score.wgsl")),
     ("attention/sequence.wgsl", include_str!("../shaders/attention/sequence.wgsl")),

@@ -2,6 +2,7 @@
 // whether it counts, and how a row ends. No kernel knows a mask or a shape of scores by name.
 #include "attention/softmax.wgsl"
 #include "attention/sequence.wgsl"
+#include "attention/probe.wgsl"
 #include "attention/score.wgsl"
 #include "attention/keep.wgsl"
 #include "attention/tiles.wgsl"

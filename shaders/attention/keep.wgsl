@@ -26,6 +26,11 @@ fn keep(at: Sequence, i: i32, j: i32) -> bool {
         return false;
     }
 #endif
+#if PROBE_TILES
+    if !probe_keep(at, i, j) {
+        return false;
+    }
+#endif
     return j >= interval.x && j < interval.y;
 }
 
@@ -33,12 +38,16 @@ fn keep4(at: Sequence, i: vec4i, j: vec4i) -> vec4<bool> {
     return vec4<bool>(keep(at, i.x, j.x), keep(at, i.y, j.y), keep(at, i.z, j.z), keep(at, i.w, j.w));
 }
 
-// Do all scores of rows i0 .. i1 with keys j0 .. j1 count? Then none of them needs to be asked about.
+// Do all scores of rows i0 .. i1 with keys j0 .. j1 count? Then none of them needs to be asked about. "No" is always right.
 fn all_count(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
+#if PROBE_TILES
+    return false;
+#else
 #if QUERY_LENGTHS
     if i1 > at.queries {
         return false;
     }
 #endif
     return j0 >= key_interval(at, i1 - 1).x && j1 <= key_interval(at, i0).y;
+#endif
 }

@@ -15,6 +15,9 @@ fn scored(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
     let t = tanh_exact(x.score / problem.softcap);
     x = Scored(problem.softcap * t, 1.0 - t * t);
 #endif
+#if PROBE_SLANT
+    x.score += probe_slant(at, i, j);
+#endif
     return x;
 }
 

@@ -72,35 +72,52 @@ fn last_key(at: Sequence) -> u32 {
 
 // Where rows begin: the element at which row i of the sequence's query head, or key-value head, begins in its binding.
 fn query_row(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.query, at.batch, at.head, i);
+    return row_of_tensor(problem.query, at.batch, at.head, place_of_query(i));
 }
 
 fn key_row(at: Sequence, j: u32) -> u32 {
-    return row_of_tensor(problem.key, at.batch, at.head_kv, j);
+    return row_of_tensor(problem.key, at.batch, at.head_kv, place_of_key(j));
 }
 
 fn value_row(at: Sequence, j: u32) -> u32 {
-    return row_of_tensor(problem.value, at.batch, at.head_kv, j);
+    return row_of_tensor(problem.value, at.batch, at.head_kv, place_of_key(j));
 }
 
 fn out_row(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.out, at.batch, at.head, i);
+    return row_of_tensor(problem.out, at.batch, at.head, place_of_query(i));
 }
 
 fn grad_out_row(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.grad_out, at.batch, at.head, i);
+    return row_of_tensor(problem.grad_out, at.batch, at.head, place_of_query(i));
 }
 
 fn grad_query_row(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.grad_query, at.batch, at.head, i);
+    return row_of_tensor(problem.grad_query, at.batch, at.head, place_of_query(i));
 }
 
 fn grad_key_row(at: Sequence, j: u32) -> u32 {
-    return row_of_tensor(problem.grad_key, at.batch, at.head_kv, j);
+    return row_of_tensor(problem.grad_key, at.batch, at.head_kv, place_of_key(j));
 }
 
 fn grad_value_row(at: Sequence, j: u32) -> u32 {
-    return row_of_tensor(problem.grad_value, at.batch, at.head_kv, j);
+    return row_of_tensor(problem.grad_value, at.batch, at.head_kv, place_of_key(j));
+}
+
+// Which row of its tensor a query, or a key, is.
+fn place_of_query(i: u32) -> u32 {
+#if PROBE_ROWS
+    return probe_query(i);
+#else
+    return i;
+#endif
+}
+
+fn place_of_key(j: u32) -> u32 {
+#if PROBE_ROWS
+    return probe_key(j);
+#else
+    return j;
+#endif
 }
 
 fn row_of_tensor(t: Tensor, batch: u32, head: u32, i: u32) -> u32 {
@@ -109,12 +126,12 @@ fn row_of_tensor(t: Tensor, batch: u32, head: u32, i: u32) -> u32 {
 
 // The number of row i in the caller's buffers of one number a row: lse, and the gradient of lse.
 fn lse_row(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.lse, at.batch, at.head, i);
+    return row_of_tensor(problem.lse, at.batch, at.head, place_of_query(i));
 }
 
 // The number of row i among the rows that this launch computes: of what the workspace has of each row.
 fn row_number(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.rows, at.batch, at.head, i);
+    return row_of_tensor(problem.rows, at.batch, at.head, place_of_query(i));
 }
 
 // The number of a head among the ranges of coop_ranges.wgsl.

@@ -9,21 +9,38 @@ struct Tiles {
     // Visited first: so many tiles all of whose scores count. So many others precede them in the sequence, and are visited last.
     full: i32,
     before: i32,
+#if PROBE_TILES
+    // Tiles of keys are those that rows other.x .. other.y visit, tiles of rows those of keys other.x .. other.y.
+    at: Sequence,
+    of_keys: bool,
+    other: vec2i,
+    // The tiles between which are visited, and those that lie between full_from and full_to.
+    between: i32,
+    full_from: i32,
+    full_to: i32,
+#endif
 }
 
 // The first key (row) of the n-th tile that is visited. Past the end it is that of the last one, so that loading ahead is harmless.
 fn tile(tiles: Tiles, n: i32) -> i32 {
+#if PROBE_TILES
+    return probe_tile(tiles, n);
+#else
     let m = min(n, tiles.count - 1) + tiles.before;
     return tiles.first + select(m, m - tiles.count, m >= tiles.count) * tiles.size;
+#endif
 }
 
 // The tiles between x and y, and those of them that lie between the two numbers of `counting`.
-fn tiles_between(between: vec2i, counting: vec2i, size: i32) -> Tiles {
-    let first = between.x / size * size;
-    let count = select((between.y - first + size - 1) / size, 0, between.x >= between.y);
-    let before = clamp((counting.x - first + size - 1) / size, 0, count);
-    let full = clamp((counting.y - first) / size, before, count) - before;
-    return Tiles(first, size, count, full, select(0, before, full > 0));
+fn tiles_between(between: vec2i, counting: vec2i, size: u32) -> Tiles {
+    var tiles: Tiles;
+    tiles.size = i32(size);
+    tiles.first = between.x / tiles.size * tiles.size;
+    tiles.count = select((between.y - tiles.first + tiles.size - 1) / tiles.size, 0, between.x >= between.y);
+    let before = clamp((counting.x - tiles.first + tiles.size - 1) / tiles.size, 0, tiles.count);
+    tiles.full = clamp((counting.y - tiles.first) / tiles.size, before, tiles.count) - before;
+    tiles.before = select(0, before, tiles.full > 0);
+    return tiles;
 }
 
 // Tiles of the keys that some of rows i0 .. i1 may see.
@@ -31,7 +48,7 @@ fn key_tiles(at: Sequence, i0: i32, i1: i32, size: u32) -> Tiles {
     var end = i1;
 #if QUERY_LENGTHS
     if i0 >= at.queries {
-        return Tiles(0, i32(size), 0, 0, 0);
+        return tiles_between(vec2i(), vec2i(), size);
     }
     end = min(i1, at.queries);
 #endif
@@ -41,13 +58,17 @@ fn key_tiles(at: Sequence, i0: i32, i1: i32, size: u32) -> Tiles {
     // None count for a row that is no query.
     all.y = select(all.y, all.x, i1 > at.queries);
 #endif
-    return tiles_between(some, all, i32(size));
+#if PROBE_TILES
+    return probe_tiles(tiles_between(some, all, size), at, true, vec2i(i0, i1));
+#else
+    return tiles_between(some, all, size);
+#endif
 }
 
 // Tiles of the rows that may see some of keys j0 .. j1.
 fn row_tiles(at: Sequence, j0: i32, j1: i32, size: u32) -> Tiles {
     if j0 >= at.keys {
-        return Tiles(0, i32(size), 0, 0, 0);
+        return tiles_between(vec2i(), vec2i(), size);
     }
     let some = row_interval(at, j0, j1);
     let zero = at.queries - at.keys;
@@ -57,8 +78,60 @@ fn row_tiles(at: Sequence, j0: i32, j1: i32, size: u32) -> Tiles {
         min(at.queries, zero + j0 + problem.window_left + 1),
     );
     all.y = select(all.y, all.x, j1 > at.keys);
-    return tiles_between(some, all, i32(size));
+#if PROBE_TILES
+    return probe_tiles(tiles_between(some, all, size), at, false, vec2i(j0, j1));
+#else
+    return tiles_between(some, all, size);
+#endif
 }
+
+#if PROBE_TILES
+fn probe_tiles(interval: Tiles, at: Sequence, of_keys: bool, other: vec2i) -> Tiles {
+    var tiles = interval;
+    tiles.at = at;
+    tiles.of_keys = of_keys;
+    tiles.other = other;
+    tiles.between = interval.count;
+    tiles.full_from = interval.before;
+    tiles.full_to = interval.before + interval.full;
+    tiles.count = 0;
+    tiles.full = 0;
+    for (var m = 0; m < tiles.between; m++) {
+        let kind = probe_kind_of_tile(tiles, m);
+        tiles.count += select(0, 1, kind > 0);
+        tiles.full += select(0, 1, kind == 2);
+    }
+    return tiles;
+}
+
+// Of the m-th tile of the interval: 0 if no score counts, 2 if all do.
+fn probe_kind_of_tile(tiles: Tiles, m: i32) -> i32 {
+    let x = tiles.first + m * tiles.size;
+    var kind = probe_box(tiles.at, tiles.other.x, tiles.other.y, x, x + tiles.size);
+    if !tiles.of_keys {
+        kind = probe_box(tiles.at, x, x + tiles.size, tiles.other.x, tiles.other.y);
+    }
+    return select(min(kind, 1), kind, m >= tiles.full_from && m < tiles.full_to);
+}
+
+// Full tiles first, then those that count in part. Found by counting.
+fn probe_tile(tiles: Tiles, n: i32) -> i32 {
+    let wanted = min(n, tiles.count - 1);
+    var seen = 0;
+    var found = tiles.first;
+    for (var kind = 2; kind > 0; kind--) {
+        for (var m = 0; m < tiles.between; m++) {
+            if probe_kind_of_tile(tiles, m) == kind {
+                if seen == wanted {
+                    found = tiles.first + m * tiles.size;
+                }
+                seen++;
+            }
+        }
+    }
+    return found;
+}
+#endif
 
 // A walk over the tiles of rows that read a block of keys, of all query heads that share it: those of a head one after the other.
 struct Walk {

@@ -18,7 +18,7 @@ pub(crate) mod uniform;
 pub(crate) use part::{Cut, Part};
 pub(crate) use pass::{Access, Module, Pass, Rounds, Slot, Workgroups, check_limits};
 
-use crate::problem::Tensor;
+use crate::problem::{Probe, Tensor};
 use crate::{ElementType, Problem};
 
 /// What a forward pass in one dispatch binds.
@@ -73,19 +73,22 @@ const SMALLEST_FACTOR: f32 = 1e-28;
 
 fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'static str> {
     let aligned = problem.is_aligned(tensors, vector);
-    let shaped = problem.softcap.is_some() || problem.effective_scale() < SMALLEST_FACTOR;
+    let shaped =
+        problem.softcap.is_some() || problem.effective_scale() < SMALLEST_FACTOR || problem.probe == Some(Probe::Slant);
     let mut on = vec![problem.element_type.switch()];
     let flags = [
         (aligned, "ALIGNED"),
         (aligned && problem.element_type != ElementType::F32, "PACKED"),
         (problem.softcap.is_some(), "SOFTCAP"),
         (shaped, "SHAPED"),
+        (problem.probe == Some(Probe::Tiles), "TILES_BY_HEAD"),
         (problem.seqlens_q, "SEQLENS_Q"),
         (problem.seqlens_q, "QUERY_LENGTHS"),
         (problem.seqlens_k, "SEQLENS_K"),
         (problem.lse, "LSE"),
     ];
     on.extend(flags.iter().filter(|(set, _)| *set).map(|(_, name)| name));
+    on.extend(problem.probe.map(Probe::switch));
     on
 }
 

@@ -49,10 +49,11 @@ macro_rules! real {
 real!(f32);
 real!(f64);
 
-/// A query and a key: their batch entry and their positions.
+/// A query and a key: their batch entry, the query's head, and their positions.
 #[derive(Clone, Copy)]
 pub(super) struct Pair {
     pub b: u32,
+    pub h: u32,
     pub i: u32,
     pub j: u32,
 }
@@ -150,13 +151,21 @@ impl<N: Real> Attention<'_, N> {
         (b as usize * s.heads_kv as usize + h as usize) * s.seqlen_k as usize + j as usize
     }
 
-    /// What a score is: `scale · dot`, then `softcap · tanh(s / softcap)`.
-    fn scored(&self, dot: N) -> Scored<N> {
-        let (s, one) = (self.scale() * dot, N::of(1.0));
-        let Some(cap) = self.problem.softcap else { return Scored { score: s, slope: one } };
-        let cap = N::of(cap.into());
-        let tanh = (s / cap).tanh();
-        Scored { score: cap * tanh, slope: one - tanh * tanh }
+    /// What a score is: `scale · dot`, then `softcap · tanh(s / softcap)`, then what a probe adds.
+    fn scored(&self, dot: N, Pair { b, h, i, j }: Pair) -> Scored<N> {
+        let mut x = Scored { score: self.scale() * dot, slope: N::of(1.0) };
+        if let Some(cap) = self.problem.softcap {
+            let cap = N::of(cap.into());
+            let tanh = (x.score / cap).tanh();
+            x = Scored { score: cap * tanh, slope: N::of(1.0) - tanh * tanh };
+        }
+        x.score += N::of(self.problem.probe.map_or(0.0, |probe| probe.slant([b, h, i, j])));
+        x
+    }
+
+    /// The score of no key that a row of a head has in its denominator.
+    fn sink(&self, b: u32, h: u32) -> Option<N> {
+        Some(N::of(self.problem.probe?.sink([b, h])?))
     }
 
     fn scale(&self) -> N {
@@ -164,7 +173,10 @@ impl<N: Real> Attention<'_, N> {
     }
 
     /// Whether the key counts for the query: each mask by its own definition.
-    pub fn keep(&self, Pair { b, i, j }: Pair) -> bool {
+    pub fn keep(&self, Pair { b, h, i, j }: Pair) -> bool {
+        if self.problem.probe.is_some_and(|probe| !probe.keeps([h, i, j])) {
+            return false;
+        }
         let (queries, keys) = self.lengths.of(self.problem, b);
         let (i, j) = (i as i64, j as i64);
         let diagonal = i + keys as i64 - queries as i64;
@@ -188,18 +200,21 @@ impl<N: Real> Attention<'_, N> {
         // The scores that count, with the rows of their keys.
         let mut scores = vec![];
         for j in 0..s.seqlen_k {
-            if self.keep(Pair { b, i, j }) {
+            let pair = Pair { b, h, i, j };
+            if self.keep(pair) {
                 let n = self.key_number([b, h / s.group(), j]);
-                scores.push((n, self.scored(dot(q, row(key, n, s.head_dim))).score));
+                scores.push((n, self.scored(dot(q, row(key, n, s.head_dim)), pair).score));
             }
         }
         let mut out = vec![N::of(0.0); s.head_dim_v as usize];
         let least = N::of(f64::NEG_INFINITY);
+        let sink = self.sink(b, h);
         if scores.is_empty() {
-            return (out, least);
+            return (out, sink.unwrap_or(least));
         }
-        let max = scores.iter().fold(least, |max, &(_, score)| if score > max { score } else { max });
-        let sum: N = scores.iter().map(|&(_, score)| (score - max).exp()).sum();
+        let in_denominator = || scores.iter().map(|&(_, score)| score).chain(sink);
+        let max = in_denominator().fold(least, |max, score| if score > max { score } else { max });
+        let sum: N = in_denominator().map(|score| (score - max).exp()).sum();
         for (n, score) in scores {
             let p = (self.round)((score - max).exp() / sum);
             add(&mut out, p, row(value, n, s.head_dim_v));
@@ -222,9 +237,9 @@ impl<N: Real> Attention<'_, N> {
         let s = &self.problem.shape;
         let [b, h, i] = at;
         let mut dq = GradientRow::zeros(s.head_dim);
-        for j in (0..s.seqlen_k).filter(|&j| self.keep(Pair { b, i, j })) {
-            let key = self.key_number([b, h / s.group(), j]);
-            let pair = self.pair_gradient(tensors, [self.query_number(at), key], [lse, delta]);
+        for pair in (0..s.seqlen_k).map(|j| Pair { b, h, i, j }).filter(|&pair| self.keep(pair)) {
+            let key = self.key_number([b, h / s.group(), pair.j]);
+            let pair = self.pair_gradient(tensors, pair, [self.query_number(at), key], [lse, delta]);
             dq.add(pair.ddot, pair.size, row(tensors[1], key, s.head_dim));
         }
         dq
@@ -241,9 +256,9 @@ impl<N: Real> Attention<'_, N> {
         let [b, h, j] = at;
         let (mut dk, mut dv) = (GradientRow::zeros(s.head_dim), GradientRow::zeros(s.head_dim_v));
         for head in h * s.group()..(h + 1) * s.group() {
-            for i in (0..s.seqlen_q).filter(|&i| self.keep(Pair { b, i, j })) {
-                let n = self.query_number([b, head, i]);
-                let pair = self.pair_gradient(tensors, [n, self.key_number(at)], [lse[n], delta[n]]);
+            for pair in (0..s.seqlen_q).map(|i| Pair { b, h: head, i, j }).filter(|&pair| self.keep(pair)) {
+                let n = self.query_number([b, head, pair.i]);
+                let pair = self.pair_gradient(tensors, pair, [n, self.key_number(at)], [lse[n], delta[n]]);
                 dk.add(pair.ddot, pair.size, row(tensors[0], n, s.head_dim));
                 dv.add(pair.p, pair.p.into(), row(tensors[3], n, s.head_dim_v));
             }
@@ -260,11 +275,12 @@ impl<N: Real> Attention<'_, N> {
     fn pair_gradient<T: Copy + Into<f64>>(
         &self,
         [query, key, value, grad_out]: Tensors<'_, T>,
+        pair: Pair,
         [n, m]: [usize; 2],
         [lse, delta]: [N; 2],
     ) -> PairGradient<N> {
         let s = &self.problem.shape;
-        let Scored { score, slope } = self.scored(dot(row(query, n, s.head_dim), row(key, m, s.head_dim)));
+        let Scored { score, slope } = self.scored(dot(row(query, n, s.head_dim), row(key, m, s.head_dim)), pair);
         let p = (score - lse).exp();
         let dp: N = dot(row(grad_out, n, s.head_dim_v), row(value, m, s.head_dim_v));
         let factor = p * slope * self.scale();

@@ -127,7 +127,7 @@ mod tests {
     /// Whether key `j` counts for query `i` when so many queries and keys are valid.
     fn keep(problem: &Problem, [queries, keys]: [u32; 2], i: u32, j: u32) -> bool {
         let [queries, keys] = [queries, keys].map(|length| [length as i32]);
-        exact(problem, Lengths { queries: Some(&queries), keys: Some(&keys) }).keep(Pair { b: 0, i, j })
+        exact(problem, Lengths { queries: Some(&queries), keys: Some(&keys) }).keep(Pair { b: 0, h: 0, i, j })
     }
 
     fn problem(seqlen_q: u32, seqlen_k: u32) -> Problem {

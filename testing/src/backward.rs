@@ -12,7 +12,7 @@ use wgpu_flash_attention::{
 
 use crate::case::tensor_dims;
 use crate::forward::why_broken;
-use crate::memory::{GUARD, end, from_bits, guarded, places, poison, to_bits, unguard};
+use crate::memory::{GUARD, end, from_bits, guarded, places, poison, row_places, to_bits, unguard};
 use crate::{Case, Inputs, Lengths, Prepared};
 
 /// The plan's own choice of forward kernel, and this one for the backward pass.
@@ -135,9 +135,8 @@ impl PreparedBackward {
 
         let mut inputs = forward.inputs;
         for (tensor, n, elements) in [(Tensor::Out, 3, &out), (Tensor::GradOut, 4, &grad_out)] {
-            let layout = &problem.layout(tensor);
-            let mut buffer = vec![poison(ty, 0); end(layout, dims[n])];
-            for ((place, b, i), &x) in places(layout, dims[n]).zip(elements) {
+            let mut buffer = vec![poison(ty, 0); end(problem, tensor, dims[n])];
+            for ((place, b, i), &x) in places(problem, tensor, dims[n]).zip(elements) {
                 // Nothing is read of the gradient of a row that is no query.
                 if tensor == Tensor::Out || i < lengths.of(problem, b).0 {
                     buffer[place] = to_bits(ty, x);
@@ -171,19 +170,22 @@ impl PreparedBackward {
         let (problem, ty) = (&self.problem, self.problem.element_type);
         let dims = input_dims(problem);
         let nan = poison(ty, round);
-        let layouts = [Tensor::GradQuery, Tensor::GradKey, Tensor::GradValue].map(|tensor| problem.layout(tensor));
-        let layouts = layouts.each_ref();
+        let gradients = [Tensor::GradQuery, Tensor::GradKey, Tensor::GradValue];
         let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes).unwrap()).collect();
         let outputs = [0, 1, 2].map(|n| {
-            let mut elements = vec![nan; end(layouts[n], dims[n])];
+            let mut elements = vec![nan; end(problem, gradients[n], dims[n])];
             if let Some(before) = &self.before {
-                places(layouts[n], dims[n])
+                places(problem, gradients[n], dims[n])
                     .zip(&before[n])
                     .for_each(|((place, ..), &x)| elements[place] = to_bits(ty, x));
             }
             context.upload(&guarded(ty, &elements, nan)).unwrap()
         });
-        let of_rows = |numbers: &[f32]| context.upload(bytemuck::cast_slice(numbers)).unwrap();
+        let of_rows = |numbers: &[f32]| {
+            let mut placed = vec![0.0; numbers.len()];
+            row_places(problem).into_iter().zip(numbers).for_each(|(place, &x)| placed[place] = x);
+            context.upload(bytemuck::cast_slice(&placed)).unwrap()
+        };
         let (lse, grad_lse) = (of_rows(&self.lse), self.grad_lse.as_deref().map(of_rows));
         let [seqlens_q, seqlens_k] = self.lengths.upload(context);
         let words = plan.backward_workspace_bytes() as usize / 4;
@@ -194,7 +196,7 @@ impl PreparedBackward {
         fn bind(buffer: &wgpu::Buffer, bytes: u64) -> BufferBinding<'_> {
             BufferBinding { buffer, offset: GUARD, size: wgpu::BufferSize::new(bytes.next_multiple_of(4).max(4)) }
         }
-        let tensor = |buffer, tensor, n: usize| bind(buffer, end(&problem.layout(tensor), dims[n]) as u64 * ty.bytes());
+        let tensor = |buffer, tensor, n: usize| bind(buffer, end(problem, tensor, dims[n]) as u64 * ty.bytes());
         let [.., out, grad_out] = &inputs[..] else { unreachable!() };
         let input = |n: usize| if inputs.len() == 3 { &inputs[0] } else { &inputs[n] };
         let [q, k, v] = [(Tensor::Query, 0), (Tensor::Key, 1), (Tensor::Value, 2)].map(|(t, n)| tensor(input(n), t, n));
@@ -215,11 +217,11 @@ impl PreparedBackward {
     pub fn take(&self, outputs: &[Vec<u8>], round: u32) -> Result<[Vec<u32>; 3], String> {
         let (problem, ty) = (&self.problem, self.problem.element_type);
         let dims = input_dims(problem);
-        let layouts = [Tensor::GradQuery, Tensor::GradKey, Tensor::GradValue].map(|tensor| problem.layout(tensor));
+        let gradients = [Tensor::GradQuery, Tensor::GradKey, Tensor::GradValue];
         let read = |n: usize| {
             unguard(&outputs[n], ty, poison(ty, round), |end| {
                 let mut taken = vec![false; end];
-                let places: Vec<_> = places(&layouts[n], dims[n]).map(|(place, ..)| place).collect();
+                let places: Vec<_> = places(problem, gradients[n], dims[n]).map(|(place, ..)| place).collect();
                 places.iter().for_each(|&place| taken[place] = true);
                 (places, taken)
             })

@@ -1,7 +1,7 @@
 //! What a test computes: a problem, how its tensors lie in memory, and what they hold.
 
 use fastrand::Rng;
-use wgpu_flash_attention::{Causal, Context, ElementType, Layout, Problem, Shape, Tensor, reference, wgpu};
+use wgpu_flash_attention::{Causal, Context, ElementType, Layout, Probe, Problem, Shape, Tensor, reference, wgpu};
 
 use crate::Prepared;
 
@@ -67,6 +67,11 @@ pub const fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]
 impl Case {
     pub fn element_type(mut self, element_type: ElementType) -> Self {
         self.problem.element_type = element_type;
+        self
+    }
+
+    pub fn probe(mut self, probe: Probe) -> Self {
+        self.problem = self.problem.with_probe(probe);
         self
     }
 

@@ -9,7 +9,7 @@ use wgpu_flash_attention::{
 
 use crate::Lengths;
 use crate::case::tensor_dims;
-use crate::memory::{GUARD, end, from_bits, guarded, places, poison, to_bits, unguard};
+use crate::memory::{GUARD, end, from_bits, guarded, places, poison, row_places, to_bits, unguard};
 
 /// Every element type.
 pub const TYPES: [ElementType; 3] = [ElementType::F32, ElementType::F16, ElementType::BF16];
@@ -51,9 +51,8 @@ impl Prepared {
     pub fn new(problem: &Problem, inputs: [Vec<f32>; 3], lengths: Lengths, one_buffer: bool) -> Self {
         let (shape, ty) = (&problem.shape, problem.element_type);
         let dims = tensor_dims(shape);
-        let layouts = [Tensor::Query, Tensor::Key, Tensor::Value].map(|tensor| problem.layout(tensor));
-        let layouts = layouts.each_ref();
-        let ends = [0, 1, 2].map(|n| end(layouts[n], dims[n]));
+        let tensors = [Tensor::Query, Tensor::Key, Tensor::Value];
+        let ends = [0, 1, 2].map(|n| end(problem, tensors[n], dims[n]));
         let buffer_of = |n: usize| if one_buffer { 0 } else { n };
         let nan = poison(ty, 0);
         let mut buffers = match one_buffer {
@@ -61,7 +60,7 @@ impl Prepared {
             false => ends.map(|end| vec![nan; end]).into(),
         };
         for n in 0..3 {
-            for ((place, b, i), &x) in places(layouts[n], dims[n]).zip(&inputs[n]) {
+            for ((place, b, i), &x) in places(problem, tensors[n], dims[n]).zip(&inputs[n]) {
                 let of_tensor = if n == 0 { &lengths.queries } else { &lengths.keys };
                 let exists = of_tensor.as_ref().is_none_or(|lengths| (i as i32) < lengths[b as usize]);
                 if exists {
@@ -71,7 +70,9 @@ impl Prepared {
         }
         // What the kernels see: rounded, and the last write where strides are 0.
         let [q, k, v] = [0, 1, 2].map(|n| -> Vec<f32> {
-            places(layouts[n], dims[n]).map(|(place, ..)| from_bits(ty, buffers[buffer_of(n)][place])).collect()
+            places(problem, tensors[n], dims[n])
+                .map(|(place, ..)| from_bits(ty, buffers[buffer_of(n)][place]))
+                .collect()
         });
         let expected = reference::forward(problem, &q, &k, &v, lengths.borrow());
         let rounded = reference::rounded::forward(problem, &q, &k, &v, lengths.borrow());
@@ -111,8 +112,7 @@ impl Prepared {
     pub fn submit(&self, context: &Context, plan: &Plan, round: u32) -> Result<Vec<wgpu::Buffer>, String> {
         let (problem, ty) = (&self.problem, self.problem.element_type);
         let dims = tensor_dims(&problem.shape);
-        let out_layout = problem.layout(Tensor::Out);
-        let out_end = end(&out_layout, dims[3]);
+        let out_end = end(problem, Tensor::Out, dims[3]);
         let rows = problem.shape.rows() as usize;
         let [nan, nan32] = [ty, ElementType::F32].map(|ty| poison(ty, round));
         let words = |n: usize| guarded(ElementType::F32, &vec![nan32; n], nan32);
@@ -129,7 +129,7 @@ impl Prepared {
         }
         let input = |n: usize, tensor| {
             let buffer = if inputs.len() == 1 { &inputs[0] } else { &inputs[n] };
-            bind(buffer, end(&problem.layout(tensor), dims[n]) as u64 * ty.bytes())
+            bind(buffer, end(problem, tensor, dims[n]) as u64 * ty.bytes())
         };
         let [q, k, v] = [input(0, Tensor::Query), input(1, Tensor::Key), input(2, Tensor::Value)];
         let buffers = ForwardBuffers::new(q, k, v, bind(&out, out_end as u64 * ty.bytes()))
@@ -150,13 +150,13 @@ impl Prepared {
         let rows = problem.shape.rows() as usize;
         let out = unguard(&outputs[0], ty, poison(ty, round), |end| {
             let mut taken = vec![false; end];
-            let places: Vec<_> = places(&problem.layout(Tensor::Out), dims[3]).map(|(place, ..)| place).collect();
+            let places: Vec<_> = places(problem, Tensor::Out, dims[3]).map(|(place, ..)| place).collect();
             places.iter().for_each(|&place| taken[place] = true);
             (places, taken)
         });
         let lse = outputs.get(1).map_or(Ok(vec![]), |lse| {
             unguard(lse, ElementType::F32, poison(ElementType::F32, round), |end| {
-                ((0..rows).collect(), (0..end).map(|place| place < rows).collect())
+                (row_places(problem), (0..end).map(|place| place < rows).collect())
             })
         });
         Ok((out.map_err(|e| format!("out: {e}"))?, lse.map_err(|e| format!("lse: {e}"))?))

@@ -1,16 +1,23 @@
 //! Tensors in memory, with gaps and guards of poison that nothing may write.
 
 use half::{bf16, f16};
-use wgpu_flash_attention::{ElementType, Layout};
+use wgpu_flash_attention::{ElementType, Problem, Tensor};
 
-/// Where each element of a contiguous `[batch, head, position, dim]` tensor lies, and its batch entry and position.
+/// Where each element of a contiguous `[batch, head, position, dim]` tensor of a problem lies, and its batch entry and position.
 pub(crate) fn places(
-    layout: &Layout,
+    problem: &Problem,
+    tensor: Tensor,
     [batch, heads, rows, dim]: [u32; 4],
 ) -> impl Iterator<Item = (usize, u32, u32)> + use<> {
-    let layout = *layout;
+    let (layout, probe) = (problem.layout(tensor), problem.probe());
+    let of_keys = matches!(tensor, Tensor::Key | Tensor::Value | Tensor::GradKey | Tensor::GradValue);
+    let row = move |i: u32| match probe {
+        Some(probe) if of_keys => probe.key_row(i, rows),
+        Some(probe) => probe.query_row(i, rows),
+        None => i,
+    };
     let at = move |b: u32, h: u32, i: u32, d: u32| {
-        layout.offset + b as u64 * layout.batch + h as u64 * layout.head + i as u64 * layout.row + d as u64
+        layout.offset + b as u64 * layout.batch + h as u64 * layout.head + row(i) as u64 * layout.row + d as u64
     };
     (0..batch).flat_map(move |b| {
         (0..heads)
@@ -18,8 +25,19 @@ pub(crate) fn places(
     })
 }
 
-pub(crate) fn end(layout: &Layout, dims: [u32; 4]) -> usize {
-    places(layout, dims).map(|(place, ..)| place + 1).max().unwrap_or(0)
+/// Where the number of each row lies in a buffer of one number a row, such as lse.
+pub(crate) fn row_places(problem: &Problem) -> Vec<usize> {
+    let s = problem.shape;
+    let row = |i: u32| problem.probe().map_or(i, |probe| probe.query_row(i, s.seqlen_q));
+    let heads = 0..s.batch as usize * s.heads_q as usize;
+    heads
+        .flat_map(|head| (0..s.seqlen_q).map(move |i| (head, i)))
+        .map(|(head, i)| head * s.seqlen_q as usize + row(i) as usize)
+        .collect()
+}
+
+pub(crate) fn end(problem: &Problem, tensor: Tensor, dims: [u32; 4]) -> usize {
+    places(problem, tensor, dims).map(|(place, ..)| place + 1).max().unwrap_or(0)
 }
 
 /// The bits of x rounded to the type.

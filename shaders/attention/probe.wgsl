@@ -1,0 +1,55 @@
+// Variants of attention that only tests plan (Probe in src/problem.rs). Each goes through one seam between attention and kernels: a
+// kernel that has its own idea of a position, a head, a row, a tile or a row's end gives wrong results with one of them.
+
+#if PROBE_SLANT
+// Added to scores. It differs by head and by the order of query and key.
+fn probe_slant(at: Sequence, i: i32, j: i32) -> f32 {
+    return f32(at.head + 2u * at.batch + 1u) * 0.015625 * f32(j - i);
+}
+#endif
+
+#if PROBE_ROWS
+// Queries change places with their neighbours, keys lie in reverse order.
+fn probe_query(i: u32) -> u32 {
+    return select(i, i ^ 1u, (i ^ 1u) < problem.seqlen_q);
+}
+
+fn probe_key(j: u32) -> u32 {
+    return problem.seqlen_k - 1u - min(j, problem.seqlen_k - 1u);
+}
+#endif
+
+#if PROBE_SINK
+// One more score in the denominator of each row of a head.
+fn probe_sink(at: Sequence) -> f32 {
+    return 0.75 * f32(at.head) - 0.5 * f32(at.batch) - 0.25;
+}
+#endif
+
+#if PROBE_TILES
+// Scores are cut into squares, of which in each head a quarter does not count, and half of the scores of another quarter.
+const PROBE_SQUARE = 48;
+
+fn probe_kind(at: Sequence, a: i32, b: i32) -> i32 {
+    return (a + 2 * b + i32(at.head)) % 4;
+}
+
+fn probe_keep(at: Sequence, i: i32, j: i32) -> bool {
+    let kind = probe_kind(at, i / PROBE_SQUARE, j / PROBE_SQUARE);
+    return kind > 1 || (kind == 1 && (i + j) % 2 == 0);
+}
+
+// Of rows i0 .. i1 and keys j0 .. j1: 0 if no score counts, 2 if all do, 1 otherwise. Squares that are cut count whole.
+fn probe_box(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> i32 {
+    var some = false;
+    var all = true;
+    for (var a = i0 / PROBE_SQUARE; a * PROBE_SQUARE < i1; a++) {
+        for (var b = j0 / PROBE_SQUARE; b * PROBE_SQUARE < j1; b++) {
+            let kind = probe_kind(at, a, b);
+            some = some || kind > 0;
+            all = all && kind > 1;
+        }
+    }
+    return select(select(0, 1, some), 2, all);
+}
+#endif

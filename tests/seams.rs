@@ -1,0 +1,120 @@
+//! The questions that kernels ask of `shaders/attention/`: variants of attention that only tests plan, each of which is wrong in a kernel
+//! that answers one of these questions by itself. Every kernel, form and type, forward and backward, whole and split.
+
+use flash_attention_testing::backward::{self, Ask, backward, fused};
+use flash_attention_testing::coop::{context, in_forms};
+use flash_attention_testing::*;
+use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
+use wgpu_flash_attention::tune::{BackwardTile, DecodeTile};
+use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions, Probe};
+
+/// More queries and keys than a tile of any kernel has here, several heads a group, and every mask.
+fn cases(probe: Probe) -> Vec<(String, Case)> {
+    let both = || case(2, [4, 2], [110, 150], [16, 12]);
+    let cases = [
+        ("plain", both()),
+        ("causal", both().causal(BottomRight)),
+        ("top-left, one head for each", case(2, [3, 3], [150, 110], [12, 16]).causal(TopLeft)),
+        ("window", both().window(70, 20)),
+        ("lengths", both().seqlens(&[150, 77]).seqlens_q(&[61, 110]).causal(BottomRight)),
+        ("softcap, scale below 0, odd strides", case(1, [6, 2], [111, 149], [7, 5]).odd().scale(-0.4).softcap(3.0)),
+    ];
+    cases.map(|(name, case)| (format!("{probe:?}: {name}"), case.probe(probe))).into()
+}
+
+/// The cases in f32, and two of them in the other types: a type changes how elements are read and written.
+fn cases_of(probe: Probe, element_type: ElementType) -> Vec<(String, Case)> {
+    let all = cases(probe);
+    if element_type == ElementType::F32 { all } else { vec![all[1].clone(), all[5].clone()] }
+}
+
+/// A device on which work is split between batch entries, heads and, forward, rows.
+fn narrow() -> Context {
+    with_limits(|limits| limits.max_compute_workgroups_per_dimension = 4)
+}
+
+fn decode(splits: u32) -> PlanOptions {
+    let tile = DecodeTile { rows: 4, threads: 64, key_threads: 8, thread_keys: 2, lanes: 0 };
+    PlanOptions::default().kernel(Kernel::Decode).decode_tile(tile).splits(splits)
+}
+
+fn two_kernels() -> PlanOptions {
+    let tile = BackwardTile { own: 12, step: 24, threads_y: 12, threads_x: 6, chunk: 12, block: 12, written_out: true };
+    backward(Kernel::Tile).backward_tile(tile)
+}
+
+fn check_forward(probe: Probe) {
+    let small = tiled(8, 16, (2, 4), 4, 8);
+    let narrow = narrow();
+    for element_type in TYPES {
+        let mut ways = every_kernel(element_type, naive(), tile());
+        ways.extend([("decode", full(), decode(1)), ("decode in 3 splits", full(), decode(3))]);
+        ways.extend([("small tile", full(), small), ("small tile, split", &narrow, small)]);
+        if element_type == ElementType::F32 {
+            ways.extend([("naive, split", &narrow, naive()), ("decode, split", &narrow, decode(2))]);
+        }
+        check_all(&cases::prepare(cases_of(probe, element_type), element_type), &ways);
+    }
+}
+
+fn check_backward(probe: Probe) {
+    let narrow = narrow();
+    for element_type in TYPES {
+        let mut ways = every_kernel(element_type, backward(Kernel::Naive), backward(Kernel::Tile));
+        ways.extend([("two kernels", full(), two_kernels())]);
+        if element_type == ElementType::F32 {
+            let at_once = fused([32, 64], 8, 8, 16, [32, 64]);
+            ways.extend([("fused", full(), at_once), ("fused, split", &narrow, at_once)]);
+            ways.extend([("two kernels, split", &narrow, two_kernels())]);
+        }
+        let ask = Ask { grad_lse: true, accumulate: false };
+        backward::check_all(&backward::prepare(cases_of(probe, element_type), element_type, ask), &ways);
+    }
+}
+
+/// On matrices, where the driver has them: both forms in f16, registers in f32 and bf16.
+fn check_coop(probe: Probe) {
+    let Some(context) = context() else { return };
+    for element_type in TYPES {
+        let cases = cases_of(probe, element_type).into_iter().take(4);
+        // f16 has forms and rows that are moved eight elements at a time; its lengths and odd strides are the portable kernels' too.
+        let forward = PlanOptions::default().kernel(Kernel::Coop);
+        let ways = in_forms(element_type, &[("coop", &context, forward)]);
+        check_all(&cases::prepare(cases.clone(), element_type), &ways);
+        let ways = in_forms(element_type, &[("coop", &context, forward.backward(Kernel::Coop))]);
+        let aligned = cases.filter(|(name, _)| element_type != ElementType::BF16 || !name.contains("odd"));
+        backward::check_all(&backward::prepare(aligned, element_type, Ask::default()), &ways);
+    }
+}
+
+macro_rules! seam {
+    ($name:ident, $probe:expr) => {
+        mod $name {
+            use super::*;
+
+            #[test]
+            fn forward() {
+                check_forward($probe);
+            }
+
+            #[test]
+            fn backward() {
+                check_backward($probe);
+            }
+
+            #[test]
+            fn coop() {
+                check_coop($probe);
+            }
+        }
+    };
+}
+
+// Scores with a term that differs by head and batch entry, and by the order of query and key.
+seam!(position_and_head, Probe::Slant);
+// Rows in another order than that of their numbers.
+seam!(rows, Probe::Rows);
+// A board of squares, full ones, partial ones and empty ones, that differs by head.
+seam!(tiles, Probe::Tiles);
+// A sink in each row's denominator.
+seam!(end_of_a_row, Probe::Sink);
