@@ -17,7 +17,7 @@ fn cases(probe: Probe) -> Vec<(String, Case)> {
         ("top-left, one head for each", case(2, [3, 3], [150, 110], [12, 16]).causal(TopLeft)),
         ("window", both().window(70, 20)),
         ("lengths", both().seqlens(&[150, 77]).seqlens_q(&[61, 110]).causal(BottomRight)),
-        ("softcap, scale below 0, odd strides", case(1, [6, 2], [111, 149], [7, 5]).odd().scale(-0.4).softcap(3.0)),
+        ("softcap, scale below 0, odd strides", case(1, [4, 2], [111, 149], [7, 5]).odd().scale(-0.4).softcap(3.0)),
     ];
     cases.map(|(name, case)| (format!("{probe:?}: {name}"), case.probe(probe))).into()
 }
@@ -28,9 +28,17 @@ fn cases_of(probe: Probe, element_type: ElementType) -> Vec<(String, Case)> {
     if element_type == ElementType::F32 { all } else { vec![all[1].clone(), all[5].clone()] }
 }
 
-/// A device on which work is split between batch entries, heads and, forward, rows.
-fn narrow() -> Context {
-    with_limits(|limits| limits.max_compute_workgroups_per_dimension = 4)
+/// A device whose bindings are so small that the work of the cases in f32 is split between batch entries and heads.
+fn narrow(kib: u64) -> Context {
+    with_limits(|limits| limits.max_storage_buffer_binding_size = kib << 10)
+}
+
+/// Checks that plans of the plain case in f32 have several parts there.
+fn assert_split(probe: Probe, context: &Context, options: PlanOptions) {
+    let problem = cases(probe)[0].1.problem.clone().with_gradients();
+    let plan = context.plan_with(&problem, &options).unwrap().to_string();
+    let counts = plan.lines().filter_map(|line| line.split_once("parts that the problem was split into: "));
+    assert!(counts.clone().any(|(_, count)| count.trim() != "1"), "{plan}");
 }
 
 fn decode(splits: u32) -> PlanOptions {
@@ -45,25 +53,33 @@ fn two_kernels() -> PlanOptions {
 
 fn check_forward(probe: Probe) {
     let small = tiled(8, 16, (2, 4), 4, 8);
-    let narrow = narrow();
+    let (narrow, less_narrow) = (narrow(20), narrow(70));
+    for (context, options) in [(&narrow, small), (&narrow, decode(2)), (&less_narrow, naive())] {
+        assert_split(probe, context, options);
+    }
     for element_type in TYPES {
         let mut ways = every_kernel(element_type, naive(), tile());
         ways.extend([("decode", full(), decode(1)), ("decode in 3 splits", full(), decode(3))]);
         ways.extend([("small tile", full(), small), ("small tile, split", &narrow, small)]);
         if element_type == ElementType::F32 {
-            ways.extend([("naive, split", &narrow, naive()), ("decode, split", &narrow, decode(2))]);
+            ways.extend([("naive, split", &less_narrow, naive()), ("decode, split", &narrow, decode(2))]);
         }
         check_all(&cases::prepare(cases_of(probe, element_type), element_type), &ways);
     }
 }
 
 fn check_backward(probe: Probe) {
-    let narrow = narrow();
+    let (narrow, less_narrow) = (narrow(20), narrow(280));
+    let at_once = fused([32, 64], 8, 8, 16, [32, 64]);
+    let by_naive = backward(Kernel::Naive);
+    for (context, options) in [(&narrow, two_kernels()), (&narrow, at_once), (&less_narrow, by_naive)] {
+        assert_split(probe, context, options);
+    }
     for element_type in TYPES {
         let mut ways = every_kernel(element_type, backward(Kernel::Naive), backward(Kernel::Tile));
         ways.extend([("two kernels", full(), two_kernels())]);
         if element_type == ElementType::F32 {
-            let at_once = fused([32, 64], 8, 8, 16, [32, 64]);
+            ways.extend([("naive, split", &less_narrow, by_naive)]);
             ways.extend([("fused", full(), at_once), ("fused, split", &narrow, at_once)]);
             ways.extend([("two kernels, split", &narrow, two_kernels())]);
         }
