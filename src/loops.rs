@@ -56,7 +56,7 @@ fn visited(problem: &Problem, all: u32, own: u32) -> u64 {
     }
 }
 
-/// Iterations of `shaders/forward_tile.wgsl`.
+/// Iterations of `shaders/kernel/forward_tile.wgsl`.
 pub(crate) fn of_tile(problem: &Problem, tile: Tile) -> u64 {
     let products = outer(problem.shape.head_dim, tile.chunk, tile.written_out)
         + outer(tile.keys, tile.value_keys, tile.written_out)
@@ -64,7 +64,7 @@ pub(crate) fn of_tile(problem: &Problem, tile: Tile) -> u64 {
     (visited(problem, problem.shape.seqlen_k, tile.rows).div_ceil(tile.keys as u64) + 1) * (products + SMALL_LOOPS)
 }
 
-/// Iterations of `shaders/decode_split.wgsl` for a tile of keys.
+/// Iterations of `shaders/kernel/decode_split.wgsl` for a tile of keys.
 fn of_decode_tile(problem: &Problem, tile: DecodeTile) -> u64 {
     let (rows4, keys) = (tile.rows as u64 / 4, tile.keys() as u64);
     let vectors = problem.shape.head_dim.div_ceil(4 * tile.key_threads) as u64;
@@ -73,12 +73,12 @@ fn of_decode_tile(problem: &Problem, tile: DecodeTile) -> u64 {
     rows4 * (scores + 16 + keys.div_ceil(slices)) + SMALL_LOOPS
 }
 
-/// Iterations of `shaders/decode_split.wgsl` after its loop over keys.
+/// Iterations of `shaders/kernel/decode_split.wgsl` after its loop over keys.
 fn of_decode_end(tile: DecodeTile) -> u64 {
     tile.rows as u64 * (tile.threads as u64 + 16)
 }
 
-/// Iterations of `shaders/decode_split.wgsl` with so many splits.
+/// Iterations of `shaders/kernel/decode_split.wgsl` with so many splits.
 pub(crate) fn of_decode(problem: &Problem, tile: DecodeTile, splits: u32) -> u64 {
     let tiles = (problem.keys_in_sight() as u64).div_ceil(tile.keys() as u64);
     (tiles.div_ceil(splits.max(1) as u64) + 1) * of_decode_tile(problem, tile) + of_decode_end(tile)
@@ -98,7 +98,7 @@ pub(crate) fn of_naive(problem: &Problem, backward: bool) -> u64 {
     if backward { forward.max(s.group() as u64 * (nested(s.seqlen_q, 128) + 1)) } else { forward }
 }
 
-/// Iterations of `shaders/backward_dkdv_tile.wgsl` and of `shaders/backward_dq_tile.wgsl`, whichever needs more.
+/// Iterations of `shaders/kernel/backward_dkdv_tile.wgsl` and of `shaders/kernel/backward_dq_tile.wgsl`, whichever needs more.
 pub(crate) fn of_backward_tiles(problem: &Problem, [dkdv, dq]: [BackwardTile; 2]) -> u64 {
     let s = &problem.shape;
     let of_step = |tile: BackwardTile, gradients: u64| {
@@ -112,7 +112,7 @@ pub(crate) fn of_backward_tiles(problem: &Problem, [dkdv, dq]: [BackwardTile; 2]
     of_rows.max(of_keys)
 }
 
-/// Iterations of `shaders/backward_fused_tile.wgsl`.
+/// Iterations of `shaders/kernel/backward_fused_tile.wgsl`.
 pub(crate) fn of_fused(problem: &Problem, tile: FusedTile) -> u64 {
     let s = &problem.shape;
     let blocks = |total: u32, block: u32, step: u32| (total.min(block).div_ceil(step) + 1) as u64;

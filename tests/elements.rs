@@ -351,7 +351,7 @@ fn layout_part(format: MatrixFormat, layout: &MatrixLayout) -> Specialization {
     let options = PlanOptions::default().kernel(Kernel::Coop).coop_form(CoopForm::Registers);
     let problem = Problem::new(Shape::square(1, 1, 16, 16), ElementType::F16);
     let [kernel] = &modules(&problem, &facts, &options).unwrap()[..] else { panic!("one module") };
-    Specialization { file: "common/matrix_layout.wgsl", entry: "", ..kernel.specialization.clone() }
+    Specialization { file: "matrix/layout.wgsl", entry: "", ..kernel.specialization.clone() }
 }
 
 /// Reads and makes matrices of each role through the layout that was found; bindings 0, 3 and 7.

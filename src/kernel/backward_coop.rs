@@ -1,6 +1,6 @@
-//! Host side of `shaders/backward_dkdv_coop.wgsl` and `shaders/backward_dq_coop.wgsl`, of those through workgroup memory,
-//! `shaders/backward_dkdv_coop_workgroup.wgsl` and `shaders/backward_dq_coop_workgroup.wgsl`, and of those for f32 and
-//! bf16, `shaders/backward_dkdv_coop_scaled.wgsl` and `shaders/backward_dq_coop_scaled.wgsl`.
+//! Host side of `shaders/kernel/backward_dkdv_coop.wgsl` and `shaders/kernel/backward_dq_coop.wgsl`, of those through workgroup memory,
+//! `shaders/kernel/backward_dkdv_coop_workgroup.wgsl` and `shaders/kernel/backward_dq_coop_workgroup.wgsl`, and of those for f32 and
+//! bf16, `shaders/kernel/backward_dkdv_coop_scaled.wgsl` and `shaders/kernel/backward_dq_coop_scaled.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS, workgroups_by_keys, workgroups_by_rows};
 use super::forward_coop::{layout_constants, workgroup_switches};
@@ -77,7 +77,7 @@ fn scaled_passes(
     passes.extend([false, true].into_iter().flat_map(|by_rows| {
         [
             pass(
-                "backward_dkdv_coop_scaled.wgsl",
+                "kernel/backward_dkdv_coop_scaled.wgsl",
                 "dkdv",
                 dkdv,
                 DKDV_BINDINGS,
@@ -86,7 +86,7 @@ fn scaled_passes(
                 by_rows,
             ),
             pass(
-                "backward_dq_coop_scaled.wgsl",
+                "kernel/backward_dq_coop_scaled.wgsl",
                 "dq",
                 dq,
                 DQ_BINDINGS,
@@ -156,7 +156,7 @@ fn half_passes(
     vec![
         Pass::new(
             specialization(
-                ["backward_dkdv_coop.wgsl", "backward_dkdv_coop_workgroup.wgsl"],
+                ["kernel/backward_dkdv_coop.wgsl", "kernel/backward_dkdv_coop_workgroup.wgsl"],
                 "dkdv",
                 ["KEY_MATRICES", "ROWS"],
                 dkdv,
@@ -169,7 +169,7 @@ fn half_passes(
         .with_element_access(form == CoopForm::Registers),
         Pass::new(
             specialization(
-                ["backward_dq_coop.wgsl", "backward_dq_coop_workgroup.wgsl"],
+                ["kernel/backward_dq_coop.wgsl", "kernel/backward_dq_coop_workgroup.wgsl"],
                 "dq",
                 ["ROW_MATRICES", "KEYS"],
                 dq,

@@ -1,4 +1,4 @@
-//! Host side of `shaders/backward_delta.wgsl`.
+//! Host side of `shaders/kernel/backward_delta.wgsl`.
 
 use super::{Access, Part, Pass, Slot, backward_switches, bindings};
 use crate::Problem;
@@ -43,7 +43,7 @@ pub(crate) fn pass(problem: &Problem, clear: bool) -> Pass {
         used.push((Slot::GradQuery, Access::ReadWrite));
     }
     Pass::new(
-        Specialization { file: "backward_delta.wgsl", entry: "delta", switches: on, constants },
+        Specialization { file: "kernel/backward_delta.wgsl", entry: "delta", switches: on, constants },
         bindings(problem, &used),
         THREADS,
         4 * THREADS,

@@ -1,4 +1,4 @@
-//! Host side of `shaders/backward_fused_tile.wgsl`.
+//! Host side of `shaders/kernel/backward_fused_tile.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, workgroups_by_keys};
 use super::{Access, Pass, Rounds, Slot, backward_delta, backward_switches, bindings};
@@ -28,7 +28,7 @@ fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
     }
     Pass::new(
         Specialization {
-            file: "backward_fused_tile.wgsl",
+            file: "kernel/backward_fused_tile.wgsl",
             entry: "fused",
             switches: on,
             constants: vec![

@@ -1,4 +1,4 @@
-//! Host side of `shaders/naive_backward_*.wgsl`.
+//! Host side of `shaders/kernel/naive_backward_*.wgsl`.
 
 use super::{Access, Part, Pass, Slot, backward_switches, bindings};
 use crate::Problem;
@@ -34,7 +34,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let heads = |part: &Part| part.batch_count() * part.head_count();
     vec![
         pass(
-            "naive_backward_scores.wgsl",
+            "kernel/naive_backward_scores.wgsl",
             "scores_of",
             &[
                 (Slot::Query, Access::Read),
@@ -47,7 +47,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             Box::new(move |part| [seqlen_k.div_ceil(16), part.row_count().div_ceil(16), heads(part)]),
         ),
         pass(
-            "naive_backward_key_value.wgsl",
+            "kernel/naive_backward_key_value.wgsl",
             "gradients_of",
             &[
                 (Slot::Query, Access::Read),
@@ -60,7 +60,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             Box::new(move |part| [head_dim.max(head_dim_v).div_ceil(64), seqlen_k.div_ceil(16), heads(part) / group]),
         ),
         pass(
-            "naive_backward_query.wgsl",
+            "kernel/naive_backward_query.wgsl",
             "gradient_of",
             &[
                 (Slot::Key, Access::Read),

@@ -1,4 +1,4 @@
-//! Host side of `shaders/backward_dkdv_tile.wgsl` and `shaders/backward_dq_tile.wgsl`.
+//! Host side of `shaders/kernel/backward_dkdv_tile.wgsl` and `shaders/kernel/backward_dq_tile.wgsl`.
 
 use super::{Access, Part, Pass, Slot, Workgroups, backward_switches, bindings};
 use crate::specialize::Specialization;
@@ -79,7 +79,7 @@ pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) ->
         )
     };
     vec![
-        pass("backward_dkdv_tile.wgsl", "dkdv", dkdv, DKDV_BINDINGS, workgroups_by_keys(problem, dkdv.own)),
-        pass("backward_dq_tile.wgsl", "dq", dq, DQ_BINDINGS, workgroups_by_rows(dq.own)),
+        pass("kernel/backward_dkdv_tile.wgsl", "dkdv", dkdv, DKDV_BINDINGS, workgroups_by_keys(problem, dkdv.own)),
+        pass("kernel/backward_dq_tile.wgsl", "dq", dq, DQ_BINDINGS, workgroups_by_rows(dq.own)),
     ]
 }

@@ -1,4 +1,4 @@
-//! Host side of `shaders/decode_split.wgsl` and `shaders/decode_combine.wgsl`.
+//! Host side of `shaders/kernel/decode_split.wgsl` and `shaders/kernel/decode_combine.wgsl`.
 
 use super::{Access, Part, Pass, Slot, bindings, switches, without_scores};
 use crate::specialize::Specialization;
@@ -64,7 +64,7 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
         constants.push(("LANES", tile.lanes));
     }
     let split = Pass::new(
-        Specialization { file: "decode_split.wgsl", entry: "decode_split", switches: on, constants },
+        Specialization { file: "kernel/decode_split.wgsl", entry: "decode_split", switches: on, constants },
         bindings(
             problem,
             &[
@@ -123,7 +123,7 @@ fn combine(switches: Vec<&'static str>, bindings: Vec<(Slot, Access)>, parts: u3
     let rows = (THREADS / columns / slices).max(1);
     Pass::new(
         Specialization {
-            file: "decode_combine.wgsl",
+            file: "kernel/decode_combine.wgsl",
             entry: "decode_combine",
             switches,
             constants: vec![("HEAD_DIM_V", head_dim_v), ("SLICES", slices), ("ROWS", rows)],

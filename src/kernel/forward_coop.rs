@@ -1,4 +1,4 @@
-//! Host side of `shaders/forward_coop.wgsl` and `shaders/forward_coop_workgroup.wgsl`.
+//! Host side of `shaders/kernel/forward_coop.wgsl` and `shaders/kernel/forward_coop_workgroup.wgsl`.
 
 use super::{FORWARD_BINDINGS, Part, Pass, bindings, switches};
 use crate::matrices::{Bit, MatrixFormat, MatrixLayout};
@@ -54,11 +54,11 @@ pub(crate) fn pass(
     let file = match form {
         CoopForm::Registers => {
             on.push("UNROLL");
-            "forward_coop.wgsl"
+            "kernel/forward_coop.wgsl"
         }
         CoopForm::WorkgroupMemory => {
             on.extend(workgroup_switches(size));
-            "forward_coop_workgroup.wgsl"
+            "kernel/forward_coop_workgroup.wgsl"
         }
     };
     let mut constants = vec![

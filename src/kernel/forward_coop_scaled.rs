@@ -1,4 +1,4 @@
-//! Host side of `shaders/forward_coop_scaled.wgsl` and `shaders/coop_ranges.wgsl`.
+//! Host side of `shaders/kernel/forward_coop_scaled.wgsl` and `shaders/kernel/coop_ranges.wgsl`.
 
 use super::forward_coop::layout_constants;
 use super::{Access, FORWARD_BINDINGS, Part, Pass, Slot, bindings, switches, switches_of};
@@ -32,7 +32,7 @@ pub(crate) fn sizes_bytes(problem: &Problem, part: &Part) -> u64 {
     part.batch_count().saturating_mul(part.head_count()).saturating_mul(32 * shares(problem) as u64)
 }
 
-/// Host side of `shaders/coop_sizes.wgsl` and of `shaders/coop_ranges.wgsl`: they find out which modules are for each head.
+/// Host side of `shaders/kernel/coop_sizes.wgsl` and of `shaders/kernel/coop_ranges.wgsl`: they find out which modules are for each head.
 pub(crate) fn ranges(problem: &Problem, backward: bool) -> [Pass; 2] {
     const THREADS: u32 = 256;
     const HEADS: u32 = 32;
@@ -64,7 +64,7 @@ pub(crate) fn ranges(problem: &Problem, backward: bool) -> [Pass; 2] {
     used.extend(backward.then_some((Slot::GradOut, Access::Read)));
     // Without rows too: gradients of keys and values are 0 then, and have to be written.
     let sizes = Pass::new(
-        specialization("coop_sizes.wgsl", "find_sizes", on.clone(), THREADS),
+        specialization("kernel/coop_sizes.wgsl", "find_sizes", on.clone(), THREADS),
         bindings(problem, &used),
         THREADS,
         32,
@@ -74,7 +74,7 @@ pub(crate) fn ranges(problem: &Problem, backward: bool) -> [Pass; 2] {
     on.retain(|name| !["SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"].contains(name));
     let found = if backward { Slot::Workspace } else { Slot::WorkspaceRanges };
     let ranges = Pass::new(
-        specialization("coop_ranges.wgsl", "find_ranges", on, HEADS),
+        specialization("kernel/coop_ranges.wgsl", "find_ranges", on, HEADS),
         // Both are in one buffer, of which a dispatch may only see all parts as writable.
         vec![(Slot::WorkspaceSizes, Access::ReadWrite), (found, Access::ReadWrite)],
         HEADS,
@@ -113,7 +113,7 @@ fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &Matrix
     ];
     constants.extend(layout_constants(layout));
     Pass::new(
-        Specialization { file: "forward_coop_scaled.wgsl", entry: "forward", switches: on, constants },
+        Specialization { file: "kernel/forward_coop_scaled.wgsl", entry: "forward", switches: on, constants },
         bindings(problem, &[FORWARD_BINDINGS, &[(Slot::WorkspaceRanges, Access::Read)]].concat()),
         tile.subgroups * format.lanes,
         tile.scaled_workgroup_bytes(size, parts, shape.head_dim, shape.head_dim_v),

@@ -1,4 +1,4 @@
-//! Host side of `shaders/forward_tile.wgsl`.
+//! Host side of `shaders/kernel/forward_tile.wgsl`.
 
 use super::{FORWARD_BINDINGS, Part, Pass, bindings, switches};
 use crate::specialize::Specialization;
@@ -56,7 +56,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     let chunks = shape.head_dim.div_ceil(tile.chunk);
     Pass::new(
         Specialization {
-            file: "forward_tile.wgsl",
+            file: "kernel/forward_tile.wgsl",
             entry: "forward",
             switches: on,
             constants: vec![

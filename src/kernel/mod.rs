@@ -33,7 +33,7 @@ pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
 ];
 
 impl ElementType {
-    /// Its name in `common/elements.wgsl`.
+    /// Its name in `memory/elements.wgsl`.
     fn switch(self) -> &'static str {
         match self {
             ElementType::F32 => "ELEMENT_F32",

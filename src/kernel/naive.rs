@@ -1,4 +1,4 @@
-//! Host side of `shaders/naive_*.wgsl`.
+//! Host side of `shaders/kernel/naive_*.wgsl`.
 
 use super::{Access, Part, Pass, Slot, bindings, switches, without_scores};
 use crate::Problem;
@@ -37,7 +37,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let heads = |part: &Part| part.batch_count() * part.head_count();
     vec![
         pass(
-            "naive_scores.wgsl",
+            "kernel/naive_scores.wgsl",
             "scores_of",
             vec![("HEAD_DIM", shape.head_dim)],
             &[
@@ -52,7 +52,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             Box::new(move |part| [seqlen_k.div_ceil(16), part.row_count().div_ceil(16), heads(part)]),
         ),
         pass(
-            "naive_softmax.wgsl",
+            "kernel/naive_softmax.wgsl",
             "softmax",
             vec![],
             &[(Slot::Lse, Access::ReadWrite), (Slot::Workspace, Access::ReadWrite)],
@@ -61,7 +61,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             Box::new(move |part| [part.row_count(), 1, heads(part)]),
         ),
         pass(
-            "naive_output.wgsl",
+            "kernel/naive_output.wgsl",
             "output",
             vec![("HEAD_DIM_V", shape.head_dim_v)],
             &[

@@ -117,5 +117,5 @@ pub fn probe_text(format: MatrixFormat) -> String {
         }
         let _ = writeln!(text, "fn write_{role}(m: {matrix}, at: u32) {{\n{writes}}}");
     }
-    text + include_str!("../../shaders/coop_probe.wgsl")
+    text + include_str!("../../shaders/kernel/coop_probe.wgsl")
 }

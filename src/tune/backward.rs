@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 
-/// The tile of a tiled backward kernel, `shaders/backward_dkdv_tile.wgsl` or `shaders/backward_dq_tile.wgsl`.
+/// The tile of a tiled backward kernel, `shaders/kernel/backward_dkdv_tile.wgsl` or `shaders/kernel/backward_dq_tile.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BackwardTile {
     /// Keys (for the gradients of keys and values) or queries (for that of queries) that a workgroup owns.

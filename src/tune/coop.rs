@@ -3,7 +3,7 @@
 use crate::error::Error;
 use crate::names::{CoopForm, ElementType};
 
-/// The tile of the cooperative-matrix kernel, `shaders/forward_coop.wgsl` and `shaders/forward_coop_workgroup.wgsl`.
+/// The tile of the cooperative-matrix kernel, `shaders/kernel/forward_coop.wgsl` and `shaders/kernel/forward_coop_workgroup.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CoopTile {
     /// Subgroups in a workgroup.
@@ -37,7 +37,7 @@ impl CoopTile {
         }
     }
 
-    /// The same for `shaders/forward_coop_scaled.wgsl`, with elements of so many parts.
+    /// The same for `shaders/kernel/forward_coop_scaled.wgsl`, with elements of so many parts.
     pub const fn scaled_workgroup_bytes(&self, size: u32, parts: u32, head_dim: u32, head_dim_v: u32) -> u32 {
         let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
         let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
@@ -68,7 +68,7 @@ impl CoopTile {
         Ok(())
     }
 
-    /// The same for `shaders/forward_coop_scaled.wgsl`, whose subgroups have `lanes` lanes.
+    /// The same for `shaders/kernel/forward_coop_scaled.wgsl`, whose subgroups have `lanes` lanes.
     pub fn validate_scaled(&self, size: u32, lanes: u32) -> Result<(), Error> {
         self.validate(CoopForm::Registers, size)?;
         if self.buffers != 1 {
@@ -112,7 +112,7 @@ pub fn long_coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32)
     measured.then_some(CoopTile { subgroups: 8, row_matrices: 2, keys: 64, buffers: 1 })
 }
 
-/// The same for elements that are made f16, `shaders/forward_coop_scaled.wgsl`.
+/// The same for elements that are made f16, `shaders/kernel/forward_coop_scaled.wgsl`.
 pub fn coop_scaled_tile(size: u32, element_type: ElementType, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let (subgroups, row_matrices, keys) = match (size, element_type, head_dim.max(head_dim_v)) {
         (16, ElementType::F32, 0..=64) => (4, 2, 32),

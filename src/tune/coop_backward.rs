@@ -3,10 +3,10 @@
 use crate::error::Error;
 use crate::names::{CoopForm, ElementType};
 
-/// The tile of a backward kernel on cooperative matrices, `shaders/backward_dkdv_coop.wgsl` or
-/// `shaders/backward_dq_coop.wgsl`, through workgroup memory `shaders/backward_dkdv_coop_workgroup.wgsl` or
-/// `shaders/backward_dq_coop_workgroup.wgsl`, or for f32 and bf16 `shaders/backward_dkdv_coop_scaled.wgsl` or
-/// `shaders/backward_dq_coop_scaled.wgsl`.
+/// The tile of a backward kernel on cooperative matrices, `shaders/kernel/backward_dkdv_coop.wgsl` or
+/// `shaders/kernel/backward_dq_coop.wgsl`, through workgroup memory `shaders/kernel/backward_dkdv_coop_workgroup.wgsl` or
+/// `shaders/kernel/backward_dq_coop_workgroup.wgsl`, or for f32 and bf16 `shaders/kernel/backward_dkdv_coop_scaled.wgsl` or
+/// `shaders/kernel/backward_dq_coop_scaled.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CoopBackwardTile {
     /// Subgroups in a workgroup; even for f32 and bf16.

@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 
-/// The tile of the decode kernel, `shaders/decode_split.wgsl`.
+/// The tile of the decode kernel, `shaders/kernel/decode_split.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct DecodeTile {
     /// Rows a workgroup computes: queries of all heads that share a key-value head; a multiple of 4.

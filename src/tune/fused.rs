@@ -4,7 +4,7 @@ use super::tile::gaps;
 use crate::error::Error;
 use crate::problem::Shape;
 
-/// The tile of the backward kernel that computes all gradients at once, in f32, `shaders/backward_fused_tile.wgsl`.
+/// The tile of the backward kernel that computes all gradients at once, in f32, `shaders/kernel/backward_fused_tile.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FusedTile {
     /// Keys of a tile.

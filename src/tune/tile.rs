@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 
-/// The tile of the forward kernel, `shaders/forward_tile.wgsl`.
+/// The tile of the forward kernel, `shaders/kernel/forward_tile.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tile {
     /// Queries a workgroup computes; at most as many as it has threads.
@@ -137,7 +137,7 @@ pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
     fitted(TILES.iter().find(|row| suits(row)).unwrap_or(&TILES[TILES.len() - 1]))
 }
 
-/// Vectors of four in the gaps between the columns of a chunk, as in `shaders/common/tile_columns.wgsl`.
+/// Vectors of four in the gaps between the columns of a chunk, as in `shaders/tile/columns.wgsl`.
 pub(super) const fn gaps(chunk: u32) -> u32 {
     let chunk4 = chunk / 4;
     if chunk4 > 0 && chunk4 < 8 { 8 / chunk4 * chunk4 } else { chunk4 }

@@ -3,25 +3,25 @@
 //
 //     of each tensor:  largest and smallest size, other than 0, of groups of four elements of rows that count
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
-#include "common/sizes.wgsl"
+#include "memory/elements.wgsl"
+#include "matrix/sizes.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
 #if GRADIENTS
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
-#include "common/read.wgsl" tensor=grad_out
-#include "common/row_sizes.wgsl" tensor=grad_out
+#include "memory/read.wgsl" tensor=grad_out
+#include "matrix/row_sizes.wgsl" tensor=grad_out
 #endif
 // Of each head of the launch and each share, the sizes of Q and K, then those of V and dO, as sizes_of has them.
 @group(0) @binding(20) var<storage, read_write> sizes: array<vec4u>;
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=key
-#include "common/read.wgsl" tensor=value
-#include "common/row_sizes.wgsl" tensor=query
-#include "common/row_sizes.wgsl" tensor=key
-#include "common/row_sizes.wgsl" tensor=value
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=key
+#include "memory/read.wgsl" tensor=value
+#include "matrix/row_sizes.wgsl" tensor=query
+#include "matrix/row_sizes.wgsl" tensor=key
+#include "matrix/row_sizes.wgsl" tensor=value
 
 // Sizes of Q, K, V and dO.
 var<workgroup> all: array<atomic<u32>, 8>;

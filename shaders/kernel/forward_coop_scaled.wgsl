@@ -1,5 +1,5 @@
 // Forward pass on cooperative matrices (tensor cores) for f32 and bf16, whose operands have to be f16: products are of
-// scaled tiles in parts, as common/matrix_parts.wgsl says. One workgroup computes ROWS rows of one head, as in
+// scaled tiles in parts, as matrix/parts.wgsl says. One workgroup computes ROWS rows of one head, as in
 // forward_coop.wgsl:
 //
 //     m = -inf, l = 0, O = 0
@@ -16,8 +16,8 @@
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
-#include "common/matrices.wgsl"
-#include "common/elements.wgsl"
+#include "matrix/matrices.wgsl"
+#include "memory/elements.wgsl"
 
 // read_write, though the inputs are never written: see forward_coop.wgsl.
 @group(0) @binding(1) var<storage, read_write> query: InElements;
@@ -26,11 +26,11 @@ enable wgpu_cooperative_matrix;
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
-#include "common/matrix_elements.wgsl"
-#include "common/matrix_scores.wgsl"
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=key
-#include "common/read.wgsl" tensor=value
+#include "matrix/elements.wgsl"
+#include "matrix/scores.wgsl"
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=key
+#include "memory/read.wgsl" tensor=value
 #if SINGLE_BF16
 // Each bf16 is stored as the f16 of the same bits: write.wgsl has atomics here, and naga does not declare what they
 // need in a module with matrices (the capability VulkanMemoryModelDeviceScope).
@@ -43,7 +43,7 @@ fn write_out(start: u32, d: u32, dim: u32, x: vec4f) {
 }
 #else
 @group(0) @binding(4) var<storage, read_write> out: OutElements;
-#include "common/write.wgsl" tensor=out
+#include "memory/write.wgsl" tensor=out
 #endif
 
 const LANES = M * M / ELEMENTS;
@@ -79,7 +79,7 @@ var<workgroup> turned: array<f32, SUBGROUPS * M * M>;
 const PART_ROUNDING = 0u;
 // Rows of Q, of K and of V.
 const SIZED_ROWS = ROWS + 2u * KEYS;
-#include "common/matrix_parts.wgsl"
+#include "matrix/parts.wgsl"
 
 fn load_key(at: Sequence, j0: u32, last: u32, thread: u32) -> array<Elements4, K_LOADS> {
     var x: array<Elements4, K_LOADS>;

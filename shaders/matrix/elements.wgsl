@@ -1,5 +1,5 @@
 // What a lane holds of a matrix, as numbers. Left operands and accumulators of f32 lie alike.
-#include "common/matrix_layout.wgsl"
+#include "matrix/layout.wgsl"
 
 // The bodies of these are put in by src/matrices/spirv.rs: element e of a matrix, a matrix of given elements, and the four
 // f16 in 64 bits.

@@ -16,13 +16,13 @@
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
-#include "common/matrices.wgsl"
-#include "common/elements_f16.wgsl"
+#include "matrix/matrices.wgsl"
+#include "memory/elements_f16.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-#include "common/row_stats.wgsl" access=read
+#include "memory/row_stats.wgsl" access=read
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 
@@ -32,18 +32,18 @@ const BLOCKS = (DM + DBM - 1u) / DBM;
 const SECOND = SUBGROUPS * ROW_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = SECOND;
-#include "common/matrix_exchange.wgsl" columns=KEYS
-#include "common/matrix_scores.wgsl"
-#include "common/read_f16.wgsl" tensor=query
-#include "common/read_f16.wgsl" tensor=key
-#include "common/read_f16.wgsl" tensor=value
-#include "common/read_f16.wgsl" tensor=grad_out
-#include "common/write_f16.wgsl" tensor=grad_query
-#include "common/matrix_rows_in.wgsl" tensor=query rows=ROWS dim=HEAD_DIM
-#include "common/matrix_rows_in.wgsl" tensor=grad_out rows=ROWS dim=HEAD_DIM_V
-#include "common/matrix_rows_out.wgsl" tensor=grad_query rows=ROWS dim=HEAD_DIM
+#include "matrix/exchange.wgsl" columns=KEYS
+#include "matrix/scores.wgsl"
+#include "memory/read_f16.wgsl" tensor=query
+#include "memory/read_f16.wgsl" tensor=key
+#include "memory/read_f16.wgsl" tensor=value
+#include "memory/read_f16.wgsl" tensor=grad_out
+#include "memory/write_f16.wgsl" tensor=grad_query
+#include "matrix/rows_in.wgsl" tensor=query rows=ROWS dim=HEAD_DIM
+#include "matrix/rows_in.wgsl" tensor=grad_out rows=ROWS dim=HEAD_DIM_V
+#include "matrix/rows_out.wgsl" tensor=grad_query rows=ROWS dim=HEAD_DIM
 const BUFFERS = 2u;
-#include "common/coop_tiles.wgsl" first=key second=value rows=KEYS
+#include "matrix/coop_tiles.wgsl" first=key second=value rows=KEYS
 const TILES = BUFFERS * (D_SIZE + V_SIZE);
 var<workgroup> tiles: array<Halves, TILES>;
 

@@ -3,7 +3,7 @@
 // subgroups has ROW_MATRICES · M of them to itself, M being the size of a matrix.
 //
 //     m = -inf, l = 0, O = 0
-//     for each tile of KEYS keys that some row may see (common/coop_step.wgsl):
+//     for each tile of KEYS keys that some row may see (matrix/coop_step.wgsl):
 //         S = score(Q K^T)                          f32 accumulators, then plain numbers in the lanes that hold them
 //         if rowmax S > m + 8 for some row of the subgroup:
 //             m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
@@ -16,8 +16,8 @@
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
-#include "common/matrices.wgsl"
-#include "common/elements_f16.wgsl"
+#include "matrix/matrices.wgsl"
+#include "memory/elements_f16.wgsl"
 
 // The inputs are never written. A compiler may move loads of read-only memory down to where their values are used;
 // these stay where they are, ahead of the arithmetic that hides their latency.
@@ -28,11 +28,11 @@ enable wgpu_cooperative_matrix;
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
-#include "common/matrix_elements.wgsl"
-#include "common/matrix_scores.wgsl"
-#include "common/read_f16.wgsl" tensor=query
-#include "common/read_f16.wgsl" tensor=key
-#include "common/read_f16.wgsl" tensor=value
+#include "matrix/elements.wgsl"
+#include "matrix/scores.wgsl"
+#include "memory/read_f16.wgsl" tensor=query
+#include "memory/read_f16.wgsl" tensor=key
+#include "memory/read_f16.wgsl" tensor=value
 
 fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 #if ALIGNED
@@ -49,7 +49,7 @@ fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 // How far a row's scores may pass its m, in powers of 2, before O is scaled to a new one: P is then at most 2^8.
 const GROWTH = 8.0;
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
-#include "common/coop_tiles.wgsl" first=key second=value rows=KEYS
+#include "matrix/coop_tiles.wgsl" first=key second=value rows=KEYS
 // What each thread moves of Q and O.
 const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
 const O_STORES = (ROWS * V8 + THREADS - 1u) / THREADS;
@@ -132,10 +132,10 @@ fn forward(
     }
     var buffer = 0u;
     for (var n = 0; n < visited.full; n++) {
-#include "common/coop_step.wgsl" some_masked=false
+#include "matrix/coop_step.wgsl" some_masked=false
     }
     for (var n = visited.full; n < visited.count; n++) {
-#include "common/coop_step.wgsl" some_masked=true
+#include "matrix/coop_step.wgsl" some_masked=true
     }
     workgroupBarrier();
 

@@ -8,13 +8,13 @@
 // the slices are then merged in the same way, through workgroup memory. A part whose weight is 0 adds nothing, whatever its o
 // holds.
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
+#include "memory/elements.wgsl"
 
 @group(0) @binding(4) var<storage, read_write> out: OutElements;
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
-#include "common/write.wgsl" tensor=out
+#include "memory/write.wgsl" tensor=out
 
 const COLUMNS = (HEAD_DIM_V + 3u) / 4u;
 const THREADS = ROWS * SLICES * COLUMNS;
@@ -23,7 +23,7 @@ const THREADS = ROWS * SLICES * COLUMNS;
 // Parts of the caller's: [splits, rows, HEAD_DIM_V] and [splits, rows].
 @group(0) @binding(9) var<storage, read> part_out: InElements;
 @group(0) @binding(10) var<storage, read> part_lse: array<u32>;
-#include "common/read.wgsl" tensor=part_out
+#include "memory/read.wgsl" tensor=part_out
 
 fn read_part(place: u32, column: u32) -> vec4f {
     return unpack4(read_part_out(place * HEAD_DIM_V, 4u * column, HEAD_DIM_V));

@@ -27,28 +27,28 @@
 // operands, for the gradients P or dS, and LINES rows of the other operand. What is next for it is loaded to registers while a
 // product runs, and a tile of rows ends by storing the first chunk of the next.
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
-#include "common/tile_threads.wgsl"
-#include "common/tile_columns.wgsl"
+#include "memory/elements.wgsl"
+#include "tile/threads.wgsl"
+#include "tile/columns.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-#include "common/row_stats.wgsl" access=read
+#include "memory/row_stats.wgsl" access=read
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=key
-#include "common/read.wgsl" tensor=value
-#include "common/read.wgsl" tensor=grad_out
-#include "common/read.wgsl" tensor=grad_query
-#include "common/read.wgsl" tensor=grad_key
-#include "common/read.wgsl" tensor=grad_value
-#include "common/write.wgsl" tensor=grad_query
-#include "common/write.wgsl" tensor=grad_key
-#include "common/write.wgsl" tensor=grad_value
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=key
+#include "memory/read.wgsl" tensor=value
+#include "memory/read.wgsl" tensor=grad_out
+#include "memory/read.wgsl" tensor=grad_query
+#include "memory/read.wgsl" tensor=grad_key
+#include "memory/read.wgsl" tensor=grad_value
+#include "memory/write.wgsl" tensor=grad_query
+#include "memory/write.wgsl" tensor=grad_key
+#include "memory/write.wgsl" tensor=grad_value
 
 const THREADS = THREADS_X * THREADS_Y;
 // Vectors of four rows that a thread has of dQ. Of four keys, of scores, dK and dV, it has KEY_PIECES, and of four rows of
@@ -72,15 +72,15 @@ const KEY_STRIDE = (STEP4 + 3u) / 8u * 8u + 4u;
 var<workgroup> tiles: array<vec4f, P_AT + max(STEP * ROW_STRIDE, KEY_PIECE * KEY_STRIDE)>;
 
 // Scores lie as vectors of four keys of a row.
-#include "common/tile_scores.wgsl" vectors=KEY_PIECES count4=OWN4 others=ROW_PIECES other_count4=STEP4 at=STEP_AT
-#include "common/tile_chunks.wgsl" scores=s own=key step=query
-#include "common/tile_chunks.wgsl" scores=dp own=value step=grad_out
-#include "common/tile_lines.wgsl" tensor=grad_out columns=TV lines=LINES at=0u
-#include "common/tile_lines.wgsl" tensor=query columns=TK lines=LINES at=0u
-#include "common/tile_lines.wgsl" tensor=key columns=TK lines=LINES at=0u
-#include "common/tile_outer.wgsl" result=dv vectors=KEY_PIECES columns=TV stride=ROW_STRIDE lines=LINES from=P_AT at=0u
-#include "common/tile_outer.wgsl" result=dk vectors=KEY_PIECES columns=TK stride=ROW_STRIDE lines=LINES from=P_AT at=0u
-#include "common/tile_outer.wgsl" result=dq vectors=DQ_PIECES columns=TK stride=KEY_STRIDE lines=LINES from=P_AT at=0u
+#include "tile/scores.wgsl" vectors=KEY_PIECES count4=OWN4 others=ROW_PIECES other_count4=STEP4 at=STEP_AT
+#include "tile/chunks.wgsl" scores=s own=key step=query
+#include "tile/chunks.wgsl" scores=dp own=value step=grad_out
+#include "tile/lines.wgsl" tensor=grad_out columns=TV lines=LINES at=0u
+#include "tile/lines.wgsl" tensor=query columns=TK lines=LINES at=0u
+#include "tile/lines.wgsl" tensor=key columns=TK lines=LINES at=0u
+#include "tile/outer.wgsl" result=dv vectors=KEY_PIECES columns=TV stride=ROW_STRIDE lines=LINES from=P_AT at=0u
+#include "tile/outer.wgsl" result=dk vectors=KEY_PIECES columns=TK stride=ROW_STRIDE lines=LINES from=P_AT at=0u
+#include "tile/outer.wgsl" result=dq vectors=DQ_PIECES columns=TK stride=KEY_STRIDE lines=LINES from=P_AT at=0u
 
 // A chunk of both operands of scores: of each thread some vectors of four columns, each of four rows.
 const CHUNK_LOADS = ((OWN4 + STEP4) * CHUNK4 + THREADS - 1u) / THREADS;

@@ -1,12 +1,12 @@
 // Materialised attention, step 3 of 3: o_i = sum over j of P[i, j] v_j. One invocation four output columns.
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
+#include "memory/elements.wgsl"
 
 @group(0) @binding(3) var<storage, read> value: InElements;
 @group(0) @binding(4) var<storage, read_write> out: OutElements;
 @group(0) @binding(7) var<storage, read> scores: array<f32>;
-#include "common/read.wgsl" tensor=value
-#include "common/write.wgsl" tensor=out
+#include "memory/read.wgsl" tensor=value
+#include "memory/write.wgsl" tensor=out
 
 @compute @workgroup_size(16, 16)
 fn output(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) local: vec3u) {

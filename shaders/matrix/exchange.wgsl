@@ -5,7 +5,7 @@
 //
 // The barriers between are the caller's, and workgroupBarrier: what naga writes for subgroupBarrier orders no memory.
 // Rows are eight elements longer than $columns, which keeps them on different banks.
-#include "common/matrix_layout.wgsl"
+#include "matrix/layout.wgsl"
 
 alias Lane = array<f32, ELEMENTS>;
 const EXCHANGE_STRIDE = ($columns + 8u) / WIDTH;

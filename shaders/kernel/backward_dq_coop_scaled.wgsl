@@ -1,6 +1,6 @@
 // Gradient of Q on cooperative matrices for f32 and bf16: products are of scaled tiles in parts, as
-// common/matrix_parts.wgsl says. One workgroup computes OWN rows of one head; subgroups work in pairs, as
-// common/matrix_pairs.wgsl says, with MATRICES · M rows a pair:
+// matrix/parts.wgsl says. One workgroup computes OWN rows of one head; subgroups work in pairs, as
+// matrix/pairs.wgsl says, with MATRICES · M rows a pair:
 //
 //     dQ = 0
 //     for each tile of STEP keys that some row may see:
@@ -14,33 +14,33 @@
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
-#include "common/matrices.wgsl"
-#include "common/elements.wgsl"
+#include "matrix/matrices.wgsl"
+#include "memory/elements.wgsl"
 
 // Read only, but as in forward_coop.wgsl loads stay where they are written.
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
-#include "common/row_stats.wgsl" access=read_write
+#include "memory/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
-#include "common/matrix_elements.wgsl"
-#include "common/matrix_scores.wgsl"
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=key
-#include "common/read.wgsl" tensor=value
-#include "common/read.wgsl" tensor=grad_out
-#include "common/write.wgsl" tensor=grad_query
+#include "matrix/elements.wgsl"
+#include "matrix/scores.wgsl"
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=key
+#include "memory/read.wgsl" tensor=value
+#include "memory/read.wgsl" tensor=grad_out
+#include "memory/write.wgsl" tensor=grad_query
 // As in backward_dkdv_coop_scaled.wgsl.
 const PART_ROUNDING = 0x1000u;
-#include "common/matrix_parts.wgsl"
-#include "common/matrix_pairs.wgsl"
+#include "matrix/parts.wgsl"
+#include "matrix/pairs.wgsl"
 // A half of dQ.
 const SUM_MATRICES = ((HEAD_DIM + M - 1u) / M + 1u) / 2u;
-#include "common/matrix_load.wgsl" tensor=query rows=OWN dim=HEAD_DIM
-#include "common/matrix_load.wgsl" tensor=grad_out rows=OWN dim=HEAD_DIM_V
-#include "common/matrix_load.wgsl" tensor=key rows=STEP dim=HEAD_DIM
-#include "common/matrix_load.wgsl" tensor=value rows=STEP dim=HEAD_DIM_V
+#include "matrix/load.wgsl" tensor=query rows=OWN dim=HEAD_DIM
+#include "matrix/load.wgsl" tensor=grad_out rows=OWN dim=HEAD_DIM_V
+#include "matrix/load.wgsl" tensor=key rows=STEP dim=HEAD_DIM
+#include "matrix/load.wgsl" tensor=value rows=STEP dim=HEAD_DIM_V
 
 @compute @workgroup_size(THREADS)
 fn dq(

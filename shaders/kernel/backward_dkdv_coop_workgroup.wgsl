@@ -20,13 +20,13 @@
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
-#include "common/matrices.wgsl"
-#include "common/elements_f16.wgsl"
+#include "matrix/matrices.wgsl"
+#include "memory/elements_f16.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-#include "common/row_stats.wgsl" access=read
+#include "memory/row_stats.wgsl" access=read
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
@@ -37,20 +37,20 @@ const BLOCKS = max((DM + DBM - 1u) / DBM, (VM + VBM - 1u) / VBM);
 const SECOND = SUBGROUPS * KEY_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = 2u * SECOND;
-#include "common/matrix_exchange.wgsl" columns=ROWS
-#include "common/matrix_scores.wgsl"
-#include "common/read_f16.wgsl" tensor=query
-#include "common/read_f16.wgsl" tensor=key
-#include "common/read_f16.wgsl" tensor=value
-#include "common/read_f16.wgsl" tensor=grad_out
-#include "common/write_f16.wgsl" tensor=grad_key
-#include "common/write_f16.wgsl" tensor=grad_value
-#include "common/matrix_rows_in.wgsl" tensor=key rows=KEYS dim=HEAD_DIM
-#include "common/matrix_rows_in.wgsl" tensor=value rows=KEYS dim=HEAD_DIM_V
-#include "common/matrix_rows_out.wgsl" tensor=grad_key rows=KEYS dim=HEAD_DIM
-#include "common/matrix_rows_out.wgsl" tensor=grad_value rows=KEYS dim=HEAD_DIM_V
+#include "matrix/exchange.wgsl" columns=ROWS
+#include "matrix/scores.wgsl"
+#include "memory/read_f16.wgsl" tensor=query
+#include "memory/read_f16.wgsl" tensor=key
+#include "memory/read_f16.wgsl" tensor=value
+#include "memory/read_f16.wgsl" tensor=grad_out
+#include "memory/write_f16.wgsl" tensor=grad_key
+#include "memory/write_f16.wgsl" tensor=grad_value
+#include "matrix/rows_in.wgsl" tensor=key rows=KEYS dim=HEAD_DIM
+#include "matrix/rows_in.wgsl" tensor=value rows=KEYS dim=HEAD_DIM_V
+#include "matrix/rows_out.wgsl" tensor=grad_key rows=KEYS dim=HEAD_DIM
+#include "matrix/rows_out.wgsl" tensor=grad_value rows=KEYS dim=HEAD_DIM_V
 const BUFFERS = 2u;
-#include "common/coop_tiles.wgsl" first=query second=grad_out rows=ROWS
+#include "matrix/coop_tiles.wgsl" first=query second=grad_out rows=ROWS
 const TILES = BUFFERS * (D_SIZE + V_SIZE);
 var<workgroup> tiles: array<Halves, TILES>;
 // lse, in base 2, and delta of the tiles' rows.

@@ -1,7 +1,7 @@
 // Materialised backward pass, step 2 of 3: dv_j = sum of P[i, j] dO_i and dk_j = scale · sum of dS[i, j] q_i, over all rows i of all
 // query heads that share the key. One invocation four columns of each.
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
+#include "memory/elements.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
@@ -9,12 +9,12 @@
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
 @group(0) @binding(16) var<storage, read> scores: array<vec2f>;
 #if LENGTHS_IN_ROWS
-#include "common/row_stats.wgsl" access=read
+#include "memory/row_stats.wgsl" access=read
 #endif
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=grad_out
-#include "common/write.wgsl" tensor=grad_key
-#include "common/write.wgsl" tensor=grad_value
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=grad_out
+#include "memory/write.wgsl" tensor=grad_key
+#include "memory/write.wgsl" tensor=grad_value
 
 @compute @workgroup_size(16, 16)
 fn gradients_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) local: vec3u) {

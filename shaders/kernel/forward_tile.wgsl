@@ -20,9 +20,9 @@
 // of Q, as it is in memory. s is q·k itself (if SHAPED, the score); p = exp2((s - m) · factor). If the tile says so, the products are written out, so that loads of the next
 // vectors are among the products of these.
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
-#include "common/tile_threads.wgsl"
-#include "common/tile_columns.wgsl"
+#include "memory/elements.wgsl"
+#include "tile/threads.wgsl"
+#include "tile/columns.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
@@ -31,12 +31,12 @@
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=key
-#include "common/read.wgsl" tensor=value
-#include "common/write.wgsl" tensor=out
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=key
+#include "memory/read.wgsl" tensor=value
+#include "memory/write.wgsl" tensor=out
 #if FOLDS
-#include "common/read.wgsl" tensor=out
+#include "memory/read.wgsl" tensor=out
 #endif
 
 const THREADS = THREADS_X * THREADS_Y;
@@ -63,8 +63,8 @@ var<workgroup> maxima: array<f32, ROWS>;
 var<workgroup> shrinks: array<f32, ROWS>;
 
 // Scores lie as vectors of four rows of a key.
-#include "common/tile_scores.wgsl" vectors=TR count4=ROWS4 others=PIECES other_count4=KEYS4 at=K_AT
-#include "common/tile_outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS from=0u at=V_AT
+#include "tile/scores.wgsl" vectors=TR count4=ROWS4 others=PIECES other_count4=KEYS4 at=K_AT
+#include "tile/outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS from=0u at=V_AT
 
 // What each thread moves of a chunk of Q and K, vectors of four columns, each of four rows, and of V's rows: the vectors of its
 // columns of output, of every THREADS_Y-th row. Loaded to registers while workgroup memory is in use, then stored. Where heads and

@@ -1,15 +1,15 @@
 // Which modules of the coop kernels for f32 and bf16 are for a query head: 1 if they are those with BY_ROWS, where each row of a tile may
-// have a scale of its own (common/matrix_parts.wgsl), because its numbers are far apart. One thread a head looks at the sizes that
+// have a scale of its own (matrix/parts.wgsl), because its numbers are far apart. One thread a head looks at the sizes that
 // coop_sizes.wgsl has left of the head's shares.
 //
 //     far apart:       a tensor whose largest and smallest size are; or scores that may be so large that exponents of 2 are rounded
 #include "attention/attention.wgsl"
-#include "common/sizes.wgsl"
+#include "matrix/sizes.wgsl"
 
 // Not written, but in one buffer with what is: a dispatch may only see all parts of a buffer as writable.
 @group(0) @binding(20) var<storage, read_write> sizes: array<vec4u>;
 #if GRADIENTS
-#include "common/row_stats.wgsl" access=read_write
+#include "memory/row_stats.wgsl" access=read_write
 #else
 @group(0) @binding(18) var<storage, read_write> ranges: array<u32>;
 #endif

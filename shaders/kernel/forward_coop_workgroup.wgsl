@@ -19,8 +19,8 @@
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
-#include "common/matrices.wgsl"
-#include "common/elements_f16.wgsl"
+#include "matrix/matrices.wgsl"
+#include "memory/elements_f16.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
@@ -32,13 +32,13 @@ enable wgpu_cooperative_matrix;
 #endif
 const SUM_BLOCKS = SUBGROUPS * ROW_MATRICES;
 const HALF_BLOCKS = SUM_BLOCKS;
-#include "common/matrix_exchange.wgsl" columns=KEYS
-#include "common/matrix_scores.wgsl"
-#include "common/read_f16.wgsl" tensor=key
-#include "common/read_f16.wgsl" tensor=value
+#include "matrix/exchange.wgsl" columns=KEYS
+#include "matrix/scores.wgsl"
+#include "memory/read_f16.wgsl" tensor=key
+#include "memory/read_f16.wgsl" tensor=value
 
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
-#include "common/coop_tiles.wgsl" first=key second=value rows=KEYS
+#include "matrix/coop_tiles.wgsl" first=key second=value rows=KEYS
 // A tile of K, and one of V.
 const TILES = D_SIZE + V_SIZE;
 var<workgroup> tiles: array<Halves, TILES>;

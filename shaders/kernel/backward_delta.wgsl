@@ -8,21 +8,21 @@
 //
 // ROW_THREADS threads share a row. With CLEAR, the gradient of queries is set to 0, for backward_fused_tile.wgsl to add to.
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
+#include "memory/elements.wgsl"
 
 @group(0) @binding(4) var<storage, read> out: InElements;
 @group(0) @binding(5) var<storage, read> lse: array<u32>;
-#include "common/row_stats.wgsl" access=read_write
+#include "memory/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 #if GRAD_LSE
 @group(0) @binding(12) var<storage, read> grad_lse: array<f32>;
 #endif
 #if CLEAR
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
-#include "common/write.wgsl" tensor=grad_query
+#include "memory/write.wgsl" tensor=grad_query
 #endif
-#include "common/read.wgsl" tensor=out
-#include "common/read.wgsl" tensor=grad_out
+#include "memory/read.wgsl" tensor=out
+#include "memory/read.wgsl" tensor=grad_out
 
 var<workgroup> partial: array<f32, THREADS>;
 

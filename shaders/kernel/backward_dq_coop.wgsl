@@ -14,23 +14,23 @@
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
-#include "common/matrices.wgsl"
-#include "common/elements_f16.wgsl"
+#include "matrix/matrices.wgsl"
+#include "memory/elements_f16.wgsl"
 
 // Read only, but as in forward_coop.wgsl loads stay where they are written.
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
-#include "common/row_stats.wgsl" access=read_write
+#include "memory/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
-#include "common/matrix_elements.wgsl"
-#include "common/matrix_scores.wgsl"
-#include "common/read_f16.wgsl" tensor=query
-#include "common/read_f16.wgsl" tensor=key
-#include "common/read_f16.wgsl" tensor=value
-#include "common/read_f16.wgsl" tensor=grad_out
-#include "common/write_f16.wgsl" tensor=grad_query
+#include "matrix/elements.wgsl"
+#include "matrix/scores.wgsl"
+#include "memory/read_f16.wgsl" tensor=query
+#include "memory/read_f16.wgsl" tensor=key
+#include "memory/read_f16.wgsl" tensor=value
+#include "memory/read_f16.wgsl" tensor=grad_out
+#include "memory/write_f16.wgsl" tensor=grad_query
 
 const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;

@@ -20,7 +20,7 @@
 // - O: thread (slice, column) keeps four columns of all rows, over every SLICES-th key of the tile. The slices are summed
 //   once, after the last tile.
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
+#include "memory/elements.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
@@ -28,9 +28,9 @@
 // O: [splits, rows, COLUMNS], and (m, l): [splits, rows]
 @group(0) @binding(7) var<storage, read_write> split_out: array<vec4f>;
 @group(0) @binding(8) var<storage, read_write> split_stats: array<vec2f>;
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=key
-#include "common/read.wgsl" tensor=value
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=key
+#include "memory/read.wgsl" tensor=value
 
 const KEY_GROUPS = THREADS / KEY_THREADS;
 const KEYS = KEY_GROUPS * THREAD_KEYS;

@@ -1,15 +1,15 @@
 // Materialised backward pass, step 3 of 3: dq_i = scale · sum over j of dS[i, j] k_j. One invocation four columns.
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
+#include "memory/elements.wgsl"
 
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 @group(0) @binding(16) var<storage, read> scores: array<vec2f>;
 #if LENGTHS_IN_ROWS
-#include "common/row_stats.wgsl" access=read
+#include "memory/row_stats.wgsl" access=read
 #endif
-#include "common/read.wgsl" tensor=key
-#include "common/write.wgsl" tensor=grad_query
+#include "memory/read.wgsl" tensor=key
+#include "memory/write.wgsl" tensor=grad_query
 
 @compute @workgroup_size(16, 16)
 fn gradient_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) local: vec3u) {

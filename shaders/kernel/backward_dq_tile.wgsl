@@ -9,26 +9,26 @@
 //         dS = P (dP - delta) score'
 //         dQ = dQ + dS K                            OWN x HEAD_DIM
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
-#include "common/tile_threads.wgsl"
+#include "memory/elements.wgsl"
+#include "tile/threads.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-#include "common/row_stats.wgsl" access=read
+#include "memory/row_stats.wgsl" access=read
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=key
-#include "common/read.wgsl" tensor=value
-#include "common/read.wgsl" tensor=grad_out
-#include "common/write.wgsl" tensor=grad_query
-#include "common/tile_products.wgsl"
-#include "common/tile_load.wgsl" tensor=query count=OWN columns=TK
-#include "common/tile_load.wgsl" tensor=key count=STEP columns=TK
-#include "common/tile_load.wgsl" tensor=value count=STEP columns=TV
-#include "common/tile_load.wgsl" tensor=grad_out count=OWN columns=TV
-#include "common/tile_result.wgsl" columns=TK
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=key
+#include "memory/read.wgsl" tensor=value
+#include "memory/read.wgsl" tensor=grad_out
+#include "memory/write.wgsl" tensor=grad_query
+#include "tile/products.wgsl"
+#include "tile/load.wgsl" tensor=query count=OWN columns=TK
+#include "tile/load.wgsl" tensor=key count=STEP columns=TK
+#include "tile/load.wgsl" tensor=value count=STEP columns=TV
+#include "tile/load.wgsl" tensor=grad_out count=OWN columns=TV
+#include "tile/result.wgsl" columns=TK
 
 @compute @workgroup_size(THREADS)
 fn dq(

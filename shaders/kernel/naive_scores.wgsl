@@ -1,13 +1,13 @@
 // Materialised attention, step 1 of 3: S[i, j] = score(q_i · k_j), or MASKED. One invocation a score.
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
+#include "memory/elements.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(7) var<storage, read_write> scores: array<f32>;
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=key
-#include "common/naive_product.wgsl"
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=key
+#include "kernel/naive_product.wgsl"
 
 @compute @workgroup_size(16, 16)
 fn scores_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) local: vec3u) {

@@ -1,20 +1,20 @@
 // Materialised backward pass, step 1 of 3: P[i, j] = exp(S[i, j] - lse_i) and dS[i, j] = P[i, j] (dO_i · v_j - delta_i) score', the
 // gradient of the score as scaled, score' being what a softcap leaves of it. One invocation a pair.
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
+#include "memory/elements.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
 // Not written; in the buffer of the scores, of which a dispatch may only see all parts as writable.
-#include "common/row_stats.wgsl" access=read_write
+#include "memory/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(16) var<storage, read_write> scores: array<vec2f>;
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=key
-#include "common/read.wgsl" tensor=value
-#include "common/read.wgsl" tensor=grad_out
-#include "common/naive_product.wgsl"
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=key
+#include "memory/read.wgsl" tensor=value
+#include "memory/read.wgsl" tensor=grad_out
+#include "kernel/naive_product.wgsl"
 
 @compute @workgroup_size(16, 16)
 fn scores_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) local: vec3u) {

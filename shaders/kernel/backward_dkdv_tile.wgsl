@@ -11,29 +11,29 @@
 //         dV = dV + P^T dO                          OWN x HEAD_DIM_V
 //         dK = dK + dS^T Q                          OWN x HEAD_DIM
 #include "attention/attention.wgsl"
-#include "common/elements.wgsl"
-#include "common/tile_threads.wgsl"
+#include "memory/elements.wgsl"
+#include "tile/threads.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-#include "common/row_stats.wgsl" access=read
+#include "memory/row_stats.wgsl" access=read
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=key
-#include "common/read.wgsl" tensor=value
-#include "common/read.wgsl" tensor=grad_out
-#include "common/write.wgsl" tensor=grad_key
-#include "common/write.wgsl" tensor=grad_value
-#include "common/tile_products.wgsl"
-#include "common/tile_load.wgsl" tensor=query count=STEP columns=TK
-#include "common/tile_load.wgsl" tensor=key count=OWN columns=TK
-#include "common/tile_load.wgsl" tensor=value count=OWN columns=TV
-#include "common/tile_load.wgsl" tensor=grad_out count=STEP columns=TV
-#include "common/tile_result.wgsl" columns=TK
-#include "common/tile_result.wgsl" columns=TV
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=key
+#include "memory/read.wgsl" tensor=value
+#include "memory/read.wgsl" tensor=grad_out
+#include "memory/write.wgsl" tensor=grad_key
+#include "memory/write.wgsl" tensor=grad_value
+#include "tile/products.wgsl"
+#include "tile/load.wgsl" tensor=query count=STEP columns=TK
+#include "tile/load.wgsl" tensor=key count=OWN columns=TK
+#include "tile/load.wgsl" tensor=value count=OWN columns=TV
+#include "tile/load.wgsl" tensor=grad_out count=STEP columns=TV
+#include "tile/result.wgsl" columns=TK
+#include "tile/result.wgsl" columns=TV
 
 @compute @workgroup_size(THREADS)
 fn dkdv(

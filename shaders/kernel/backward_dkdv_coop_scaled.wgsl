@@ -1,6 +1,6 @@
 // Gradients of K and V on cooperative matrices for f32 and bf16: products are of scaled tiles in parts, as
-// common/matrix_parts.wgsl says. One workgroup computes OWN keys of one key-value head; subgroups work in pairs, as
-// common/matrix_pairs.wgsl says, with MATRICES · M keys a pair:
+// matrix/parts.wgsl says. One workgroup computes OWN keys of one key-value head; subgroups work in pairs, as
+// matrix/pairs.wgsl says, with MATRICES · M keys a pair:
 //
 //     dK = 0, dV = 0
 //     for each query head that reads these keys, for each tile of STEP rows that may see some of them:
@@ -15,35 +15,35 @@
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
-#include "common/matrices.wgsl"
-#include "common/elements.wgsl"
+#include "matrix/matrices.wgsl"
+#include "memory/elements.wgsl"
 
 // Read only, but as in forward_coop.wgsl loads stay where they are written.
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
-#include "common/row_stats.wgsl" access=read_write
+#include "memory/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
-#include "common/matrix_elements.wgsl"
-#include "common/matrix_scores.wgsl"
-#include "common/read.wgsl" tensor=query
-#include "common/read.wgsl" tensor=key
-#include "common/read.wgsl" tensor=value
-#include "common/read.wgsl" tensor=grad_out
-#include "common/write.wgsl" tensor=grad_key
-#include "common/write.wgsl" tensor=grad_value
+#include "matrix/elements.wgsl"
+#include "matrix/scores.wgsl"
+#include "memory/read.wgsl" tensor=query
+#include "memory/read.wgsl" tensor=key
+#include "memory/read.wgsl" tensor=value
+#include "memory/read.wgsl" tensor=grad_out
+#include "memory/write.wgsl" tensor=grad_key
+#include "memory/write.wgsl" tensor=grad_value
 // Cut-off parts exceed the bounds with scores far above a softcap: 6.3e-6 in dQ where rounded ones have 2.5e-6.
 const PART_ROUNDING = 0x1000u;
-#include "common/matrix_parts.wgsl"
-#include "common/matrix_pairs.wgsl"
+#include "matrix/parts.wgsl"
+#include "matrix/pairs.wgsl"
 // All of dV, or of dK.
 const SUM_MATRICES = WM;
-#include "common/matrix_load.wgsl" tensor=key rows=OWN dim=HEAD_DIM
-#include "common/matrix_load.wgsl" tensor=value rows=OWN dim=HEAD_DIM_V
-#include "common/matrix_load.wgsl" tensor=query rows=STEP dim=HEAD_DIM
-#include "common/matrix_load.wgsl" tensor=grad_out rows=STEP dim=HEAD_DIM_V
+#include "matrix/load.wgsl" tensor=key rows=OWN dim=HEAD_DIM
+#include "matrix/load.wgsl" tensor=value rows=OWN dim=HEAD_DIM_V
+#include "matrix/load.wgsl" tensor=query rows=STEP dim=HEAD_DIM
+#include "matrix/load.wgsl" tensor=grad_out rows=STEP dim=HEAD_DIM_V
 
 const NUMBER_LOADS = (STEP + THREADS - 1u) / THREADS;
 // lse of the tile's rows, then delta.

@@ -12,7 +12,7 @@
 // each of its rows: then a key that no query may see, however large, takes no bits from its neighbours. Code for that costs a quarter
 // of the speed even where it does not run. So there are modules with and without it, and coop_ranges.wgsl says which is for a head.
 
-#include "common/sizes.wgsl"
+#include "matrix/sizes.wgsl"
 
 // Each subgroup writes, for its part of two tiles, the largest size and the smallest size other than 0, as what it lacks to 2^32.
 // Sizes are bits, which grow with the numbers.
