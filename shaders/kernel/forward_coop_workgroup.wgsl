@@ -7,12 +7,11 @@
 //         S of the next tile = Q K^T                beside the softmax of this one, which uses other units
 //         where rowmax S > m + LAZY:                m' = rowmax S,  l = 2^(m - m') l,  O = 2^(m - m') O;  else m' = m
 //         P = 2^(S - m')                            f16, at most 2^LAZY
-//         l = l + rowsum P,  O = O + P (V, 1)
-//     O = O / its last column,  lse = ln 2 (m + log2 l),   maxima being in base 2
+//         l = l + rowsum P,  O = O + P V
+//     O = O / l,  lse = ln 2 (m + log2 l),          maxima being in base 2
 //
 // To rescale O it too has to cross workgroup memory, so that is done only where a maximum grew much. Then the p of a
-// row's largest score is no longer 1 but some number that f16 rounds; O has a column of the sums of P as rounded,
-// which makes up for it. l is exact.
+// row's largest score is no longer 1 but some number that f16 rounds, by half a step at most. l sums p before that.
 //
 // Loops over matrices are written out (src/specialize.rs): arrays of matrices are registers only where indices are
 // constants.

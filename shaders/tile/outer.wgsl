@@ -12,7 +12,7 @@ fn add_to_$result($result: ptr<function, array<array<vec4f, $columns>, 4u * $vec
         for (var r = 0u; r < $vectors; r++) {
             let a = tiles[$from + (l0 + l) * $stride + r * THREADS_Y + ty];
 #if THERE_AND_BACK
-            // As in tile_scores.wgsl.
+            // As in tile/scores.wgsl.
             for (var e = 0u; e < 4u; e += 2u) {
                 for (var u = 0u; u < $columns; u++) {
                     (*$result)[4u * r + e][u] = fma(vec4f(a[e]), b[u], (*$result)[4u * r + e][u]);
