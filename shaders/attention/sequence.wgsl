@@ -2,16 +2,11 @@
 
 #include "attention/problem.wgsl"
 
-#if LENGTHS_IN_WORDS
-// The numbers of valid queries and keys of each batch entry, in one buffer. No plan sets this switch.
-@group(0) @binding(19) var<storage, read> words: array<vec2u>;
-#else
 #if SEQLENS_K
 @group(0) @binding(6) var<storage, read> seqlens_k: array<i32>;
 #endif
 #if SEQLENS_Q
 @group(0) @binding(17) var<storage, read> seqlens_q: array<i32>;
-#endif
 #endif
 
 // All are numbers of the problem, whatever part of it the launch computes: batch entry, query head, key-value head, and how many
@@ -43,15 +38,15 @@ fn lengths_of(batch: u32) -> vec2i {
     // Clamped, for without rows nothing has been written there.
     lengths = clamp(vec2i(rows[problem.lengths_at + batch]), vec2i(), lengths);
 #endif
-#if LENGTHS_IN_WORDS
-    lengths = vec2i(words[problem.lengths_at + batch]);
-#else
+#if LENGTHS_IN_RANGES
+    let place = problem.lengths_at + 2u * batch;
+    lengths = vec2i(i32(ranges[place]), i32(ranges[place + 1u]));
+#endif
 #if SEQLENS_Q
     lengths.x = clamp(seqlens_q[batch], 0, lengths.x);
 #endif
 #if SEQLENS_K
     lengths.y = clamp(seqlens_k[batch], 0, lengths.y);
-#endif
 #endif
     return lengths;
 }

@@ -1,6 +1,7 @@
 // Which modules of the coop kernels for f32 and bf16 are for a query head: 1 if they are those with BY_ROWS, where each row of a tile may
 // have a scale of its own (matrix/parts.wgsl), because its numbers are far apart. One thread a head looks at the sizes that
-// coop_sizes.wgsl has left of the head's shares.
+// coop_sizes.wgsl has left of the head's shares. With LENGTHS, the numbers of valid queries and keys of each batch entry go behind what
+// it finds, so that the kernels that follow need no binding for lengths.
 //
 //     far apart:       a tensor whose largest and smallest size are; or scores that may be so large that exponents of 2 are rounded
 #include "attention/attention.wgsl"
@@ -37,5 +38,11 @@ fn find_ranges(@builtin(global_invocation_id) id: vec3u) {
     rows[range_number(at)] = vec2u(u32(apart || large), 0u);
 #else
     ranges[range_number(at)] = u32(apart || large);
+#if LENGTHS
+    if head == 0u {
+        ranges[problem.lengths_at + 2u * at.batch] = u32(at.queries);
+        ranges[problem.lengths_at + 2u * at.batch + 1u] = u32(at.keys);
+    }
+#endif
 #endif
 }

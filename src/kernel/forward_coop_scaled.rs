@@ -17,9 +17,10 @@ pub(crate) fn parts(element_type: ElementType) -> u32 {
     }
 }
 
-/// Bytes that say which modules are for a head.
-pub(crate) fn workspace_bytes(part: &Part) -> u64 {
-    part.batch_count().saturating_mul(part.head_count()).saturating_mul(4)
+/// Bytes that say which modules are for a head and, behind them, how many queries and keys of a batch entry are valid.
+pub(crate) fn workspace_bytes(problem: &Problem, part: &Part) -> u64 {
+    let lengths = if problem.has_lengths() { 2 } else { 0 };
+    part.batch_count().saturating_mul(part.head_count().saturating_add(lengths)).saturating_mul(4)
 }
 
 /// Into how many shares the rows of a head are cut, for one workgroup each to look at the sizes of their elements: so many that a few heads
@@ -71,13 +72,24 @@ pub(crate) fn ranges(problem: &Problem, backward: bool) -> [Pass; 2] {
         32,
         Box::new(move |part: &Part| [shares.into(), part.head_count(), part.batch_count()]),
     );
-    // It knows no lengths: those are in the sizes.
-    on.retain(|name| !["SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"].contains(name));
+    // In the backward pass the kernels find lengths behind the numbers of the rows.
+    if backward {
+        on.retain(|name| !["SEQLENS_Q", "SEQLENS_K"].contains(name));
+    } else if problem.has_lengths() {
+        on.push("LENGTHS");
+    }
     let found = if backward { Slot::Workspace } else { Slot::WorkspaceRanges };
+    let lengths: &[_] = match backward {
+        true => &[],
+        false => &[(Slot::SeqlensQ, Access::Read), (Slot::SeqlensK, Access::Read)],
+    };
     let ranges = Pass::new(
         specialization("kernel/coop_ranges.wgsl", "find_ranges", on, HEADS),
         // Both are in one buffer, of which a dispatch may only see all parts as writable.
-        vec![(Slot::WorkspaceSizes, Access::ReadWrite), (found, Access::ReadWrite)],
+        bindings(
+            problem,
+            &[&[(Slot::WorkspaceSizes, Access::ReadWrite), (found, Access::ReadWrite)], lengths].concat(),
+        ),
         HEADS,
         0,
         Box::new(|part: &Part| [part.head_count().div_ceil(HEADS.into()), part.batch_count(), 1]),
@@ -91,12 +103,20 @@ pub(crate) fn passes(problem: &Problem, tile: CoopTile, format: MatrixFormat, la
     ranges(problem, false).into_iter().chain([kernel(false), kernel(true)]).collect()
 }
 
+fn without_lengths(mut bindings: Vec<(Slot, Access)>) -> Vec<(Slot, Access)> {
+    bindings.retain(|(slot, _)| !matches!(slot, Slot::SeqlensQ | Slot::SeqlensK));
+    bindings
+}
+
 fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout, by_rows: bool) -> Pass {
     let shape = problem.shape;
     let parts = parts(problem.element_type);
     let size = format.size;
     let rows = tile.rows(size);
     let mut on = switches(problem, 4);
+    // It finds them behind the ranges.
+    on.retain(|name| !["SEQLENS_Q", "SEQLENS_K"].contains(name));
+    on.extend(problem.has_lengths().then_some("LENGTHS_IN_RANGES"));
     on.extend(by_rows.then_some("BY_ROWS"));
     if size == 16 {
         on.push("MATRIX16");
@@ -115,7 +135,7 @@ fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &Matrix
     constants.extend(layout_constants(layout));
     Pass::new(
         Specialization { file: "kernel/forward_coop_scaled.wgsl", entry: "forward", switches: on, constants },
-        bindings(problem, &[FORWARD_BINDINGS, &[(Slot::WorkspaceRanges, Access::Read)]].concat()),
+        without_lengths(bindings(problem, &[FORWARD_BINDINGS, &[(Slot::WorkspaceRanges, Access::Read)]].concat())),
         tile.subgroups * format.lanes,
         tile.scaled_workgroup_bytes(size, parts, shape.head_dim, shape.head_dim_v),
         Box::new(move |part: &Part| [part.row_count().div_ceil(rows as u64), part.head_count(), part.batch_count()]),
