@@ -1,4 +1,5 @@
 // Which scores count. Rows i and keys j are positions in the sequence.
+// Needs: sequence.wgsl. Gives: keep, keep4, all_count; key_interval and row_interval for tiles.wgsl.
 
 // Which keys the causal mask, the window and the lengths leave row i, if it is a query: from x to before y. Neither bound falls as i
 // grows.

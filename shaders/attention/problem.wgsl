@@ -1,4 +1,5 @@
 // The problem's run-time numbers; src/kernel/uniform.rs writes the same fields in the same order.
+// Needs: nothing. Gives: Tensor, Problem, problem.
 
 // Element (batch, head, i, d) of a tensor is at base + batch · t.batch + head · t.head + i · t.row + d of its binding. batch, head and
 // i are numbers of the problem, whatever part of it a launch computes: base may be below 0, and the sum wraps.

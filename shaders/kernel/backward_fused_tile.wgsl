@@ -1,31 +1,20 @@
-// All gradients at once, in tiles and in f32: five products where backward_dkdv_tile.wgsl and backward_dq_tile.wgsl together
-// do seven, for these compute the scores twice. Scores and their gradients never leave the chip.
+// What: all gradients at once, in tiles and f32: five products instead of the seven of backward_dkdv_tile.wgsl and backward_dq_tile.wgsl.
+//   A dispatch is a round of a tournament: each block of keys meets another block of rows, so no two workgroups add to one gradient, and
+//   no atomics are needed. Round 0 has the diagonal. If keys j meet rows i in a round, keys i meet rows j in it. A causal mask
+//   leaves one of the two meetings, so the workgroups of a round take equally long.
 //
-// Rows and keys are cut into blocks of problem.block_rows and problem.block_keys. A dispatch is a round of a tournament, in which each
-// block of keys meets another block of rows. So no two workgroups of a dispatch add to the same gradient, and nothing is added up
-// by atomics: dispatch after dispatch, dQ, dK and dV add up in device memory in an order that is always the same. Round 0 has the
-// blocks on the diagonal. If j meets i in another round, i meets j: of each two blocks a causal mask leaves one, so that the
-// workgroups of a round take equally long.
+//     for each tile of OWN keys of the block, for each query head of the group, for each FOLD_ROWS rows of the block:
+//         dK = 0, dV = 0
+//         for each tile of STEP of these rows:
+//             S = score(Q K^T),  P = exp(S - lse),  dP = dO V^T,  dS = P (dP - delta) score'
+//             dV = dV + P^T dO,  dK = dK + dS^T Q,  dQ in memory += dS K
+//         dK, dV in memory += dK, dV                or = in the first round, the first time
 //
-//     for each tile of keys of the block:           OWN keys
-//         for each query head of the group, for each FOLD_ROWS rows of the block:
-//             dK = 0, dV = 0
-//             for each tile of these rows that may see some key:
-//                 S = score(Q K^T)                  STEP x OWN
-//                 P = exp(S - lse)
-//                 dP = dO V^T
-//                 dV = dV + P^T dO                  OWN x HEAD_DIM_V
-//                 dS = P (dP - delta) score'
-//                 dK = dK + dS^T Q                  OWN x HEAD_DIM
-//                 dQ in memory += dS K              STEP x HEAD_DIM
-//             dK, dV in memory += dK, dV            the first time in the first round, = instead of +=
-//
-// Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) has, in registers, of vectors of four keys or rows: the scores
-// of keys ty, ty + THREADS_Y, ... with rows tx, tx + THREADS_X, ... ; dK and dV of keys ty, ty + THREADS_Y, ... ; dQ of rows
-// ty, ty + THREADS_Y, ... ; of these columns 4(tx + THREADS_X u) .. + 4. Each product is a sum of outer products, whose
-// operands workgroup memory holds so that a thread reads vectors of what it has: for the scores CHUNK columns of both
-// operands, for the gradients P or dS, and LINES rows of the other operand. What is next for it is loaded to registers while a
-// product runs, and a tile of rows ends by storing the first chunk of the next.
+// Who: thread (ty, tx) of the grid has vectors of four: scores of keys ty, ty + THREADS_Y, ... with rows tx, tx + THREADS_X, ... ; columns
+//   4(tx + THREADS_X u) .. + 4 of dK and dV of keys ty, ty + THREADS_Y, ... and of dQ of rows ty, ty + THREADS_Y, ... Workgroup memory holds
+//   CHUNK columns of both operands of the scores; for the gradients P or dS, and LINES rows of the second operand.
+// Pipelining: while one product runs, the next operands are loaded into registers. A tile ends by storing the next tile's first chunk.
+// Needs q, k, v, dO, row_stats, problem.round; dQ cleared by backward_delta.wgsl. Gives dQ, dK, dV.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 #include "tile/threads.wgsl"
@@ -190,11 +179,11 @@ fn fused(
                 var lines_next = Lines();
                 for (var i0 = fold0; i0 < min(fold0 + FOLD_ROWS, end); i0 += STEP) {
                     // Each row of scores has its lse and delta. Rows that are not there have an lse above every score.
-                    var row = array<vec2f, 4u * ROW_PIECES>();
+                    var stats = array<vec2f, 4u * ROW_PIECES>();
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                         let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
-                        row[c] = row_stats(row_number(at, min(i, last_row)));
-                        row[c].x = select(row[c].x, NO_KEYS, i > last_row);
+                        stats[c] = row_stats(row_number(at, min(i, last_row)));
+                        stats[c].x = select(stats[c].x, NO_KEYS, i > last_row);
                     }
 
                     // S = Q K^T
@@ -225,7 +214,7 @@ fn fused(
 #if SHAPED
                             s[c][r] = x.slope;
 #endif
-                            var p = exp2((x.score - row[c].x) * LOG2_E);
+                            var p = exp2((x.score - stats[c].x) * LOG2_E);
                             if !full {
                                 p = select(vec4f(), p, keep4(at, i, j));
                             }
@@ -271,7 +260,7 @@ fn fused(
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                         for (var r = 0u; r < KEY_PIECES; r++) {
                             let p = tiles[place_of_row(c, tx) + r * THREADS_Y + ty];
-                            ds[c][r] = p * (ds[c][r] - row[c].y);
+                            ds[c][r] = p * (ds[c][r] - stats[c].y);
 #if SHAPED
                             ds[c][r] *= s[c][r];
 #endif

@@ -1,24 +1,21 @@
-// Forward pass in tiles with an online softmax (FlashAttention-2, Dao 2023, algorithm 1). One workgroup computes
-// ROWS rows of one head and walks over the keys, KEYS at a time; scores never leave the chip.
+// What: forward pass in tiles with an online softmax (FlashAttention-2, Dao 2023, algorithm 1). Scores never leave the chip.
 //
 //     m = -inf, l = 0, O = 0
-//     for each tile of keys that some row may see:
-//         S = score(Q K^T)                          ROWS x KEYS
+//     for each tile of KEYS keys that some row may see:
+//         S = score(Q K^T)                          ROWS x KEYS; held as q·k itself, or with SHAPED as the score
 //         m' = max(m, rowmax S)
-//         P = exp(S - m')                           ROWS x KEYS
+//         P = exp(S - m')                           ROWS x KEYS; computed as exp2((s - m') · factor)
 //         l = exp(m - m') l + rowsum P
-//         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V; with TILE_SUMS, P V is a sum of its own first
-//         with FOLDS, after each FOLD_TILES tiles but the last:  out = out, shrunk as O has been since, + O;  O = 0
-//     out = O / l (with FOLDS what out has, shrunk, is added to O first),  lse = m + ln l
+//         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V; with TILE_SUMS, P V is summed apart first
+//         with FOLDS, after each FOLD_TILES tiles but the last:  out = shrunk out + O,  O = 0
+//     out = O / l (with FOLDS the shrunk out is added to O first),  lse = m + ln l
 //
-// Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) keeps, in registers, of rows 4(ty + THREADS_Y r) .. + 4 the
-// scores with keys tx + THREADS_X c, and output columns 4(tx + THREADS_X u) .. + 4. Both products are sums of outer products, of
-// a vector of four that a thread finds in workgroup memory and the elements of another: 16 multiply-adds for two loads. So Q, K
-// and P lie there in columns, V in rows: Q and K CHUNK columns at a time, P and V VALUE_KEYS keys at a time, all as f32. What is
-// next for workgroup memory is loaded to registers while a product runs (unless packed, V's first rows of a tile: while the softmax
-// does), and a tile ends by storing the first chunk of the next. Where there are registers for it, threads keep all that they store
-// of Q, as it is in memory. s is q·k itself (if SHAPED, the score); p = exp2((s - m) · factor). If the tile says so, the products are written out, so that loads of the next
-// vectors are among the products of these.
+// Who: a workgroup owns ROWS rows of one head. Thread (ty, tx) of the grid has rows 4(ty + THREADS_Y r) .. + 4: in registers their
+//   scores with keys tx + THREADS_X c, and columns 4(tx + THREADS_X u) .. + 4 of O. Both products are sums of outer products of two
+//   vectors of four. Workgroup memory holds f32: CHUNK columns of Q and of K, or VALUE_KEYS columns of P and as many rows of V.
+// Pipelining: while one product runs, the next chunk of Q and K (or of V) is loaded into registers. The next barrier stores it. V that is
+//   not packed is loaded during the softmax. A tile ends by storing the next tile's first chunk. KEPT chunks of Q stay in registers.
+// Needs q, k, v. Gives out and, with LSE, lse.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 #include "tile/threads.wgsl"
@@ -299,35 +296,35 @@ fn forward(
 
         // m' = max(m, rowmax S). One thread a row reduces: if all threads of a row did, each would read what all have.
         for (var r = 0u; r < TR; r++) {
-            var most = s[0][r];
+            var tile_max = s[0][r];
             for (var c = 1u; c < TC; c++) {
-                most = max(most, s[c][r]);
+                tile_max = max(tile_max, s[c][r]);
             }
-            tiles[PARTIAL_AT + tx * ROWS4 + r * THREADS_Y + ty] = most;
+            tiles[PARTIAL_AT + tx * ROWS4 + r * THREADS_Y + ty] = tile_max;
         }
         workgroupBarrier();
         if thread < ROWS {
             let m = maxima[thread];
-            var larger = m;
+            var new_max = m;
             for (var x = 0u; x < THREADS_X; x++) {
-                larger = max(larger, tiles[PARTIAL_AT + x * ROWS4 + thread / 4u][thread % 4u]);
+                new_max = max(new_max, tiles[PARTIAL_AT + x * ROWS4 + thread / 4u][thread % 4u]);
             }
-            maxima[thread] = larger;
-            shrinks[thread] = exp2((m - larger) * factor);
+            maxima[thread] = new_max;
+            shrinks[thread] = exp2((m - new_max) * factor);
         }
         workgroupBarrier();
 
         // P = exp(S - m'),  l = exp(m - m') l + rowsum P
         var shrink = array<vec4f, TR>();
         for (var r = 0u; r < TR; r++) {
-            var most = vec4f();
+            var new_max = vec4f();
             for (var e = 0u; e < 4u; e++) {
-                most[e] = maxima[4u * (r * THREADS_Y + ty) + e];
+                new_max[e] = maxima[4u * (r * THREADS_Y + ty) + e];
                 shrink[r][e] = shrinks[4u * (r * THREADS_Y + ty) + e];
             }
             var sum = vec4f();
             for (var c = 0u; c < TC; c++) {
-                s[c][r] = exp2((s[c][r] - most) * factor);
+                s[c][r] = exp2((s[c][r] - new_max) * factor);
                 sum += s[c][r];
             }
             l[r] = fma(l[r], shrink[r], sum);
