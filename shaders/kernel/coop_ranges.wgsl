@@ -8,7 +8,7 @@
 #include "attention/attention.wgsl"
 #include "matrix/sizes.wgsl"
 
-// Not written, but in one buffer with what is: a dispatch may only see all parts of a buffer as writable.
+// Not written here, but in one buffer with ranges: a dispatch may see parts of a buffer only if all are writable.
 @group(0) @binding(20) var<storage, read_write> sizes: array<vec4u>;
 #if GRADIENTS
 #include "memory/row_stats.wgsl" access=read_write

@@ -38,7 +38,7 @@ const SLICES = min(THREADS / COLUMNS4, KEYS);
 const SLICE_KEYS = (KEYS + SLICES - 1u) / SLICES;
 // Q by element: element e of vector kx + c KEY_THREADS is at (4c + e) KEY_THREADS + kx, so that neighbours read neighbours.
 const Q_STRIDE = 4u * KEY_VECTORS * KEY_THREADS;
-// Room for keys past the tile, of probability 0, that the last slices read.
+// Room for all keys that threads read of P. Keys past the tile have probability 0.
 const P_STRIDE = (THREADS - 1u) / COLUMNS4 + SLICES * (SLICE_KEYS - 1u) + 1u;
 const PARTIAL_STRIDE = KEYS + 1u;
 // Maxima (at the end, sums) of all keys that are left after a first reduction. Every thread reduces these.

@@ -63,9 +63,9 @@ var<workgroup> shrinks: array<f32, ROWS>;
 #include "tile/scores.wgsl" vectors=TR count4=ROWS4 others=PIECES other_count4=KEYS4 at=K_AT
 #include "tile/outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS from=0u at=V_AT
 
-// What each thread moves of a chunk of Q and K, vectors of four columns, each of four rows, and of V's rows: the vectors of its
-// columns of output, of every THREADS_Y-th row. Loaded to registers while workgroup memory is in use, then stored. Where heads and
-// rows of these start is in units of UNIT elements. Of Q, KEPT chunks are in registers: all CHUNKS, or the next one.
+// How much each thread loads to registers before it stores it in workgroup memory: of a chunk of Q and of K vectors of four columns, each
+// of four rows; of V the vectors of its own columns of output, of every THREADS_Y-th row. Addresses of rows are in units of UNIT elements.
+// KEPT chunks of Q are in registers: all CHUNKS, or the next one only.
 const QUERY_LOADS = (ROWS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const KEY_LOADS = (KEYS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const VALUE_LOADS = (VALUE_KEYS + THREADS_Y - 1u) / THREADS_Y;

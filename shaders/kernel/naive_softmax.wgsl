@@ -1,4 +1,5 @@
 // Materialised attention, step 2 of 3: each row of S becomes P = exp(S - max) / sum, in place. One workgroup a row.
+// Needs S. Gives P and, with LSE, lse.
 #include "attention/attention.wgsl"
 
 #if LSE

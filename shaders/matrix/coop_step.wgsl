@@ -1,5 +1,6 @@
-        // What forward_coop.wgsl does with the n-th tile of keys, from key j0 on. $some_masked: some of its scores may not count. Leaves
-        // in j0 where the next tile begins.
+        // One step of forward_coop.wgsl: the n-th tile of keys, which begins at key j0.
+        // Needs: the variables of the loop there; $some_masked: whether some scores of the tile may not count.
+        // Gives: m, l, o; key_next and value_next, the next tile in registers; j0, the first key of the next tile.
         if BUFFERS == 1u {
             workgroupBarrier();
             store_key(key_next, 0u, thread);
@@ -54,7 +55,7 @@
             }
         }
 
-        // If a row of the subgroup has grown:  m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
+        // If the maximum of a row of the subgroup grew by more than GROWTH:  m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
         var tile_max = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
         var grown = false;
 #unroll
@@ -63,7 +64,7 @@
             for (var h = 0u; h < LANE_ROWS; h++) {
                 tile_max[r][h] = masked_score;
             }
-            // Element by element first: short chains of maxima.
+            // The maximum of each element over the matrices first: short chains of dependent instructions.
             var top = x[r][0];
 #unroll
             for (var c = 0u; c < ACROSS_KEYS; c++) {
