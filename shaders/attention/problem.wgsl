@@ -20,7 +20,7 @@ struct Problem {
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
-    // The rows of this launch, one after the other, as the workspace has them.
+    // The rows of this launch in the workspace, without gaps.
     rows: Tensor,
     seqlen_q: u32,
     seqlen_k: u32,

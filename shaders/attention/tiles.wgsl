@@ -11,11 +11,11 @@ struct Tiles {
     full: i32,
     before: i32,
 #if PROBE_TILES
-    // Tiles of keys are those that rows other.x .. other.y visit, tiles of rows those of keys other.x .. other.y.
+    // The second side of the scores: tiles of keys are visited by rows other.x .. other.y, tiles of rows by keys other.x .. other.y.
     at: Sequence,
     of_keys: bool,
     other: vec2i,
-    // The tiles between which are visited, and those that lie between full_from and full_to.
+    // How many tiles the interval has; tiles full_from .. full_to of it are full without the probe.
     between: i32,
     full_from: i32,
     full_to: i32,
@@ -134,7 +134,7 @@ fn probe_tile(tiles: Tiles, n: i32) -> i32 {
 }
 #endif
 
-// A walk over the tiles of rows that read a block of keys, of all query heads that share it: those of a head one after the other.
+// A walk over the tiles of rows that read a block of keys: all tiles of the first query head of the group, then those of the next head.
 struct Walk {
     at: Sequence,
     tiles: Tiles,

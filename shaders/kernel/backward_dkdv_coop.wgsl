@@ -48,8 +48,8 @@ const ACROSS_DV_BLOCK = min(ACROSS_DIM_V, COLUMNS / M);
 const K_BLOCKS = (ACROSS_DIM + ACROSS_DK_BLOCK - 1u) / ACROSS_DK_BLOCK;
 const V_BLOCKS = (ACROSS_DIM_V + ACROSS_DV_BLOCK - 1u) / ACROSS_DV_BLOCK;
 const BLOCKS = max(K_BLOCKS, V_BLOCKS);
-// Rows in workgroup memory, whole ones and those of a block: how many times eight elements are there, and how far apart rows
-// are, in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
+// Rows in workgroup memory, whole rows (D, V) and rows of a block of columns: ..8 counts their groups of eight elements; ..STRIDE is the
+// distance of rows in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
 const D8 = ACROSS_DIM * M / 8u;
 const V8 = ACROSS_DIM_V * M / 8u;
 const DK8 = ACROSS_DK_BLOCK * M / 8u;

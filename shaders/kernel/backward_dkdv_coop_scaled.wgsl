@@ -36,11 +36,11 @@ enable wgpu_cooperative_matrix;
 #include "memory/read.wgsl" tensor=grad_out
 #include "memory/write.wgsl" tensor=grad_key
 #include "memory/write.wgsl" tensor=grad_value
-// Cut-off parts exceed the bounds with scores far above a softcap: 6.3e-6 in dQ where rounded ones have 2.5e-6.
+// Parts are rounded. If they were cut off, scores far above a softcap would exceed the error bound: 6.3e-6 in dQ instead of 2.5e-6.
 const PART_ROUNDING = 0x1000u;
 #include "matrix/parts.wgsl"
 #include "matrix/pairs.wgsl"
-// All of dV, or of dK.
+// A half has all columns of dV, or of dK.
 const SUM_MATRICES = ACROSS_WIDER;
 #include "matrix/load.wgsl" tensor=key rows=OWN dim=HEAD_DIM
 #include "matrix/load.wgsl" tensor=value rows=OWN dim=HEAD_DIM_V
@@ -48,7 +48,7 @@ const SUM_MATRICES = ACROSS_WIDER;
 #include "matrix/load.wgsl" tensor=grad_out rows=STEP dim=HEAD_DIM_V
 
 const STATS_LOADS = (STEP + THREADS - 1u) / THREADS;
-// lse of the tile's rows, then delta.
+// lse of the step's rows, then their delta.
 var<workgroup> step_stats: array<f32, 2u * STEP>;
 
 fn load_step(at: Sequence, i0: u32, thread: u32) -> Step {
@@ -69,7 +69,7 @@ fn store_stats(at: Sequence, x: array<vec2f, STATS_LOADS>, i0: u32, thread: u32)
     for (var n = 0u; n < STATS_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < STEP {
-            // A row past the end is as one without keys.
+            // A row past the end is treated as a row that sees no key.
             step_stats[t] = select(x[n].x, NO_KEYS, i0 + t > last_query(at));
             step_stats[STEP + t] = x[n].y;
         }
@@ -87,7 +87,7 @@ fn dkdv(
     let group = in_order(workgroup_id, workgroups);
     // The first of the heads that share these keys.
     let of_group = sequence(group.z, group.y * problem.group);
-    // Heads that share keys are for the modules with BY_ROWS if one of them is.
+    // If the range of one head of the group asks for BY_ROWS, the modules with BY_ROWS compute the whole group.
     var by_rows = 0u;
     for (var head = 0u; head < problem.group; head++) {
         by_rows |= range_of(with_head(of_group, of_group.head + head));
@@ -103,7 +103,7 @@ fn dkdv(
     let owned = Owned(load_key(of_group, key0, last, thread), load_value(of_group, key0, last, thread));
     var owned_scales: Scales;
     var lefts = owned_parts(owned, HEAD_DIM, HEAD_DIM_V, thread, subgroup, lane, &owned_scales);
-    // dV in one half, dK in the other.
+    // dV in half 0, dK in half 1.
     var sums: Gradients;
     for (var r = 0u; r < MATRICES; r++) {
         for (var d = 0u; d < SUM_MATRICES; d++) {
@@ -133,16 +133,16 @@ fn dkdv(
         workgroupBarrier();
         walk = next_tile(walk, i32(key0), i32(key0 + OWN), STEP);
 #if AHEAD
-        // After the last tile it is loaded once more, for nothing.
+        // After the last tile this loads a tile that nothing uses.
         step = load_step(walk.at, u32(first_row(walk)), thread);
         stats_next = load_stats(walk.at, u32(first_row(walk)), thread);
 #endif
 
         // S^T = K Q^T, or dP^T = V dO^T
         var x = products(&lefts, half);
-        // What takes the scales of owned rows and of the step back.
+        // The factors that undo the scales of the owned rows and of the step.
         var unscale = vec2f(inverse(of_half(owned_scales.tile, half)), inverse(of_half(scales.tile, half)));
-        // Times this, what half 0 holds is scores, or products if SHAPED.
+        // What half 0 holds, times this, is a score; with SHAPED it is q·k.
 #if SHAPED
         let unit = 1.0;
         var factor = unscale.x * unscale.y;
@@ -204,7 +204,7 @@ fn dkdv(
                     let p = receive_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane);
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let delta = step_stats[STEP + c * M + column_of(lane, 0u) + column_of(0u, e)];
-                        // One scale after the other: both at once, 2^-128 with a V of 1e-30, may be no f32.
+                        // Multiplied in two steps: the product of both factors, 2^-128 with a V of 1e-30, may be too small for f32.
                         let dp = x[r][c][e] * unscale.x;
                         x[r][c][e] = p[e] * fma(dp, unscale.y, -delta);
                     }

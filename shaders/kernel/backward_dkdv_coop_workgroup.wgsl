@@ -31,7 +31,7 @@ enable wgpu_cooperative_matrix;
 
 const KEYS = SUBGROUPS * KEY_MATRICES * M;
 const BLOCKS = max((ACROSS_DIM + ACROSS_DIM_BLOCK - 1u) / ACROSS_DIM_BLOCK, (ACROSS_DIM_V + ACROSS_DIM_V_BLOCK - 1u) / ACROSS_DIM_V_BLOCK);
-// In workgroup memory S^T and dP^T, P^T and dS^T: the second ones begin here.
+// In f32 blocks: S^T, then dP^T from block SECOND on. In f16 blocks: P^T, then dS^T from block SECOND on.
 const SECOND = SUBGROUPS * KEY_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = 2u * SECOND;
@@ -144,7 +144,7 @@ fn dkdv(
         }
     }
 
-    // Past the last tile the walk `ahead` stands at no tile, and what is loaded is the last one again.
+    // `ahead` is one tile ahead of `walk`. After the last tile it stands at no tile; then the last tile is loaded again.
     var walk = walk_rows(of_group, i32(key0), i32(key0 + KEYS), ROWS);
     var ahead = next_tile(walk, i32(key0), i32(key0 + KEYS), ROWS);
     var next: Tile;

@@ -44,8 +44,8 @@ const ACROSS_DQ_BLOCK = min(ACROSS_DIM, COLUMNS / M);
 const ACROSS_DO_BLOCK = min(ACROSS_DIM_V, COLUMNS / M);
 const BLOCKS = (ACROSS_DIM + ACROSS_DQ_BLOCK - 1u) / ACROSS_DQ_BLOCK;
 const DO_BLOCKS = (ACROSS_DIM_V + ACROSS_DO_BLOCK - 1u) / ACROSS_DO_BLOCK;
-// Rows in workgroup memory, whole ones and those of a block: how many times eight elements are there, and how far apart rows
-// are, in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
+// Rows in workgroup memory, whole rows (D, V) and rows of a block of columns: ..8 counts their groups of eight elements; ..STRIDE is the
+// distance of rows in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
 const D8 = ACROSS_DIM * M / 8u;
 const V8 = ACROSS_DIM_V * M / 8u;
 const DQ8 = ACROSS_DQ_BLOCK * M / 8u;
@@ -54,13 +54,14 @@ const D_STRIDE = 2u * D8 + 2u;
 const V_STRIDE = 2u * V8 + 2u;
 const DQ_STRIDE = 2u * DQ8 + 2u;
 const DO_STRIDE = 2u * DO8 + 2u;
-// What each thread moves of a block of Q or dQ and of dO, and of a tile of K and of V.
+// How many loads each thread does of a block of Q or dQ, of a block of dO, and of a tile of K and of V.
 const DQ_LOADS = (ROWS * DQ8 + THREADS - 1u) / THREADS;
 const DO_LOADS = (ROWS * DO8 + THREADS - 1u) / THREADS;
 const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
 const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
 
-// A tile of K and one of V. Before that blocks of Q and dO on their way to registers, after it dQ on its way out.
+// Workgroup memory. In the loop: a tile of K and a tile of V. Before the loop: blocks of Q and dO on their way to registers. After the
+// loop: dQ on its way to device memory.
 const V_AT = KEYS * D_STRIDE;
 const TILES = max(V_AT + KEYS * V_STRIDE, ROWS * max(DQ_STRIDE, DO_STRIDE));
 var<workgroup> tiles: array<vec4<f16>, TILES>;

@@ -38,7 +38,7 @@ enable wgpu_cooperative_matrix;
 const PART_ROUNDING = 0x1000u;
 #include "matrix/parts.wgsl"
 #include "matrix/pairs.wgsl"
-// A half of dQ.
+// A half of the pair has one half of the columns of dQ.
 const SUM_MATRICES = ((HEAD_DIM + M - 1u) / M + 1u) / 2u;
 #include "matrix/load.wgsl" tensor=query rows=OWN dim=HEAD_DIM
 #include "matrix/load.wgsl" tensor=grad_out rows=OWN dim=HEAD_DIM_V
@@ -167,7 +167,7 @@ fn dq(
                 for (var c = 0u; c < ACROSS_STEP; c++) {
                     let p = receive_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane);
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        // One scale after the other: both at once, 2^-128 with a V of 1e-30, may be no f32.
+                        // Multiplied in two steps: the product of both factors, 2^-128 with a V of 1e-30, may be too small for f32.
                         let dp = x[r][c][e] * unscale.x;
                         x[r][c][e] = p[e] * fma(dp, unscale.y, -lane_stat[r][held_row(e)]);
                     }

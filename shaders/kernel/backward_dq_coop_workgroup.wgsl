@@ -29,7 +29,7 @@ enable wgpu_cooperative_matrix;
 
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
 const BLOCKS = (ACROSS_DIM + ACROSS_DIM_BLOCK - 1u) / ACROSS_DIM_BLOCK;
-// In workgroup memory S and dP, which begins here, and dS.
+// In f32 blocks: S, then dP from block SECOND on. In f16 blocks: dS.
 const SECOND = SUBGROUPS * ROW_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = SECOND;
@@ -78,7 +78,7 @@ fn dq(
     // The last rows first: with a causal mask they take longest.
     let row0 = (workgroups.x - 1u - group.x) / BLOCKS * ROWS;
     let row1 = min(row0 + ROWS, problem.seqlen_q);
-    // The first row of matrices of this subgroup; and a lane's row there, of which the others are M further.
+    // The first block of this subgroup, and a lane's row in it. The lane's rows in later blocks are M apart.
     let own_block = subgroup * ROW_MATRICES;
     let lane_row = row0 + own_block * M + row_of(lane, 0u);
     // The first matrix of columns of dQ.

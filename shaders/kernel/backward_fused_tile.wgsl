@@ -40,13 +40,13 @@
 #include "memory/write.wgsl" tensor=grad_value
 
 const THREADS = THREADS_X * THREADS_Y;
-// Vectors of four rows that a thread has of dQ. Of four keys, of scores, dK and dV, it has KEY_PIECES, and of four rows of
-// scores ROW_PIECES.
+// A thread has DQ_PIECES vectors of four rows of dQ, KEY_PIECES vectors of four keys of dK, dV and the scores, and the scores of
+// ROW_PIECES vectors of four rows.
 const DQ_PIECES = STEP / (4u * THREADS_Y);
 // Vectors of columns that a thread has of a gradient with the head dim of K, and of V.
 const TK = (HEAD_DIM + 4u * THREADS_X - 1u) / (4u * THREADS_X);
 const TV = (HEAD_DIM_V + 4u * THREADS_X - 1u) / (4u * THREADS_X);
-// Rows of scores that threads side by side have, and keys.
+// The rows of a piece of scores: four for each thread of a row of the grid. The keys of a piece: four for each thread of a column.
 const ROW_PIECE = 4u * THREADS_X;
 const KEY_PIECE = 4u * THREADS_Y;
 const OWN4 = OWN / 4u;
@@ -94,7 +94,7 @@ fn store_chunks(x: Chunks, d0: u32, dim: u32, thread: u32) {
 const LINES_LOADS = (LINES * max(TK, TV) * THREADS_X + THREADS - 1u) / THREADS;
 alias Lines = array<Elements4, LINES_LOADS>;
 
-// What dQ in memory has. Past the head dim it is an element of another thread's, which may have changed, and is not used.
+// dQ as it is in memory. Past the head dim this reads an element that another thread may be writing; it is not used.
 alias OldQuery = array<array<vec4f, TK>, 4u * DQ_PIECES>;
 
 fn load_old(at: Sequence, i0: u32, last_row: u32, ty: u32, tx: u32) -> OldQuery {
@@ -108,8 +108,8 @@ fn load_old(at: Sequence, i0: u32, last_row: u32, ty: u32, tx: u32) -> OldQuery 
     return x;
 }
 
-// The block of rows that block of keys j meets, of n of both, an even number (or 1): first its own, then all others. Those that meet
-// have sums of problem.round - 1 modulo n - 1; the one that would meet itself meets n - 1.
+// The block of rows that block j of keys meets. There are n blocks of each; n is even, or 1. In round 0, j meets block j. Later i and j
+// meet if (i + j) mod (n - 1) = problem.round - 1; the block that would meet itself meets block n - 1.
 fn opponent(j: u32, n: u32) -> u32 {
     if problem.round == 0u {
         return j;
@@ -134,7 +134,7 @@ fn fused(
     @builtin(num_workgroups) workgroups: vec3u,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    // Workgroups that run at the same time have blocks that take as long.
+    // In this order, workgroups that run at the same time have blocks that take equally long.
     let group = by_heads(workgroup_id, workgroups);
     let tx = thread_x(thread);
     let ty = thread_y(thread);
@@ -142,7 +142,7 @@ fn fused(
     // The first of the heads that share these keys.
     let of_group = sequence(group.z, group.y * problem.group);
     let row_blocks = (problem.seqlen_q + problem.block_rows - 1u) / problem.block_rows;
-    // As FusedTile::rounds has it. Where there are fewer blocks of rows, some of keys meet none.
+    // n as in FusedTile::rounds. Where there are fewer blocks of rows than of keys, some blocks of keys meet none.
     let blocks = (max(workgroups.x, row_blocks) + 1u) / 2u * 2u;
     let row0 = min(opponent(block, blocks), row_blocks) * problem.block_rows;
     let row1 = min(row0 + problem.block_rows, problem.seqlen_q);
@@ -172,7 +172,7 @@ fn fused(
             for (var fold0 = first; fold0 < max(end, first + 1u); fold0 += FOLD_ROWS) {
                 var dk = array<array<vec4f, TK>, 4u * KEY_PIECES>();
                 var dv = array<array<vec4f, TV>, 4u * KEY_PIECES>();
-                // What workgroup memory holds next: while one product runs, the operands of the next are loaded.
+                // The next operands of workgroup memory: they are loaded while a product runs.
                 var next = load_chunks_s(at, j0, last, fold0, last_row, 0u, HEAD_DIM, thread);
                 store_chunks(next, 0u, HEAD_DIM, thread);
                 workgroupBarrier();
@@ -316,7 +316,7 @@ fn fused(
                             add_to_dq(&dq, l, ty, tx);
                         }
                     }
-                    // What dQ has is on its way while the next tile's first chunk is stored.
+                    // dQ is loaded while the next tile's first chunk is stored.
                     let old = load_old(at, i0, last_row, ty, tx);
                     workgroupBarrier();
                     store_chunks(next, 0u, HEAD_DIM, thread);

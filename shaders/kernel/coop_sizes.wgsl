@@ -16,7 +16,7 @@
 #include "memory/read.wgsl" tensor=grad_out
 #include "matrix/row_sizes.wgsl" tensor=grad_out
 #endif
-// Of each head of the launch and each share, the sizes of Q and K, then those of V and dO, as sizes_of has them.
+// For each head of the launch and each share: the sizes of Q and K, then the sizes of V and dO, as sizes_of gives them.
 @group(0) @binding(20) var<storage, read_write> sizes: array<vec4u>;
 #include "memory/read.wgsl" tensor=query
 #include "memory/read.wgsl" tensor=key

@@ -41,7 +41,7 @@ const Q_STRIDE = 4u * KEY_VECTORS * KEY_THREADS;
 // Room for all keys that threads read of P. Keys past the tile have probability 0.
 const P_STRIDE = (THREADS - 1u) / COLUMNS4 + SLICES * (SLICE_KEYS - 1u) + 1u;
 const PARTIAL_STRIDE = KEYS + 1u;
-// Maxima (at the end, sums) of all keys that are left after a first reduction. Every thread reduces these.
+// A first reduction over keys leaves PARTIALS maxima (at the end, sums) of a row. Every thread reduces these itself.
 #if SHUFFLES
 const PARTIALS = THREADS / LANES;
 const DOTS = 0u;
@@ -132,7 +132,7 @@ fn own_key(thread: u32) -> OwnKey {
     return OwnKey(thread / KEY_THREADS + kx * KEY_GROUPS, kx < THREAD_KEYS);
 }
 
-// Sums over the neighbours what they have for four rows and the thread's own key.
+// For four rows and the thread's own key: the sum of the neighbours' partial dot products.
 fn sum_of_neighbours(dots: array<vec4f, THREAD_KEYS>, thread: u32) -> vec4f {
     var own_sum: vec4f;
     for (var n = 0u; n < THREAD_KEYS; n++) {
@@ -203,7 +203,7 @@ fn decode_split(
     let at = sequence(group.z, head);
     let rows = Rows(group.y % tiles_of_rows * ROWS, heads * queries, queries);
 
-    // This share: whole tiles, as evenly as they go.
+    // The tiles of this share. All shares have equally many; the last ones may have fewer, or none.
     let visited = key_tiles(at, i32(problem.row_begin), i32(problem.row_end), KEYS);
     let share = (visited.count + i32(groups.x) - 1) / i32(groups.x);
     let begin = i32(group.x) * share;
@@ -228,7 +228,7 @@ fn decode_split(
     }
     workgroupBarrier();
 
-    // K is loaded a tile ahead, so that there are loads under way while V is in use.
+    // K is loaded a tile ahead, so that loads are under way while V is used.
     var k: array<array<Elements4, KEY_VECTORS>, THREAD_KEYS>;
     if begin < end {
         k = load_key(at, u32(tile(visited, begin)), last, thread);

@@ -53,7 +53,8 @@ const ROWS = SUBGROUPS * ROW_MATRICES * M;
 // How many times eight elements each thread loads of Q and stores of O.
 const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
 const O_STORES = (ROWS * V8 + THREADS - 1u) / THREADS;
-// A tile of K and one of V, or two of each, one in use while the other is filled; before them Q, and after them O.
+// Workgroup memory. In the loop: BUFFERS tiles of K and of V; of two tiles one is filled while the second is in use. Before the loop: Q.
+// After the loop: O.
 const TILES = max(BUFFERS * (D_SIZE + V_SIZE), ROWS * max(D_STRIDE, V_STRIDE));
 var<workgroup> tiles: array<Halves, TILES>;
 

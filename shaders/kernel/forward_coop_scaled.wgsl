@@ -105,7 +105,7 @@ fn query_scale(scales: Scales, row: u32) -> f32 {
     return select(scales.tile.x, row_scale(row), scales.apart);
 }
 
-// A tile of K and one of V to workgroup memory, each row times its own scale. Has barriers.
+// Stores a tile of K and a tile of V in workgroup memory, each row times its own scale. Has barriers.
 fn store_by_rows(keys: array<Elements4, K_LOADS>, values: array<Elements4, V_LOADS>, thread: u32) {
     clear_sizes(ROWS, 2u * KEYS, thread);
     workgroupBarrier();
@@ -153,7 +153,7 @@ fn forward(
     }
 }
 
-// The rows of block `block` of so many of a head.
+// Computes block `block` of the `blocks` blocks of rows of a head.
 fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u32, lane: u32) {
     // The last rows first: with a causal mask they take longest.
     let row0 = problem.row_begin + (blocks - 1u - block) * ROWS;
@@ -374,7 +374,7 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
             }
         }
 
-        // What takes the scales of P and V back, of each row
+        // The factor of each row that undoes the scales of P and V
         var unscale = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var h = 0u; h < LANE_ROWS; h++) {

@@ -52,7 +52,8 @@ const WHOLE_OUT = 4u * V_STRIDE == HEAD_DIM_V;
 // Q, and P in its place once S is there; then K, and V behind P.
 const K_AT = CHUNK * ROWS4 + GAPS;
 const V_AT = VALUE_KEYS * P_STRIDE;
-// Four numbers of each thread for each of its vectors of rows, to be reduced over a row of threads: beside K, where V is not yet.
+// Partial maxima (or sums) of each thread for each of its vectors of four rows, to be reduced over a row of threads. They lie behind K;
+// V is not stored there yet.
 const PARTIAL_AT = max(V_AT, K_AT + CHUNK * KEYS4 + GAPS);
 var<workgroup> tiles: array<vec4f, max(PARTIAL_AT + THREADS_X * ROWS4, V_AT + VALUE_KEYS * V_STRIDE)>;
 // Each row has its maximum m here, and exp(m - m'), by which its sums shrink.
@@ -80,7 +81,7 @@ fn load_query(at: Sequence, row0: u32, d0: u32, thread: u32) -> Queries {
     var x: Queries;
     for (var n = 0u; n < QUERY_LOADS; n++) {
         let t = thread + n * THREADS;
-        // Threads without a vector load none; no branch where all have one.
+        // A thread without a vector loads none. Where all threads have one there is no branch.
         if QUERY_LOADS * THREADS == ROWS4 * CHUNK4 || t < ROWS4 * CHUNK4 {
             for (var r = 0u; r < 4u; r++) {
                 let row = query_row(at, min(row0 + 4u * (t / CHUNK4) + r, last_query(at))) / UNIT;
@@ -109,8 +110,8 @@ fn store_query(x: Queries, d0: u32, thread: u32) {
     }
 }
 
-// Where the rows of K begin that a thread loads, for all chunks of a tile. Vectors of a piece, 4 THREADS_X keys, are those of one
-// row of threads. A vector has four keys THREADS_X apart, so that the columns of P are in the order of the keys.
+// Where the rows of K begin that a thread loads, for all chunks of a tile. A piece is 4 THREADS_X keys, one vector for each thread of a
+// row of the grid. A vector has four keys THREADS_X apart, so that the columns of P are in the order of the keys.
 fn key_rows(at: Sequence, j0: u32, thread: u32) -> KeyRows {
     var rows: KeyRows;
     for (var n = 0u; n < KEY_LOADS; n++) {
@@ -171,12 +172,11 @@ fn store_value(x: Values, thread: u32) {
 }
 
 #if FOLDS
-// A sum of sums loses less than one long sum. So after each FOLD_TILES tiles O is added to what its place in memory has, and begins
-// anew.
+// A sum of sums loses less to rounding than one long sum. So after each FOLD_TILES tiles O is added to the O in memory, and begins at 0.
 struct Folded {
-    // What O in memory shrinks by, of each row.
+    // The factor by which the O in memory of each row has to shrink.
     since: array<vec4f, TR>,
-    // Whether there is one.
+    // Whether memory has an O.
     any: bool,
 }
 
@@ -204,7 +204,7 @@ fn forward(
     let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
 
-    // Not 0, so that a masked score vanishes with a scale of 0 as well.
+    // Never 0, so that the exponential of a masked score vanishes with a scale of 0 too.
     let factor = max(score_factor(), 1.0e-30);
     // MASKED and LOWEST of scores, of which differences times factor are finite.
     let masked = MASKED / max(factor, 1.0);
@@ -259,7 +259,7 @@ fn forward(
             if more {
                 workgroupBarrier();
                 store_key(key_next, thread);
-                // Chunk d1: one of those kept, or the only one there is.
+                // Chunk d1: one of the kept chunks, or the only one.
 #unroll
                 for (var c = 0u; c < KEPT; c++) {
                     if KEPT < CHUNKS || d1 == c * CHUNK {
@@ -352,7 +352,7 @@ fn forward(
 #unroll
             for (var c = 0u; c < PIECES; c++) {
                 for (var e = 0u; e < 4u; e++) {
-                    // The key that the first of a row of threads has.
+                    // The key of the first thread of a row of the grid.
                     let j = (4u * c + e) * THREADS_X;
                     if j / VALUE_KEYS * VALUE_KEYS == v0 {
                         for (var r = 0u; r < TR; r++) {
@@ -363,7 +363,7 @@ fn forward(
             }
             workgroupBarrier();
 #if PACKED
-            // After a tile's last rows, those that the next tile begins with: packed, there are registers for them during S.
+            // After the tile's last rows of V come the first rows of the next tile. Packed rows are few enough registers to be held during S.
             value_next = load_value(at, select(j1, u32(j0) + v0 + VALUE_KEYS, v0 + VALUE_KEYS < KEYS), thread);
 #else
             if v0 + VALUE_KEYS < KEYS {
@@ -391,7 +391,7 @@ fn forward(
                 let start = out_row(at, i);
                 for (var u = 0u; u < TV; u++) {
                     let d = 4u * (u * THREADS_X + tx);
-                    // Other rows are not this workgroup's, or are none.
+                    // Rows from row1 on belong to another launch, or do not exist.
                     if i < row1 {
                         write_out(start, d, HEAD_DIM_V, with_folded(folded, start, d, r / 4u, r % 4u, o[r][u]));
                     }

@@ -30,7 +30,7 @@ var<workgroup> tiles: array<vec4<f16>, 2u * max(PARTS * STEP_SIZE, OWN_SIZE)>;
 // Matrices that one half of a pair sends to the second half. At the end: one matrix of each subgroup, to be read in whole rows.
 var<workgroup> exchange: array<vec4f, PAIRS * max(MATRICES * ACROSS_STEP, 2u) * M * M / 4u>;
 
-// Rows that may have scales of their own: owned ones of the first and of the second tensor, then those of a step.
+// Rows that may have scales of their own: owned rows of the first and the second tensor, then the step's rows of both.
 const SIZED_ROWS = 2u * (OWN + STEP);
 
 // x is for half 0, y for half 1: gives the number of this half.
