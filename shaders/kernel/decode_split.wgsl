@@ -13,7 +13,7 @@
 // - S: KEY_THREADS neighbours share THREAD_KEYS keys. Thread kx takes vectors kx, kx + KEY_THREADS, ... of each key. Subgroup operations or
 //   workgroup memory sum the neighbours' partial dot products. In the softmax each thread has one key, its own.
 // - O: thread (slice, column) has four columns of all rows, and every SLICES-th key. The slices are summed after the last tile.
-// Pipelining: loads of K and V take a whole tile at once and need no barrier.
+// Pipelining: K is loaded a tile ahead. Loads of K and V take a whole tile at once and need no barrier.
 // Needs q, k, v. Gives O, m and l of each share. lse = m + ln l would be rounded at the size of the scores, too coarsely for a weight.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
