@@ -4,7 +4,7 @@
     scripts/draw-tiles.py          writes docs/kernels/*.svg
     scripts/draw-tiles.py --dark   the same in the colours of a dark theme, to look at them
 
-Python's standard library is all it needs. The sizes in the pictures are those of src/tune.rs for GPUs with 48 KiB of workgroup memory.
+Python's standard library is all it needs. The sizes in the pictures are those of src/tune/ for GPUs with 48 KiB of workgroup memory.
 """
 
 import pathlib

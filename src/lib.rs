@@ -42,7 +42,8 @@
 //!
 //! `examples/own_device.rs` is a complete program of this kind, `examples/attend.rs` a command that compares the kernels
 //! with your own framework on a safetensors file, `examples/train.rs` one that trains a small transformer on the device.
-//! [`mod@reference`] has the same mathematics in f64 on the host, in loops one can read.
+//! [`mod@reference`] has the same mathematics on the host, in loops one can read: in f64, and rounded as each element type rounds. It also
+//! says how far a kernel's results may be from that.
 //!
 //! `examples/decode.rs` is a decode loop on a cache of keys and values.
 //!
@@ -109,8 +110,9 @@
 //!
 //! Types that will grow are `#[non_exhaustive]`: they are made by constructors and methods, and their public fields may be read
 //! and set. The modules `facts` (what a device allows), `tune` (tiles by device), `specialize` (how a shader file becomes a module)
-//! and `matrices`, the function `modules` (what a plan would compile) and the choices of tiles in [`PlanOptions`] are public for the crate's
-//! own tests and tools. They are not in these pages and may change in any release.
+//! and `matrices`, the functions `modules` and `merge_module` (what a plan would compile), `Probe` (variants of attention that only tests
+//! plan) and the choices of tiles in [`PlanOptions`] are public for the crate's own tests and tools. They are not in these pages and
+//! may change in any release.
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 

@@ -91,7 +91,7 @@ pub(crate) fn splits(granted: u64, problem: &Problem, tile: DecodeTile) -> u32 {
     all.div_ceil(tiles.saturating_sub(1).max(1)).try_into().unwrap_or(u32::MAX)
 }
 
-/// Iterations of `shaders/naive_*.wgsl` or, of a backward pass, of `shaders/naive_backward_*.wgsl`.
+/// Iterations of `shaders/kernel/naive_*.wgsl` or, of a backward pass, of `shaders/kernel/naive_backward_*.wgsl`.
 pub(crate) fn of_naive(problem: &Problem, backward: bool) -> u64 {
     let s = &problem.shape;
     let forward = nested(s.seqlen_k, 128);

@@ -126,8 +126,8 @@ impl Plan {
         self.forward.workspace_bytes
     }
 
-    /// Bytes of the buffer that [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace) needs: some for each row; more
-    /// for the naive kernel. 0 for a problem without gradients.
+    /// Bytes of the buffer that [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace) needs: some for each row, some
+    /// for each head in f32 and bf16 on cooperative matrices, and more for the naive kernel. 0 for a problem without gradients.
     pub fn backward_workspace_bytes(&self) -> u64 {
         self.backward.as_ref().map_or(0, |schedule| schedule.workspace_bytes)
     }

@@ -16,7 +16,7 @@ use wgpu_flash_attention::matrices::{MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::{Source, Specialization};
 use wgpu_flash_attention::tune::{backward_tiles, decode_tile, fused_tile};
 use wgpu_flash_attention::{
-    ElementType, Error, Kernel, MergeProblem, PlanOptions, PlannedModule, Problem, Shape, Tensor, merge_module,
+    ElementType, Error, Kernel, MergeProblem, PlanOptions, PlannedModule, Probe, Problem, Shape, Tensor, merge_module,
     modules, wgpu,
 };
 
@@ -61,7 +61,13 @@ fn problems() -> Vec<Problem> {
         all.extend(of_scale_0(Problem::new(shape, element_type).with_lse()));
         all
     };
-    shapes().flat_map(of_shape).collect()
+    shapes().flat_map(of_shape).chain(of_probes(Problem::with_lse)).collect()
+}
+
+/// The variants that only tests plan, in each type.
+fn of_probes(and: fn(Problem) -> Problem) -> impl Iterator<Item = Problem> {
+    let of_type = move |ty| Probe::ALL.map(|probe| and(Problem::new(Shape::square(2, 2, 8, 64), ty).with_probe(probe)));
+    TYPES.into_iter().flat_map(of_type)
 }
 
 /// The same with gradients, and what only they have.
@@ -71,7 +77,7 @@ fn problems_with_gradients() -> Vec<Problem> {
         all.extend(of_scale_0(Problem::new(shape, element_type).with_gradients()));
         all
     };
-    shapes().flat_map(of_shape).collect()
+    shapes().flat_map(of_shape).chain(of_probes(Problem::with_gradients)).collect()
 }
 
 /// Line `line` of a module, for a message.

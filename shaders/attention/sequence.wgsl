@@ -5,7 +5,7 @@
 #include "attention/problem.wgsl"
 
 #if LENGTHS_IN_WORDS
-// The numbers of valid queries and keys of each batch entry, as pack_words.wgsl leaves them where both have lengths.
+// The numbers of valid queries and keys of each batch entry, in one buffer. No plan sets this switch.
 @group(0) @binding(19) var<storage, read> words: array<vec2u>;
 #else
 #if SEQLENS_K

@@ -1,4 +1,5 @@
-//! Host side of `shaders/kernel/forward_coop_scaled.wgsl` and `shaders/kernel/coop_ranges.wgsl`.
+//! Host side of `shaders/kernel/forward_coop_scaled.wgsl`, and of `shaders/kernel/coop_sizes.wgsl` and `shaders/kernel/coop_ranges.wgsl`,
+//! which run before the kernels for f32 and bf16, forward and backward.
 
 use super::forward_coop::layout_constants;
 use super::{Access, FORWARD_BINDINGS, Part, Pass, Slot, bindings, switches, switches_of};

@@ -71,6 +71,7 @@ pub(crate) fn backward_switches(problem: &Problem, vector: u32) -> Vec<&'static 
 /// difference of a masked and a real product, would not make the masked one vanish, and a negative one would turn the order around.
 const TINY_SCALE: f32 = 1e-28;
 
+/// What each feature of a problem switches on in a module. A new feature is a line here.
 fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'static str> {
     let aligned = problem.is_aligned(tensors, vector);
     let shaped =
