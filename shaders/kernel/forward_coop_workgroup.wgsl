@@ -10,7 +10,8 @@
 //     O = O / l,  lse = ln 2 (m + log2 l)           m is an exponent of 2
 //
 // Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows. To rescale O, O too has to cross
-//   workgroup memory, so that is done only where a maximum grew much. Loops over matrices are written out (src/specialize.rs): arrays of
+//   workgroup memory, so that is done only where a maximum grew much. Then p of a row's largest score is not 1, and f16 rounds it by half a step at most; l
+//   sums p before it is rounded. Loops over matrices are written out (src/specialize.rs): arrays of
 //   matrices are registers only where indices are constants.
 // Pipelining: the step of a tile multiplies Q with the next tile of K, and loads the tile of K after it and the next tile of V.
 // Needs q, k, v. Gives out and, with LSE, lse.
