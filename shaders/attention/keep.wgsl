@@ -1,7 +1,8 @@
 // Which scores count. Rows i and keys j are positions in the sequence.
+// Needs: sequence.wgsl. Gives: keep, keep4, all_count; key_interval and row_interval for tiles.wgsl.
 
-// Which keys the causal mask, the window and the lengths leave row i, if it is a query: from x to before y. Neither bound falls as i
-// grows.
+// The keys that the causal mask, the window and the lengths leave row i, if it is a query: from x to before y. As i grows, neither bound
+// falls.
 fn key_interval(at: Sequence, i: i32) -> vec2i {
     let diagonal = i + at.keys - at.queries;
     let first = max(0, diagonal - problem.window_left);
@@ -38,7 +39,8 @@ fn keep4(at: Sequence, i: vec4i, j: vec4i) -> vec4<bool> {
     return vec4<bool>(keep(at, i.x, j.x), keep(at, i.y, j.y), keep(at, i.z, j.z), keep(at, i.w, j.w));
 }
 
-// Do all scores of rows i0 .. i1 with keys j0 .. j1 count? Then none of them needs to be asked about. "No" is always right.
+// Do all scores of rows i0 .. i1 with keys j0 .. j1 count? Then keep need not be called for any of them. `false` is
+// always allowed.
 fn all_count(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
 #if PROBE_TILES
     return false;

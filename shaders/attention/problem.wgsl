@@ -1,4 +1,5 @@
 // The problem's run-time numbers; src/kernel/uniform.rs writes the same fields in the same order.
+// Needs: nothing. Gives: Tensor, Problem, problem.
 
 // Element (batch, head, i, d) of a tensor is at base + batch · t.batch + head · t.head + i · t.row + d of its binding. batch, head and
 // i are numbers of the problem, whatever part of it a launch computes: base may be below 0, and the sum wraps.
@@ -19,7 +20,7 @@ struct Problem {
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
-    // The rows of this launch, one after the other, as the workspace has them.
+    // The rows of this launch in the workspace, without gaps.
     rows: Tensor,
     seqlen_q: u32,
     seqlen_k: u32,

@@ -1,7 +1,8 @@
 // What a score is: scale · q·k, then softcap · tanh(score / softcap). Kernels ask with the score's place in the problem.
+// Needs: softmax.wgsl, sequence.wgsl. Gives: scored, scored4, score_unit, score_factor, exponent_bound.
 //
-// Unless SHAPED, a score is a positive factor times the product, and kernels may hold products instead of scores: exponents of 2 are
-// then score_factor() times what they hold, and scores are score_unit() times it. With SHAPED they hold scores.
+// Unless SHAPED, a score is a positive factor times the product q·k, and kernels may hold products instead of scores. Then score_unit()
+// times a product is a score, and score_factor() times a product is an exponent of 2. With SHAPED kernels hold scores.
 
 struct Scored {
     // The score, and d score / d (scale · q·k).
@@ -46,7 +47,7 @@ fn score_factor() -> f32 {
     return score_unit() * LOG2_E;
 }
 
-// What no exponent of 2, score · log2(e), exceeds where no product exceeds `largest`. It is at most 3e37.
+// A bound on exponents of 2, score · log2(e), where no product q·k exceeds `largest`. It is at most 3e37.
 fn exponent_bound(largest: f32) -> f32 {
 #if SOFTCAP
     return problem.softcap * LOG2_E;

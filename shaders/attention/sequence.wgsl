@@ -1,4 +1,6 @@
-// Which sequence a workgroup works on, how long it is, and where its rows lie. With LENGTHS_IN_ROWS needs `rows` of row_stats.wgsl.
+// Which sequence a workgroup works on, how long it is, and where its rows lie.
+// Needs: with LENGTHS_IN_ROWS, `rows` of memory/row_stats.wgsl. Gives: Sequence, sequence, with_head; last_query, last_key; query_row,
+// key_row, value_row, out_row, grad_..._row; lse_row, row_number, range_number; in_order.
 
 #include "attention/problem.wgsl"
 

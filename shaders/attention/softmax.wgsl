@@ -1,4 +1,7 @@
-// Scores are held as they are; exponentials are taken in base 2 of differences times log2(e).
+// Constants and functions of the softmax. Scores are held as they are; exponentials are taken as exp2 of differences times log2(e).
+// Needs: nothing. Gives: LOG2_E, the large numbers that stand for infinity, GROWTH, SMALLEST_FACTOR, LARGEST_EXPONENT, above,
+// exp_difference.
+
 const LOG2_E = 1.4426950408889634;
 // WGSL may assume that infinity does not occur. A masked score is MASKED; a running maximum starts at LOWEST,
 // so far above MASKED that exp2(MASKED - LOWEST) vanishes, and below every score.
@@ -8,9 +11,15 @@ const LOWEST = -1.0e38;
 // masked scores, whose product with the factor is rounded: exp2 of that rounding error, of a number as large as 1e15,
 // may overflow.
 const EMPTY = -1.0e14;
-// Exponents of 2 that are larger than this are rounded before the largest is subtracted in the coop kernel for f32 and bf16.
+// How far the maximum of a row may pass its m, as an exponent of 2, before forward_coop.wgsl and forward_coop_workgroup.wgsl rescale O.
+// So p is at most 2^8; f16 holds p up to 2^16.
+const GROWTH = 8.0;
+// The smallest factor that the coop kernels for the forward pass multiply scores with. A smaller one is replaced by it. The quotient of
+// a masked score and the factor then stays finite.
+const SMALLEST_FACTOR = 1.0e-22;
+// With exponents of 2 larger than this, the coop kernel for f32 and bf16 rounds them before it subtracts the maximum.
 const LARGEST_EXPONENT = 33554432.0;
-// What the backward pass takes for lse where a row sees no key: exp of any score less this vanishes.
+// lse in the backward pass of a row that sees no key: exp of any score less this vanishes.
 const NO_KEYS = 1.0e38;
 
 // A little more than a product that was rounded. The coop kernels take exponents by an fma, whose product is not rounded: less a
@@ -19,6 +28,7 @@ fn above(rounded: f32) -> f32 {
     return fma(abs(rounded), 2.4e-7, rounded);
 }
 
+// exp(x - reference).
 fn exp_difference(x: f32, reference: f32) -> f32 {
     return exp2((x - reference) * LOG2_E);
 }

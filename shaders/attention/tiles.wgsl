@@ -1,20 +1,21 @@
 // Which tiles of keys a block of rows visits, and which tiles of rows a block of keys. A tile is `size` keys or rows, from a multiple
-// of `size` on. Those of which all scores count come first: kernels ask nothing about their scores.
+// of `size` on. The tiles of which all scores count come first: kernels need not ask keep about their scores.
+// Needs: keep.wgsl. Gives: Tiles, key_tiles, row_tiles, tile; Walk, walk_rows, has_tile, next_tile, first_row.
 
 struct Tiles {
     // The first key or row of the tiles from which `before` are counted, and how many there are.
     first: i32,
     size: i32,
     count: i32,
-    // Visited first: so many tiles all of whose scores count. So many others precede them in the sequence, and are visited last.
+    // `full` tiles have only scores that count; they are visited first. `before` tiles precede them in the sequence; they are visited last.
     full: i32,
     before: i32,
 #if PROBE_TILES
-    // Tiles of keys are those that rows other.x .. other.y visit, tiles of rows those of keys other.x .. other.y.
+    // The second side of the scores: tiles of keys are visited by rows other.x .. other.y, tiles of rows by keys other.x .. other.y.
     at: Sequence,
     of_keys: bool,
     other: vec2i,
-    // The tiles between which are visited, and those that lie between full_from and full_to.
+    // How many tiles the interval has; tiles full_from .. full_to of it are full without the probe.
     between: i32,
     full_from: i32,
     full_to: i32,
@@ -31,7 +32,7 @@ fn tile(tiles: Tiles, n: i32) -> i32 {
 #endif
 }
 
-// The tiles between x and y, and those of them that lie between the two numbers of `counting`.
+// The tiles that lie in part between between.x and between.y. Full are those that lie wholly between counting.x and counting.y.
 fn tiles_between(between: vec2i, counting: vec2i, size: u32) -> Tiles {
     var tiles: Tiles;
     tiles.size = i32(size);
@@ -133,7 +134,7 @@ fn probe_tile(tiles: Tiles, n: i32) -> i32 {
 }
 #endif
 
-// A walk over the tiles of rows that read a block of keys, of all query heads that share it: those of a head one after the other.
+// A walk over the tiles of rows that read a block of keys: all tiles of the first query head of the group, then those of the next head.
 struct Walk {
     at: Sequence,
     tiles: Tiles,
@@ -159,7 +160,7 @@ fn next_tile(walk: Walk, j0: i32, j1: i32, size: u32) -> Walk {
     return past_heads_without_tiles(next, j0, j1, size);
 }
 
-// A head may have no tiles. Where all heads have the same ones, none of them has.
+// A head may have no tiles. Without TILES_BY_HEAD all heads of a group have equal tiles; then either all have tiles or none has.
 fn past_heads_without_tiles(walk: Walk, j0: i32, j1: i32, size: u32) -> Walk {
     var x = walk;
 #if TILES_BY_HEAD

@@ -1,12 +1,12 @@
-// The first step of the backward pass (FlashAttention-2, Dao 2023, algorithm 2): for each row the number that all of its
-// score gradients have subtracted, and its lse, side by side.
+// What: first step of the backward pass (FlashAttention-2, Dao 2023, algorithm 2). It writes two numbers of each row, its row_stats.
 //
 //     delta_i = sum over d of dO[i, d] O[i, d], less dlse_i where lse has a gradient of its own
-//     rows_i = (lse_i, delta_i), lse_i being NO_KEYS for a row that sees no key, and a little more where it is huge
+//     row_stats_i = (lse_i, delta_i)                lse_i is NO_KEYS for a row that sees no key, and a little larger where it is huge
 //
-// With LENGTHS, the numbers of valid queries and keys of each batch entry go behind the rows, for the kernels that follow.
-//
-// ROW_THREADS threads share a row. With CLEAR, the gradient of queries is set to 0, for backward_fused_tile.wgsl to add to.
+// Who: ROW_THREADS threads share a row.
+// Pipelining: none.
+// Needs out, lse, dO. Gives row_stats. With LENGTHS the numbers of valid queries and keys of each batch entry follow them, for the kernels
+//   that run later. With CLEAR, dQ is set to 0; backward_fused_tile.wgsl then adds to it.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 

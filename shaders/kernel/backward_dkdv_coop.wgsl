@@ -1,23 +1,25 @@
-// Gradients of K and V on cooperative matrices, f16 products with f32 sums. One workgroup computes KEYS keys of one
-// key-value head; each of its subgroups has KEY_MATRICES · M of them to itself, M being the size of a matrix.
+// What: gradients of K and V on cooperative matrices, with f16 products and f32 sums.
 //
 //     dK = 0, dV = 0
-//     for each query head that reads these keys, for each tile of ROWS rows that may see some of them:
-//         S^T = K Q^T,  dP^T = V dO^T               keys are rows here, so that
-//         P^T = 2^(score(S^T) - lse)                P^T and dS^T become left operands where they lie;
-//         dS^T = P^T (dP^T - delta) score'          lse, in base 2, and delta belong to columns
+//     for each query head of the group, for each tile of ROWS rows that may see some of the keys:
+//         S^T = K Q^T,  dP^T = V dO^T
+//         P^T = 2^(score(S^T) - lse)                lse is an exponent of 2; lse and delta belong to columns
+//         dS^T = P^T (dP^T - delta) score'          score' is d score / d (scale · q·k)
 //         dV = dV + P^T dO,  dK = dK + dS^T Q
 //     dK = scale dK
 //
-// Where registers do not hold all columns of dK and dV, a workgroup computes COLUMNS of each, and S^T and dP^T are
-// computed once for each such block.
+// Who: a workgroup owns KEYS keys of one key-value head. Each of its subgroups has KEY_MATRICES · M of these keys. Keys are rows of the
+//   matrices, so P^T and dS^T become left operands in the lanes that hold them. Where registers do not hold all columns of dK and dV, a
+//   workgroup computes a block of COLUMNS of each; S^T and dP^T are then computed once for each block.
+// Pipelining: with AHEAD, the next tile of Q and dO is loaded into registers while the products of this tile run.
+// Needs q, k, v, dO, row_stats, and access to elements of matrices. Gives dK and dV.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
 #include "matrix/matrices.wgsl"
 #include "memory/elements_f16.wgsl"
 
-// Read only, but as in forward_coop.wgsl loads stay where they are written.
+// read_write, though the inputs are never written: see forward_coop.wgsl.
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
@@ -38,43 +40,43 @@ const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;
 const KEYS = SUBGROUPS * KEY_MATRICES * M;
 // Matrices across the rows of a tile, the head dimension, the values' dimension, and the columns of a block.
-const RM = ROWS / M;
-const DM = (HEAD_DIM + M - 1u) / M;
-const VM = (HEAD_DIM_V + M - 1u) / M;
-const DKM = min(DM, COLUMNS / M);
-const DVM = min(VM, COLUMNS / M);
-const K_BLOCKS = (DM + DKM - 1u) / DKM;
-const V_BLOCKS = (VM + DVM - 1u) / DVM;
+const ACROSS_ROWS = ROWS / M;
+const ACROSS_DIM = (HEAD_DIM + M - 1u) / M;
+const ACROSS_DIM_V = (HEAD_DIM_V + M - 1u) / M;
+const ACROSS_DK_BLOCK = min(ACROSS_DIM, COLUMNS / M);
+const ACROSS_DV_BLOCK = min(ACROSS_DIM_V, COLUMNS / M);
+const K_BLOCKS = (ACROSS_DIM + ACROSS_DK_BLOCK - 1u) / ACROSS_DK_BLOCK;
+const V_BLOCKS = (ACROSS_DIM_V + ACROSS_DV_BLOCK - 1u) / ACROSS_DV_BLOCK;
 const BLOCKS = max(K_BLOCKS, V_BLOCKS);
-// Rows in workgroup memory, whole ones and those of a block: how many times eight elements are there, and how far apart rows
-// are, in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
-const D8 = DM * M / 8u;
-const V8 = VM * M / 8u;
-const DK8 = DKM * M / 8u;
-const DV8 = DVM * M / 8u;
+// Rows in workgroup memory, whole rows (D, V) and rows of a block of columns: ..8 counts their groups of eight elements; ..STRIDE is the
+// distance of rows in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
+const D8 = ACROSS_DIM * M / 8u;
+const V8 = ACROSS_DIM_V * M / 8u;
+const DK8 = ACROSS_DK_BLOCK * M / 8u;
+const DV8 = ACROSS_DV_BLOCK * M / 8u;
 const D_STRIDE = 2u * D8 + 2u;
 const V_STRIDE = 2u * V8 + 2u;
 const DK_STRIDE = 2u * DK8 + 2u;
 const DV_STRIDE = 2u * DV8 + 2u;
-// What each thread moves of a block of K or dK and of V or dV, and of a tile of Q, of dO and of the rows' numbers.
-const DK_MOVES = (KEYS * DK8 + THREADS - 1u) / THREADS;
-const DV_MOVES = (KEYS * DV8 + THREADS - 1u) / THREADS;
-const Q_MOVES = (ROWS * D8 + THREADS - 1u) / THREADS;
-const DO_MOVES = (ROWS * V8 + THREADS - 1u) / THREADS;
-const NUMBER_MOVES = (ROWS + THREADS - 1u) / THREADS;
+// How many loads each thread does of a block of K or dK, of a block of V or dV, and of a tile of Q, of dO and of row_stats.
+const DK_LOADS = (KEYS * DK8 + THREADS - 1u) / THREADS;
+const DV_LOADS = (KEYS * DV8 + THREADS - 1u) / THREADS;
+const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
+const DO_LOADS = (ROWS * V8 + THREADS - 1u) / THREADS;
+const STATS_LOADS = (ROWS + THREADS - 1u) / THREADS;
 
-// V where registers do not hold it, then a tile of Q and one of dO. Before that blocks of K and V on their way to registers,
-// after it dK and dV on their way out.
+// Workgroup memory. In the loop: V, unless registers hold it, then a tile of Q and a tile of dO. Before the loop: blocks of K and V on
+// their way to registers. After the loop: dK and dV on their way to device memory.
 #if HOLD_VALUE
-const Q_PLACE = 0u;
+const Q_AT = 0u;
 #else
-const Q_PLACE = KEYS * V_STRIDE;
+const Q_AT = KEYS * V_STRIDE;
 #endif
-const DO_PLACE = Q_PLACE + ROWS * D_STRIDE;
-const TILES = max(DO_PLACE + ROWS * V_STRIDE, KEYS * max(DK_STRIDE, DV_STRIDE));
+const DO_AT = Q_AT + ROWS * D_STRIDE;
+const TILES = max(DO_AT + ROWS * V_STRIDE, KEYS * max(DK_STRIDE, DV_STRIDE));
 var<workgroup> tiles: array<vec4<f16>, TILES>;
 // lse, in base 2, and delta of the tile's rows.
-var<workgroup> numbers: array<vec2f, ROWS>;
+var<workgroup> step_stats: array<vec2f, ROWS>;
 
 fn store_eight(place: u32, x: Eight) {
     tiles[place] = x.low;
@@ -84,7 +86,7 @@ fn store_eight(place: u32, x: Eight) {
 // A block of columns of K, from column d0 on, and one of V. Past the head dimension they have 0, so that these columns add
 // nothing, whatever Q and dO have there.
 fn store_keys(at: Sequence, key0: u32, d0: u32, last: u32, thread: u32) {
-    for (var n = 0u; n < DK_MOVES; n++) {
+    for (var n = 0u; n < DK_LOADS; n++) {
         let t = thread + n * THREADS;
         let d = d0 + 8u * (t % DK8);
         let x = read_key(key_row(at, min(key0 + t / DK8, last)), d, HEAD_DIM);
@@ -95,7 +97,7 @@ fn store_keys(at: Sequence, key0: u32, d0: u32, last: u32, thread: u32) {
 }
 
 fn store_values(at: Sequence, key0: u32, d0: u32, last: u32, thread: u32) {
-    for (var n = 0u; n < DV_MOVES; n++) {
+    for (var n = 0u; n < DV_LOADS; n++) {
         let t = thread + n * THREADS;
         let d = d0 + 8u * (t % DV8);
         let x = read_value(value_row(at, min(key0 + t / DV8, last)), d, HEAD_DIM_V);
@@ -107,47 +109,47 @@ fn store_values(at: Sequence, key0: u32, d0: u32, last: u32, thread: u32) {
 
 // A tile of rows on its way from device memory to workgroup memory.
 struct Tile {
-    q: array<Eight, Q_MOVES>,
-    grad: array<Eight, DO_MOVES>,
-    numbers: array<vec2f, NUMBER_MOVES>,
+    q: array<Eight, Q_LOADS>,
+    grad: array<Eight, DO_LOADS>,
+    stats: array<vec2f, STATS_LOADS>,
 }
 
 fn load_tile(at: Sequence, i0: u32, thread: u32) -> Tile {
     var x: Tile;
     let last = last_query(at);
-    for (var n = 0u; n < Q_MOVES; n++) {
+    for (var n = 0u; n < Q_LOADS; n++) {
         let t = thread + n * THREADS;
         x.q[n] = read_query(query_row(at, min(i0 + t / D8, last)), 8u * (t % D8), HEAD_DIM);
     }
-    for (var n = 0u; n < DO_MOVES; n++) {
+    for (var n = 0u; n < DO_LOADS; n++) {
         let t = thread + n * THREADS;
         x.grad[n] = read_grad_out(grad_out_row(at, min(i0 + t / V8, last)), 8u * (t % V8), HEAD_DIM_V);
     }
-    for (var n = 0u; n < NUMBER_MOVES; n++) {
-        x.numbers[n] = row_stats(row_number(at, min(i0 + thread + n * THREADS, last)));
+    for (var n = 0u; n < STATS_LOADS; n++) {
+        x.stats[n] = row_stats(row_number(at, min(i0 + thread + n * THREADS, last)));
     }
     return x;
 }
 
 fn store_tile(at: Sequence, x: Tile, i0: u32, thread: u32) {
-    for (var n = 0u; n < Q_MOVES; n++) {
+    for (var n = 0u; n < Q_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < ROWS * D8 {
-            store_eight(Q_PLACE + t / D8 * D_STRIDE + 2u * (t % D8), x.q[n]);
+            store_eight(Q_AT + t / D8 * D_STRIDE + 2u * (t % D8), x.q[n]);
         }
     }
-    for (var n = 0u; n < DO_MOVES; n++) {
+    for (var n = 0u; n < DO_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < ROWS * V8 {
-            store_eight(DO_PLACE + t / V8 * V_STRIDE + 2u * (t % V8), x.grad[n]);
+            store_eight(DO_AT + t / V8 * V_STRIDE + 2u * (t % V8), x.grad[n]);
         }
     }
-    for (var n = 0u; n < NUMBER_MOVES; n++) {
+    for (var n = 0u; n < STATS_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < ROWS {
             // A row past the end is as one without keys.
-            let number = select(x.numbers[n], vec2f(NO_KEYS, 0.0), i0 + t > last_query(at));
-            numbers[t] = vec2f(number.x * LOG2_E, number.y);
+            let stats = select(x.stats[n], vec2f(NO_KEYS, 0.0), i0 + t > last_query(at));
+            step_stats[t] = vec2f(stats.x * LOG2_E, stats.y);
         }
     }
 }
@@ -164,35 +166,35 @@ fn dkdv(
     // The first of the heads that share these keys.
     let of_group = sequence(group.z, group.y * problem.group);
     let key0 = group.x / BLOCKS * KEYS;
-    let mine = subgroup * KEY_MATRICES * M;
+    let own_key = subgroup * KEY_MATRICES * M;
     // The first matrix of columns of dK and of dV.
-    let dk0 = group.x % BLOCKS * DKM;
-    let dv0 = group.x % BLOCKS * DVM;
+    let dk0 = group.x % BLOCKS * ACROSS_DK_BLOCK;
+    let dv0 = group.x % BLOCKS * ACROSS_DV_BLOCK;
     let last = last_key(of_group);
-    // What is held of scores, times this, are exponents of 2.
+    // Held scores times this are exponents of 2.
     let factor = score_factor();
 
-    var k: array<array<Left, K_BLOCKS * DKM>, KEY_MATRICES>;
+    var k: array<array<Left, K_BLOCKS * ACROSS_DK_BLOCK>, KEY_MATRICES>;
     for (var b = 0u; b < K_BLOCKS; b++) {
-        store_keys(of_group, key0, b * DKM * M, last, thread);
+        store_keys(of_group, key0, b * ACROSS_DK_BLOCK * M, last, thread);
         workgroupBarrier();
         for (var r = 0u; r < KEY_MATRICES; r++) {
-            for (var d = 0u; d < DKM; d++) {
-                let place = (mine + r * M) * DK_STRIDE + d * M / 4u;
-                k[r][b * DKM + d] = coopLoadT<Left>(&tiles[place], DK_STRIDE);
+            for (var d = 0u; d < ACROSS_DK_BLOCK; d++) {
+                let place = (own_key + r * M) * DK_STRIDE + d * M / 4u;
+                k[r][b * ACROSS_DK_BLOCK + d] = coopLoadT<Left>(&tiles[place], DK_STRIDE);
             }
         }
         workgroupBarrier();
     }
 #if HOLD_VALUE
-    var v: array<array<Left, V_BLOCKS * DVM>, KEY_MATRICES>;
+    var v: array<array<Left, V_BLOCKS * ACROSS_DV_BLOCK>, KEY_MATRICES>;
     for (var b = 0u; b < V_BLOCKS; b++) {
-        store_values(of_group, key0, b * DVM * M, last, thread);
+        store_values(of_group, key0, b * ACROSS_DV_BLOCK * M, last, thread);
         workgroupBarrier();
         for (var r = 0u; r < KEY_MATRICES; r++) {
-            for (var d = 0u; d < DVM; d++) {
-                let place = (mine + r * M) * DV_STRIDE + d * M / 4u;
-                v[r][b * DVM + d] = coopLoadT<Left>(&tiles[place], DV_STRIDE);
+            for (var d = 0u; d < ACROSS_DV_BLOCK; d++) {
+                let place = (own_key + r * M) * DV_STRIDE + d * M / 4u;
+                v[r][b * ACROSS_DV_BLOCK + d] = coopLoadT<Left>(&tiles[place], DV_STRIDE);
             }
         }
         workgroupBarrier();
@@ -202,13 +204,13 @@ fn dkdv(
     store_values(of_group, key0, 0u, last, thread);
 #endif
 
-    var dk: array<array<Accumulator, DKM>, KEY_MATRICES>;
-    var dv: array<array<Accumulator, DVM>, KEY_MATRICES>;
+    var dk: array<array<Accumulator, ACROSS_DK_BLOCK>, KEY_MATRICES>;
+    var dv: array<array<Accumulator, ACROSS_DV_BLOCK>, KEY_MATRICES>;
     for (var r = 0u; r < KEY_MATRICES; r++) {
-        for (var d = 0u; d < DKM; d++) {
+        for (var d = 0u; d < ACROSS_DK_BLOCK; d++) {
             dk[r][d] = Accumulator();
         }
-        for (var d = 0u; d < DVM; d++) {
+        for (var d = 0u; d < ACROSS_DV_BLOCK; d++) {
             dv[r][d] = Accumulator();
         }
     }
@@ -232,58 +234,58 @@ fn dkdv(
         workgroupBarrier();
         walk = next_tile(walk, i32(key0), i32(key0 + KEYS), ROWS);
 #if AHEAD
-        // After the last tile it is loaded once more, for nothing.
+        // After the last tile this loads a tile that nothing uses.
         next = load_tile(walk.at, u32(first_row(walk)), thread);
 #endif
 
-        // A matrix of rows after the other; not unrolled, which would take more registers.
-        for (var c = 0; c < i32(RM); c++) {
+        // One matrix of rows at a time. The loop is not unrolled: that would take more registers.
+        for (var c = 0; c < i32(ACROSS_ROWS); c++) {
             // S^T = K Q^T,  dP^T = V dO^T
-            let q_place = Q_PLACE + u32(c) * M * D_STRIDE;
-            let grad_place = DO_PLACE + u32(c) * M * V_STRIDE;
+            let q_place = Q_AT + u32(c) * M * D_STRIDE;
+            let grad_place = DO_AT + u32(c) * M * V_STRIDE;
             var s = array<Accumulator, KEY_MATRICES>();
             var dp = array<Accumulator, KEY_MATRICES>();
             for (var r = 0u; r < KEY_MATRICES; r++) {
                 s[r] = Accumulator();
                 dp[r] = Accumulator();
             }
-            for (var d = 0u; d < DM; d++) {
+            for (var d = 0u; d < ACROSS_DIM; d++) {
                 let place = q_place + d * M / 4u;
                 let q = coopLoad<Right>(&tiles[place], D_STRIDE);
                 for (var r = 0u; r < KEY_MATRICES; r++) {
                     s[r] = coopMultiplyAdd(k[r][d], q, s[r]);
                 }
             }
-            for (var d = 0u; d < VM; d++) {
+            for (var d = 0u; d < ACROSS_DIM_V; d++) {
                 let place = grad_place + d * M / 4u;
                 let grad = coopLoad<Right>(&tiles[place], V_STRIDE);
                 for (var r = 0u; r < KEY_MATRICES; r++) {
 #if HOLD_VALUE
                     dp[r] = coopMultiplyAdd(v[r][d], grad, dp[r]);
 #else
-                    let v_place = (mine + r * M) * V_STRIDE + d * M / 4u;
+                    let v_place = (own_key + r * M) * V_STRIDE + d * M / 4u;
                     dp[r] = coopMultiplyAdd(coopLoadT<Left>(&tiles[v_place], V_STRIDE), grad, dp[r]);
 #endif
                 }
             }
 
             // P^T = 2^(score(S^T) - lse),  dS^T = P^T (dP^T - delta) score'
-            var of_column = array<vec2f, LANE_COLUMNS>();
+            var lane_stats = array<vec2f, LANE_COLUMNS>();
             for (var e = 0u; e < ELEMENTS; e++) {
-                of_column[held_column(e)] = numbers[u32(c) * M + column_of(lane, 0u) + column_of(0u, e)];
+                lane_stats[held_column(e)] = step_stats[u32(c) * M + column_of(lane, 0u) + column_of(0u, e)];
             }
             let i = row0 + c * i32(M);
             let full = all_full || all_count(at, i, i + i32(M), i32(key0), i32(key0 + KEYS));
             var p = array<Left, KEY_MATRICES>();
             var ds = array<Left, KEY_MATRICES>();
             for (var r = 0u; r < KEY_MATRICES; r++) {
-                let j = i32(key0 + mine + r * M);
+                let j = i32(key0 + own_key + r * M);
                 let scores = shaped_transposed(elements_of(s[r]), at, i, j, lane);
                 var x = Lane();
                 var y = elements_of(dp[r]);
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    x[e] = fma(scores.score[e], factor, -of_column[held_column(e)].x);
-                    y[e] = (y[e] - of_column[held_column(e)].y) * scores.slope[e];
+                    x[e] = fma(scores.score[e], factor, -lane_stats[held_column(e)].x);
+                    y[e] = (y[e] - lane_stats[held_column(e)].y) * scores.slope[e];
                 }
                 if !full {
                     x = masked_transposed(x, at, i, j, lane, MASKED);
@@ -297,15 +299,15 @@ fn dkdv(
             }
 
             // dV = dV + P^T dO,  dK = dK + dS^T Q
-            for (var d = 0u; d < DVM; d++) {
-                let place = grad_place + min(dv0 + d, VM - 1u) * M / 4u;
+            for (var d = 0u; d < ACROSS_DV_BLOCK; d++) {
+                let place = grad_place + min(dv0 + d, ACROSS_DIM_V - 1u) * M / 4u;
                 let grad = coopLoadT<Right>(&tiles[place], V_STRIDE);
                 for (var r = 0u; r < KEY_MATRICES; r++) {
                     dv[r][d] = coopMultiplyAdd(p[r], grad, dv[r][d]);
                 }
             }
-            for (var d = 0u; d < DKM; d++) {
-                let place = q_place + min(dk0 + d, DM - 1u) * M / 4u;
+            for (var d = 0u; d < ACROSS_DK_BLOCK; d++) {
+                let place = q_place + min(dk0 + d, ACROSS_DIM - 1u) * M / 4u;
                 let q = coopLoadT<Right>(&tiles[place], D_STRIDE);
                 for (var r = 0u; r < KEY_MATRICES; r++) {
                     dk[r][d] = coopMultiplyAdd(ds[r], q, dk[r][d]);
@@ -317,17 +319,17 @@ fn dkdv(
     // To workgroup memory, then out in whole rows
     workgroupBarrier();
     for (var r = 0u; r < KEY_MATRICES; r++) {
-        for (var d = 0u; d < DKM; d++) {
+        for (var d = 0u; d < ACROSS_DK_BLOCK; d++) {
             let y = elements_of(dk[r][d]);
             for (var e = 0u; e < ELEMENTS; e++) {
-                let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
+                let row = own_key + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
                 tiles[row * DK_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
             }
         }
     }
     workgroupBarrier();
-    for (var n = 0u; n < DK_MOVES; n++) {
+    for (var n = 0u; n < DK_LOADS; n++) {
         let t = thread + n * THREADS;
         let j = key0 + t / DK8;
         let d = dk0 * M + 8u * (t % DK8);
@@ -338,17 +340,17 @@ fn dkdv(
     }
     workgroupBarrier();
     for (var r = 0u; r < KEY_MATRICES; r++) {
-        for (var d = 0u; d < DVM; d++) {
+        for (var d = 0u; d < ACROSS_DV_BLOCK; d++) {
             let y = elements_of(dv[r][d]);
             for (var e = 0u; e < ELEMENTS; e++) {
-                let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
+                let row = own_key + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
                 tiles[row * DV_STRIDE + column / 4u][column % 4u] = f16(y[e]);
             }
         }
     }
     workgroupBarrier();
-    for (var n = 0u; n < DV_MOVES; n++) {
+    for (var n = 0u; n < DV_LOADS; n++) {
         let t = thread + n * THREADS;
         let j = key0 + t / DV8;
         let d = dv0 * M + 8u * (t % DV8);

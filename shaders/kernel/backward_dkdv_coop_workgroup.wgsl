@@ -1,22 +1,20 @@
-// Gradients of K and V on cooperative matrices where WGSL is all there is: the algorithm of backward_dkdv_coop.wgsl,
-// with scores and their gradients that cross workgroup memory on their way from matrices to numbers and back. One
-// workgroup computes KEYS keys of one key-value head; each of its subgroups has KEY_MATRICES · M of them to itself, M
-// being the size of a matrix.
+// What: gradients of K and V on cooperative matrices for devices without access to elements of matrices. S^T, dP^T, P^T and dS^T cross
+//   workgroup memory on the way from matrices to numbers and back.
 //
 //     dK = 0, dV = 0
-//     for each query head that reads these keys, for each tile of ROWS rows that may see some of them:
+//     for each query head of the group, for each tile of ROWS rows that may see some of the keys:
 //         S^T = K Q^T,  dP^T = V dO^T               to workgroup memory, f32
-//         P^T = 2^(score(S^T) - lse)                f16, back to workgroup memory as left operands;
-//         dS^T = P^T (dP^T - delta) score'          lse, in base 2, and delta belong to columns
+//         P^T = 2^(score(S^T) - lse)                f16, to workgroup memory as left operands
+//         dS^T = P^T (dP^T - delta) score'          likewise; lse, an exponent of 2, and delta belong to columns
 //         dV = dV + P^T dO,  dK = dK + dS^T Q
 //     dK = scale dK
 //
-// dK and dV stay in registers for the whole loop: nothing rescales them. There are two tiles of Q and dO in workgroup
-// memory, so that a step has two barriers.
-//
-// Where registers do not hold all columns of dK and dV, a workgroup computes COLUMNS of each, and S^T and dP^T are
-// computed once for each such block. Loops over matrices are written out (src/specialize.rs): arrays of matrices are
-// registers only where indices are constants.
+// Who: a workgroup owns KEYS keys of one key-value head. Each of its subgroups has KEY_MATRICES · M of these keys. dK and dV stay in
+//   registers for the whole loop: nothing rescales them. Where registers do not hold all columns, a workgroup computes a block of COLUMNS
+//   of each; S^T and dP^T are then computed once for each block. Loops over matrices are written out (src/specialize.rs): arrays of
+//   matrices are registers only where indices are constants.
+// Pipelining: workgroup memory has two tiles of Q and dO: one is filled while the products of the other run. A step has two barriers.
+// Needs q, k, v, dO, row_stats. Gives dK and dV.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
@@ -32,8 +30,8 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
 
 const KEYS = SUBGROUPS * KEY_MATRICES * M;
-const BLOCKS = max((DM + DBM - 1u) / DBM, (VM + VBM - 1u) / VBM);
-// In workgroup memory S^T and dP^T, P^T and dS^T: the second ones begin here.
+const BLOCKS = max((ACROSS_DIM + ACROSS_DIM_BLOCK - 1u) / ACROSS_DIM_BLOCK, (ACROSS_DIM_V + ACROSS_DIM_V_BLOCK - 1u) / ACROSS_DIM_V_BLOCK);
+// In f32 blocks: S^T, then dP^T from block SECOND on. In f16 blocks: P^T, then dS^T from block SECOND on.
 const SECOND = SUBGROUPS * KEY_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = 2u * SECOND;
@@ -54,14 +52,14 @@ const BUFFERS = 2u;
 const TILES = BUFFERS * (D_SIZE + V_SIZE);
 var<workgroup> tiles: array<Halves, TILES>;
 // lse, in base 2, and delta of the tiles' rows.
-var<workgroup> numbers: array<vec2f, BUFFERS * ROWS>;
-const NUMBER_LOADS = (ROWS + THREADS - 1u) / THREADS;
+var<workgroup> step_stats: array<vec2f, BUFFERS * ROWS>;
+const STATS_LOADS = (ROWS + THREADS - 1u) / THREADS;
 
 // A tile of rows on its way from device memory to workgroup memory.
 struct Tile {
     q: array<Eight, D_LOADS>,
     grad: array<Eight, V_LOADS>,
-    numbers: array<vec2f, NUMBER_LOADS>,
+    stats: array<vec2f, STATS_LOADS>,
 }
 
 fn load_tile(at: Sequence, i0: u32, thread: u32) -> Tile {
@@ -69,8 +67,8 @@ fn load_tile(at: Sequence, i0: u32, thread: u32) -> Tile {
     let last = last_query(at);
     x.q = load_query(at, i0, last, thread);
     x.grad = load_grad_out(at, i0, last, thread);
-    for (var n = 0u; n < NUMBER_LOADS; n++) {
-        x.numbers[n] = row_stats(row_number(at, min(i0 + thread + n * THREADS, last)));
+    for (var n = 0u; n < STATS_LOADS; n++) {
+        x.stats[n] = row_stats(row_number(at, min(i0 + thread + n * THREADS, last)));
     }
     return x;
 }
@@ -78,12 +76,12 @@ fn load_tile(at: Sequence, i0: u32, thread: u32) -> Tile {
 fn store_tile(at: Sequence, x: Tile, i0: u32, buffer: u32, thread: u32) {
     store_query(x.q, buffer, thread);
     store_grad_out(x.grad, buffer, thread);
-    for (var n = 0u; n < NUMBER_LOADS; n++) {
+    for (var n = 0u; n < STATS_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < ROWS {
             // A row past the end is as one without keys.
-            let number = select(x.numbers[n], vec2f(NO_KEYS, 0.0), i0 + t > last_query(at));
-            numbers[buffer * ROWS + t] = vec2f(number.x * LOG2_E, number.y);
+            let stats = select(x.stats[n], vec2f(NO_KEYS, 0.0), i0 + t > last_query(at));
+            step_stats[buffer * ROWS + t] = vec2f(stats.x * LOG2_E, stats.y);
         }
     }
 }
@@ -101,52 +99,52 @@ fn dkdv(
     let of_group = sequence(group.z, group.y * problem.group);
     let key0 = group.x / BLOCKS * KEYS;
     // The first row of matrices of this subgroup.
-    let mine = subgroup * KEY_MATRICES;
+    let own_block = subgroup * KEY_MATRICES;
     // The first matrix of columns of dK and of dV.
-    let dk0 = group.x % BLOCKS * DBM;
-    let dv0 = group.x % BLOCKS * VBM;
+    let dk0 = group.x % BLOCKS * ACROSS_DIM_BLOCK;
+    let dv0 = group.x % BLOCKS * ACROSS_DIM_V_BLOCK;
     let last = last_key(of_group);
-    // What is held of scores, times this, are exponents of 2.
+    // Held scores times this are exponents of 2.
     let factor = score_factor();
 
-    var k: array<array<Left, DM>, KEY_MATRICES>;
+    var k: array<array<Left, ACROSS_DIM>, KEY_MATRICES>;
 #unroll
-    for (var d = 0u; d < DM; d++) {
+    for (var d = 0u; d < ACROSS_DIM; d++) {
         put_key(of_group, key0, last, d * M, thread);
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < KEY_MATRICES; r++) {
-            k[r][d] = get_left(mine + r, 0u);
+            k[r][d] = get_left(own_block + r, 0u);
         }
         workgroupBarrier();
     }
-    var v: array<array<Left, VM>, KEY_MATRICES>;
+    var v: array<array<Left, ACROSS_DIM_V>, KEY_MATRICES>;
 #unroll
-    for (var d = 0u; d < VM; d++) {
+    for (var d = 0u; d < ACROSS_DIM_V; d++) {
         put_value(of_group, key0, last, d * M, thread);
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < KEY_MATRICES; r++) {
-            v[r][d] = get_left(mine + r, 0u);
+            v[r][d] = get_left(own_block + r, 0u);
         }
         workgroupBarrier();
     }
 
-    var dk: array<array<Accumulator, DBM>, KEY_MATRICES>;
-    var dv: array<array<Accumulator, VBM>, KEY_MATRICES>;
+    var dk: array<array<Accumulator, ACROSS_DIM_BLOCK>, KEY_MATRICES>;
+    var dv: array<array<Accumulator, ACROSS_DIM_V_BLOCK>, KEY_MATRICES>;
 #unroll
     for (var r = 0u; r < KEY_MATRICES; r++) {
 #unroll
-        for (var d = 0u; d < DBM; d++) {
+        for (var d = 0u; d < ACROSS_DIM_BLOCK; d++) {
             dk[r][d] = Accumulator();
         }
 #unroll
-        for (var d = 0u; d < VBM; d++) {
+        for (var d = 0u; d < ACROSS_DIM_V_BLOCK; d++) {
             dv[r][d] = Accumulator();
         }
     }
 
-    // Past the last tile the walk `ahead` stands at no tile, and what is loaded is the last one again.
+    // `ahead` is one tile ahead of `walk`. After the last tile it stands at no tile; then the last tile is loaded again.
     var walk = walk_rows(of_group, i32(key0), i32(key0 + KEYS), ROWS);
     var ahead = next_tile(walk, i32(key0), i32(key0 + KEYS), ROWS);
     var next: Tile;
@@ -164,7 +162,7 @@ fn dkdv(
         let grad_place = BUFFERS * D_SIZE + buffer * V_SIZE;
 
         // S^T = K Q^T,  dP^T = V dO^T. No array of matrices has c for an index: this loop need not be written out.
-        for (var c = 0u; c < CM; c++) {
+        for (var c = 0u; c < ACROSS_STEP; c++) {
             var s = array<Accumulator, KEY_MATRICES>();
             var dp = array<Accumulator, KEY_MATRICES>();
 #unroll
@@ -173,7 +171,7 @@ fn dkdv(
                 dp[r] = Accumulator();
             }
 #unroll
-            for (var d = 0u; d < DM; d++) {
+            for (var d = 0u; d < ACROSS_DIM; d++) {
                 let place = q_place + c * M * D_STRIDE + d * M / WIDTH;
                 let q = coopLoad<Right>(&tiles[place], D_STRIDE);
 #unroll
@@ -182,7 +180,7 @@ fn dkdv(
                 }
             }
 #unroll
-            for (var d = 0u; d < VM; d++) {
+            for (var d = 0u; d < ACROSS_DIM_V; d++) {
                 let place = grad_place + c * M * V_STRIDE + d * M / WIDTH;
                 let grad = coopLoad<Right>(&tiles[place], V_STRIDE);
 #unroll
@@ -192,25 +190,25 @@ fn dkdv(
             }
 #unroll
             for (var r = 0u; r < KEY_MATRICES; r++) {
-                put_accumulator(s[r], mine + r, c);
-                put_accumulator(dp[r], SECOND + mine + r, c);
+                put_accumulator(s[r], own_block + r, c);
+                put_accumulator(dp[r], SECOND + own_block + r, c);
             }
         }
         workgroupBarrier();
 
         // P^T = 2^(score(S^T) - lse),  dS^T = P^T (dP^T - delta) score'
         let i0 = first_row(walk);
-        for (var c = 0u; c < CM; c++) {
+        for (var c = 0u; c < ACROSS_STEP; c++) {
             for (var r = 0u; r < KEY_MATRICES; r++) {
                 let i = i0 + i32(c * M);
-                let j = i32(key0 + (mine + r) * M);
-                let scores = shaped_transposed(get_elements(mine + r, c, lane), at, i, j, lane);
+                let j = i32(key0 + (own_block + r) * M);
+                let scores = shaped_transposed(get_elements(own_block + r, c, lane), at, i, j, lane);
                 var x = Lane();
-                var y = get_elements(SECOND + mine + r, c, lane);
+                var y = get_elements(SECOND + own_block + r, c, lane);
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    let number = numbers[buffer * ROWS + c * M + column_of(lane, 0u) + column_of(0u, e)];
-                    x[e] = fma(scores.score[e], factor, -number.x);
-                    y[e] = (y[e] - number.y) * scores.slope[e];
+                    let stats = step_stats[buffer * ROWS + c * M + column_of(lane, 0u) + column_of(0u, e)];
+                    x[e] = fma(scores.score[e], factor, -stats.x);
+                    y[e] = (y[e] - stats.y) * scores.slope[e];
                 }
                 if walk.n >= walk.tiles.full {
                     x = masked_transposed(x, at, i, j, lane, MASKED);
@@ -219,8 +217,8 @@ fn dkdv(
                     x[e] = exp2(x[e]);
                     y[e] *= x[e];
                 }
-                put_elements(x, mine + r, c, lane);
-                put_elements(y, SECOND + mine + r, c, lane);
+                put_elements(x, own_block + r, c, lane);
+                put_elements(y, SECOND + own_block + r, c, lane);
             }
         }
 #if !AHEAD
@@ -230,17 +228,17 @@ fn dkdv(
         workgroupBarrier();
 
         // dV = dV + P^T dO,  dK = dK + dS^T Q
-        for (var c = 0u; c < CM; c++) {
+        for (var c = 0u; c < ACROSS_STEP; c++) {
             var p = array<Left, KEY_MATRICES>();
             var ds = array<Left, KEY_MATRICES>();
 #unroll
             for (var r = 0u; r < KEY_MATRICES; r++) {
-                p[r] = get_left(mine + r, c);
-                ds[r] = get_left(SECOND + mine + r, c);
+                p[r] = get_left(own_block + r, c);
+                ds[r] = get_left(SECOND + own_block + r, c);
             }
 #unroll
-            for (var d = 0u; d < VBM; d++) {
-                let place = grad_place + c * M * V_STRIDE + min(dv0 + d, VM - 1u) * M / WIDTH;
+            for (var d = 0u; d < ACROSS_DIM_V_BLOCK; d++) {
+                let place = grad_place + c * M * V_STRIDE + min(dv0 + d, ACROSS_DIM_V - 1u) * M / WIDTH;
                 let grad = coopLoadT<Right>(&tiles[place], V_STRIDE);
 #unroll
                 for (var r = 0u; r < KEY_MATRICES; r++) {
@@ -248,8 +246,8 @@ fn dkdv(
                 }
             }
 #unroll
-            for (var d = 0u; d < DBM; d++) {
-                let place = q_place + c * M * D_STRIDE + min(dk0 + d, DM - 1u) * M / WIDTH;
+            for (var d = 0u; d < ACROSS_DIM_BLOCK; d++) {
+                let place = q_place + c * M * D_STRIDE + min(dk0 + d, ACROSS_DIM - 1u) * M / WIDTH;
                 let q = coopLoadT<Right>(&tiles[place], D_STRIDE);
 #unroll
                 for (var r = 0u; r < KEY_MATRICES; r++) {
@@ -269,21 +267,21 @@ fn dkdv(
 
     // To workgroup memory a matrix of columns at a time, then out
 #unroll
-    for (var d = 0u; d < DBM; d++) {
+    for (var d = 0u; d < ACROSS_DIM_BLOCK; d++) {
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < KEY_MATRICES; r++) {
-            put_accumulator(dk[r][d], mine + r, 0u);
+            put_accumulator(dk[r][d], own_block + r, 0u);
         }
         workgroupBarrier();
         write_columns_grad_key(of_group, key0, problem.seqlen_k, (dk0 + d) * M, problem.scale, thread);
     }
 #unroll
-    for (var d = 0u; d < VBM; d++) {
+    for (var d = 0u; d < ACROSS_DIM_V_BLOCK; d++) {
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < KEY_MATRICES; r++) {
-            put_accumulator(dv[r][d], mine + r, 0u);
+            put_accumulator(dv[r][d], own_block + r, 0u);
         }
         workgroupBarrier();
         write_columns_grad_value(of_group, key0, problem.seqlen_k, (dv0 + d) * M, 1.0, thread);

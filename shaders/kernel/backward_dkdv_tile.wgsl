@@ -1,15 +1,18 @@
-// Gradients of keys and values, in tiles (FlashAttention-2, Dao 2023, algorithm 2, whose outer loop this is). One workgroup
-// owns OWN keys of one key-value head and walks over the rows that may see them, STEP at a time, of every query head
-// that shares them. Scores are recomputed from q, k and lse, and never leave the chip; nothing is added up by atomics.
+// What: gradients of K and V in tiles (FlashAttention-2, Dao 2023, algorithm 2). Scores are recomputed from q, k and lse, and never leave
+//   the chip. There are no atomics.
 //
 //     dK = 0, dV = 0
-//     for each query head of the group, for each tile of rows that may see some key:
+//     for each query head of the group, for each tile of STEP rows that may see some key:
 //         S^T = score(K Q^T)                        OWN x STEP
 //         P^T = exp(S^T - lse)
 //         dP^T = V dO^T
-//         dS^T = P^T (dP^T - delta) score'
+//         dS^T = P^T (dP^T - delta) score'          score' is d score / d (scale · q·k)
 //         dV = dV + P^T dO                          OWN x HEAD_DIM_V
 //         dK = dK + dS^T Q                          OWN x HEAD_DIM
+//
+// Who: a workgroup owns OWN keys of one key-value head. tile/products.wgsl says what each thread holds.
+// Pipelining: while one product runs, the next chunk of its operands is loaded into registers.
+// Needs q, k, v, dO, row_stats. Gives dK and dV.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 #include "tile/threads.wgsl"
@@ -108,15 +111,15 @@ fn dkdv(
             // P^T and dS^T, 0 where a row does not see a key
             for (var c = 0u; c < TC; c++) {
                 let i = i0 + tx * TC + c;
-                var row = row_stats(row_number(at, min(i, last_row)));
-                row.x = select(row.x, NO_KEYS, i > last_row);
+                var stats = row_stats(row_number(at, min(i, last_row)));
+                stats.x = select(stats.x, NO_KEYS, i > last_row);
                 for (var r = 0u; r < TR; r++) {
                     let j = i32(j0 + r * THREADS_Y + ty);
                     let x = scored(s[r][c / 4u][c % 4u], at, i32(i), j);
                     let seen = t < visited.full || keep(at, i32(i), j);
-                    let p = select(0.0, exp_difference(x.score, row.x), seen);
+                    let p = select(0.0, exp_difference(x.score, stats.x), seen);
                     s[r][c / 4u][c % 4u] = p;
-                    ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - row.y) * x.slope;
+                    ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - stats.y) * x.slope;
                 }
             }
 

@@ -1,23 +1,24 @@
-// Gradient of Q on cooperative matrices, f16 products with f32 sums. One workgroup computes ROWS rows of one head; each of
-// its subgroups has ROW_MATRICES · M of them to itself, M being the size of a matrix.
+// What: gradient of Q on cooperative matrices, with f16 products and f32 sums.
 //
 //     dQ = 0
 //     for each tile of KEYS keys that some row may see:
 //         S = Q K^T,  dP = dO V^T
-//         P = 2^(score(S) - lse)                    lse in base 2
-//         dS = P (dP - delta) score'                an f16 left operand, made from dP where it lies
+//         P = 2^(score(S) - lse)                    lse is an exponent of 2
+//         dS = P (dP - delta) score'                f16 left operand, made in the lanes that hold dP
 //         dQ = dQ + dS K
 //     dQ = scale dQ
 //
-// Where registers do not hold all columns of dQ, a workgroup computes COLUMNS of it, and S and dP are computed once for each
-// such block.
+// Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows. Where registers do not hold all
+//   columns of dQ, a workgroup computes a block of COLUMNS of it; S and dP are then computed once for each block.
+// Pipelining: with AHEAD, the next tile of K and V is loaded into registers while the products of this tile run.
+// Needs q, k, v, dO, row_stats, and access to elements of matrices. Gives dQ.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
 #include "matrix/matrices.wgsl"
 #include "memory/elements_f16.wgsl"
 
-// Read only, but as in forward_coop.wgsl loads stay where they are written.
+// read_write, though the inputs are never written: see forward_coop.wgsl.
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
@@ -36,32 +37,33 @@ const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
 // Matrices across the keys of a tile, the head dimension, the values' dimension, and the columns of a block.
-const KM = KEYS / M;
-const DM = (HEAD_DIM + M - 1u) / M;
-const VM = (HEAD_DIM_V + M - 1u) / M;
-const DQM = min(DM, COLUMNS / M);
-const DOM = min(VM, COLUMNS / M);
-const BLOCKS = (DM + DQM - 1u) / DQM;
-const DO_BLOCKS = (VM + DOM - 1u) / DOM;
-// Rows in workgroup memory, whole ones and those of a block: how many times eight elements are there, and how far apart rows
-// are, in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
-const D8 = DM * M / 8u;
-const V8 = VM * M / 8u;
-const DQ8 = DQM * M / 8u;
-const DO8 = DOM * M / 8u;
+const ACROSS_KEYS = KEYS / M;
+const ACROSS_DIM = (HEAD_DIM + M - 1u) / M;
+const ACROSS_DIM_V = (HEAD_DIM_V + M - 1u) / M;
+const ACROSS_DQ_BLOCK = min(ACROSS_DIM, COLUMNS / M);
+const ACROSS_DO_BLOCK = min(ACROSS_DIM_V, COLUMNS / M);
+const BLOCKS = (ACROSS_DIM + ACROSS_DQ_BLOCK - 1u) / ACROSS_DQ_BLOCK;
+const DO_BLOCKS = (ACROSS_DIM_V + ACROSS_DO_BLOCK - 1u) / ACROSS_DO_BLOCK;
+// Rows in workgroup memory, whole rows (D, V) and rows of a block of columns: ..8 counts their groups of eight elements; ..STRIDE is the
+// distance of rows in vectors of four. The two vectors between rows keep the rows of a matrix on different banks.
+const D8 = ACROSS_DIM * M / 8u;
+const V8 = ACROSS_DIM_V * M / 8u;
+const DQ8 = ACROSS_DQ_BLOCK * M / 8u;
+const DO8 = ACROSS_DO_BLOCK * M / 8u;
 const D_STRIDE = 2u * D8 + 2u;
 const V_STRIDE = 2u * V8 + 2u;
 const DQ_STRIDE = 2u * DQ8 + 2u;
 const DO_STRIDE = 2u * DO8 + 2u;
-// What each thread moves of a block of Q or dQ and of dO, and of a tile of K and of V.
-const DQ_MOVES = (ROWS * DQ8 + THREADS - 1u) / THREADS;
-const DO_MOVES = (ROWS * DO8 + THREADS - 1u) / THREADS;
-const K_MOVES = (KEYS * D8 + THREADS - 1u) / THREADS;
-const V_MOVES = (KEYS * V8 + THREADS - 1u) / THREADS;
+// How many loads each thread does of a block of Q or dQ, of a block of dO, and of a tile of K and of V.
+const DQ_LOADS = (ROWS * DQ8 + THREADS - 1u) / THREADS;
+const DO_LOADS = (ROWS * DO8 + THREADS - 1u) / THREADS;
+const K_LOADS = (KEYS * D8 + THREADS - 1u) / THREADS;
+const V_LOADS = (KEYS * V8 + THREADS - 1u) / THREADS;
 
-// A tile of K and one of V. Before that blocks of Q and dO on their way to registers, after it dQ on its way out.
-const V_PLACE = KEYS * D_STRIDE;
-const TILES = max(V_PLACE + KEYS * V_STRIDE, ROWS * max(DQ_STRIDE, DO_STRIDE));
+// Workgroup memory. In the loop: a tile of K and a tile of V. Before the loop: blocks of Q and dO on their way to registers. After the
+// loop: dQ on its way to device memory.
+const V_AT = KEYS * D_STRIDE;
+const TILES = max(V_AT + KEYS * V_STRIDE, ROWS * max(DQ_STRIDE, DO_STRIDE));
 var<workgroup> tiles: array<vec4<f16>, TILES>;
 
 fn store_eight(place: u32, x: Eight) {
@@ -72,7 +74,7 @@ fn store_eight(place: u32, x: Eight) {
 // A block of columns of Q, from column d0 on, and one of dO. Past the head dimension they have 0, so that these columns add
 // nothing, whatever K and V have there.
 fn store_queries(at: Sequence, row0: u32, last_row: u32, d0: u32, thread: u32) {
-    for (var n = 0u; n < DQ_MOVES; n++) {
+    for (var n = 0u; n < DQ_LOADS; n++) {
         let t = thread + n * THREADS;
         let d = d0 + 8u * (t % DQ8);
         let i = min(row0 + t / DQ8, last_row);
@@ -84,7 +86,7 @@ fn store_queries(at: Sequence, row0: u32, last_row: u32, d0: u32, thread: u32) {
 }
 
 fn store_grads(at: Sequence, row0: u32, last_row: u32, d0: u32, thread: u32) {
-    for (var n = 0u; n < DO_MOVES; n++) {
+    for (var n = 0u; n < DO_LOADS; n++) {
         let t = thread + n * THREADS;
         let d = d0 + 8u * (t % DO8);
         let i = min(row0 + t / DO8, last_row);
@@ -97,17 +99,17 @@ fn store_grads(at: Sequence, row0: u32, last_row: u32, d0: u32, thread: u32) {
 
 // A tile of keys on its way from device memory to workgroup memory.
 struct Tile {
-    k: array<Eight, K_MOVES>,
-    v: array<Eight, V_MOVES>,
+    k: array<Eight, K_LOADS>,
+    v: array<Eight, V_LOADS>,
 }
 
 fn load_tile(at: Sequence, j0: u32, last: u32, thread: u32) -> Tile {
     var x: Tile;
-    for (var n = 0u; n < K_MOVES; n++) {
+    for (var n = 0u; n < K_LOADS; n++) {
         let t = thread + n * THREADS;
         x.k[n] = read_key(key_row(at, min(j0 + t / D8, last)), 8u * (t % D8), HEAD_DIM);
     }
-    for (var n = 0u; n < V_MOVES; n++) {
+    for (var n = 0u; n < V_LOADS; n++) {
         let t = thread + n * THREADS;
         x.v[n] = read_value(value_row(at, min(j0 + t / V8, last)), 8u * (t % V8), HEAD_DIM_V);
     }
@@ -115,16 +117,16 @@ fn load_tile(at: Sequence, j0: u32, last: u32, thread: u32) -> Tile {
 }
 
 fn store_tile(x: Tile, thread: u32) {
-    for (var n = 0u; n < K_MOVES; n++) {
+    for (var n = 0u; n < K_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < KEYS * D8 {
             store_eight(t / D8 * D_STRIDE + 2u * (t % D8), x.k[n]);
         }
     }
-    for (var n = 0u; n < V_MOVES; n++) {
+    for (var n = 0u; n < V_LOADS; n++) {
         let t = thread + n * THREADS;
         if t < KEYS * V8 {
-            store_eight(V_PLACE + t / V8 * V_STRIDE + 2u * (t % V8), x.v[n]);
+            store_eight(V_AT + t / V8 * V_STRIDE + 2u * (t % V8), x.v[n]);
         }
     }
 }
@@ -143,48 +145,48 @@ fn dq(
     let row0 = (workgroups.x - 1u - group.x) / BLOCKS * ROWS;
     let row1 = min(row0 + ROWS, problem.seqlen_q);
     let last_row = last_query(at);
-    let mine = subgroup * ROW_MATRICES * M;
+    let own_row = subgroup * ROW_MATRICES * M;
     // The first matrix of columns of dQ.
-    let dq0 = group.x % BLOCKS * DQM;
-    // What is held of scores, times this, are exponents of 2.
+    let dq0 = group.x % BLOCKS * ACROSS_DQ_BLOCK;
+    // Held scores times this are exponents of 2.
     let factor = score_factor();
 
-    var q: array<array<Left, BLOCKS * DQM>, ROW_MATRICES>;
+    var q: array<array<Left, BLOCKS * ACROSS_DQ_BLOCK>, ROW_MATRICES>;
     for (var b = 0u; b < BLOCKS; b++) {
-        store_queries(at, row0, last_row, b * DQM * M, thread);
+        store_queries(at, row0, last_row, b * ACROSS_DQ_BLOCK * M, thread);
         workgroupBarrier();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var d = 0u; d < DQM; d++) {
-                let place = (mine + r * M) * DQ_STRIDE + d * M / 4u;
-                q[r][b * DQM + d] = coopLoadT<Left>(&tiles[place], DQ_STRIDE);
+            for (var d = 0u; d < ACROSS_DQ_BLOCK; d++) {
+                let place = (own_row + r * M) * DQ_STRIDE + d * M / 4u;
+                q[r][b * ACROSS_DQ_BLOCK + d] = coopLoadT<Left>(&tiles[place], DQ_STRIDE);
             }
         }
         workgroupBarrier();
     }
-    var grad: array<array<Left, DO_BLOCKS * DOM>, ROW_MATRICES>;
+    var grad: array<array<Left, DO_BLOCKS * ACROSS_DO_BLOCK>, ROW_MATRICES>;
     for (var b = 0u; b < DO_BLOCKS; b++) {
-        store_grads(at, row0, last_row, b * DOM * M, thread);
+        store_grads(at, row0, last_row, b * ACROSS_DO_BLOCK * M, thread);
         workgroupBarrier();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var d = 0u; d < DOM; d++) {
-                let place = (mine + r * M) * DO_STRIDE + d * M / 4u;
-                grad[r][b * DOM + d] = coopLoadT<Left>(&tiles[place], DO_STRIDE);
+            for (var d = 0u; d < ACROSS_DO_BLOCK; d++) {
+                let place = (own_row + r * M) * DO_STRIDE + d * M / 4u;
+                grad[r][b * ACROSS_DO_BLOCK + d] = coopLoadT<Left>(&tiles[place], DO_STRIDE);
             }
         }
         workgroupBarrier();
     }
 
-    var dq: array<array<Accumulator, DQM>, ROW_MATRICES>;
+    var dq: array<array<Accumulator, ACROSS_DQ_BLOCK>, ROW_MATRICES>;
     // lse, in base 2, and delta of the rows that the lane holds.
-    var of_row: array<array<vec2f, LANE_ROWS>, ROW_MATRICES>;
+    var lane_stats: array<array<vec2f, LANE_ROWS>, ROW_MATRICES>;
     for (var r = 0u; r < ROW_MATRICES; r++) {
-        for (var d = 0u; d < DQM; d++) {
+        for (var d = 0u; d < ACROSS_DQ_BLOCK; d++) {
             dq[r][d] = Accumulator();
         }
         for (var e = 0u; e < ELEMENTS; e++) {
-            let i = min(row0 + mine + r * M + row_of(lane, e), last_row);
-            let number = row_stats(row_number(at, i));
-            of_row[r][held_row(e)] = vec2f(number.x * LOG2_E, number.y);
+            let i = min(row0 + own_row + r * M + row_of(lane, e), last_row);
+            let stats = row_stats(row_number(at, i));
+            lane_stats[r][held_row(e)] = vec2f(stats.x * LOG2_E, stats.y);
         }
     }
 
@@ -209,16 +211,16 @@ fn dq(
 #endif
 
         // S = Q K^T,  dP = dO V^T
-        var s = array<array<Accumulator, KM>, ROW_MATRICES>();
-        var dp = array<array<Accumulator, KM>, ROW_MATRICES>();
+        var s = array<array<Accumulator, ACROSS_KEYS>, ROW_MATRICES>();
+        var dp = array<array<Accumulator, ACROSS_KEYS>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 s[r][c] = Accumulator();
                 dp[r][c] = Accumulator();
             }
         }
-        for (var d = 0u; d < DM; d++) {
-            for (var c = 0u; c < KM; c++) {
+        for (var d = 0u; d < ACROSS_DIM; d++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 let place = c * M * D_STRIDE + d * M / 4u;
                 let k = coopLoad<Right>(&tiles[place], D_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
@@ -226,9 +228,9 @@ fn dq(
                 }
             }
         }
-        for (var d = 0u; d < VM; d++) {
-            for (var c = 0u; c < KM; c++) {
-                let place = V_PLACE + c * M * V_STRIDE + d * M / 4u;
+        for (var d = 0u; d < ACROSS_DIM_V; d++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
+                let place = V_AT + c * M * V_STRIDE + d * M / 4u;
                 let v = coopLoad<Right>(&tiles[place], V_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     dp[r][c] = coopMultiplyAdd(grad[r][d], v, dp[r][c]);
@@ -237,30 +239,30 @@ fn dq(
         }
 
         // P = 2^(score(S) - lse),  dS = P (dP - delta) score'
-        var p = array<array<Lane, KM>, ROW_MATRICES>();
-        var ds = array<array<Lane, KM>, ROW_MATRICES>();
+        var p = array<array<Lane, ACROSS_KEYS>, ROW_MATRICES>();
+        var ds = array<array<Lane, ACROSS_KEYS>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
-                let i = i32(row0 + mine + r * M);
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
+                let i = i32(row0 + own_row + r * M);
                 let scores = shaped(elements_of(s[r][c]), at, i, j0 + i32(c * M), lane);
                 ds[r][c] = elements_of(dp[r][c]);
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    let number = of_row[r][held_row(e)];
-                    p[r][c][e] = fma(scores.score[e], factor, -number.x);
-                    ds[r][c][e] = (ds[r][c][e] - number.y) * scores.slope[e];
+                    let stats = lane_stats[r][held_row(e)];
+                    p[r][c][e] = fma(scores.score[e], factor, -stats.x);
+                    ds[r][c][e] = (ds[r][c][e] - stats.y) * scores.slope[e];
                 }
             }
         }
         if n >= visited.full {
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                for (var c = 0u; c < KM; c++) {
-                    let i = i32(row0 + mine + r * M);
+                for (var c = 0u; c < ACROSS_KEYS; c++) {
+                    let i = i32(row0 + own_row + r * M);
                     p[r][c] = masked(p[r][c], at, i, j0 + i32(c * M), lane, MASKED);
                 }
             }
         }
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
                     ds[r][c][e] *= exp2(p[r][c][e]);
                 }
@@ -268,13 +270,13 @@ fn dq(
         }
 
         // dQ = dQ + dS K
-        for (var c = 0u; c < KM; c++) {
+        for (var c = 0u; c < ACROSS_KEYS; c++) {
             var ds_left = array<Left, ROW_MATRICES>();
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 ds_left[r] = left(ds[r][c]);
             }
-            for (var d = 0u; d < DQM; d++) {
-                let place = c * M * D_STRIDE + min(dq0 + d, DM - 1u) * M / 4u;
+            for (var d = 0u; d < ACROSS_DQ_BLOCK; d++) {
+                let place = c * M * D_STRIDE + min(dq0 + d, ACROSS_DIM - 1u) * M / 4u;
                 let k = coopLoadT<Right>(&tiles[place], D_STRIDE);
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     dq[r][d] = coopMultiplyAdd(ds_left[r], k, dq[r][d]);
@@ -286,17 +288,17 @@ fn dq(
     // scale dQ to workgroup memory, then out in whole rows
     workgroupBarrier();
     for (var r = 0u; r < ROW_MATRICES; r++) {
-        for (var d = 0u; d < DQM; d++) {
+        for (var d = 0u; d < ACROSS_DQ_BLOCK; d++) {
             let y = elements_of(dq[r][d]);
             for (var e = 0u; e < ELEMENTS; e++) {
-                let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
+                let row = own_row + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
                 tiles[row * DQ_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
             }
         }
     }
     workgroupBarrier();
-    for (var n = 0u; n < DQ_MOVES; n++) {
+    for (var n = 0u; n < DQ_LOADS; n++) {
         let t = thread + n * THREADS;
         let i = row0 + t / DQ8;
         let d = dq0 * M + 8u * (t % DQ8);

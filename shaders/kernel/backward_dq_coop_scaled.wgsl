@@ -1,23 +1,26 @@
-// Gradient of Q on cooperative matrices for f32 and bf16: products are of scaled tiles in parts, as
-// matrix/parts.wgsl says. One workgroup computes OWN rows of one head; subgroups work in pairs, as
-// matrix/pairs.wgsl says, with MATRICES · M rows a pair:
+// What: gradient of Q on cooperative matrices for f32 and bf16. Each tile is scaled and cut into PARTS f16 parts (matrix/parts.wgsl).
 //
 //     dQ = 0
 //     for each tile of STEP keys that some row may see:
-//         one half                                  the other
+//         half 0 of a pair                          half 1 of the pair
 //         S = Q K^T                                 dP = dO V^T
 //         P = exp(score(S) - lse)
-//         P score'                          ->      dS = P score' (dP - delta)
-//                                           <-      dS
-//         dQ = dQ + dS K                            each half of the columns
+//         P score'               exchange ->        dS = P score' (dP - delta)
+//         dS                  <- exchange           dS
+//         dQ = dQ + dS K                            dQ = dQ + dS K, the other columns
 //     dQ = scale dQ
+//
+// Who: a workgroup owns OWN rows of one head. A pair of subgroups has MATRICES · M of these rows (matrix/pairs.wgsl). Each half has one
+//   half of the columns of dQ.
+// Pipelining: with AHEAD, the next step of K and V is loaded into registers while the products of this step run.
+// Needs q, k, v, dO, row_stats, and the range of the head (coop_ranges.wgsl). Gives dQ.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
 #include "matrix/matrices.wgsl"
 #include "memory/elements.wgsl"
 
-// Read only, but as in forward_coop.wgsl loads stay where they are written.
+// read_write, though the inputs are never written: see forward_coop.wgsl.
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
@@ -35,7 +38,7 @@ enable wgpu_cooperative_matrix;
 const PART_ROUNDING = 0x1000u;
 #include "matrix/parts.wgsl"
 #include "matrix/pairs.wgsl"
-// A half of dQ.
+// A half of the pair has one half of the columns of dQ.
 const SUM_MATRICES = ((HEAD_DIM + M - 1u) / M + 1u) / 2u;
 #include "matrix/load.wgsl" tensor=query rows=OWN dim=HEAD_DIM
 #include "matrix/load.wgsl" tensor=grad_out rows=OWN dim=HEAD_DIM_V
@@ -60,22 +63,22 @@ fn dq(
     let row1 = min(row0 + OWN, problem.seqlen_q);
     let pair = subgroup % PAIRS;
     let half = subgroup / PAIRS;
-    let mine = row0 + pair * MATRICES * M;
+    let own_i = row0 + pair * MATRICES * M;
     let last_row = last_query(at);
     let owned = Owned(load_query(at, row0, last_row, thread), load_grad_out(at, row0, last_row, thread));
     var owned_scales: Scales;
     var lefts = owned_parts(owned, HEAD_DIM, HEAD_DIM_V, thread, subgroup, lane, &owned_scales);
     var sums: Gradients;
     // lse, or delta, of the rows that the lane holds.
-    var number: array<array<f32, LANE_ROWS>, MATRICES>;
+    var lane_stat: array<array<f32, LANE_ROWS>, MATRICES>;
     for (var r = 0u; r < MATRICES; r++) {
         for (var d = 0u; d < SUM_MATRICES; d++) {
             sums[r][d] = Lane();
         }
         for (var e = 0u; e < ELEMENTS; e++) {
-            let i = min(mine + r * M + row_of(lane, e), last_row);
-            let of_row = row_stats(row_number(at, i));
-            number[r][held_row(e)] = of_half(of_row, half);
+            let i = min(own_i + r * M + row_of(lane, e), last_row);
+            let stats = row_stats(row_number(at, i));
+            lane_stat[r][held_row(e)] = of_half(stats, half);
         }
     }
 
@@ -102,9 +105,9 @@ fn dq(
 
         // S = Q K^T, or dP = dO V^T
         var x = products(&lefts, half);
-        // What takes the scales of owned rows and of the step back.
+        // The factors that undo the scales of the owned rows and of the step.
         var unscale = vec2f(inverse(of_half(owned_scales.tile, half)), inverse(of_half(scales.tile, half)));
-        // Times this, what half 0 holds is scores, or products if SHAPED.
+        // What half 0 holds, times this, is a score; with SHAPED it is q·k.
 #if SHAPED
         let unit = 1.0;
         var factor = unscale.x * unscale.y;
@@ -122,8 +125,8 @@ fn dq(
         if half == 0u {
             var slope = Scores();
             for (var r = 0u; r < MATRICES; r++) {
-                for (var c = 0u; c < SM; c++) {
-                    let i = i32(mine + r * M);
+                for (var c = 0u; c < ACROSS_STEP; c++) {
+                    let i = i32(own_i + r * M);
                     let j = j0 + i32(c * M);
 #if SHAPED
                     for (var e = 0u; e < ELEMENTS; e++) {
@@ -133,7 +136,7 @@ fn dq(
                     let scores = shaped(x[r][c], at, i, j, lane);
                     slope[r][c] = scores.slope;
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        let lse = number[r][held_row(e)];
+                        let lse = lane_stat[r][held_row(e)];
 #if SHAPED
                         x[r][c][e] = scores.score[e] - lse;
 #else
@@ -144,39 +147,39 @@ fn dq(
             }
             if n >= visited.full {
                 for (var r = 0u; r < MATRICES; r++) {
-                    for (var c = 0u; c < SM; c++) {
-                        x[r][c] = masked(x[r][c], at, i32(mine + r * M), j0 + i32(c * M), lane, MASKED);
+                    for (var c = 0u; c < ACROSS_STEP; c++) {
+                        x[r][c] = masked(x[r][c], at, i32(own_i + r * M), j0 + i32(c * M), lane, MASKED);
                     }
                 }
             }
             for (var r = 0u; r < MATRICES; r++) {
-                for (var c = 0u; c < SM; c++) {
+                for (var c = 0u; c < ACROSS_STEP; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {
                         x[r][c][e] = exp2(x[r][c][e] * LOG2_E) * slope[r][c][e];
                     }
-                    tell((pair * MATRICES + r) * SM + c, lane, x[r][c]);
+                    send_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane, x[r][c]);
                 }
             }
         }
         workgroupBarrier();
         if half == 1u {
             for (var r = 0u; r < MATRICES; r++) {
-                for (var c = 0u; c < SM; c++) {
-                    let p = hear((pair * MATRICES + r) * SM + c, lane);
+                for (var c = 0u; c < ACROSS_STEP; c++) {
+                    let p = receive_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane);
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        // One scale after the other: both at once, 2^-128 with a V of 1e-30, may be no f32.
+                        // Multiplied in two steps: the product of both factors, 2^-128 with a V of 1e-30, may be too small for f32.
                         let dp = x[r][c][e] * unscale.x;
-                        x[r][c][e] = p[e] * fma(dp, unscale.y, -number[r][held_row(e)]);
+                        x[r][c][e] = p[e] * fma(dp, unscale.y, -lane_stat[r][held_row(e)]);
                     }
-                    tell((pair * MATRICES + r) * SM + c, lane, x[r][c]);
+                    send_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane, x[r][c]);
                 }
             }
         }
         workgroupBarrier();
         if half == 0u {
             for (var r = 0u; r < MATRICES; r++) {
-                for (var c = 0u; c < SM; c++) {
-                    x[r][c] = hear((pair * MATRICES + r) * SM + c, lane);
+                for (var c = 0u; c < ACROSS_STEP; c++) {
+                    x[r][c] = receive_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane);
                 }
             }
         }
@@ -188,13 +191,13 @@ fn dq(
     // Out in whole rows, a matrix of each subgroup at a time
     for (var n = 0u; n < MATRICES * SUM_MATRICES; n++) {
         workgroupBarrier();
-        tell_sums(&sums, n, subgroup, lane);
+        send_sums(&sums, n, subgroup, lane);
         workgroupBarrier();
-        let i = mine + n / SUM_MATRICES * M + lane * ELEMENTS / M;
+        let i = own_i + n / SUM_MATRICES * M + lane * ELEMENTS / M;
         if i < row1 {
             for (var e = 0u; e < ELEMENTS; e += 4u) {
                 let d = (half * SUM_MATRICES + n % SUM_MATRICES) * M + (lane * ELEMENTS + e) % M;
-                let y = told[(subgroup * M * M + lane * ELEMENTS + e) / 4u];
+                let y = exchange[(subgroup * M * M + lane * ELEMENTS + e) / 4u];
                 write_grad_query(grad_query_row(at, i), d, HEAD_DIM, y * problem.scale);
             }
         }

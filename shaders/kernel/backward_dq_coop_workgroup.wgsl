@@ -1,18 +1,19 @@
-// Gradient of Q on cooperative matrices where WGSL is all there is: the algorithm of backward_dq_coop.wgsl, with scores
-// and their gradients that cross workgroup memory on their way from matrices to numbers and back. One workgroup computes
-// ROWS rows of one head; each of its subgroups has ROW_MATRICES · M of them to itself, M being the size of a matrix.
+// What: gradient of Q on cooperative matrices for devices without access to elements of matrices. S, dP and dS cross workgroup memory on
+//   the way from matrices to numbers and back.
 //
 //     dQ = 0
 //     for each tile of KEYS keys that some row may see:
 //         S = Q K^T,  dP = dO V^T                   to workgroup memory, f32
-//         P = 2^(score(S) - lse)                    lse in base 2
-//         dS = P (dP - delta) score'                f16, back to workgroup memory as left operands
+//         P = 2^(score(S) - lse)                    lse is an exponent of 2
+//         dS = P (dP - delta) score'                f16, to workgroup memory as left operands
 //         dQ = dQ + dS K
 //     dQ = scale dQ
 //
-// As in backward_dkdv_coop_workgroup.wgsl, dQ stays in registers, there are two tiles of K and V in workgroup memory, and
-// loops over matrices are written out. Where registers do not hold all columns of dQ, a workgroup computes COLUMNS of it,
-// and S and dP are computed once for each such block.
+// Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows, and keeps dQ in registers. Where
+//   registers do not hold all columns, a workgroup computes a block of COLUMNS; S and dP are then computed once for each block. Loops over
+//   matrices are written out (src/specialize.rs): arrays of matrices are registers only where indices are constants.
+// Pipelining: workgroup memory has two tiles of K and V: one is filled while the products of the other run. A step has two barriers.
+// Needs q, k, v, dO, row_stats. Gives dQ.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
@@ -27,8 +28,8 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
-const BLOCKS = (DM + DBM - 1u) / DBM;
-// In workgroup memory S and dP, which begins here, and dS.
+const BLOCKS = (ACROSS_DIM + ACROSS_DIM_BLOCK - 1u) / ACROSS_DIM_BLOCK;
+// In f32 blocks: S, then dP from block SECOND on. In f16 blocks: dS.
 const SECOND = SUBGROUPS * ROW_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = SECOND;
@@ -77,49 +78,49 @@ fn dq(
     // The last rows first: with a causal mask they take longest.
     let row0 = (workgroups.x - 1u - group.x) / BLOCKS * ROWS;
     let row1 = min(row0 + ROWS, problem.seqlen_q);
-    // The first row of matrices of this subgroup; and a lane's row there, of which the others are M further.
-    let mine = subgroup * ROW_MATRICES;
-    let my_row = row0 + mine * M + row_of(lane, 0u);
+    // The first block of this subgroup, and a lane's row in it. The lane's rows in later blocks are M apart.
+    let own_block = subgroup * ROW_MATRICES;
+    let lane_row = row0 + own_block * M + row_of(lane, 0u);
     // The first matrix of columns of dQ.
-    let dq0 = group.x % BLOCKS * DBM;
-    // What is held of scores, times this, are exponents of 2.
+    let dq0 = group.x % BLOCKS * ACROSS_DIM_BLOCK;
+    // Held scores times this are exponents of 2.
     let factor = score_factor();
 
     let last_row = last_query(at);
-    var q: array<array<Left, DM>, ROW_MATRICES>;
+    var q: array<array<Left, ACROSS_DIM>, ROW_MATRICES>;
 #unroll
-    for (var d = 0u; d < DM; d++) {
+    for (var d = 0u; d < ACROSS_DIM; d++) {
         put_query(at, row0, last_row, d * M, thread);
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            q[r][d] = get_left(mine + r, 0u);
+            q[r][d] = get_left(own_block + r, 0u);
         }
         workgroupBarrier();
     }
-    var grad: array<array<Left, VM>, ROW_MATRICES>;
+    var grad: array<array<Left, ACROSS_DIM_V>, ROW_MATRICES>;
 #unroll
-    for (var d = 0u; d < VM; d++) {
+    for (var d = 0u; d < ACROSS_DIM_V; d++) {
         put_grad_out(at, row0, last_row, d * M, thread);
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            grad[r][d] = get_left(mine + r, 0u);
+            grad[r][d] = get_left(own_block + r, 0u);
         }
         workgroupBarrier();
     }
 
-    var dq: array<array<Accumulator, DBM>, ROW_MATRICES>;
+    var dq: array<array<Accumulator, ACROSS_DIM_BLOCK>, ROW_MATRICES>;
     // lse, in base 2, and delta of the lane's rows.
-    var of_row: array<vec2f, ROW_MATRICES>;
+    var lane_stats: array<vec2f, ROW_MATRICES>;
 #unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-        for (var d = 0u; d < DBM; d++) {
+        for (var d = 0u; d < ACROSS_DIM_BLOCK; d++) {
             dq[r][d] = Accumulator();
         }
-        let number = row_stats(row_number(at, min(my_row + r * M, last_row)));
-        of_row[r] = vec2f(number.x * LOG2_E, number.y);
+        let stats = row_stats(row_number(at, min(lane_row + r * M, last_row)));
+        lane_stats[r] = vec2f(stats.x * LOG2_E, stats.y);
     }
 
     let visited = key_tiles(at, i32(row0), i32(row1), KEYS);
@@ -139,7 +140,7 @@ fn dq(
         let v_place = BUFFERS * D_SIZE + buffer * V_SIZE;
 
         // S = Q K^T,  dP = dO V^T
-        for (var c = 0u; c < CM; c++) {
+        for (var c = 0u; c < ACROSS_STEP; c++) {
             var s = array<Accumulator, ROW_MATRICES>();
             var dp = array<Accumulator, ROW_MATRICES>();
 #unroll
@@ -148,7 +149,7 @@ fn dq(
                 dp[r] = Accumulator();
             }
 #unroll
-            for (var d = 0u; d < DM; d++) {
+            for (var d = 0u; d < ACROSS_DIM; d++) {
                 let place = k_place + c * M * D_STRIDE + d * M / WIDTH;
                 let k = coopLoad<Right>(&tiles[place], D_STRIDE);
 #unroll
@@ -157,7 +158,7 @@ fn dq(
                 }
             }
 #unroll
-            for (var d = 0u; d < VM; d++) {
+            for (var d = 0u; d < ACROSS_DIM_V; d++) {
                 let place = v_place + c * M * V_STRIDE + d * M / WIDTH;
                 let v = coopLoad<Right>(&tiles[place], V_STRIDE);
 #unroll
@@ -167,23 +168,23 @@ fn dq(
             }
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                put_accumulator(s[r], mine + r, c);
-                put_accumulator(dp[r], SECOND + mine + r, c);
+                put_accumulator(s[r], own_block + r, c);
+                put_accumulator(dp[r], SECOND + own_block + r, c);
             }
         }
         workgroupBarrier();
 
         // P = 2^(score(S) - lse),  dS = P (dP - delta) score'
-        for (var c = 0u; c < CM; c++) {
+        for (var c = 0u; c < ACROSS_STEP; c++) {
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                let i = i32(row0 + (mine + r) * M);
+                let i = i32(row0 + (own_block + r) * M);
                 let j = j0 + i32(c * M);
-                let scores = shaped(get_elements(mine + r, c, lane), at, i, j, lane);
+                let scores = shaped(get_elements(own_block + r, c, lane), at, i, j, lane);
                 var x = Lane();
-                var y = get_elements(SECOND + mine + r, c, lane);
+                var y = get_elements(SECOND + own_block + r, c, lane);
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    x[e] = fma(scores.score[e], factor, -of_row[r].x);
-                    y[e] = (y[e] - of_row[r].y) * scores.slope[e];
+                    x[e] = fma(scores.score[e], factor, -lane_stats[r].x);
+                    y[e] = (y[e] - lane_stats[r].y) * scores.slope[e];
                 }
                 if n >= visited.full {
                     x = masked(x, at, i, j, lane, MASKED);
@@ -191,7 +192,7 @@ fn dq(
                 for (var e = 0u; e < ELEMENTS; e++) {
                     y[e] *= exp2(x[e]);
                 }
-                put_elements(y, mine + r, c, lane);
+                put_elements(y, own_block + r, c, lane);
             }
         }
 #if !AHEAD
@@ -201,15 +202,15 @@ fn dq(
         workgroupBarrier();
 
         // dQ = dQ + dS K
-        for (var c = 0u; c < CM; c++) {
+        for (var c = 0u; c < ACROSS_STEP; c++) {
             var ds = array<Left, ROW_MATRICES>();
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                ds[r] = get_left(mine + r, c);
+                ds[r] = get_left(own_block + r, c);
             }
 #unroll
-            for (var d = 0u; d < DBM; d++) {
-                let place = k_place + c * M * D_STRIDE + min(dq0 + d, DM - 1u) * M / WIDTH;
+            for (var d = 0u; d < ACROSS_DIM_BLOCK; d++) {
+                let place = k_place + c * M * D_STRIDE + min(dq0 + d, ACROSS_DIM - 1u) * M / WIDTH;
                 let k = coopLoadT<Right>(&tiles[place], D_STRIDE);
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
@@ -226,11 +227,11 @@ fn dq(
 
     // To workgroup memory a matrix of columns at a time, then out
 #unroll
-    for (var d = 0u; d < DBM; d++) {
+    for (var d = 0u; d < ACROSS_DIM_BLOCK; d++) {
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            put_accumulator(dq[r][d], mine + r, 0u);
+            put_accumulator(dq[r][d], own_block + r, 0u);
         }
         workgroupBarrier();
         write_columns_grad_query(at, row0, row1, (dq0 + d) * M, problem.scale, thread);

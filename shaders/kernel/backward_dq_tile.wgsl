@@ -1,13 +1,16 @@
-// Gradient of queries, in tiles (FlashAttention-2, Dao 2023, algorithm 2, with rows in the outer loop, so that each row of dQ is
-// one workgroup's). One workgroup owns OWN rows of one head and walks over the keys that they may see, STEP at a time.
+// What: gradient of Q in tiles (FlashAttention-2, Dao 2023, algorithm 2, with the loops exchanged: one workgroup writes a row of dQ).
 //
 //     dQ = 0
-//     for each tile of keys that some row may see:
+//     for each tile of STEP keys that some row may see:
 //         S = score(Q K^T)                          OWN x STEP
 //         P = exp(S - lse)
 //         dP = dO V^T
-//         dS = P (dP - delta) score'
+//         dS = P (dP - delta) score'                score' is d score / d (scale · q·k)
 //         dQ = dQ + dS K                            OWN x HEAD_DIM
+//
+// Who: a workgroup owns OWN rows of one head. tile/products.wgsl says what each thread holds.
+// Pipelining: while one product runs, the next chunk of its operands is loaded into registers.
+// Needs q, k, v, dO, row_stats. Gives dQ.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 #include "tile/threads.wgsl"
@@ -46,10 +49,10 @@ fn dq(
     let visited = key_tiles(at, i32(i0), i32(i1), STEP);
     let last_row = last_query(at);
     let last = last_key(at);
-    var row: array<vec2f, TR>;
+    var stats: array<vec2f, TR>;
     for (var r = 0u; r < TR; r++) {
         let i = min(i0 + r * THREADS_Y + ty, last_row);
-        row[r] = row_stats(row_number(at, i));
+        stats[r] = row_stats(row_number(at, i));
     }
 
     var dq: array<array<vec4f, TK>, TR>;
@@ -105,8 +108,8 @@ fn dq(
                 let j = i32(j0 + tx * TC + c);
                 let x = scored(s[r][c / 4u][c % 4u], at, i, j);
                 let seen = t < visited.full || keep(at, i, j);
-                let p = select(0.0, exp_difference(x.score, row[r].x), seen);
-                ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - row[r].y) * x.slope;
+                let p = select(0.0, exp_difference(x.score, stats[r].x), seen);
+                ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - stats[r].y) * x.slope;
             }
         }
 

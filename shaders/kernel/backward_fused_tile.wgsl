@@ -1,31 +1,20 @@
-// All gradients at once, in tiles and in f32: five products where backward_dkdv_tile.wgsl and backward_dq_tile.wgsl together
-// do seven, for these compute the scores twice. Scores and their gradients never leave the chip.
+// What: all gradients at once, in tiles and f32: five products instead of the seven of backward_dkdv_tile.wgsl and backward_dq_tile.wgsl.
+//   A dispatch is a round of a tournament: each block of keys meets another block of rows, so no two workgroups add to one gradient, and
+//   no atomics are needed. Round 0 has the diagonal. If keys j meet rows i in a round, keys i meet rows j in it. A causal mask
+//   leaves one of the two meetings, so the workgroups of a round take equally long.
 //
-// Rows and keys are cut into blocks of problem.block_rows and problem.block_keys. A dispatch is a round of a tournament, in which each
-// block of keys meets another block of rows. So no two workgroups of a dispatch add to the same gradient, and nothing is added up
-// by atomics: dispatch after dispatch, dQ, dK and dV add up in device memory in an order that is always the same. Round 0 has the
-// blocks on the diagonal. If j meets i in another round, i meets j: of each two blocks a causal mask leaves one, so that the
-// workgroups of a round take equally long.
+//     for each tile of OWN keys of the block, for each query head of the group, for each FOLD_ROWS rows of the block:
+//         dK = 0, dV = 0
+//         for each tile of STEP of these rows:
+//             S = score(Q K^T),  P = exp(S - lse),  dP = dO V^T,  dS = P (dP - delta) score'
+//             dV = dV + P^T dO,  dK = dK + dS^T Q,  dQ in memory += dS K
+//         dK, dV in memory += dK, dV                or = in the first round, the first time
 //
-//     for each tile of keys of the block:           OWN keys
-//         for each query head of the group, for each FOLD_ROWS rows of the block:
-//             dK = 0, dV = 0
-//             for each tile of these rows that may see some key:
-//                 S = score(Q K^T)                  STEP x OWN
-//                 P = exp(S - lse)
-//                 dP = dO V^T
-//                 dV = dV + P^T dO                  OWN x HEAD_DIM_V
-//                 dS = P (dP - delta) score'
-//                 dK = dK + dS^T Q                  OWN x HEAD_DIM
-//                 dQ in memory += dS K              STEP x HEAD_DIM
-//             dK, dV in memory += dK, dV            the first time in the first round, = instead of +=
-//
-// Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) has, in registers, of vectors of four keys or rows: the scores
-// of keys ty, ty + THREADS_Y, ... with rows tx, tx + THREADS_X, ... ; dK and dV of keys ty, ty + THREADS_Y, ... ; dQ of rows
-// ty, ty + THREADS_Y, ... ; of these columns 4(tx + THREADS_X u) .. + 4. Each product is a sum of outer products, whose
-// operands workgroup memory holds so that a thread reads vectors of what it has: for the scores CHUNK columns of both
-// operands, for the gradients P or dS, and LINES rows of the other operand. What is next for it is loaded to registers while a
-// product runs, and a tile of rows ends by storing the first chunk of the next.
+// Who: thread (ty, tx) of the grid has vectors of four: scores of keys ty, ty + THREADS_Y, ... with rows tx, tx + THREADS_X, ... ; columns
+//   4(tx + THREADS_X u) .. + 4 of dK and dV of keys ty, ty + THREADS_Y, ... and of dQ of rows ty, ty + THREADS_Y, ... Workgroup memory holds
+//   CHUNK columns of both operands of the scores; for the gradients P or dS, and LINES rows of the second operand.
+// Pipelining: while one product runs, the next operands are loaded into registers. A tile ends by storing the next tile's first chunk.
+// Needs q, k, v, dO, row_stats, problem.round; dQ cleared by backward_delta.wgsl. Gives dQ, dK, dV.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 #include "tile/threads.wgsl"
@@ -51,13 +40,13 @@
 #include "memory/write.wgsl" tensor=grad_value
 
 const THREADS = THREADS_X * THREADS_Y;
-// Vectors of four rows that a thread has of dQ. Of four keys, of scores, dK and dV, it has KEY_PIECES, and of four rows of
-// scores ROW_PIECES.
+// A thread has DQ_PIECES vectors of four rows of dQ, KEY_PIECES vectors of four keys of dK, dV and the scores, and the scores of
+// ROW_PIECES vectors of four rows.
 const DQ_PIECES = STEP / (4u * THREADS_Y);
 // Vectors of columns that a thread has of a gradient with the head dim of K, and of V.
 const TK = (HEAD_DIM + 4u * THREADS_X - 1u) / (4u * THREADS_X);
 const TV = (HEAD_DIM_V + 4u * THREADS_X - 1u) / (4u * THREADS_X);
-// Rows of scores that threads side by side have, and keys.
+// The rows of a piece of scores: four for each thread of a row of the grid. The keys of a piece: four for each thread of a column.
 const ROW_PIECE = 4u * THREADS_X;
 const KEY_PIECE = 4u * THREADS_Y;
 const OWN4 = OWN / 4u;
@@ -105,7 +94,7 @@ fn store_chunks(x: Chunks, d0: u32, dim: u32, thread: u32) {
 const LINES_LOADS = (LINES * max(TK, TV) * THREADS_X + THREADS - 1u) / THREADS;
 alias Lines = array<Elements4, LINES_LOADS>;
 
-// What dQ in memory has. Past the head dim it is an element of another thread's, which may have changed, and is not used.
+// dQ as it is in memory. Past the head dim this reads an element that another thread may be writing; it is not used.
 alias OldQuery = array<array<vec4f, TK>, 4u * DQ_PIECES>;
 
 fn load_old(at: Sequence, i0: u32, last_row: u32, ty: u32, tx: u32) -> OldQuery {
@@ -119,8 +108,8 @@ fn load_old(at: Sequence, i0: u32, last_row: u32, ty: u32, tx: u32) -> OldQuery 
     return x;
 }
 
-// The block of rows that block of keys j meets, of n of both, an even number (or 1): first its own, then all others. Those that meet
-// have sums of problem.round - 1 modulo n - 1; the one that would meet itself meets n - 1.
+// The block of rows that block j of keys meets. There are n blocks of each; n is even, or 1. In round 0, j meets block j. Later i and j
+// meet if (i + j) mod (n - 1) = problem.round - 1; the block that would meet itself meets block n - 1.
 fn opponent(j: u32, n: u32) -> u32 {
     if problem.round == 0u {
         return j;
@@ -145,7 +134,7 @@ fn fused(
     @builtin(num_workgroups) workgroups: vec3u,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    // Workgroups that run at the same time have blocks that take as long.
+    // In this order, workgroups that run at the same time have blocks that take equally long.
     let group = by_heads(workgroup_id, workgroups);
     let tx = thread_x(thread);
     let ty = thread_y(thread);
@@ -153,7 +142,7 @@ fn fused(
     // The first of the heads that share these keys.
     let of_group = sequence(group.z, group.y * problem.group);
     let row_blocks = (problem.seqlen_q + problem.block_rows - 1u) / problem.block_rows;
-    // As FusedTile::rounds has it. Where there are fewer blocks of rows, some of keys meet none.
+    // n as in FusedTile::rounds. Where there are fewer blocks of rows than of keys, some blocks of keys meet none.
     let blocks = (max(workgroups.x, row_blocks) + 1u) / 2u * 2u;
     let row0 = min(opponent(block, blocks), row_blocks) * problem.block_rows;
     let row1 = min(row0 + problem.block_rows, problem.seqlen_q);
@@ -183,18 +172,18 @@ fn fused(
             for (var fold0 = first; fold0 < max(end, first + 1u); fold0 += FOLD_ROWS) {
                 var dk = array<array<vec4f, TK>, 4u * KEY_PIECES>();
                 var dv = array<array<vec4f, TV>, 4u * KEY_PIECES>();
-                // What workgroup memory holds next: while one product runs, the operands of the next are loaded.
+                // The next operands of workgroup memory: they are loaded while a product runs.
                 var next = load_chunks_s(at, j0, last, fold0, last_row, 0u, HEAD_DIM, thread);
                 store_chunks(next, 0u, HEAD_DIM, thread);
                 workgroupBarrier();
                 var lines_next = Lines();
                 for (var i0 = fold0; i0 < min(fold0 + FOLD_ROWS, end); i0 += STEP) {
                     // Each row of scores has its lse and delta. Rows that are not there have an lse above every score.
-                    var row = array<vec2f, 4u * ROW_PIECES>();
+                    var stats = array<vec2f, 4u * ROW_PIECES>();
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                         let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
-                        row[c] = row_stats(row_number(at, min(i, last_row)));
-                        row[c].x = select(row[c].x, NO_KEYS, i > last_row);
+                        stats[c] = row_stats(row_number(at, min(i, last_row)));
+                        stats[c].x = select(stats[c].x, NO_KEYS, i > last_row);
                     }
 
                     // S = Q K^T
@@ -225,7 +214,7 @@ fn fused(
 #if SHAPED
                             s[c][r] = x.slope;
 #endif
-                            var p = exp2((x.score - row[c].x) * LOG2_E);
+                            var p = exp2((x.score - stats[c].x) * LOG2_E);
                             if !full {
                                 p = select(vec4f(), p, keep4(at, i, j));
                             }
@@ -271,7 +260,7 @@ fn fused(
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                         for (var r = 0u; r < KEY_PIECES; r++) {
                             let p = tiles[place_of_row(c, tx) + r * THREADS_Y + ty];
-                            ds[c][r] = p * (ds[c][r] - row[c].y);
+                            ds[c][r] = p * (ds[c][r] - stats[c].y);
 #if SHAPED
                             ds[c][r] *= s[c][r];
 #endif
@@ -327,7 +316,7 @@ fn fused(
                             add_to_dq(&dq, l, ty, tx);
                         }
                     }
-                    // What dQ has is on its way while the next tile's first chunk is stored.
+                    // dQ is loaded while the next tile's first chunk is stored.
                     let old = load_old(at, i0, last_row, ty, tx);
                     workgroupBarrier();
                     store_chunks(next, 0u, HEAD_DIM, thread);

@@ -1,13 +1,16 @@
-// Which modules of the coop kernels for f32 and bf16 are for a query head: 1 if they are those with BY_ROWS, where each row of a tile may
-// have a scale of its own (matrix/parts.wgsl), because its numbers are far apart. One thread a head looks at the sizes that
-// coop_sizes.wgsl has left of the head's shares. With LENGTHS, the numbers of valid queries and keys of each batch entry go behind what
-// it finds, so that the kernels that follow need no binding for lengths.
+// What: decides for each query head which modules of the coop kernels for f32 and bf16 compute it. The range of a head is 1 for the
+//   modules with BY_ROWS, where each row of a tile may have a scale of its own (matrix/parts.wgsl), and 0 for those without.
 //
-//     far apart:       a tensor whose largest and smallest size are; or scores that may be so large that exponents of 2 are rounded
+//     range = 1 if the largest and the smallest size of a tensor are far apart, or scores may be so large that exponents of 2 are rounded
+//
+// Who: one thread a head reads the sizes of the head's shares.
+// Needs the sizes that coop_sizes.wgsl wrote. Gives ranges; with GRADIENTS they lie behind row_stats.
+// With LENGTHS, the numbers of valid queries and keys of each batch entry go behind the ranges, so that the kernels that follow need no
+// binding for lengths.
 #include "attention/attention.wgsl"
 #include "matrix/sizes.wgsl"
 
-// Not written, but in one buffer with what is: a dispatch may only see all parts of a buffer as writable.
+// Not written here, but in one buffer with ranges: a dispatch may see parts of a buffer only if all are writable.
 @group(0) @binding(20) var<storage, read_write> sizes: array<vec4u>;
 #if GRADIENTS
 #include "memory/row_stats.wgsl" access=read_write

@@ -1,7 +1,9 @@
-// How large the numbers are that the coop kernels for f32 and bf16 will scale, for coop_ranges.wgsl. Workgroup (x, head, batch entry)
-// takes the x-th share of the rows of Q, K, V and, with GRADIENTS, dO.
+// What: finds how large the numbers are that the coop kernels for f32 and bf16 will scale.
 //
 //     of each tensor:  largest and smallest size, other than 0, of groups of four elements of rows that count
+//
+// Who: workgroup (x, head, batch entry) takes the x-th share of the rows of Q, K, V and, with GRADIENTS, dO.
+// Needs q, k, v, dO. Gives the sizes of each share, which coop_ranges.wgsl reads.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 #include "matrix/sizes.wgsl"
@@ -14,7 +16,7 @@
 #include "memory/read.wgsl" tensor=grad_out
 #include "matrix/row_sizes.wgsl" tensor=grad_out
 #endif
-// Of each head of the launch and each share, the sizes of Q and K, then those of V and dO, as sizes_of has them.
+// For each head of the launch and each share: the sizes of Q and K, then the sizes of V and dO, as sizes_of gives them.
 @group(0) @binding(20) var<storage, read_write> sizes: array<vec4u>;
 #include "memory/read.wgsl" tensor=query
 #include "memory/read.wgsl" tensor=key

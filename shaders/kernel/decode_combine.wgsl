@@ -1,12 +1,12 @@
-// Decoding, second half, and the public merge: results over disjoint sets of keys become the result over their union.
+// What: decoding, second half, and the public merge. Results over disjoint sets of keys become the result over their union.
 //
 //     m = max_s m_s,  l = sum_s exp(m_s - m) l_s,  o = sum_s exp(m_s - m) O_s / l,  lse = m + ln l
 //
-// Parts of the caller's (MERGE) are finished: there m_s is lse_s, l_s is 1 and O_s is o_s.
-//
-// A workgroup takes ROWS rows. Of the threads of a row, (slice, column) keeps four columns over every SLICES-th part;
-// the slices are then merged in the same way, through workgroup memory. A part whose weight is 0 adds nothing, whatever its o
-// holds.
+// Who: a workgroup takes ROWS rows. Thread (row, slice, column) sums four columns over every SLICES-th part. The slices then meet in
+//   workgroup memory and are summed by the same formula.
+// Pipelining: none.
+// Needs O, m and l of each part. With MERGE the caller's parts are finished results: m_s is lse_s, l_s is 1, O_s is o_s. A part whose
+//   weight is 0 adds nothing, whatever its o holds. Gives out and, with LSE, lse.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 
@@ -16,8 +16,8 @@
 #endif
 #include "memory/write.wgsl" tensor=out
 
-const COLUMNS = (HEAD_DIM_V + 3u) / 4u;
-const THREADS = ROWS * SLICES * COLUMNS;
+const COLUMNS4 = (HEAD_DIM_V + 3u) / 4u;
+const THREADS = ROWS * SLICES * COLUMNS4;
 
 #if MERGE
 // Parts of the caller's: [splits, rows, HEAD_DIM_V] and [splits, rows].
@@ -35,12 +35,12 @@ fn read_stats(place: u32) -> vec2f {
     return vec2f(bitcast<f32>(select(bits, bitcast<u32>(MASKED), bits == 0xff800000u)), 1.0);
 }
 #else
-// Parts of decode_split.wgsl: O [splits, rows, COLUMNS] and (m, l) [splits, rows].
+// Parts of decode_split.wgsl: O [splits, rows, COLUMNS4] and (m, l) [splits, rows].
 @group(0) @binding(7) var<storage, read> part_out: array<vec4f>;
 @group(0) @binding(8) var<storage, read> part_stats: array<vec2f>;
 
 fn read_part(place: u32, column: u32) -> vec4f {
-    return part_out[place * COLUMNS + column];
+    return part_out[place * COLUMNS4 + column];
 }
 
 fn read_stats(place: u32) -> vec2f {
@@ -58,8 +58,8 @@ fn decode_combine(
     @builtin(num_workgroups) groups: vec3u,
     @builtin(local_invocation_index) thread: u32,
 ) {
-    let column = thread % COLUMNS;
-    let row_slice = thread / COLUMNS;
+    let column = thread % COLUMNS4;
+    let row_slice = thread / COLUMNS4;
     let row = (group.y * groups.x + group.x) * ROWS + row_slice / SLICES;
     let row_read = min(row, problem.split_rows - 1u);
     let queries = problem.row_end - problem.row_begin;
@@ -98,7 +98,7 @@ fn decode_combine(
     for (var slice = 0u; slice < SLICES; slice++) {
         let weight = exp_difference(slice_max[row_slice + slice], m);
         l = fma(weight, slice_sum[row_slice + slice], l);
-        o = fma(vec4f(weight), slice_out[thread + slice * COLUMNS], o);
+        o = fma(vec4f(weight), slice_out[thread + slice * COLUMNS4], o);
     }
     // A row in which some key counts has a sum of at least 1, from its largest score.
     let end = finish_row(at, m, l, l < 0.5);

@@ -1,31 +1,27 @@
-// Decoding, first half: few rows, many keys (FlashDecoding, Dao et al. 2023). The rows of a tile are the queries of all
-// heads that share a key-value head, so that K and V are read once. Workgroup x takes the x-th share of the keys that
-// some row may see and leaves O, m and l over these keys alone; decode_combine.wgsl merges the shares. Merging by lse = m + ln l
-// would weigh them by a number that was rounded at the size of the scores.
+// What: decoding, first half: few rows, many keys (FlashDecoding, Dao et al. 2023). Workgroup x takes the x-th share of the keys that
+//   some row may see; decode_combine.wgsl merges the shares.
 //
-//     m = -inf, l = 0, O = 0
+//     m = LOWEST, l = 0, O = 0                      a share in which nothing counts leaves these
 //     for each tile of the share:
 //         S = score(Q K^T)                          ROWS x KEYS
 //         m' = max(m, rowmax S)
 //         P = exp(S - m')                           ROWS x KEYS
 //         l = exp(m - m') l + rowsum P
 //         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V
-//     m, l and O of this share; m is LOWEST, l and O are 0 if nothing in it counts
 //
-// A vec4f holds one number of each of four rows. Loads of K and V cover a tile at once and need no barrier:
-// - S: KEY_THREADS neighbours share THREAD_KEYS keys. Thread kx takes vectors kx, kx + KEY_THREADS, ... of each key, and
-//   the neighbours' partial dot products are summed, for four rows at a time, by subgroup operations or through
-//   workgroup memory.
-// - softmax: one thread a key, its own.
-// - O: thread (slice, column) keeps four columns of all rows, over every SLICES-th key of the tile. The slices are summed
-//   once, after the last tile.
+// Who: the rows of a tile are the queries of all heads of a group, so K and V are read once. A vec4f has one number for each of four rows.
+// - S: KEY_THREADS neighbours share THREAD_KEYS keys. Thread kx takes vectors kx, kx + KEY_THREADS, ... of each key. Subgroup operations or
+//   workgroup memory sum the neighbours' partial dot products. In the softmax each thread has one key, its own.
+// - O: thread (slice, column) has four columns of all rows, and every SLICES-th key. The slices are summed after the last tile.
+// Pipelining: K is loaded a tile ahead. Loads of K and V take a whole tile at once and need no barrier.
+// Needs q, k, v. Gives O, m and l of each share. lse = m + ln l would be rounded at the size of the scores, too coarsely for a weight.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-// O: [splits, rows, COLUMNS], and (m, l): [splits, rows]
+// O: [splits, rows, COLUMNS4], and (m, l): [splits, rows]
 @group(0) @binding(7) var<storage, read_write> split_out: array<vec4f>;
 @group(0) @binding(8) var<storage, read_write> split_stats: array<vec2f>;
 #include "memory/read.wgsl" tensor=query
@@ -37,15 +33,15 @@ const KEYS = KEY_GROUPS * THREAD_KEYS;
 const ROWS4 = ROWS / 4u;
 // Vectors of a key that a thread takes.
 const KEY_VECTORS = (HEAD_DIM + 4u * KEY_THREADS - 1u) / (4u * KEY_THREADS);
-const COLUMNS = (HEAD_DIM_V + 3u) / 4u;
-const SLICES = min(THREADS / COLUMNS, KEYS);
+const COLUMNS4 = (HEAD_DIM_V + 3u) / 4u;
+const SLICES = min(THREADS / COLUMNS4, KEYS);
 const SLICE_KEYS = (KEYS + SLICES - 1u) / SLICES;
 // Q by element: element e of vector kx + c KEY_THREADS is at (4c + e) KEY_THREADS + kx, so that neighbours read neighbours.
 const Q_STRIDE = 4u * KEY_VECTORS * KEY_THREADS;
-// Keys that threads without a key of their own read as well: probability 0.
-const P_STRIDE = (THREADS - 1u) / COLUMNS + SLICES * (SLICE_KEYS - 1u) + 1u;
+// Room for all keys that threads read of P. Keys past the tile have probability 0.
+const P_STRIDE = (THREADS - 1u) / COLUMNS4 + SLICES * (SLICE_KEYS - 1u) + 1u;
 const PARTIAL_STRIDE = KEYS + 1u;
-// Maxima (at the end, sums) of all keys that are left after a first reduction. Every thread reduces these.
+// A first reduction over keys leaves PARTIALS maxima (at the end, sums) of a row. Every thread reduces these itself.
 #if SHUFFLES
 const PARTIALS = THREADS / LANES;
 const DOTS = 0u;
@@ -68,17 +64,18 @@ struct Rows {
     queries: u32,
 }
 
-fn row_of(rows: Rows, r: u32) -> u32 {
+// The number of row r among the rows of the launch.
+fn launch_row(rows: Rows, r: u32) -> u32 {
     return min(rows.first + r, rows.count - 1u);
 }
 
-// Its position, and the sequence of its head.
+// The position of row r in its sequence, and the sequence of its head.
 fn position(rows: Rows, r: u32) -> u32 {
-    return problem.row_begin + row_of(rows, r) % rows.queries;
+    return problem.row_begin + launch_row(rows, r) % rows.queries;
 }
 
 fn sequence_of(at: Sequence, rows: Rows, r: u32) -> Sequence {
-    return with_head(at, at.head + row_of(rows, r) / rows.queries);
+    return with_head(at, at.head + launch_row(rows, r) / rows.queries);
 }
 
 fn load_query(at: Sequence, rows: Rows, thread: u32) {
@@ -115,15 +112,15 @@ fn load_key(at: Sequence, j0: u32, last: u32, thread: u32) -> array<array<Elemen
 fn load_value(at: Sequence, j0: u32, last: u32, thread: u32) -> array<Elements4, SLICE_KEYS> {
     var x: array<Elements4, SLICE_KEYS>;
     for (var n = 0u; n < SLICE_KEYS; n++) {
-        let j = min(j0 + thread / COLUMNS + n * SLICES, last);
-        x[n] = read_value(value_row(at, j), 4u * (thread % COLUMNS), HEAD_DIM_V);
+        let j = min(j0 + thread / COLUMNS4 + n * SLICES, last);
+        x[n] = read_value(value_row(at, j), 4u * (thread % COLUMNS4), HEAD_DIM_V);
     }
     return x;
 }
 
 // The thread's own key in a tile, and whether it has one.
 struct OwnKey {
-    number: u32,
+    key: u32,
     there: bool,
 }
 
@@ -135,27 +132,27 @@ fn own_key(thread: u32) -> OwnKey {
     return OwnKey(thread / KEY_THREADS + kx * KEY_GROUPS, kx < THREAD_KEYS);
 }
 
-// Sums over the neighbours what they have for four rows and the thread's own key.
+// For four rows and the thread's own key: the sum of the neighbours' partial dot products.
 fn sum_of_neighbours(dots: array<vec4f, THREAD_KEYS>, thread: u32) -> vec4f {
-    var mine: vec4f;
+    var own_sum: vec4f;
     for (var n = 0u; n < THREAD_KEYS; n++) {
         var sum = dots[n];
         for (var k = 1u; k < KEY_THREADS; k *= 2u) {
             sum += subgroupShuffleXor(sum, k);
         }
-        mine = select(mine, sum, thread % KEY_THREADS == n);
+        own_sum = select(own_sum, sum, thread % KEY_THREADS == n);
     }
-    return mine;
+    return own_sum;
 }
 
-// To partial_of_keys: the maxima of s, of four rows.
+// Stores the maxima of s over keys, for four rows, in partial_of_keys.
 fn store_maxima(s: vec4f, own: OwnKey, r4: u32, thread: u32) {
-    var most = s;
+    var maximum = s;
     for (var k = 1u; k < LANES; k *= 2u) {
-        most = max(most, subgroupShuffleXor(most, k));
+        maximum = max(maximum, subgroupShuffleXor(maximum, k));
     }
     if thread % LANES == 0u {
-        partial_of_keys[r4 * PARTIALS + thread / LANES] = most;
+        partial_of_keys[r4 * PARTIALS + thread / LANES] = maximum;
     }
 }
 #else
@@ -179,15 +176,15 @@ fn sum_of_neighbours(dots: array<vec4f, THREAD_KEYS>, thread: u32) -> vec4f {
 
 fn store_maxima(s: vec4f, own: OwnKey, r4: u32, thread: u32) {
     if own.there {
-        p[r4 * P_STRIDE + own.number] = s;
+        p[r4 * P_STRIDE + own.key] = s;
     }
     workgroupBarrier();
     if thread < PARTIALS {
-        var most = vec4f(MASKED);
+        var maximum = vec4f(MASKED);
         for (var j = thread; j < KEYS; j += PARTIALS) {
-            most = max(most, p[r4 * P_STRIDE + j]);
+            maximum = max(maximum, p[r4 * P_STRIDE + j]);
         }
-        partial_of_keys[r4 * PARTIALS + thread] = most;
+        partial_of_keys[r4 * PARTIALS + thread] = maximum;
     }
 }
 #endif
@@ -206,7 +203,7 @@ fn decode_split(
     let at = sequence(group.z, head);
     let rows = Rows(group.y % tiles_of_rows * ROWS, heads * queries, queries);
 
-    // This share: whole tiles, as evenly as they go.
+    // The tiles of this share. All shares have equally many; the last ones may have fewer, or none.
     let visited = key_tiles(at, i32(problem.row_begin), i32(problem.row_end), KEYS);
     let share = (visited.count + i32(groups.x) - 1) / i32(groups.x);
     let begin = i32(group.x) * share;
@@ -231,7 +228,7 @@ fn decode_split(
     }
     workgroupBarrier();
 
-    // K is loaded a tile ahead, so that there are loads under way while V is in use.
+    // K is loaded a tile ahead, so that loads are under way while V is used.
     var k: array<array<Elements4, KEY_VECTORS>, THREAD_KEYS>;
     if begin < end {
         k = load_key(at, u32(tile(visited, begin)), last, thread);
@@ -256,12 +253,12 @@ fn decode_split(
                 }
             }
             let dot = sum_of_neighbours(dots, thread);
-            let j = j0 + i32(own.number);
+            let j = j0 + i32(own.key);
             for (var r = 0u; r < 4u; r++) {
                 let i = i32(position(rows, 4u * r4 + r));
-                let of_row = sequence_of(at, rows, 4u * r4 + r);
-                let counts = own.there && (t < visited.full || keep(of_row, i, j));
-                s[r4][r] = select(MASKED, scored(dot[r], of_row, i, j).score, counts);
+                let row_sequence = sequence_of(at, rows, 4u * r4 + r);
+                let counts = own.there && (t < visited.full || keep(row_sequence, i, j));
+                s[r4][r] = select(MASKED, scored(dot[r], row_sequence, i, j).score, counts);
             }
             store_maxima(s[r4], own, r4, thread);
         }
@@ -273,15 +270,15 @@ fn decode_split(
 
         // m' = max(m, rowmax S),  P = exp(S - m'),  l = exp(m - m') l + rowsum P,  O = exp(m - m') O
         for (var r4 = 0u; r4 < ROWS4; r4++) {
-            var most = m[r4];
+            var new_max = m[r4];
             for (var x = 0u; x < PARTIALS; x++) {
-                most = max(most, partial_of_keys[r4 * PARTIALS + x]);
+                new_max = max(new_max, partial_of_keys[r4 * PARTIALS + x]);
             }
-            let shrink = exp2((m[r4] - most) * LOG2_E);
-            m[r4] = most;
+            let shrink = exp2((m[r4] - new_max) * LOG2_E);
+            m[r4] = new_max;
             if own.there {
-                let x = exp2((s[r4] - most) * LOG2_E);
-                p[r4 * P_STRIDE + own.number] = x;
+                let x = exp2((s[r4] - new_max) * LOG2_E);
+                p[r4 * P_STRIDE + own.key] = x;
                 l[r4] = fma(l[r4], shrink, x);
             }
             o[4u * r4] *= shrink.x;
@@ -295,7 +292,7 @@ fn decode_split(
         for (var n = 0u; n < SLICE_KEYS; n++) {
             let x = unpack4(v[n]);
             for (var r4 = 0u; r4 < ROWS4; r4++) {
-                let weight = p[r4 * P_STRIDE + thread / COLUMNS + n * SLICES];
+                let weight = p[r4 * P_STRIDE + thread / COLUMNS4 + n * SLICES];
                 o[4u * r4] = fma(vec4f(weight.x), x, o[4u * r4]);
                 o[4u * r4 + 1u] = fma(vec4f(weight.y), x, o[4u * r4 + 1u]);
                 o[4u * r4 + 2u] = fma(vec4f(weight.z), x, o[4u * r4 + 2u]);
@@ -308,7 +305,7 @@ fn decode_split(
     workgroupBarrier();
     if own.there {
         for (var r4 = 0u; r4 < ROWS4; r4++) {
-            p[r4 * P_STRIDE + own.number] = l[r4];
+            p[r4 * P_STRIDE + own.key] = l[r4];
         }
     }
     workgroupBarrier();
@@ -331,18 +328,18 @@ fn decode_split(
         for (var x = 0u; x < PARTIALS; x++) {
             sum += partial_of_keys[r4 * PARTIALS + x];
         }
-        for (var t = thread; t < 4u * COLUMNS; t += THREADS) {
-            let r = t / COLUMNS;
-            let column = t % COLUMNS;
+        for (var t = thread; t < 4u * COLUMNS4; t += THREADS) {
+            let r = t / COLUMNS4;
+            let column = t % COLUMNS4;
             var x = vec4f();
             for (var slice = 0u; slice < SLICES; slice++) {
-                x += partial[r * THREADS + slice * COLUMNS + column];
+                x += partial[r * THREADS + slice * COLUMNS4 + column];
             }
             let row = rows.first + 4u * r4 + r;
             if row < rows.count {
                 let number = row_number(sequence_of(at, rows, 4u * r4 + r), position(rows, 4u * r4 + r));
                 let place = group.x * problem.split_rows + number;
-                split_out[place * COLUMNS + column] = x;
+                split_out[place * COLUMNS4 + column] = x;
                 if column == 0u {
                     split_stats[place] = vec2f(m[r4][r], sum[r]);
                 }

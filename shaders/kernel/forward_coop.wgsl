@@ -1,26 +1,28 @@
-// Forward pass on cooperative matrices (tensor cores): the algorithm of forward_tile.wgsl, with f16 products, f32 sums,
-// and scores and probabilities that stay in registers. One workgroup computes ROWS rows of one head; each of its
-// subgroups has ROW_MATRICES · M of them to itself, M being the size of a matrix.
+// What: forward pass on cooperative matrices (tensor cores), with f16 products and f32 sums. Scores and probabilities stay in registers.
 //
-//     m = -inf, l = 0, O = 0
+//     m = EMPTY, l = 0, O = 0
 //     for each tile of KEYS keys that some row may see (matrix/coop_step.wgsl):
-//         S = score(Q K^T)                          f32 accumulators, then plain numbers in the lanes that hold them
-//         if rowmax S > m + 8 for some row of the subgroup:
+//         S = score(Q K^T)                          f32 accumulators, then numbers in the lanes that hold them
+//         if rowmax S > m + GROWTH for some row of the subgroup:
 //             m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
-//         P = 2^(S - m)                             f16 left operands, made from S where it lies
+//         P = 2^(S - m)                             f16 left operands, made in the lanes that hold S
 //         l = l + rowsum P,  O = O + P V
-//     O = O / l,  lse = ln 2 (m + log2 l),          maxima being in base 2
+//     O = O / l,  lse = ln 2 (m + log2 l)           m is an exponent of 2
 //
-// Which elements of a matrix a lane holds is asked of the device (src/matrices/); accumulators and left operands have
-// to agree, so that P is where S was. Devices without access to elements have forward_coop_workgroup.wgsl.
+// Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows, with Q, S, P and O in
+//   registers. Workgroup memory holds BUFFERS tiles of K and of V.
+// Pipelining: the next tile of K and V is loaded into registers while the products of this tile run. With two BUFFERS it is stored
+//   beside the tile in use, so a tile needs one barrier instead of two.
+// Needs q, k, v, and a device where accumulators and left operands have their elements in the same lanes (src/matrices/). For devices
+//   without access to elements there is forward_coop_workgroup.wgsl. Gives out and, with LSE, lse.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
 #include "matrix/matrices.wgsl"
 #include "memory/elements_f16.wgsl"
 
-// The inputs are never written. A compiler may move loads of read-only memory down to where their values are used;
-// these stay where they are, ahead of the arithmetic that hides their latency.
+// read_write, though the inputs are never written: a compiler may move loads of read-only memory down to where their values are used.
+// Loads of read_write memory stay where they are written, ahead of the arithmetic that hides their latency.
 @group(0) @binding(1) var<storage, read_write> query: InElements;
 @group(0) @binding(2) var<storage, read_write> key: InElements;
 @group(0) @binding(3) var<storage, read_write> value: InElements;
@@ -46,14 +48,13 @@ fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 #endif
 }
 
-// How far a row's scores may pass its m, in powers of 2, before O is scaled to a new one: P is then at most 2^8.
-const GROWTH = 8.0;
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
 #include "matrix/coop_tiles.wgsl" first=key second=value rows=KEYS
-// What each thread moves of Q and O.
+// How many times eight elements each thread loads of Q and stores of O.
 const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
 const O_STORES = (ROWS * V8 + THREADS - 1u) / THREADS;
-// A tile of K and one of V, or two of each, one in use while the other is filled; before them Q, and after them O.
+// Workgroup memory. In the loop: BUFFERS tiles of K and of V; of two tiles one is filled while the second is in use. Before the loop: Q.
+// After the loop: O.
 const TILES = max(BUFFERS * (D_SIZE + V_SIZE), ROWS * max(D_STRIDE, V_STRIDE));
 var<workgroup> tiles: array<Halves, TILES>;
 
@@ -70,10 +71,10 @@ fn forward(
     // The last rows first: with a causal mask they take longest.
     let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
-    let mine = subgroup * ROW_MATRICES * M;
-    // What is held of scores, times this, are exponents of 2.
-    let factor = max(score_factor(), 1.0e-22);
-    // Times the factor it is far below EMPTY, whatever the factor.
+    let own_row = subgroup * ROW_MATRICES * M;
+    // Held scores times this are exponents of 2.
+    let factor = max(score_factor(), SMALLEST_FACTOR);
+    // masked_score · factor = -1e15 is far below EMPTY.
     let masked_score = -1.0e15 / factor;
 
     // Q, with 0 in the columns past the head dimension, so that they add nothing, whatever K has there
@@ -87,24 +88,24 @@ fn forward(
         }
     }
     workgroupBarrier();
-    var q: array<array<Left, DM>, ROW_MATRICES>;
+    var q: array<array<Left, ACROSS_DIM>, ROW_MATRICES>;
 #unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-        for (var d = 0u; d < DM; d++) {
-            let place = (mine + r * M) * D_STRIDE + d * M / WIDTH;
+        for (var d = 0u; d < ACROSS_DIM; d++) {
+            let place = (own_row + r * M) * D_STRIDE + d * M / WIDTH;
             q[r][d] = coopLoadT<Left>(&tiles[place], D_STRIDE);
         }
     }
     workgroupBarrier();
 
-    var o: array<array<Accumulator, VM>, ROW_MATRICES>;
+    var o: array<array<Accumulator, ACROSS_DIM_V>, ROW_MATRICES>;
     var m: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
     var l: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
 #unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-        for (var d = 0u; d < VM; d++) {
+        for (var d = 0u; d < ACROSS_DIM_V; d++) {
             o[r][d] = Accumulator();
         }
 #unroll
@@ -148,11 +149,11 @@ fn forward(
             ends[h] = finish_row(at, m[r][h] / LOG2_E, row_sum(l[r][h]), m[r][h] == EMPTY);
         }
 #unroll
-        for (var d = 0u; d < VM; d++) {
+        for (var d = 0u; d < ACROSS_DIM_V; d++) {
             let y = elements_of(o[r][d]);
 #unroll
             for (var e = 0u; e < ELEMENTS; e++) {
-                let row = mine + r * M + row_of(lane, 0u) + row_of(0u, e);
+                let row = own_row + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
                 tiles[row * V_STRIDE + column / 4u][column % 4u] = f16(y[e] * ends[held_row(e)].inverse);
             }
@@ -160,7 +161,7 @@ fn forward(
 #if LSE
 #unroll
         for (var e = 0u; e < ELEMENTS; e++) {
-            let i = row0 + mine + r * M + row_of(lane, e);
+            let i = row0 + own_row + r * M + row_of(lane, e);
             if column_of(lane, e) == 0u && i < row1 {
                 lse[lse_row(at, i)] = ends[held_row(e)].lse;
             }

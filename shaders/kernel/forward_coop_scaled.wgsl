@@ -1,18 +1,20 @@
-// Forward pass on cooperative matrices (tensor cores) for f32 and bf16, whose operands have to be f16: products are of
-// scaled tiles in parts, as matrix/parts.wgsl says. One workgroup computes ROWS rows of one head, as in
-// forward_coop.wgsl:
+// What: forward pass on cooperative matrices for f32 and bf16. Matrix operands are f16, so each tile is scaled and cut into PARTS f16 parts
+//   (matrix/parts.wgsl).
 //
-//     m = -inf, l = 0, O = 0
+//     m = EMPTY, l = 0, O = 0
 //     for each tile of KEYS keys that some row may see:
-//         S = score(Q K^T)                          plain numbers in the lanes that hold them
+//         S = score(Q K^T)                          numbers in the lanes that hold them
 //         m' = max(m, rowmax S - HEADROOM)
-//         P = 2^(S - m')                            left operands of PARTS parts, made from S where it lies
+//         P = 2^(S - m')                            left operands of PARTS parts, made in the lanes that hold S
 //         l = 2^(m - m') l + rowsum P
-//         O = 2^(m - m') O + P V                    tensor cores truncate what they add: they only sum P V of one tile
-//     O = O / l,  lse = ln 2 (m + log2 l),          maxima being in base 2
+//         O = 2^(m - m') O + P V                    tensor cores truncate sums, so they sum P V of one tile only
+//     O = O / l,  lse = ln 2 (m + log2 l)           m is an exponent of 2
 //
-// Q, and each tile of K and of V, has one scale. Where their elements are far apart, each row has its own: those of Q and K
-// are taken back from S, those of V from P, whose rows are then scaled themselves.
+// Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows, with Q, S, P and O in registers.
+// Scales: Q, each tile of K and each tile of V has one scale. With BY_ROWS, where elements are far apart, each row has a scale of its own.
+//   Then S is divided by the scales of Q and K, P is divided by those of V, and the rows of P are scaled in turn.
+// Pipelining: the next tile of K and V is loaded into registers while the products of this tile run.
+// Needs q, k, v, and the range of the head (coop_ranges.wgsl). Gives out and, with LSE, lse.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
@@ -50,31 +52,30 @@ const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
 // Matrices across the keys of a tile, the head dimension, and the values' dimension.
-const KM = KEYS / M;
-const DM = (HEAD_DIM + M - 1u) / M;
-const VM = (HEAD_DIM_V + M - 1u) / M;
+const ACROSS_KEYS = KEYS / M;
+const ACROSS_DIM = (HEAD_DIM + M - 1u) / M;
+const ACROSS_DIM_V = (HEAD_DIM_V + M - 1u) / M;
 // Rows in workgroup memory: how many vectors of four are there, and how far apart rows are. The two vectors between
 // rows keep the rows of a matrix on different banks.
-const D4 = DM * M / 4u;
-const V4 = VM * M / 4u;
+const D4 = ACROSS_DIM * M / 4u;
+const V4 = ACROSS_DIM_V * M / 4u;
 const K_STRIDE = D4 + 2u;
 const V_STRIDE = V4 + 2u;
 const K_SIZE = KEYS * K_STRIDE;
 const V_SIZE = KEYS * V_STRIDE;
-// What each thread moves of Q and of a tile of K and of V.
+// How many vectors each thread loads of Q, and of a tile of K and of V.
 const Q_LOADS = (ROWS * D4 + THREADS - 1u) / THREADS;
 const K_LOADS = (KEYS * D4 + THREADS - 1u) / THREADS;
 const V_LOADS = (KEYS * V4 + THREADS - 1u) / THREADS;
 // The largest P is 2^HEADROOM, so that the second part of small ones is not lost below the smallest f16.
 const HEADROOM = 8.0;
-// With the one factor all of them are 0; with the other they are finite, and no score.
-const SMALLEST_FACTOR = 1.0e-22;
+// The largest factor that scores are multiplied with. A product of scaled rows times this is still finite.
 const LARGEST_FACTOR = 1.0e25;
 
-// The parts of a tile of K, then those of V; before them Q, a part at a time.
+// The parts of a tile of K, then the parts of a tile of V. Before the loop: Q, a part at a time.
 var<workgroup> tiles: array<vec4<f16>, max(PARTS * (K_SIZE + V_SIZE), ROWS * K_STRIDE)>;
-// A matrix of O of each subgroup, on its way to whole rows.
-var<workgroup> turned: array<f32, SUBGROUPS * M * M>;
+// One matrix of O of each subgroup, to be written in whole rows.
+var<workgroup> rows_out: array<f32, SUBGROUPS * M * M>;
 
 const PART_ROUNDING = 0u;
 // Rows of Q, of K and of V.
@@ -104,7 +105,7 @@ fn query_scale(scales: Scales, row: u32) -> f32 {
     return select(scales.tile.x, row_scale(row), scales.apart);
 }
 
-// A tile of K and one of V to workgroup memory, each row times its own scale. Has barriers.
+// Stores a tile of K and a tile of V in workgroup memory, each row times its own scale. Has barriers.
 fn store_by_rows(keys: array<Elements4, K_LOADS>, values: array<Elements4, V_LOADS>, thread: u32) {
     clear_sizes(ROWS, 2u * KEYS, thread);
     workgroupBarrier();
@@ -152,12 +153,12 @@ fn forward(
     }
 }
 
-// The rows of block `block` of so many of a head.
+// Computes block `block` of the `blocks` blocks of rows of a head.
 fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u32, lane: u32) {
     // The last rows first: with a causal mask they take longest.
     let row0 = problem.row_begin + (blocks - 1u - block) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
-    let mine = subgroup * ROW_MATRICES * M;
+    let own_row = subgroup * ROW_MATRICES * M;
 
     // Q, with 0 in the columns past the head dimension, so that they add nothing, whatever K has there
     var query_rest: array<vec4f, Q_LOADS>;
@@ -186,7 +187,7 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         let row = min((thread + n * THREADS) / D4, ROWS - 1u);
         query_rest[n] *= query_scale(query_scales, row);
     }
-    var q: array<array<array<Left, PARTS>, DM>, ROW_MATRICES>;
+    var q: array<array<array<Left, PARTS>, ACROSS_DIM>, ROW_MATRICES>;
     for (var part = 0u; part < PARTS; part++) {
         for (var n = 0u; n < Q_LOADS; n++) {
             let t = thread + n * THREADS;
@@ -198,19 +199,19 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         }
         workgroupBarrier();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var d = 0u; d < DM; d++) {
-                let place = (mine + r * M) * K_STRIDE + d * M / 4u;
+            for (var d = 0u; d < ACROSS_DIM; d++) {
+                let place = (own_row + r * M) * K_STRIDE + d * M / 4u;
                 q[r][d][part] = coopLoadT<Left>(&tiles[place], K_STRIDE);
             }
         }
         workgroupBarrier();
     }
 
-    var o: array<array<Lane, VM>, ROW_MATRICES>;
+    var o: array<array<Lane, ACROSS_DIM_V>, ROW_MATRICES>;
     var m: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
     var l: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
     for (var r = 0u; r < ROW_MATRICES; r++) {
-        for (var d = 0u; d < VM; d++) {
+        for (var d = 0u; d < ACROSS_DIM_V; d++) {
             o[r][d] = Lane();
         }
         for (var h = 0u; h < LANE_ROWS; h++) {
@@ -241,7 +242,7 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         let scales = scales_of(key_sizes, value_sizes, subgroup, lane);
         let key_scale = scales.tile.x;
         let value_scale = scales.tile.y;
-        // Times the factor, scores are exponents of 2.
+        // Held scores times this are exponents of 2.
 #if SHAPED
         var factor = score_factor();
 #else
@@ -277,14 +278,14 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         value_next = load_value(at, u32(tile(visited, step + 1)), last, thread);
 
         // S = Q K^T
-        var x = array<array<Lane, KM>, ROW_MATRICES>();
-        for (var c = 0u; c < KM; c++) {
+        var x = array<array<Lane, ACROSS_KEYS>, ROW_MATRICES>();
+        for (var c = 0u; c < ACROSS_KEYS; c++) {
             var sum = array<Accumulator, ROW_MATRICES>();
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 sum[r] = Accumulator();
             }
             for (var n = 0u; n < PARTS; n++) {
-                for (var d = 0u; d < DM; d++) {
+                for (var d = 0u; d < ACROSS_DIM; d++) {
                     for (var b = 0u; b + n < PARTS; b++) {
                         let place = b * K_SIZE + c * M * K_STRIDE + d * M / 4u;
                         let k = coopLoad<Right>(&tiles[place], K_STRIDE);
@@ -305,15 +306,15 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
 #endif
         if by_rows {
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                for (var c = 0u; c < KM; c++) {
+                for (var c = 0u; c < ACROSS_KEYS; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        let row = mine + r * M + row_of(lane, e);
-                        let of_row = query_scale(query_scales, row);
-                        let of_key = row_scale(ROWS + c * M + column_of(lane, e));
+                        let row = own_row + r * M + row_of(lane, e);
+                        let scale_of_row = query_scale(query_scales, row);
+                        let scale_of_key = row_scale(ROWS + c * M + column_of(lane, e));
 #if SHAPED
-                        x[r][c][e] = unscaled(x[r][c][e], of_row, of_key);
+                        x[r][c][e] = unscaled(x[r][c][e], scale_of_row, scale_of_key);
 #else
-                        x[r][c][e] *= min(unscaled(score_factor(), of_row, of_key), LARGEST_FACTOR);
+                        x[r][c][e] *= min(unscaled(score_factor(), scale_of_row, scale_of_key), LARGEST_FACTOR);
 #endif
                     }
                 }
@@ -321,11 +322,11 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         }
 #if SHAPED
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[r][c][e] *= select(dot, 1.0, by_rows);
                 }
-                x[r][c] = shaped(x[r][c], at, i32(row0 + mine + r * M), j0 + i32(c * M), lane).score;
+                x[r][c] = shaped(x[r][c], at, i32(row0 + own_row + r * M), j0 + i32(c * M), lane).score;
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[r][c][e] *= select(1.0, factor, by_rows);
                 }
@@ -333,12 +334,12 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         }
 #endif
         factor = select(factor, 1.0, by_rows);
-        // Times the factor it is far below EMPTY, whatever the factor.
+        // masked_score · factor = -1e15 is far below EMPTY.
         let masked_score = -1.0e15 / factor;
         if step >= visited.full {
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                for (var c = 0u; c < KM; c++) {
-                    x[r][c] = masked(x[r][c], at, i32(row0 + mine + r * M), j0 + i32(c * M), lane, masked_score);
+                for (var c = 0u; c < ACROSS_KEYS; c++) {
+                    x[r][c] = masked(x[r][c], at, i32(row0 + own_row + r * M), j0 + i32(c * M), lane, masked_score);
                 }
             }
         }
@@ -346,23 +347,23 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         // P = 2^(S - m'),  l = 2^(m - m') l + rowsum P
         var shrink = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            var most = array<f32, LANE_ROWS>();
+            var tile_max = array<f32, LANE_ROWS>();
             var sum = array<f32, LANE_ROWS>();
             for (var h = 0u; h < LANE_ROWS; h++) {
-                most[h] = masked_score;
+                tile_max[h] = masked_score;
                 sum[h] = 0.0;
             }
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    most[held_row(e)] = max(most[held_row(e)], x[r][c][e]);
+                    tile_max[held_row(e)] = max(tile_max[held_row(e)], x[r][c][e]);
                 }
             }
             for (var h = 0u; h < LANE_ROWS; h++) {
-                let larger = max(m[r][h], row_max(most[h]) * factor - HEADROOM);
-                shrink[r][h] = exp2(m[r][h] - larger);
-                m[r][h] = larger;
+                let new_max = max(m[r][h], row_max(tile_max[h]) * factor - HEADROOM);
+                shrink[r][h] = exp2(m[r][h] - new_max);
+                m[r][h] = new_max;
             }
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[r][c][e] = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
                     sum[held_row(e)] += x[r][c][e];
@@ -373,7 +374,7 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
             }
         }
 
-        // What takes the scales of P and V back, of each row
+        // The factor of each row that undoes the scales of P and V
         var unscale = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var h = 0u; h < LANE_ROWS; h++) {
@@ -381,43 +382,43 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
             }
         }
         if by_rows {
-            // So many powers of two more, that P over the scales of V is no number below those that f32 has.
+            // A power of two that keeps P over the scales of V from falling below the smallest numbers of f32.
             let lift = min(value_scale * 0x1p100, 0x1p126);
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                var most = array<f32, LANE_ROWS>();
-                for (var c = 0u; c < KM; c++) {
+                var row_largest = array<f32, LANE_ROWS>();
+                for (var c = 0u; c < ACROSS_KEYS; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {
                         x[r][c][e] *= lift * inverse(row_scale(ROWS + KEYS + c * M + column_of(lane, e)));
-                        most[held_row(e)] = max(most[held_row(e)], x[r][c][e]);
+                        row_largest[held_row(e)] = max(row_largest[held_row(e)], x[r][c][e]);
                     }
                 }
                 var scale = array<f32, LANE_ROWS>();
                 for (var h = 0u; h < LANE_ROWS; h++) {
-                    scale[h] = scale_for(bitcast<u32>(row_max(most[h])));
+                    scale[h] = scale_for(bitcast<u32>(row_max(row_largest[h])));
                     unscale[r][h] = unscaled(1.0, scale[h], lift);
                 }
-                for (var c = 0u; c < KM; c++) {
+                for (var c = 0u; c < ACROSS_KEYS; c++) {
                     for (var e = 0u; e < ELEMENTS; e++) {
                         x[r][c][e] *= scale[held_row(e)];
                     }
                 }
             }
         }
-        var p = array<array<array<Left, PARTS>, KM>, ROW_MATRICES>();
+        var p = array<array<array<Left, PARTS>, ACROSS_KEYS>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 p[r][c] = left_parts(x[r][c]);
             }
         }
 
         // O = 2^(m - m') O + P V
-        for (var d = 0u; d < VM; d++) {
+        for (var d = 0u; d < ACROSS_DIM_V; d++) {
             var sum = array<Accumulator, ROW_MATRICES>();
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 sum[r] = Accumulator();
             }
             for (var n = 0u; n < PARTS; n++) {
-                for (var c = 0u; c < KM; c++) {
+                for (var c = 0u; c < ACROSS_KEYS; c++) {
                     for (var b = 0u; b + n < PARTS; b++) {
                         let place = PARTS * K_SIZE + b * V_SIZE + c * M * V_STRIDE + d * M / 4u;
                         let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
@@ -442,38 +443,38 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         for (var h = 0u; h < LANE_ROWS; h++) {
             ends[h] = finish_row(at, m[r][h] / LOG2_E, row_sum(l[r][h]), m[r][h] == EMPTY);
         }
-        for (var d = 0u; d < VM; d++) {
+        for (var d = 0u; d < ACROSS_DIM_V; d++) {
             for (var e = 0u; e < ELEMENTS; e++) {
                 o[r][d][e] *= ends[held_row(e)].inverse;
             }
         }
 #if LSE
         for (var e = 0u; e < ELEMENTS; e++) {
-            let i = row0 + mine + r * M + row_of(lane, e);
+            let i = row0 + own_row + r * M + row_of(lane, e);
             if column_of(lane, e) == 0u && i < row1 {
                 lse[lse_row(at, i)] = ends[held_row(e)].lse;
             }
         }
 #endif
     }
-    for (var n = 0u; n < ROW_MATRICES * VM; n++) {
-        // A driver that does not unroll this loop, with its barriers, would have o in memory for o[n / VM][n % VM].
+    for (var n = 0u; n < ROW_MATRICES * ACROSS_DIM_V; n++) {
+        // A driver that does not unroll this loop, with its barriers, would have o in memory for o[n / ACROSS_DIM_V][n % ACROSS_DIM_V].
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var d = 0u; d < VM; d++) {
-                if r * VM + d == n {
+            for (var d = 0u; d < ACROSS_DIM_V; d++) {
+                if r * ACROSS_DIM_V + d == n {
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        turned[subgroup * M * M + row_of(lane, e) * M + column_of(lane, e)] = o[r][d][e];
+                        rows_out[subgroup * M * M + row_of(lane, e) * M + column_of(lane, e)] = o[r][d][e];
                     }
                 }
             }
         }
         workgroupBarrier();
-        let i = row0 + mine + n / VM * M + lane * ELEMENTS / M;
+        let i = row0 + own_row + n / ACROSS_DIM_V * M + lane * ELEMENTS / M;
         if i < row1 {
             for (var e = 0u; e < ELEMENTS; e += 4u) {
                 let t = subgroup * M * M + lane * ELEMENTS + e;
-                let column = n % VM * M + (lane * ELEMENTS + e) % M;
-                write_out(out_row(at, i), column, HEAD_DIM_V, vec4f(turned[t], turned[t + 1u], turned[t + 2u], turned[t + 3u]));
+                let column = n % ACROSS_DIM_V * M + (lane * ELEMENTS + e) % M;
+                write_out(out_row(at, i), column, HEAD_DIM_V, vec4f(rows_out[t], rows_out[t + 1u], rows_out[t + 2u], rows_out[t + 3u]));
             }
         }
         workgroupBarrier();

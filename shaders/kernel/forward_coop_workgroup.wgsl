@@ -1,20 +1,20 @@
-// Forward pass on cooperative matrices where WGSL is all there is: the algorithm of forward_coop.wgsl, with scores and
-// probabilities that cross workgroup memory on their way from matrices to numbers and back. One workgroup computes ROWS
-// rows of one head; each of its subgroups has ROW_MATRICES · M of them to itself, M being the size of a matrix.
+// What: forward pass on cooperative matrices for devices without access to elements of matrices. S and P cross workgroup memory on the way
+//   from matrices to numbers and back.
 //
-//     m = -inf, l = 0, O = 0
+//     m = EMPTY, l = 0, O = 0
 //     for each tile of KEYS keys that some row may see:
-//         S of the next tile = Q K^T                beside the softmax of this one, which uses other units
-//         where rowmax S > m + LAZY:                m' = rowmax S,  l = 2^(m - m') l,  O = 2^(m - m') O;  else m' = m
-//         P = 2^(S - m')                            f16, at most 2^LAZY
+//         S of the next tile = Q K^T                runs beside the softmax of this tile, which uses other units
+//         where rowmax S > m + GROWTH:              m' = rowmax S,  l = 2^(m - m') l,  O = 2^(m - m') O;  else m' = m
+//         P = 2^(S - m')                            f16, at most 2^GROWTH
 //         l = l + rowsum P,  O = O + P V
-//     O = O / l,  lse = ln 2 (m + log2 l),          maxima being in base 2
+//     O = O / l,  lse = ln 2 (m + log2 l)           m is an exponent of 2
 //
-// To rescale O it too has to cross workgroup memory, so that is done only where a maximum grew much. Then the p of a
-// row's largest score is no longer 1 but some number that f16 rounds, by half a step at most. l sums p before that.
-//
-// Loops over matrices are written out (src/specialize.rs): arrays of matrices are registers only where indices are
-// constants.
+// Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows. To rescale O, O too has to cross
+//   workgroup memory, so that is done only where a maximum grew much. Then p of a row's largest score is not 1, and f16 rounds it by half a step at most; l
+//   sums p before it is rounded. Loops over matrices are written out (src/specialize.rs): arrays of
+//   matrices are registers only where indices are constants.
+// Pipelining: the step of a tile multiplies Q with the next tile of K, and loads the tile of K after it and the next tile of V.
+// Needs q, k, v. Gives out and, with LSE, lse.
 enable f16;
 enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
@@ -41,9 +41,7 @@ const ROWS = SUBGROUPS * ROW_MATRICES * M;
 // A tile of K, and one of V.
 const TILES = D_SIZE + V_SIZE;
 var<workgroup> tiles: array<Halves, TILES>;
-// How far above m a row's maximum may be, in base 2. f16 holds p up to 2^16.
-const LAZY = 8.0;
-// The keys at which a maximum grew more than that. Four, since the next variable has to be aligned to 16 bytes.
+// The last step in which a maximum grew by more than GROWTH. Four, since the next variable has to be aligned to 16 bytes.
 var<workgroup> grown: array<atomic<i32>, 4>;
 
 // A lane's elements of a matrix of Q, whose row starts at element `start` and whose columns at `column`: 0 past the
@@ -86,25 +84,25 @@ fn forward(
     // The last rows first: with a causal mask they take longest.
     let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
-    // The first row of matrices of this subgroup; and a lane's row there, of which the others are M further.
-    let mine = subgroup * ROW_MATRICES;
-    let my_row = row0 + mine * M + row_of(lane, 0u);
-    // What is held of scores, times this, are exponents of 2.
-    let factor = max(score_factor(), 1.0e-22);
-    // Times the factor it is far below EMPTY, whatever the factor.
+    // The first block of this subgroup, and a lane's row in it. The lane's rows in later blocks are M apart.
+    let own_block = subgroup * ROW_MATRICES;
+    let lane_row = row0 + own_block * M + row_of(lane, 0u);
+    // Held scores times this are exponents of 2.
+    let factor = max(score_factor(), SMALLEST_FACTOR);
+    // masked_score · factor = -1e15 is far below EMPTY.
     let masked_score = -1.0e15 / factor;
 
-    var q: array<array<Left, DM>, ROW_MATRICES>;
+    var q: array<array<Left, ACROSS_DIM>, ROW_MATRICES>;
 #unroll
-    for (var d = 0u; d < DM; d++) {
+    for (var d = 0u; d < ACROSS_DIM; d++) {
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            let row = query_row(at, min(my_row + r * M, last_query(at)));
-            put_elements(query_elements(row, d * M, lane), mine + r, 0u, lane);
+            let row = query_row(at, min(lane_row + r * M, last_query(at)));
+            put_elements(query_elements(row, d * M, lane), own_block + r, 0u, lane);
         }
         workgroupBarrier();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            q[r][d] = get_left(mine + r, 0u);
+            q[r][d] = get_left(own_block + r, 0u);
         }
         workgroupBarrier();
     }
@@ -112,19 +110,19 @@ fn forward(
         atomicStore(&grown[0], -2);
     }
 
-    var o: array<array<Accumulator, VM>, ROW_MATRICES>;
+    var o: array<array<Accumulator, ACROSS_DIM_V>, ROW_MATRICES>;
     var m: array<f32, ROW_MATRICES>;
     var l: array<f32, ROW_MATRICES>;
 #unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-        for (var d = 0u; d < VM; d++) {
+        for (var d = 0u; d < ACROSS_DIM_V; d++) {
             o[r][d] = Accumulator();
         }
-        // S of no tile
+        // S of the step before the first tile
 #unroll
-        for (var c = 0u; c < KM; c++) {
-            put_accumulator(Accumulator(), mine + r, c);
+        for (var c = 0u; c < ACROSS_KEYS; c++) {
+            put_accumulator(Accumulator(), own_block + r, c);
         }
         m[r] = EMPTY;
         l[r] = 0.0;
@@ -134,7 +132,7 @@ fn forward(
     let last = last_key(at);
     var key_next: array<Eight, D_LOADS>;
     var value_next: array<Eight, V_LOADS>;
-    // The first step is that of no tile: it computes S of the first one.
+    // Step -1 belongs to no tile: it only computes S of the first tile.
     var n = visited.count;
     if visited.count > 0 {
         n = -1;
@@ -144,20 +142,20 @@ fn forward(
     }
     workgroupBarrier();
     for (; n < visited.count; n++) {
-        // The step of no tile has keys past the end, which do not count.
+        // In step -1 the keys are past the end, so none counts.
         let j0 = select(tile(visited, n), at.keys, n < 0);
-        var x = array<array<Lane, KM>, ROW_MATRICES>();
+        var x = array<array<Lane, ACROSS_KEYS>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
-                x[r][c] = get_elements(mine + r, c, lane);
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
+                x[r][c] = get_elements(own_block + r, c, lane);
             }
         }
 
         // What each score is, and whether it counts
 #if SHAPED
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
-                let i = i32(row0 + (mine + r) * M);
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
+                let i = i32(row0 + (own_block + r) * M);
                 let j = j0 + i32(c * M);
                 x[r][c] = shaped(x[r][c], at, i, j, lane).score;
             }
@@ -165,26 +163,26 @@ fn forward(
 #endif
         if n < 0 || n >= visited.full {
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                for (var c = 0u; c < KM; c++) {
-                    let i = i32(row0 + (mine + r) * M);
+                for (var c = 0u; c < ACROSS_KEYS; c++) {
+                    let i = i32(row0 + (own_block + r) * M);
                     x[r][c] = masked(x[r][c], at, i, j0 + i32(c * M), lane, masked_score);
                 }
             }
         }
 
         // S of the next tile = Q K^T
-        var s = array<array<Accumulator, KM>, ROW_MATRICES>();
+        var s = array<array<Accumulator, ACROSS_KEYS>, ROW_MATRICES>();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 s[r][c] = Accumulator();
             }
         }
 #unroll
-        for (var d = 0u; d < DM; d++) {
+        for (var d = 0u; d < ACROSS_DIM; d++) {
 #unroll
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 let place = c * M * D_STRIDE + d * M / WIDTH;
                 let k = coopLoad<Right>(&tiles[place], D_STRIDE);
 #unroll
@@ -197,30 +195,30 @@ fn forward(
         // m', l = 2^(m - m') l, and what O is to be multiplied by
         var shrink = array<f32, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            var most = masked_score;
-            for (var c = 0u; c < KM; c++) {
+            var tile_max = masked_score;
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    most = max(most, x[r][c][e]);
+                    tile_max = max(tile_max, x[r][c][e]);
                 }
             }
-            let larger = above(row_max(most) * factor);
-            let grows = larger - m[r] > LAZY;
+            let new_max = above(row_max(tile_max) * factor);
+            let grows = new_max - m[r] > GROWTH;
             if grows {
                 atomicStore(&grown[0], n);
             }
-            shrink[r] = select(1.0, exp2(m[r] - larger), grows);
-            m[r] = select(m[r], larger, grows);
+            shrink[r] = select(1.0, exp2(m[r] - new_max), grows);
+            m[r] = select(m[r], new_max, grows);
             l[r] *= shrink[r];
         }
 
         // P = 2^(S - m'),  l = l + rowsum P
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[r][c][e] = exp2(fma(x[r][c][e], factor, -m[r]));
                     l[r] += x[r][c][e];
                 }
-                put_elements(x[r][c], mine + r, c, lane);
+                put_elements(x[r][c], own_block + r, c, lane);
             }
         }
         store_value(value_next, 0u, thread);
@@ -230,19 +228,19 @@ fn forward(
         // trip, since naga takes the condition for one that may differ between threads.
         for (var once = u32(atomicLoad(&grown[0]) == n); once > 0u; once--) {
 #unroll
-            for (var d = 0u; d < VM; d++) {
+            for (var d = 0u; d < ACROSS_DIM_V; d++) {
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
-                    put_accumulator(o[r][d], mine + r, 0u);
+                    put_accumulator(o[r][d], own_block + r, 0u);
                 }
                 workgroupBarrier();
                 for (var r = 0u; r < ROW_MATRICES; r++) {
-                    scale_elements(shrink[r], mine + r, lane);
+                    scale_elements(shrink[r], own_block + r, lane);
                 }
                 workgroupBarrier();
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
-                    o[r][d] = get_accumulator(mine + r);
+                    o[r][d] = get_accumulator(own_block + r);
                 }
                 workgroupBarrier();
             }
@@ -250,14 +248,14 @@ fn forward(
 
         // O = O + P V
 #unroll
-        for (var c = 0u; c < KM; c++) {
+        for (var c = 0u; c < ACROSS_KEYS; c++) {
             var p = array<Left, ROW_MATRICES>();
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
-                p[r] = get_left(mine + r, c);
+                p[r] = get_left(own_block + r, c);
             }
 #unroll
-            for (var d = 0u; d < VM; d++) {
+            for (var d = 0u; d < ACROSS_DIM_V; d++) {
                 let place = D_SIZE + c * M * V_STRIDE + d * M / WIDTH;
                 let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
 #unroll
@@ -272,8 +270,8 @@ fn forward(
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-            for (var c = 0u; c < KM; c++) {
-                put_accumulator(s[r][c], mine + r, c);
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
+                put_accumulator(s[r][c], own_block + r, c);
             }
         }
         store_key(key_next, 0u, thread);
@@ -288,15 +286,15 @@ fn forward(
         ends[r] = finish_row(at, m[r] / LOG2_E, row_sum(l[r]), m[r] == EMPTY);
     }
 #unroll
-    for (var d = 0u; d < VM; d++) {
+    for (var d = 0u; d < ACROSS_DIM_V; d++) {
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            put_accumulator(o[r][d], mine + r, 0u);
+            put_accumulator(o[r][d], own_block + r, 0u);
         }
         workgroupBarrier();
         for (var r = 0u; r < ROW_MATRICES; r++) {
-            let i = my_row + r * M;
-            var y = get_elements(mine + r, 0u, lane);
+            let i = lane_row + r * M;
+            var y = get_elements(own_block + r, 0u, lane);
             if i < row1 {
                 for (var e = 0u; e < ELEMENTS; e++) {
                     y[e] *= ends[r].inverse;
@@ -308,7 +306,7 @@ fn forward(
     }
 #if LSE
     for (var r = 0u; r < ROW_MATRICES; r++) {
-        let i = my_row + r * M;
+        let i = lane_row + r * M;
         if column_of(lane, 0u) == 0u && i < row1 {
             lse[lse_row(at, i)] = ends[r].lse;
         }

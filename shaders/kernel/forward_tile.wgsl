@@ -1,24 +1,21 @@
-// Forward pass in tiles with an online softmax (FlashAttention-2, Dao 2023, algorithm 1). One workgroup computes
-// ROWS rows of one head and walks over the keys, KEYS at a time; scores never leave the chip.
+// What: forward pass in tiles with an online softmax (FlashAttention-2, Dao 2023, algorithm 1). Scores never leave the chip.
 //
 //     m = -inf, l = 0, O = 0
-//     for each tile of keys that some row may see:
-//         S = score(Q K^T)                          ROWS x KEYS
+//     for each tile of KEYS keys that some row may see:
+//         S = score(Q K^T)                          ROWS x KEYS; held as q·k itself, or with SHAPED as the score
 //         m' = max(m, rowmax S)
-//         P = exp(S - m')                           ROWS x KEYS
+//         P = exp(S - m')                           ROWS x KEYS; computed as exp2((s - m') · factor)
 //         l = exp(m - m') l + rowsum P
-//         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V; with TILE_SUMS, P V is a sum of its own first
-//         with FOLDS, after each FOLD_TILES tiles but the last:  out = out, shrunk as O has been since, + O;  O = 0
-//     out = O / l (with FOLDS what out has, shrunk, is added to O first),  lse = m + ln l
+//         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V; with TILE_SUMS, P V is summed apart first
+//         with FOLDS, after each FOLD_TILES tiles but the last:  out = shrunk out + O,  O = 0
+//     out = O / l (with FOLDS the shrunk out is added to O first),  lse = m + ln l
 //
-// Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) keeps, in registers, of rows 4(ty + THREADS_Y r) .. + 4 the
-// scores with keys tx + THREADS_X c, and output columns 4(tx + THREADS_X u) .. + 4. Both products are sums of outer products, of
-// a vector of four that a thread finds in workgroup memory and the elements of another: 16 multiply-adds for two loads. So Q, K
-// and P lie there in columns, V in rows: Q and K CHUNK columns at a time, P and V VALUE_KEYS keys at a time, all as f32. What is
-// next for workgroup memory is loaded to registers while a product runs (unless packed, V's first rows of a tile: while the softmax
-// does), and a tile ends by storing the first chunk of the next. Where there are registers for it, threads keep all that they store
-// of Q, as it is in memory. s is q·k itself (if SHAPED, the score); p = exp2((s - m) · factor). If the tile says so, the products are written out, so that loads of the next
-// vectors are among the products of these.
+// Who: a workgroup owns ROWS rows of one head. Thread (ty, tx) of the grid has rows 4(ty + THREADS_Y r) .. + 4: in registers their
+//   scores with keys tx + THREADS_X c, and columns 4(tx + THREADS_X u) .. + 4 of O. Both products are sums of outer products of two
+//   vectors of four. Workgroup memory holds f32: CHUNK columns of Q and of K, or VALUE_KEYS columns of P and as many rows of V.
+// Pipelining: while one product runs, the next chunk of Q and K (or of V) is loaded into registers. The next barrier stores it. V that is
+//   not packed is loaded during the softmax. A tile ends by storing the next tile's first chunk. KEPT chunks of Q stay in registers.
+// Needs q, k, v. Gives out and, with LSE, lse.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 #include "tile/threads.wgsl"
@@ -55,7 +52,8 @@ const WHOLE_OUT = 4u * V_STRIDE == HEAD_DIM_V;
 // Q, and P in its place once S is there; then K, and V behind P.
 const K_AT = CHUNK * ROWS4 + GAPS;
 const V_AT = VALUE_KEYS * P_STRIDE;
-// Four numbers of each thread for each of its vectors of rows, to be reduced over a row of threads: beside K, where V is not yet.
+// Partial maxima (or sums) of each thread for each of its vectors of four rows, to be reduced over a row of threads. They lie behind K;
+// V is not stored there yet.
 const PARTIAL_AT = max(V_AT, K_AT + CHUNK * KEYS4 + GAPS);
 var<workgroup> tiles: array<vec4f, max(PARTIAL_AT + THREADS_X * ROWS4, V_AT + VALUE_KEYS * V_STRIDE)>;
 // Each row has its maximum m here, and exp(m - m'), by which its sums shrink.
@@ -66,9 +64,9 @@ var<workgroup> shrinks: array<f32, ROWS>;
 #include "tile/scores.wgsl" vectors=TR count4=ROWS4 others=PIECES other_count4=KEYS4 at=K_AT
 #include "tile/outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS from=0u at=V_AT
 
-// What each thread moves of a chunk of Q and K, vectors of four columns, each of four rows, and of V's rows: the vectors of its
-// columns of output, of every THREADS_Y-th row. Loaded to registers while workgroup memory is in use, then stored. Where heads and
-// rows of these start is in units of UNIT elements. Of Q, KEPT chunks are in registers: all CHUNKS, or the next one.
+// How much each thread loads to registers before it stores it in workgroup memory: of a chunk of Q and of K vectors of four columns, each
+// of four rows; of V the vectors of its own columns of output, of every THREADS_Y-th row. Addresses of rows are in units of UNIT elements.
+// KEPT chunks of Q are in registers: all CHUNKS, or the next one only.
 const QUERY_LOADS = (ROWS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const KEY_LOADS = (KEYS4 * CHUNK4 + THREADS - 1u) / THREADS;
 const VALUE_LOADS = (VALUE_KEYS + THREADS_Y - 1u) / THREADS_Y;
@@ -83,7 +81,7 @@ fn load_query(at: Sequence, row0: u32, d0: u32, thread: u32) -> Queries {
     var x: Queries;
     for (var n = 0u; n < QUERY_LOADS; n++) {
         let t = thread + n * THREADS;
-        // Threads without a vector load none; no branch where all have one.
+        // A thread without a vector loads none. Where all threads have one there is no branch.
         if QUERY_LOADS * THREADS == ROWS4 * CHUNK4 || t < ROWS4 * CHUNK4 {
             for (var r = 0u; r < 4u; r++) {
                 let row = query_row(at, min(row0 + 4u * (t / CHUNK4) + r, last_query(at))) / UNIT;
@@ -112,8 +110,8 @@ fn store_query(x: Queries, d0: u32, thread: u32) {
     }
 }
 
-// Where the rows of K begin that a thread loads, for all chunks of a tile. Vectors of a piece, 4 THREADS_X keys, are those of one
-// row of threads. A vector has four keys THREADS_X apart, so that the columns of P are in the order of the keys.
+// Where the rows of K begin that a thread loads, for all chunks of a tile. A piece is 4 THREADS_X keys, one vector for each thread of a
+// row of the grid. A vector has four keys THREADS_X apart, so that the columns of P are in the order of the keys.
 fn key_rows(at: Sequence, j0: u32, thread: u32) -> KeyRows {
     var rows: KeyRows;
     for (var n = 0u; n < KEY_LOADS; n++) {
@@ -174,12 +172,11 @@ fn store_value(x: Values, thread: u32) {
 }
 
 #if FOLDS
-// A sum of sums loses less than one long sum. So after each FOLD_TILES tiles O is added to what its place in memory has, and begins
-// anew.
+// A sum of sums loses less to rounding than one long sum. So after each FOLD_TILES tiles O is added to the O in memory, and begins at 0.
 struct Folded {
-    // What O in memory shrinks by, of each row.
+    // The factor by which the O in memory of each row has to shrink.
     since: array<vec4f, TR>,
-    // Whether there is one.
+    // Whether memory has an O.
     any: bool,
 }
 
@@ -207,7 +204,7 @@ fn forward(
     let row0 = problem.row_begin + (workgroups.x - 1u - group.x) * ROWS;
     let row1 = min(row0 + ROWS, problem.row_end);
 
-    // Not 0, so that a masked score vanishes with a scale of 0 as well.
+    // Never 0, so that the exponential of a masked score vanishes with a scale of 0 too.
     let factor = max(score_factor(), 1.0e-30);
     // MASKED and LOWEST of scores, of which differences times factor are finite.
     let masked = MASKED / max(factor, 1.0);
@@ -262,7 +259,7 @@ fn forward(
             if more {
                 workgroupBarrier();
                 store_key(key_next, thread);
-                // Chunk d1: one of those kept, or the only one there is.
+                // Chunk d1: one of the kept chunks, or the only one.
 #unroll
                 for (var c = 0u; c < KEPT; c++) {
                     if KEPT < CHUNKS || d1 == c * CHUNK {
@@ -299,35 +296,35 @@ fn forward(
 
         // m' = max(m, rowmax S). One thread a row reduces: if all threads of a row did, each would read what all have.
         for (var r = 0u; r < TR; r++) {
-            var most = s[0][r];
+            var tile_max = s[0][r];
             for (var c = 1u; c < TC; c++) {
-                most = max(most, s[c][r]);
+                tile_max = max(tile_max, s[c][r]);
             }
-            tiles[PARTIAL_AT + tx * ROWS4 + r * THREADS_Y + ty] = most;
+            tiles[PARTIAL_AT + tx * ROWS4 + r * THREADS_Y + ty] = tile_max;
         }
         workgroupBarrier();
         if thread < ROWS {
             let m = maxima[thread];
-            var larger = m;
+            var new_max = m;
             for (var x = 0u; x < THREADS_X; x++) {
-                larger = max(larger, tiles[PARTIAL_AT + x * ROWS4 + thread / 4u][thread % 4u]);
+                new_max = max(new_max, tiles[PARTIAL_AT + x * ROWS4 + thread / 4u][thread % 4u]);
             }
-            maxima[thread] = larger;
-            shrinks[thread] = exp2((m - larger) * factor);
+            maxima[thread] = new_max;
+            shrinks[thread] = exp2((m - new_max) * factor);
         }
         workgroupBarrier();
 
         // P = exp(S - m'),  l = exp(m - m') l + rowsum P
         var shrink = array<vec4f, TR>();
         for (var r = 0u; r < TR; r++) {
-            var most = vec4f();
+            var new_max = vec4f();
             for (var e = 0u; e < 4u; e++) {
-                most[e] = maxima[4u * (r * THREADS_Y + ty) + e];
+                new_max[e] = maxima[4u * (r * THREADS_Y + ty) + e];
                 shrink[r][e] = shrinks[4u * (r * THREADS_Y + ty) + e];
             }
             var sum = vec4f();
             for (var c = 0u; c < TC; c++) {
-                s[c][r] = exp2((s[c][r] - most) * factor);
+                s[c][r] = exp2((s[c][r] - new_max) * factor);
                 sum += s[c][r];
             }
             l[r] = fma(l[r], shrink[r], sum);
@@ -355,7 +352,7 @@ fn forward(
 #unroll
             for (var c = 0u; c < PIECES; c++) {
                 for (var e = 0u; e < 4u; e++) {
-                    // The key that the first of a row of threads has.
+                    // The key of the first thread of a row of the grid.
                     let j = (4u * c + e) * THREADS_X;
                     if j / VALUE_KEYS * VALUE_KEYS == v0 {
                         for (var r = 0u; r < TR; r++) {
@@ -366,7 +363,7 @@ fn forward(
             }
             workgroupBarrier();
 #if PACKED
-            // After a tile's last rows, those that the next tile begins with: packed, there are registers for them during S.
+            // After the tile's last rows of V come the first rows of the next tile. Packed rows are few enough registers to be held during S.
             value_next = load_value(at, select(j1, u32(j0) + v0 + VALUE_KEYS, v0 + VALUE_KEYS < KEYS), thread);
 #else
             if v0 + VALUE_KEYS < KEYS {
@@ -394,7 +391,7 @@ fn forward(
                 let start = out_row(at, i);
                 for (var u = 0u; u < TV; u++) {
                     let d = 4u * (u * THREADS_X + tx);
-                    // Other rows are not this workgroup's, or are none.
+                    // Rows from row1 on belong to another launch, or do not exist.
                     if i < row1 {
                         write_out(start, d, HEAD_DIM_V, with_folded(folded, start, d, r / 4u, r % 4u, o[r][u]));
                     }

@@ -1,5 +1,6 @@
 // Materialised backward pass, step 2 of 3: dv_j = sum of P[i, j] dO_i and dk_j = scale · sum of dS[i, j] q_i, over all rows i of all
 // query heads that share the key. One invocation four columns of each.
+// Needs q, dO, P, dS. Gives dK, dV.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 

@@ -1,4 +1,5 @@
 // Materialised backward pass, step 3 of 3: dq_i = scale · sum over j of dS[i, j] k_j. One invocation four columns.
+// Needs k, dS. Gives dQ.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 

@@ -1,12 +1,13 @@
 // Materialised backward pass, step 1 of 3: P[i, j] = exp(S[i, j] - lse_i) and dS[i, j] = P[i, j] (dO_i · v_j - delta_i) score', the
-// gradient of the score as scaled, score' being what a softcap leaves of it. One invocation a pair.
+// gradient of scale · q·k. score' is d score / d (scale · q·k). One invocation a pair.
+// Needs q, k, v, dO, row_stats. Gives (P, dS) of each pair.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
 @group(0) @binding(3) var<storage, read> value: InElements;
-// Not written; in the buffer of the scores, of which a dispatch may only see all parts as writable.
+// Not written here, but in one buffer with the scores: a dispatch may see parts of a buffer only if all are writable.
 #include "memory/row_stats.wgsl" access=read_write
 @group(0) @binding(11) var<storage, read> grad_out: InElements;
 @group(0) @binding(16) var<storage, read_write> scores: array<vec2f>;

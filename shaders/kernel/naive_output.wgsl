@@ -1,4 +1,5 @@
 // Materialised attention, step 3 of 3: o_i = sum over j of P[i, j] v_j. One invocation four output columns.
+// Needs v, P. Gives out.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 
@@ -18,8 +19,8 @@ fn output(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) loc
     }
     let p = row_number(at, i) * problem.seqlen_k;
     var o = vec4f();
-    // A sum of sums: one long sum would round every time in the same direction where values are alike. What the addition of a sum
-    // loses is what the next one begins with, so that the number of sums does not count.
+    // A sum of sums: one long sum would round every time in the same direction where values are alike. What rounding loses
+    // when a sum is added is where the next sum begins, so the error does not grow with the number of sums.
     var sum = vec4f();
     for (var j0 = 0u; j0 < u32(at.keys); j0 += 128u) {
         for (var j = j0; j < min(j0 + 128u, u32(at.keys)); j++) {

@@ -1,4 +1,5 @@
 // Materialised attention, step 1 of 3: S[i, j] = score(q_i · k_j), or MASKED. One invocation a score.
+// Needs q, k. Gives scores.
 #include "attention/attention.wgsl"
 #include "memory/elements.wgsl"
 

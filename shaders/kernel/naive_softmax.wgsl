@@ -1,4 +1,5 @@
 // Materialised attention, step 2 of 3: each row of S becomes P = exp(S - max) / sum, in place. One workgroup a row.
+// Needs S. Gives P and, with LSE, lse.
 #include "attention/attention.wgsl"
 
 #if LSE
@@ -14,11 +15,11 @@ fn softmax(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
     let i = problem.row_begin + group.x;
     let start = row_number(at, i) * problem.seqlen_k;
 
-    var most = LOWEST;
+    var maximum = LOWEST;
     for (var j = thread; j < problem.seqlen_k; j += 64u) {
-        most = max(most, scores[start + j]);
+        maximum = max(maximum, scores[start + j]);
     }
-    reduced[thread] = most;
+    reduced[thread] = maximum;
     for (var half = 32u; half > 0u; half /= 2u) {
         workgroupBarrier();
         if thread < half {

@@ -1,5 +1,6 @@
-        // What forward_coop.wgsl does with the n-th tile of keys, from key j0 on. $some_masked: some of its scores may not count. Leaves
-        // in j0 where the next tile begins.
+        // One step of forward_coop.wgsl: the n-th tile of keys, which begins at key j0.
+        // Needs: the variables of the loop there; $some_masked: whether some scores of the tile may not count.
+        // Gives: m, l, o; key_next and value_next, the next tile in registers; j0, the first key of the next tile.
         if BUFFERS == 1u {
             workgroupBarrier();
             store_key(key_next, 0u, thread);
@@ -11,18 +12,18 @@
         value_next = load_value(at, u32(next), last, thread);
 
         // S = Q K^T
-        var s = array<array<Accumulator, KM>, ROW_MATRICES>();
+        var s = array<array<Accumulator, ACROSS_KEYS>, ROW_MATRICES>();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 s[r][c] = Accumulator();
             }
         }
 #unroll
-        for (var d = 0u; d < DM; d++) {
+        for (var d = 0u; d < ACROSS_DIM; d++) {
 #unroll
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 let place = buffer * D_SIZE + c * M * D_STRIDE + d * M / WIDTH;
                 let k = coopLoad<Right>(&tiles[place], D_STRIDE);
 #unroll
@@ -31,11 +32,11 @@
                 }
             }
         }
-        var x = array<array<Lane, KM>, ROW_MATRICES>();
+        var x = array<array<Lane, ACROSS_KEYS>, ROW_MATRICES>();
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
                 x[r][c] = elements_of(s[r][c]);
             }
         }
@@ -44,8 +45,8 @@
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-            for (var c = 0u; c < KM; c++) {
-                let i = i32(row0 + mine + r * M);
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
+                let i = i32(row0 + own_row + r * M);
                 let j = j0 + i32(c * M);
                 x[r][c] = shaped(x[r][c], at, i, j, lane).score;
                 if $some_masked {
@@ -54,19 +55,19 @@
             }
         }
 
-        // If a row of the subgroup has grown:  m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
-        var most = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
+        // If the maximum of a row of the subgroup grew by more than GROWTH:  m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
+        var tile_max = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
         var grown = false;
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
             for (var h = 0u; h < LANE_ROWS; h++) {
-                most[r][h] = masked_score;
+                tile_max[r][h] = masked_score;
             }
-            // Element by element first: short chains of maxima.
+            // The maximum of each element over the matrices first: short chains of dependent instructions.
             var top = x[r][0];
 #unroll
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
 #unroll
                 for (var e = 0u; e < ELEMENTS; e++) {
                     top[e] = max(top[e], x[r][c][e]);
@@ -74,12 +75,12 @@
             }
 #unroll
             for (var e = 0u; e < ELEMENTS; e++) {
-                most[r][held_row(e)] = max(most[r][held_row(e)], top[e]);
+                tile_max[r][held_row(e)] = max(tile_max[r][held_row(e)], top[e]);
             }
 #unroll
             for (var h = 0u; h < LANE_ROWS; h++) {
-                most[r][h] = above(row_max(most[r][h]) * factor);
-                grown = grown || most[r][h] - m[r][h] > GROWTH;
+                tile_max[r][h] = above(row_max(tile_max[r][h]) * factor);
+                grown = grown || tile_max[r][h] - m[r][h] > GROWTH;
             }
         }
         // A loop of one trip at most: for an if, drivers copy O to other registers and back.
@@ -89,13 +90,13 @@
                 var shrink = array<f32, LANE_ROWS>();
 #unroll
                 for (var h = 0u; h < LANE_ROWS; h++) {
-                    let larger = max(m[r][h], most[r][h]);
-                    shrink[h] = exp2(m[r][h] - larger);
-                    m[r][h] = larger;
+                    let new_max = max(m[r][h], tile_max[r][h]);
+                    shrink[h] = exp2(m[r][h] - new_max);
+                    m[r][h] = new_max;
                     l[r][h] *= shrink[h];
                 }
 #unroll
-                for (var d = 0u; d < VM; d++) {
+                for (var d = 0u; d < ACROSS_DIM_V; d++) {
                     var y = elements_of(o[r][d]);
 #unroll
                     for (var e = 0u; e < ELEMENTS; e++) {
@@ -110,7 +111,7 @@
 #unroll
         for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-            for (var c = 0u; c < KM; c++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
 #unroll
                 for (var e = 0u; e < ELEMENTS; e++) {
                     let p = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
@@ -122,14 +123,14 @@
 
         // O = O + P V
 #unroll
-        for (var c = 0u; c < KM; c++) {
+        for (var c = 0u; c < ACROSS_KEYS; c++) {
             var p = array<Left, ROW_MATRICES>();
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 p[r] = left(x[r][c]);
             }
 #unroll
-            for (var d = 0u; d < VM; d++) {
+            for (var d = 0u; d < ACROSS_DIM_V; d++) {
                 let place = BUFFERS * D_SIZE + buffer * V_SIZE + c * M * V_STRIDE + d * M / WIDTH;
                 let v = coopLoadT<Right>(&tiles[place], V_STRIDE);
 #unroll

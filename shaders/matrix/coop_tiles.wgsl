@@ -1,17 +1,19 @@
-// Tiles of $first, whose rows have HEAD_DIM elements, and of $second, whose rows have HEAD_DIM_V, on their way from
-// device memory to the workgroup memory that matrices are loaded from: the array `tiles` of the kernel, where $first
-// comes first. A tile has $rows rows.
+// Moves tiles of $first, whose rows have HEAD_DIM elements, and of $second, whose rows have HEAD_DIM_V, from device memory to registers and
+// on to the array `tiles` in workgroup memory, from which matrices are loaded. $first lies before $second. A tile has $rows rows.
+// Needs: matrices.wgsl, BUFFERS, SUBGROUPS, ACROSS_DIM, ACROSS_DIM_V, tiles, read_$first, read_$second.
+// Gives: LANES, THREADS, D_... and V_... sizes; load_$first, load_$second, store_$first, store_$second.
+
 const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;
 // How many times eight elements are in a row, and how far apart rows are. The eight elements between rows keep the rows
 // of a matrix on different banks.
-const D8 = DM * M / 8u;
-const V8 = VM * M / 8u;
-const D_STRIDE = (DM * M + 8u) / WIDTH;
-const V_STRIDE = (VM * M + 8u) / WIDTH;
+const D8 = ACROSS_DIM * M / 8u;
+const V8 = ACROSS_DIM_V * M / 8u;
+const D_STRIDE = (ACROSS_DIM * M + 8u) / WIDTH;
+const V_STRIDE = (ACROSS_DIM_V * M + 8u) / WIDTH;
 const D_SIZE = $rows * D_STRIDE;
 const V_SIZE = $rows * V_STRIDE;
-// What each thread moves.
+// How many times eight elements each thread loads of a tile.
 const D_LOADS = ($rows * D8 + THREADS - 1u) / THREADS;
 const V_LOADS = ($rows * V8 + THREADS - 1u) / THREADS;
 

@@ -1,4 +1,5 @@
 // What a lane holds of a matrix, as numbers. Left operands and accumulators of f32 lie alike.
+// Needs: matrices.wgsl, and function bodies that src/matrices/spirv.rs puts in. Gives: Lane, elements_of, accumulator, left, coop_bits.
 #include "matrix/layout.wgsl"
 
 // The bodies of these are put in by src/matrices/spirv.rs: element e of a matrix, a matrix of given elements, and the four

@@ -1,10 +1,12 @@
-// Elements of matrices through workgroup memory, in WGSL alone: accumulators are stored there and numbers read, numbers
-// stored and left operands loaded. There is room for SUM_BLOCKS rows of matrices, M by $columns, in f32, and for
-// HALF_BLOCKS in f16; `block` counts them through the workgroup. A lane's numbers all lie in one row, four at a time in
-// one vector, and the lanes of a row are neighbours (MatrixLayout::rows in src/matrices/).
+// Elements of matrices through workgroup memory, in WGSL alone: accumulators are stored and numbers read; numbers are stored and left
+// operands loaded. There is room for SUM_BLOCKS rows of matrices, M by $columns, in f32, and for HALF_BLOCKS in f16; `block` counts them
+// through the workgroup. A lane's numbers all lie in one row, four at a time in one vector, and the lanes of a row are neighbours
+// (MatrixLayout::rows in src/matrices/).
+// Needs: matrices.wgsl, SUM_BLOCKS, HALF_BLOCKS. Gives: Lane, put_accumulator, get_accumulator, get_left, get_right, get_elements,
+// put_elements, scale_elements.
 //
-// The barriers between are the caller's, and workgroupBarrier: what naga writes for subgroupBarrier orders no memory.
-// Rows are eight elements longer than $columns, which keeps them on different banks.
+// Callers put workgroupBarrier between writes and reads: what naga writes for subgroupBarrier orders no memory. Rows are eight elements
+// longer than $columns, which keeps them on different banks.
 #include "matrix/layout.wgsl"
 
 alias Lane = array<f32, ELEMENTS>;
@@ -34,7 +36,7 @@ fn get_right(block: u32) -> Right {
     return coopLoadT<Right>(&halves[place], EXCHANGE_STRIDE);
 }
 
-// The same, a lane's elements: the place of element e, and of the three that follow.
+// The place of a lane's element e of matrix c of a block, and of the three elements that follow it.
 fn exchange_place(block: u32, c: u32, lane: u32, e: u32) -> u32 {
     let row = block * M + row_of(lane, 0u);
     return row * EXCHANGE_STRIDE + (c * M + column_of(lane, 0u) + column_of(0u, e)) / WIDTH;

@@ -1,5 +1,9 @@
-// Where the elements of a matrix lie. Each bit of a row or column number is a bit of the lane's number (sources 0 to 7)
-// or of the element's (sources 8 and up), as the device was found to have it.
+// Where the elements of a matrix lie.
+// Needs: ROW_BIT_n, COLUMN_BIT_n, ELEMENT_ROW_BITS, LANE_COLUMN_BITS, as the device was found to have them (src/matrices/).
+// Gives: row_of, column_of, held_row, held_column, row_max, row_sum.
+//
+// Each bit of a row or column number is a bit of the lane's number (sources 0 to 7) or of the element's number (sources 8 and up).
+
 fn source_bit(lane: u32, e: u32, source: u32) -> u32 {
     if source < 8u {
         return (lane >> source) & 1u;
@@ -37,22 +41,23 @@ fn held_row(e: u32) -> u32 {
     return gathered(e, ELEMENT_ROW_BITS);
 }
 
-// The same for columns, of which a lane holds LANE_COLUMNS.
+// A lane holds elements of LANE_COLUMNS columns; this numbers them by the element's bits that are column bits.
 fn held_column(e: u32) -> u32 {
     return gathered(e, 7u ^ ELEMENT_ROW_BITS);
 }
 
-// Over the lanes that share a row: those that differ in a bit that is a column bit.
+// The maximum over the lanes that share a row. Numbers of such lanes differ only in bits that are column bits.
 fn row_max(x: f32) -> f32 {
-    var most = x;
+    var maximum = x;
     for (var k = 0u; k < 5u; k++) {
         if ((LANE_COLUMN_BITS >> k) & 1u) == 1u {
-            most = max(most, subgroupShuffleXor(most, 1u << k));
+            maximum = max(maximum, subgroupShuffleXor(maximum, 1u << k));
         }
     }
-    return most;
+    return maximum;
 }
 
+// The sum over the lanes that share a row.
 fn row_sum(x: f32) -> f32 {
     var sum = x;
     for (var k = 0u; k < 5u; k++) {

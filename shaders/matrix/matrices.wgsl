@@ -1,4 +1,5 @@
 // The device's cooperative matrices, M by M: operands of f16, sums of f32.
+// Needs: the features f16 and cooperative matrices. Gives: Accumulator, Left, Right, M; Sums, Halves, WIDTH.
 #if MATRIX16
 alias Accumulator = coop_mat16x16<f32, C>;
 alias Left = coop_mat16x16<f16, A>;

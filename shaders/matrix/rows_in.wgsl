@@ -1,5 +1,7 @@
-// Columns d .. d + M of the $rows rows of $tensor that a workgroup owns, from row `first` on, to where get_left finds
-// them. Past the head dimension they have 0, so that these columns add nothing, whatever they are multiplied with.
+// Columns d .. d + M of the $rows rows of $tensor that a workgroup owns, from row `first` on, to where get_left finds them. Columns past
+// the head dimension are 0, so that they add nothing, whatever they are multiplied with.
+// Needs: exchange.wgsl, THREADS, read_$tensor. Gives: put_$tensor.
+
 fn put_$tensor(at: Sequence, first: u32, last: u32, d: u32, thread: u32) {
     for (var t = thread; t < $rows * M / 8u; t += THREADS) {
         let row = t / (M / 8u);

@@ -1,5 +1,7 @@
-// Columns d .. d + M of the $rows rows of $tensor that a workgroup owns, from row `first` to before row `end`: `factor`
-// times what put_accumulator left in matrix 0 of the blocks.
+// Writes columns d .. d + M of the $rows rows of $tensor that a workgroup owns, from row `first` to before row `end`: `factor` times what
+// put_accumulator left in matrix 0 of the blocks.
+// Needs: exchange.wgsl, THREADS, write_$tensor. Gives: write_columns_$tensor.
+
 fn write_columns_$tensor(at: Sequence, first: u32, end: u32, d: u32, factor: f32, thread: u32) {
     for (var t = thread; t < $rows * M / 8u; t += THREADS) {
         let row = t / (M / 8u);

@@ -1,5 +1,6 @@
-// Scores on what a lane holds of a matrix. Needs Lane and attention.wgsl. A matrix has row i0 of the sequence and key j0 in its first
-// row and column; a transposed one has key j0 in its first row, and row i0 in its first column.
+// Score and mask on what a lane holds of a matrix. A matrix has row i0 of the sequence in its first row and key j0 in its first column. A
+// transposed one has key j0 in its first row and row i0 in its first column.
+// Needs: attention.wgsl, Lane, layout.wgsl. Gives: ShapedLane, shaped, shaped_transposed, masked, masked_transposed.
 
 // The scores (products as they are, unless SHAPED), and d score / d (scale · q·k).
 struct ShapedLane {

@@ -1,5 +1,5 @@
-// Sizes of elements, and the powers of two that bring them to where f16 holds them. Needs PARTS and HEAD_DIM. Gives are_apart,
-// size_of, sizes_of, scale_for, power_of_two, unscaled, largest_product.
+// Sizes of elements, and the powers of two that bring them to where f16 holds them.
+// Needs: PARTS, HEAD_DIM. Gives: are_apart, size_of, sizes_of, scale_for, power_of_two, unscaled, largest_product.
 
 // How many powers of two elements may be apart before rows have scales of their own: 16 in f32, and 24 in bf16,
 // whose 8 bits are in one f16 down to 2^-32 of the largest.
@@ -15,7 +15,7 @@ fn size_of(x: vec4f) -> f32 {
     return max(max(abs(x.x), abs(x.y)), max(abs(x.z), abs(x.w)));
 }
 
-// Gives the two numbers of these elements whose maxima over a tile are taken: the size, and what it lacks to 2^32.
+// Gives two numbers of these elements: the size, and 2^32 less the size. Their maxima over a tile are its largest and smallest size.
 fn sizes_of(x: vec4f) -> vec2u {
     let bits = bitcast<u32>(size_of(x));
     return vec2u(bits, 0u - bits);
@@ -38,7 +38,7 @@ fn unscaled(x: f32, a: f32, b: f32) -> f32 {
     return x * power_of_two(half) * power_of_two(power - half);
 }
 
-// What no product of two rows exceeds whose scales are at least these: scaled elements are below 2^15. It is at most 3e36.
+// A bound on the products of two rows whose scales are at least a and b: scaled elements are below 2^15. It is at most 3e36.
 fn largest_product(a: f32, b: f32) -> f32 {
     return min(unscaled(1.0, a, b), 1.0e25) * (1073741824.0 * f32(HEAD_DIM));
 }

@@ -1,6 +1,6 @@
 // Elements in memory: f32 as it is, f16 and bf16 in pairs in u32 words, so that no device feature is needed.
-// InElements and OutElements are the types of input and output bindings. Elements4 is what is read at once: four
-// elements, still packed where they lie in whole words; unpack4 makes them numbers.
+// Needs: nothing. Gives: UNIT; InElements and OutElements, the types of input and output bindings; Elements4, four elements as one read
+// leaves them, still packed where they lie in whole words; unpack4, which makes numbers of them; sum4, dot4, first_elements.
 
 // Rows start at multiples of so many elements.
 #if ALIGNED

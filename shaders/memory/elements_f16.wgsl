@@ -1,4 +1,6 @@
-// Elements of f16 in memory. Eight of them, 16 bytes, are what a thread moves at once.
+// Elements of f16 in memory, for cooperative matrices. A thread moves eight at once, 16 bytes.
+// Needs: the feature f16. Gives: Eight, InElements, OutElements, first_elements.
+
 struct Eight {
     low: vec4<f16>,
     high: vec4<f16>,

@@ -1,6 +1,9 @@
-// Elements d .. d + 4 of the row of $tensor that starts at element `start` and has `dim` elements, as they are in
-// memory. What would be past the row's end is some other element of it: there is no branch, and nothing that depends
-// on the value read, so that loads can overlap with the work ahead of their use.
+// Reads rows of $tensor, four elements at once.
+// Needs: elements.wgsl, the binding $tensor. Gives: read_$tensor, read_vector_$tensor.
+//
+// Elements d .. d + 4 of the row that starts at element `start` and has `dim` elements, as they are in memory. A read past the row's end
+// gives some element of the row: there is no branch, and nothing depends on the value read, so loads overlap with arithmetic before their
+// use.
 fn read_$tensor(start: u32, d: u32, dim: u32) -> Elements4 {
 #if ALIGNED
     return $tensor[(start + min(d, dim - 4u)) / 4u];

@@ -1,5 +1,9 @@
-// Elements d .. d + 8 of the row of $tensor that starts at element `start` and has `dim` elements. As in read.wgsl,
-// what would be past the row's end is some other element of it.
+// Reads rows of $tensor, eight elements of f16 at once.
+// Needs: elements_f16.wgsl, the binding $tensor; where ALIGNED without NO_ELEMENT_ACCESS, coop_bits of matrix/elements.wgsl.
+// Gives: read_$tensor.
+//
+// Elements d .. d + 8 of the row that starts at element `start` and has `dim` elements. As in read.wgsl, a read past the row's end gives
+// some element of the row.
 fn read_$tensor(start: u32, d: u32, dim: u32) -> Eight {
 #if ALIGNED
 #if NO_ELEMENT_ACCESS

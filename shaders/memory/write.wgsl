@@ -1,5 +1,8 @@
-// Stores x as elements d .. d + 4 of the row of $tensor that starts at element `start` and has `dim` elements, as far
-// as they are in the row; with ACCUMULATE, adds it to what is there.
+// Writes rows of $tensor, four elements at once.
+// Needs: elements.wgsl, the binding $tensor; with ACCUMULATE it is read as well. Gives: write_$tensor.
+//
+// Stores x as elements d .. d + 4 of the row that starts at element `start` and has `dim` elements; elements past the row's end are left
+// out. With ACCUMULATE, adds x to what is there.
 #if ALIGNED
 fn write_$tensor(start: u32, d: u32, dim: u32, x: vec4f) {
     if d < dim {

@@ -1,5 +1,8 @@
-// Stores eight numbers as elements d .. d + 8 of the row of $tensor that starts at element `start` and has `dim`
-// elements, as far as they are in the row; with ACCUMULATE, adds them to what is there.
+// Writes rows of $tensor, eight elements of f16 at once.
+// Needs: elements_f16.wgsl, the binding $tensor; with ACCUMULATE it is read as well. Gives: write_$tensor.
+//
+// Stores eight numbers as elements d .. d + 8 of the row that starts at element `start` and has `dim` elements; elements past the row's
+// end are left out. With ACCUMULATE, adds the numbers to what is there.
 fn write_$tensor(start: u32, d: u32, dim: u32, low: vec4f, high: vec4f) {
 #if ALIGNED
     let e = (start + d) / 8u * 2u;

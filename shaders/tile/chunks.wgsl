@@ -1,5 +1,7 @@
-// The operands of $scores, f32: columns d0 .. d0 + CHUNK of OWN rows of $own and of STEP rows of $step, loaded to registers while
-// what is in workgroup memory is in use. Rows past a last one are that one over again.
+// Loads a chunk of both operands of $scores to registers, as f32: columns d0 .. d0 + CHUNK of OWN rows of $own and of STEP rows
+// of $step. A row past the last one is the last one again.
+// Needs: OWN4, STEP4, CHUNK4, THREADS, CHUNK_LOADS, Chunks, read_$own, read_$step. Gives: load_chunks_$scores.
+
 fn load_chunks_$scores(
     at: Sequence,
     own_first: u32,

@@ -1,5 +1,7 @@
-// Columns in workgroup memory, CHUNK of them at a time, as vectors of four rows. Threads that load neighbouring columns of the
-// same rows store them at the same time, and would all meet in one bank; so a gap follows each four columns.
+// Columns in workgroup memory, CHUNK of them at a time, as vectors of four rows. Threads that load neighbouring columns of the same rows
+// store them at the same time, and would all meet in one bank; so a gap follows each four columns.
+// Needs: CHUNK4, tiles. Gives: GAP, GAPS, column_at, store_columns.
+
 const GAP = max(8u / CHUNK4, 1u);
 const GAPS = CHUNK4 * GAP;
 

@@ -1,6 +1,9 @@
-// $lines whole rows of $tensor, with $columns vectors a thread: loaded to registers while what is in workgroup memory is in use,
-// then stored there at $at, as f32. Rows past `last` are that one over again. Line l of rows spread over `threads` threads by fours is
-// the row that the scores of line l belong to.
+// Loads $lines whole rows of $tensor, $columns vectors a thread, to registers; then stores them at $at in workgroup memory, as f32. A row
+// past `last` is the last one again.
+// Needs: THREADS, THREADS_X, LINES_LOADS, Lines, tiles, read_$tensor. Gives: load_lines_$tensor, store_lines_$tensor.
+//
+// Scores are stored in the order of threads, so line l is not row l. With T = `threads`, line l belongs to row
+// (l / 4T) · 4T + (l mod T) · 4 + (l mod 4T) / T.
 fn load_lines_$tensor(at: Sequence, first: u32, last: u32, threads: u32, l0: u32, dim: u32, thread: u32) -> Lines {
     const width = $columns * THREADS_X;
     let piece = 4u * threads;

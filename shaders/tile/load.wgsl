@@ -1,6 +1,8 @@
-// Rows of $tensor: loaded to registers while what is in workgroup memory is in use, then stored there. Rows past `last`
-// are that one over again, columns past `dim` are 0. A chunk is CHUNK columns from d0 on of $count rows, a block all
-// columns of BLOCK rows, with $columns vectors of columns a thread.
+// Loads rows of $tensor to registers, then stores them in workgroup memory. A row past `last` is the last one again; columns past `dim` are
+// 0. A chunk is CHUNK columns from d0 on of $count rows. A block is all columns of BLOCK rows, with $columns vectors of columns a thread.
+// Needs: products.wgsl, memory/elements.wgsl, read_$tensor. Gives: load_chunk_$tensor, store_chunk_$tensor, load_block_$tensor,
+// store_block_$tensor.
+
 alias Chunk_$tensor = array<Elements4, $count_LOADS>;
 
 fn load_chunk_$tensor(at: Sequence, first: u32, last: u32, d0: u32, dim: u32, thread: u32) -> Chunk_$tensor {

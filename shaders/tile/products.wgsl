@@ -1,7 +1,8 @@
-// The two products of the tiled backward kernels, on operands in workgroup memory, as f32. A workgroup owns OWN rows of one
-// tensor and walks over the rows of another, STEP at a time. Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx)
-// has, for owned rows ty, ty + THREADS_Y, ... : the scores with rows tx·TC .. tx·TC + TC of the step, and the result's
-// columns 4(tx + THREADS_X u) .. + 4.
+// The two products of the tiled backward kernels, on f32 operands in workgroup memory. A workgroup owns OWN rows of one tensor and walks
+// over the rows of another, STEP at a time. Threads form a grid of THREADS_Y x THREADS_X. Thread (ty, tx) has, for owned rows ty,
+// ty + THREADS_Y, ... : the scores with rows tx·TC .. tx·TC + TC of the step, and the result's columns 4(tx + THREADS_X u) .. + 4.
+// Needs: OWN, STEP, BLOCK, CHUNK4, THREADS_X, THREADS_Y, HEAD_DIM, HEAD_DIM_V. Gives: tiles, Scores, add_scores, store_scores.
+
 const THREADS = THREADS_X * THREADS_Y;
 const TR = OWN / THREADS_Y;
 const TC4 = STEP / THREADS_X / 4u;

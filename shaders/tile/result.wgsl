@@ -1,5 +1,7 @@
-// result += scores in workgroup memory, of rows first .. first + BLOCK of the step, times those rows, with $columns vectors
-// of columns a thread.
+// result += scores · rows of the step, both in workgroup memory. The rows are first .. first + BLOCK of the step; a thread has $columns
+// vectors of columns of the result.
+// Needs: products.wgsl. Gives: add_result_$columns.
+
 fn add_result_$columns(result: ptr<function, array<array<vec4f, $columns>, TR>>, first: u32, ty: u32, tx: u32) {
 #unroll
     for (var k = 0u; k < BLOCK4; k++) {

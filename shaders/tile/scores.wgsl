@@ -1,5 +1,7 @@
-// Scores of one side with the other, as outer products over CHUNK columns of both in workgroup memory: $vectors vectors of four
-// rows, of the $count4 vectors at 0, by four times $others rows, of the $other_count4 vectors at $at.
+// Scores as outer products over CHUNK columns of two operands in workgroup memory. A thread has $vectors vectors of four rows of the
+// operand at 0, whose columns have $count4 vectors, by four times $others rows of the operand at $at, whose columns have $other_count4.
+// Needs: columns.wgsl, CHUNK, THREADS_X, THREADS_Y, tiles. Gives: Scores, add_scores.
+
 alias Scores = array<array<vec4f, $vectors>, 4u * $others>;
 
 fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
@@ -13,9 +15,9 @@ fn add_scores(scores: ptr<function, Scores>, ty: u32, tx: u32) {
         }
         for (var c = 0u; c < $others; c++) {
             let a = tiles[$at + column_at(d, $other_count4) + c * THREADS_X + tx];
-#if THERE_AND_BACK
-            // Over b there and back, each product shares an operand with the one before, which NVIDIA's registers need not give
-            // again: they give two a cycle.
+#if SERPENTINE
+            // Serpentine: even e go up through b, odd e go down. Neighbouring multiply-adds then share an operand, which NVIDIA's
+            // operand cache keeps. The register file delivers two operands a cycle.
             for (var e = 0u; e < 4u; e += 2u) {
                 for (var r = 0u; r < $vectors; r++) {
                     (*scores)[4u * c + e][r] = fma(vec4f(a[e]), b[r], (*scores)[4u * c + e][r]);

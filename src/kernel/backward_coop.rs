@@ -133,11 +133,11 @@ fn half_passes(
                 let matrices = |dim: u32| dim.div_ceil(size);
                 constants.extend([
                     // Matrices across the step, the head dimension, the values' dimension, and a block of each.
-                    ("CM", tile.step / size),
-                    ("DM", matrices(shape.head_dim)),
-                    ("VM", matrices(shape.head_dim_v)),
-                    ("DBM", matrices(shape.head_dim.min(tile.columns))),
-                    ("VBM", matrices(shape.head_dim_v.min(tile.columns))),
+                    ("ACROSS_STEP", tile.step / size),
+                    ("ACROSS_DIM", matrices(shape.head_dim)),
+                    ("ACROSS_DIM_V", matrices(shape.head_dim_v)),
+                    ("ACROSS_DIM_BLOCK", matrices(shape.head_dim.min(tile.columns))),
+                    ("ACROSS_DIM_V_BLOCK", matrices(shape.head_dim_v.min(tile.columns))),
                 ]);
                 workgroup
             }

@@ -24,7 +24,7 @@ fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
     on.push("UNROLL");
     on.extend(accumulate.then_some("ADD_AT_FIRST"));
     if tile.written_out {
-        on.extend(["WRITTEN_OUT", "THERE_AND_BACK"]);
+        on.extend(["WRITTEN_OUT", "SERPENTINE"]);
     }
     Pass::new(
         Specialization {

@@ -69,9 +69,9 @@ pub(crate) fn pass(
         ("SUBGROUPS", tile.subgroups),
         ("ROW_MATRICES", tile.row_matrices),
         // Matrices across the keys of a tile, the head dimension, and the values' dimension.
-        ("KM", tile.keys / size),
-        ("DM", shape.head_dim.div_ceil(size)),
-        ("VM", shape.head_dim_v.div_ceil(size)),
+        ("ACROSS_KEYS", tile.keys / size),
+        ("ACROSS_DIM", shape.head_dim.div_ceil(size)),
+        ("ACROSS_DIM_V", shape.head_dim_v.div_ceil(size)),
     ];
     constants.extend(layout_constants(layout));
     Pass::new(

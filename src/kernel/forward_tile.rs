@@ -51,7 +51,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
     on.extend(has_tile_sums(problem, tile).then_some("TILE_SUMS"));
     // An order of the products, where it made an H100 faster (docs/tuning/README.md).
     if tile.written_out && shape.head_dim_v <= 128 {
-        on.push("THERE_AND_BACK");
+        on.push("SERPENTINE");
     }
     let chunks = shape.head_dim.div_ceil(tile.chunk);
     Pass::new(

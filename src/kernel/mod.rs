@@ -69,13 +69,13 @@ pub(crate) fn backward_switches(problem: &Problem, vector: u32) -> Vec<&'static 
 
 /// With a smaller scale than this, 0 and negative ones included, kernels hold scores instead of products: a factor so small, times the
 /// difference of a masked and a real product, would not make the masked one vanish, and a negative one would turn the order around.
-const SMALLEST_FACTOR: f32 = 1e-28;
+const TINY_SCALE: f32 = 1e-28;
 
 /// What each feature of a problem switches on in a module. A new feature is a line here.
 fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'static str> {
     let aligned = problem.is_aligned(tensors, vector);
     let shaped =
-        problem.softcap.is_some() || problem.effective_scale() < SMALLEST_FACTOR || problem.probe == Some(Probe::Slant);
+        problem.softcap.is_some() || problem.effective_scale() < TINY_SCALE || problem.probe == Some(Probe::Slant);
     let mut on = vec![problem.element_type.switch()];
     let flags = [
         (aligned, "ALIGNED"),

@@ -98,8 +98,8 @@ impl CoopBackwardTile {
         let stride = widest.next_multiple_of(size) / 4 + 2;
         let rows = if parts * self.step > self.scaled_own(size) { parts * self.step } else { self.scaled_own(size) };
         let matrices = self.matrices * (self.step / size);
-        let told = self.subgroups / 2 * if matrices > 2 { matrices } else { 2 } * size * size;
-        16 * rows * stride + 4 * told + 16 * self.subgroups + 8 * (self.scaled_own(size) + self.step)
+        let exchange = self.subgroups / 2 * if matrices > 2 { matrices } else { 2 } * size * size;
+        16 * rows * stride + 4 * exchange + 16 * self.subgroups + 8 * (self.scaled_own(size) + self.step)
     }
 
     /// Checks that the tile divides as the shader needs it to.

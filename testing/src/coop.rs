@@ -181,7 +181,7 @@ pub fn spirv_error(validator: &Path, name: &str, words: &[u32]) -> Option<String
         return Some(format!("capability {capability} is none that the device was asked for"));
     }
     let words = &without_layouts_on_chip(words)[..];
-    let mut file = tempfile::Builder::new().suffix(name).tempfile().unwrap();
+    let mut file = tempfile::Builder::new().suffix(&name.replace('/', "-")).tempfile().unwrap();
     file.write_all(bytemuck::cast_slice(words)).unwrap();
     let output = Command::new(validator).args(["--target-env", "vulkan1.3"]).arg(file.path()).output().unwrap();
     (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
