@@ -95,7 +95,8 @@ pub(crate) fn splits(granted: u64, problem: &Problem, tile: DecodeTile) -> u32 {
 pub(crate) fn of_naive(problem: &Problem, backward: bool) -> u64 {
     let s = &problem.shape;
     let forward = nested(s.seqlen_k, 128);
-    if backward { forward.max(s.group() as u64 * (nested(s.seqlen_q, 128) + 1)) } else { forward }
+    let backward_too = (s.group() as u64).saturating_mul(nested(s.seqlen_q, 128) + 1);
+    if backward { forward.max(backward_too) } else { forward }
 }
 
 /// Iterations of `shaders/kernel/backward_dkdv_tile.wgsl` and of `shaders/kernel/backward_dq_tile.wgsl`, whichever needs more.
@@ -106,9 +107,9 @@ pub(crate) fn of_backward_tiles(problem: &Problem, [dkdv, dq]: [BackwardTile; 2]
         let results = gradients * outer(tile.step / 4, tile.block / 4, tile.written_out);
         scores(s.head_dim) + scores(s.head_dim_v) + results + (tile.step / tile.threads_x) as u64 + SMALL_LOOPS
     };
-    let of_rows =
-        s.group() as u64 * (visited(problem, s.seqlen_q, dkdv.own).div_ceil(dkdv.step as u64) + 1) * of_step(dkdv, 2);
-    let of_keys = (visited(problem, s.seqlen_k, dq.own).div_ceil(dq.step as u64) + 1) * of_step(dq, 1);
+    let rows = visited(problem, s.seqlen_q, dkdv.own).div_ceil(dkdv.step as u64) + 1;
+    let of_rows = (s.group() as u64).saturating_mul(rows).saturating_mul(of_step(dkdv, 2));
+    let of_keys = (visited(problem, s.seqlen_k, dq.own).div_ceil(dq.step as u64) + 1).saturating_mul(of_step(dq, 1));
     of_rows.max(of_keys)
 }
 
@@ -123,8 +124,8 @@ pub(crate) fn of_fused(problem: &Problem, tile: FusedTile) -> u64 {
         outer(tile.own, tile.lines, tile.written_out),
     ];
     let of_step = products.iter().sum::<u64>() + SMALL_LOOPS;
-    let rows = s.group() as u64 * blocks(s.seqlen_q, tile.block_rows, tile.step);
-    blocks(s.seqlen_k, tile.block_keys, tile.own) * rows * of_step
+    let rows = (s.group() as u64).saturating_mul(blocks(s.seqlen_q, tile.block_rows, tile.step));
+    blocks(s.seqlen_k, tile.block_keys, tile.own).saturating_mul(rows).saturating_mul(of_step)
 }
 
 #[cfg(test)]
@@ -146,6 +147,28 @@ mod tests {
         assert_eq!(info("llvmpipe", "Mesa 27.0.0-devel (LLVM 21.1.8)"), None);
         assert_eq!(info("llvmpipe", "Mesa 26.2.6-1 (LLVM 21.1.8)"), None);
         assert_eq!(info("NVIDIA", "580.159.04"), None);
+    }
+
+    /// Shapes that no device computes are counted too, before anything refuses them.
+    #[test]
+    fn counts_do_not_overflow() {
+        let shape = Shape { heads_q: u32::MAX, heads_kv: 1, ..Shape::square(1, 1, crate::MAX_SEQLEN, 256) };
+        let problem = Problem::new(shape, ElementType::F32).with_gradients();
+        let tile = BackwardTile { own: 8, step: 8, threads_y: 2, threads_x: 2, chunk: 4, block: 4, written_out: false };
+        let all = FusedTile {
+            own: 8,
+            step: 8,
+            threads_y: 2,
+            threads_x: 2,
+            chunk: 4,
+            lines: 8,
+            block_keys: 1 << 24,
+            block_rows: 1 << 24,
+            written_out: false,
+        };
+        for count in [of_backward_tiles(&problem, [tile; 2]), of_fused(&problem, all), of_naive(&problem, true)] {
+            assert!(count > 1 << 40, "{count}");
+        }
     }
 
     /// From how many keys on the tile kernel was wrong on Mesa 22.3, by head dim.

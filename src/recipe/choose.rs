@@ -235,6 +235,20 @@ mod tests {
         assert!(matches!(error, Some(Error::OptionsExclude { .. })), "{error:?}");
     }
 
+    /// A kernel that a plan prefers is not taken where limits are too small for it; a tile that was asked for and is wrong is the error.
+    #[test]
+    fn what_does_not_fit_is_not_preferred() {
+        let few = Problem::new(Shape { seqlen_q: 1, heads_kv: 1, ..Shape::square(2, 4, 9, 64) }, ElementType::F32);
+        let small = Facts::with_limits(wgpu::Limits::downlevel_defaults());
+        assert_eq!(chosen(&few, &small, PlanOptions::default())[0].0, Kernel::Tile);
+        assert_eq!(chosen(&few, &large(), PlanOptions::default())[0].0, Kernel::Decode);
+
+        let wrong = CoopTile { subgroups: 4, row_matrices: 1, keys: 33, buffers: 1 };
+        let error =
+            recipes(&problem(ElementType::F16, 64), &matrices(), &PlanOptions::default().coop_tile(wrong)).err();
+        assert!(matches!(error, Some(Error::Tile(_))), "{error:?}");
+    }
+
     /// The kernel of the backward pass may be asked for of any problem.
     #[test]
     fn a_kernel_of_the_backward_pass_is_asked_for_in_advance() {

@@ -74,8 +74,12 @@ pub(super) fn refusal(
     if rows.is_some() {
         return rows;
     }
-    let fits = coop.as_ref().is_ok_and(|coop| check_limits(Kernel::Coop, &coop.passes, &facts.limits).is_ok());
-    (!fits).then_some(LIMITS_TOO_SMALL)
+    match coop {
+        Ok(coop) => check_limits(Kernel::Coop, &coop.passes, &facts.limits).err().map(|_| LIMITS_TOO_SMALL),
+        Err(Error::Unsupported { why, .. }) => Some(why),
+        // A tile that was asked for is wrong. The plan takes this kernel, and with it the error that says so.
+        Err(_) => None,
+    }
 }
 
 /// The forward pass.

@@ -4,7 +4,7 @@ use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, Workspaces,
 use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
-use crate::kernel::{Cut, Part, Slot, decode, forward_coop_scaled, forward_tile, naive};
+use crate::kernel::{Cut, Part, Slot, check_limits, decode, forward_coop_scaled, forward_tile, naive};
 use crate::loops;
 use crate::names::{ElementType, Kernel};
 use crate::options::PlanOptions;
@@ -22,17 +22,24 @@ fn candidates(problem: &Problem, facts: &Facts, options: &PlanOptions, coop: &Re
         candidate(Kernel::Naive, options.backward.is_none() && naive::suits(problem), SHORT_SEQUENCES),
         candidate(
             Kernel::Decode,
-            decode::pays(problem, many_queries),
+            decode::pays(problem, many_queries) && decode_fits(problem, facts, options),
             "few queries: they share a tile, and splits of the keys fill the device",
         ),
         candidate(Kernel::Coop, not_coop.is_none(), coop::reason(problem.element_type)),
         candidate(
             Kernel::Decode,
-            problem.gradients.is_none() && loops_end,
+            problem.gradients.is_none() && loops_end && decode_fits(problem, facts, options),
             "the driver ends long loops: splits of the keys make them shorter",
         ),
         candidate(Kernel::Tile, true, not_coop.unwrap_or(ANYWHERE)),
     ]
+}
+
+/// Whether the device's limits are large enough for the decode kernel. With a tile or splits that were asked for the plan takes it, and with it
+/// the error that says what is wrong.
+fn decode_fits(problem: &Problem, facts: &Facts, options: &PlanOptions) -> bool {
+    let fits = |recipe: Recipe| check_limits(Kernel::Decode, &recipe.passes, &facts.limits).is_ok();
+    options.decode_tile.is_some() || options.splits.is_some() || of_decode(problem, facts, options).is_ok_and(fits)
 }
 
 /// Why the coop kernel is not for rows of this problem, if it is not.
