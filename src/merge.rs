@@ -159,7 +159,6 @@ impl Context {
             let uniform = ProblemUniform {
                 out: TensorUniform { row: problem.head_dim_v, ..Default::default() },
                 lse: TensorUniform { row: 1, ..Default::default() },
-                rows: TensorUniform { row: 1, ..Default::default() },
                 row_end: problem.rows,
                 heads: 1,
                 group: 1,

@@ -62,19 +62,15 @@ fn decode_combine(
     let row_slice = thread / COLUMNS4;
     let row = (group.y * groups.x + group.x) * ROWS + row_slice / SLICES;
     let row_read = min(row, problem.split_rows - 1u);
-    let queries = problem.row_end - problem.row_begin;
-    let at = sequence(row_read / queries / problem.heads, row_read / queries % problem.heads);
-    let i = problem.row_begin + row_read % queries;
-    let number = row_number(at, i);
 
     var m = LOWEST;
     for (var s = row_slice % SLICES; s < problem.splits; s += SLICES) {
-        m = max(m, read_stats(s * problem.split_rows + number).x);
+        m = max(m, read_stats(s * problem.split_rows + row_read).x);
     }
     var l = 0.0;
     var o = vec4f();
     for (var s = row_slice % SLICES; s < problem.splits; s += SLICES) {
-        let place = s * problem.split_rows + number;
+        let place = s * problem.split_rows + row_read;
         let stats = read_stats(place);
         let weight = exp_difference(stats.x, m);
         l = fma(weight, stats.y, l);
@@ -100,6 +96,9 @@ fn decode_combine(
         l = fma(weight, slice_sum[row_slice + slice], l);
         o = fma(vec4f(weight), slice_out[thread + slice * COLUMNS4], o);
     }
+    let queries = problem.row_end - problem.row_begin;
+    let at = sequence(row / queries / problem.heads, row / queries % problem.heads);
+    let i = problem.row_begin + row % queries;
     // A row in which some key counts has a sum of at least 1, from its largest score.
     let end = finish_row(at, m, l, l < 0.5);
     write_out(out_row(at, i), 4u * column, HEAD_DIM_V, o * end.inverse);

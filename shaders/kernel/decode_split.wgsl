@@ -235,6 +235,7 @@ fn decode_split(
     }
     for (var t = begin; t < end; t++) {
         let j0 = tile(visited, t);
+        let full = t < visited.full;
         let v = load_value(at, u32(j0), last, thread);
 
         // S = Q K^T, what each score is, and whether it counts
@@ -257,7 +258,7 @@ fn decode_split(
             for (var r = 0u; r < 4u; r++) {
                 let i = i32(position(rows, 4u * r4 + r));
                 let row_sequence = sequence_of(at, rows, 4u * r4 + r);
-                let counts = own.there && (t < visited.full || keep(row_sequence, i, j));
+                let counts = own.there && (full || keep(row_sequence, i, j));
                 s[r4][r] = select(MASKED, scored(dot[r], row_sequence, i, j).score, counts);
             }
             store_maxima(s[r4], own, r4, thread);
@@ -337,8 +338,8 @@ fn decode_split(
             }
             let row = rows.first + 4u * r4 + r;
             if row < rows.count {
-                let number = row_number(sequence_of(at, rows, 4u * r4 + r), position(rows, 4u * r4 + r));
-                let place = group.x * problem.split_rows + number;
+                // What decode_combine.wgsl counts: the rows of this launch, those of a head one after the other.
+                let place = group.x * problem.split_rows + (group.z * problem.heads + head) * queries + row;
                 split_out[place * COLUMNS4 + column] = x;
                 if column == 0u {
                     split_stats[place] = vec2f(m[r4][r], sum[r]);
