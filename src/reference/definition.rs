@@ -6,7 +6,7 @@
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, Sub};
 
-use super::{Backward, Forward, Lengths};
+use super::values::{Backward, Forward, Lengths};
 use crate::{Causal, Problem};
 
 /// What is computed in: f64 or f32.

@@ -1,7 +1,7 @@
 //! Attention in f64.
 
 use super::definition::{Attention, row};
-use super::{Backward, Forward, Lengths};
+use super::values::{Backward, Forward, Lengths};
 use crate::Problem;
 
 fn exact<'a>(problem: &'a Problem, lengths: Lengths<'a>) -> Attention<'a, f64> {

@@ -5,67 +5,14 @@
 //!   errors are the measure for kernels of 16-bit types.
 //! - [`accept`] says how far a kernel's results may be from the exact ones.
 //!
-//! Both computations are one text: a feature of [`Problem`] is defined once. Tensors are contiguous `[batch, head, position, dim]`
+//! Both computations are one text: a feature of [`Problem`](crate::Problem) is defined once. Tensors are contiguous `[batch, head, position, dim]`
 //! here, whatever the problem's layouts say.
 
 pub mod accept;
 mod definition;
 mod exact;
 pub mod rounded;
+mod values;
 
 pub use exact::{backward, backward_key_row, backward_query_row, delta, forward, forward_row};
-
-use crate::Problem;
-
-/// What the forward pass computes.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct Forward {
-    /// o `[batch, heads_q, seqlen_q, head_dim_v]`.
-    pub out: Vec<f64>,
-    /// lse `[batch, heads_q, seqlen_q]`, −∞ for a row that sees no key.
-    pub lse: Vec<f64>,
-}
-
-/// What the backward pass computes: the gradients of a loss in q, k and v.
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct Backward {
-    /// dq `[batch, heads_q, seqlen_q, head_dim]`.
-    pub query: Vec<f64>,
-    /// dk `[batch, heads_kv, seqlen_k, head_dim]`, summed over the query heads that share a key-value head.
-    pub key: Vec<f64>,
-    /// dv `[batch, heads_kv, seqlen_k, head_dim_v]`, summed likewise.
-    pub value: Vec<f64>,
-    /// The norms of what was summed for dq, dk and dv, with p·dp and p·delta apart. Where terms cancel, an error is relative to
-    /// this: a row with one key has a dq of 0, which no computation in f32 finds.
-    pub terms: [f64; 3],
-}
-
-/// How many queries and keys of each batch entry are valid, of a problem with lengths.
-///
-/// Where a function here takes it, key lengths alone may be given as `Option<&[i32]>`, and `None` says that all are valid. Lengths count
-/// whether or not the problem has `seqlens_q` and `seqlens_k`; its layouts are not looked at.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Lengths<'a> {
-    /// Valid queries, `[batch]`.
-    pub queries: Option<&'a [i32]>,
-    /// Valid keys, `[batch]`.
-    pub keys: Option<&'a [i32]>,
-}
-
-impl<'a> From<Option<&'a [i32]>> for Lengths<'a> {
-    fn from(keys: Option<&'a [i32]>) -> Self {
-        Lengths { queries: None, keys }
-    }
-}
-
-impl Lengths<'_> {
-    /// The valid queries and keys of a batch entry; lengths past the ends act as the ends.
-    pub fn of(&self, problem: &Problem, b: u32) -> (u32, u32) {
-        let valid = |lengths: Option<&[i32]>, all: u32| {
-            lengths.map_or(all, |lengths| lengths[b as usize].clamp(0, all as i32) as u32)
-        };
-        (valid(self.queries, problem.shape.seqlen_q), valid(self.keys, problem.shape.seqlen_k))
-    }
-}
+pub use values::{Backward, Forward, Lengths};

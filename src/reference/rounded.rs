@@ -7,7 +7,7 @@
 use half::{bf16, f16};
 
 use super::definition::Attention;
-use super::{Backward, Forward, Lengths};
+use super::values::{Backward, Forward, Lengths};
 use crate::{ElementType, Problem};
 
 /// The nearest value of the element type.
