@@ -3,11 +3,11 @@
 // Needs: keep.wgsl. Gives: Tiles, key_tiles, row_tiles, tile; Walk, walk_rows, has_tile, next_tile, first_row.
 
 struct Tiles {
-    // The first key or row of the tiles from which `before` are counted, and how many there are.
+    // Where the first tile begins, in the order of the sequence; how many keys or rows a tile has; how many tiles there are.
     first: i32,
     size: i32,
     count: i32,
-    // `full` tiles have only scores that count; they are visited first. `before` tiles precede them in the sequence; they are visited last.
+    // Visited are the `full` tiles, all of whose scores count; then the tiles after them; then the `before` tiles that precede them.
     full: i32,
     before: i32,
 #if PROBE_TILES
@@ -22,7 +22,8 @@ struct Tiles {
 #endif
 }
 
-// The first key (row) of the n-th tile that is visited. Past the end it is that of the last one, so that loading ahead is harmless.
+// Where the n-th tile that is visited begins. Past the end that is where the last one begins, so that loading ahead is harmless. Without any
+// tile it may be below 0; a row taken from it is past the end, and loads take the last row instead.
 fn tile(tiles: Tiles, n: i32) -> i32 {
 #if PROBE_TILES
     return probe_tile(tiles, n);

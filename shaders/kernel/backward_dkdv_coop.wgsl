@@ -1,16 +1,16 @@
-// What: gradients of K and V on cooperative matrices, with f16 products and f32 sums.
+// What: gradients of K and V on cooperative matrices, with operands of f16 (P and dS are rounded to it) and sums of f32.
 //
 //     dK = 0, dV = 0
 //     for each query head of the group, for each tile of ROWS rows that may see some of the keys:
 //         S^T = K Q^T,  dP^T = V dO^T
-//         P^T = 2^(score(S^T) - lse)                lse is an exponent of 2; lse and delta belong to columns
+//         P^T = 2^(factor score(S^T) - lse)         lse is times log2(e) here; lse and delta belong to columns
 //         dS^T = P^T (dP^T - delta) score'          score' is d score / d (scale · q·k)
 //         dV = dV + P^T dO,  dK = dK + dS^T Q
 //     dK = scale dK
 //
 // Who: a workgroup owns KEYS keys of one key-value head. Each of its subgroups has KEY_MATRICES · M of these keys. Keys are rows of the
-//   matrices, so P^T and dS^T become left operands in the lanes that hold them. Where registers do not hold all columns of dK and dV, a
-//   workgroup computes a block of COLUMNS of each; S^T and dP^T are then computed once for each block.
+//   matrices, so P^T and dS^T become left operands in the lanes that hold them. Where registers do not hold all columns of dK and dV, each
+//   block of COLUMNS has a workgroup of its own, which computes all of S^T and dP^T again.
 // Pipelining: with AHEAD, the next tile of Q and dO is loaded into registers while the products of this tile run.
 // Needs q, k, v, dO, row_stats, and access to elements of matrices. Gives dK and dV.
 enable f16;
@@ -83,8 +83,8 @@ fn store_eight(place: u32, x: Eight) {
     tiles[place + 1u] = x.high;
 }
 
-// A block of columns of K, from column d0 on, and one of V. Past the head dimension they have 0, so that these columns add
-// nothing, whatever Q and dO have there.
+// These two store a block of columns of K, from column d0 on, and one of V. Columns past the head dimension are 0. Q and dO have some other
+// element of the row there (read_f16.wgsl), which is finite, so these columns add nothing.
 fn store_keys(at: Sequence, key0: u32, d0: u32, last: u32, thread: u32) {
     for (var n = 0u; n < DK_LOADS; n++) {
         let t = thread + n * THREADS;
@@ -200,7 +200,7 @@ fn dkdv(
         workgroupBarrier();
     }
 #else
-    // All of it: there is one block.
+    // Only tiles with one block of columns leave V here, so this is all of it.
     store_values(of_group, key0, 0u, last, thread);
 #endif
 
@@ -238,7 +238,8 @@ fn dkdv(
         next = load_tile(walk.at, u32(first_row(walk)), thread);
 #endif
 
-        // One matrix of rows at a time. The loop is not unrolled: that would take more registers.
+        // One matrix of rows at a time. No array of matrices has c for an index, so that drivers may keep the loop, which takes fewer
+        // registers than writing it out.
         for (var c = 0; c < i32(ACROSS_ROWS); c++) {
             // S^T = K Q^T,  dP^T = V dO^T
             let q_place = Q_AT + u32(c) * M * D_STRIDE;
@@ -324,6 +325,8 @@ fn dkdv(
             for (var e = 0u; e < ELEMENTS; e++) {
                 let row = own_key + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
+                // Lanes store components of one vector. That is no race here: modules with access to elements run on Vulkan only, where a store to a
+                // component leaves the others alone.
                 tiles[row * DK_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
             }
         }

@@ -293,6 +293,8 @@ fn dq(
             for (var e = 0u; e < ELEMENTS; e++) {
                 let row = own_row + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
+                // Lanes store components of one vector. That is no race here: modules with access to elements run on Vulkan only, where a store to a
+                // component leaves the others alone.
                 tiles[row * DQ_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
             }
         }
