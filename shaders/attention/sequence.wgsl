@@ -1,5 +1,5 @@
 // Which sequence a workgroup works on, how long it is, and where its rows lie.
-// Needs: with LENGTHS_IN_ROWS, `rows` of memory/row_stats.wgsl. Gives: Sequence, sequence, with_head; last_query, last_key; query_row,
+// Needs: with LENGTHS_IN_ROWS, `rows` of memory/row_stats.wgsl; with LENGTHS_IN_RANGES, `ranges` of matrix/parts.wgsl. Gives: Sequence, sequence, with_head; last_query, last_key; query_row,
 // key_row, value_row, out_row, grad_..._row; lse_row, row_number, range_number; in_order.
 
 #include "attention/problem.wgsl"

@@ -103,6 +103,7 @@ pub(crate) fn passes(problem: &Problem, tile: CoopTile, format: MatrixFormat, la
     ranges(problem, false).into_iter().chain([kernel(false), kernel(true)]).collect()
 }
 
+/// What a kernel binds that finds lengths behind the ranges.
 fn without_lengths(mut bindings: Vec<(Slot, Access)>) -> Vec<(Slot, Access)> {
     bindings.retain(|(slot, _)| !matches!(slot, Slot::SeqlensQ | Slot::SeqlensK));
     bindings
@@ -114,7 +115,7 @@ fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &Matrix
     let size = format.size;
     let rows = tile.rows(size);
     let mut on = switches(problem, 4);
-    // It finds them behind the ranges.
+    // The kernel finds lengths behind the ranges.
     on.retain(|name| !["SEQLENS_Q", "SEQLENS_K"].contains(name));
     on.extend(problem.has_lengths().then_some("LENGTHS_IN_RANGES"));
     on.extend(by_rows.then_some("BY_ROWS"));
