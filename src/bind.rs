@@ -206,9 +206,7 @@ pub(crate) fn bind_launch(
     // The caller gives one workspace.
     let given = |slot: Slot| {
         let argument = match slot {
-            Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceRanges | Slot::WorkspaceSizes => {
-                Slot::Workspace
-            }
+            Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceSizes => Slot::Workspace,
             slot => slot,
         };
         slots.iter().find(|(s, _)| *s == argument).map(|(_, binding)| binding)

@@ -111,21 +111,17 @@ pub(crate) fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backwar
     let rows = part.rows.len() as u32;
     let of_part = TensorUniform { base: 0, batch: heads.wrapping_mul(rows), head: rows, row: 1 };
     uniform.rows = of_part.counted_from([part.batch.start, part.heads.start, part.rows.start]);
-    // In the backward pass, behind the rows, the lengths of each batch entry, and behind these the ranges of each head.
-    let lengths = if problem.has_lengths() { part.batch.len() as u32 } else { 0 };
-    let rows_end = part.rows_of_heads() as u32;
-    uniform.lengths_at = match backward {
-        true => rows_end.wrapping_sub(part.batch.start),
-        // Pairs of numbers behind the ranges: see forward_coop_scaled::workspace_bytes.
-        false => heads.wrapping_mul(part.batch.len() as u32).wrapping_sub(part.batch.start.wrapping_mul(2)),
-    };
-    let ranges_at = if backward { rows_end.wrapping_add(lengths) } else { 0 };
+    // Behind what the backward pass has of each row, the lengths of each batch entry, and behind these the ranges of each head.
+    let lengths = part.length_count(problem) as u32;
+    let rows_end = if backward { part.rows_of_heads() as u32 } else { 0 };
+    uniform.lengths_at = rows_end.wrapping_sub(part.batch.start);
+    let ranges_at = rows_end.wrapping_add(lengths);
     uniform.ranges_at = ranges_at.wrapping_sub(part.batch.start.wrapping_mul(heads)).wrapping_sub(part.heads.start);
     uniform.row_begin = part.rows.start;
     uniform.row_end = part.rows.end;
     uniform.batch_begin = part.batch.start;
     uniform.head_begin = part.heads.start;
-    uniform.heads = part.heads.end - part.heads.start;
+    uniform.heads = heads;
     (ranges, uniform)
 }
 

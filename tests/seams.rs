@@ -92,12 +92,13 @@ fn check_backward(probe: Probe) {
 fn check_coop(probe: Probe) {
     let Some(context) = context() else { return };
     for element_type in TYPES {
+        // In f32 the first four of the six: a processor takes long to compile these kernels.
         let cases = cases_of(probe, element_type).into_iter().take(4);
-        // f16 has forms and rows that are moved eight elements at a time; its lengths and odd strides are the portable kernels' too.
         let forward = PlanOptions::default().kernel(Kernel::Coop);
         let ways = in_forms(element_type, &[("coop", &context, forward)]);
         check_all(&cases::prepare(cases.clone(), element_type), &ways);
         let ways = in_forms(element_type, &[("coop", &context, forward.backward(Kernel::Coop))]);
+        // The backward pass in bf16 takes whole vectors only.
         let aligned = cases.filter(|(name, _)| element_type != ElementType::BF16 || !name.contains("odd"));
         backward::check_all(&backward::prepare(aligned, element_type, Ask::default()), &ways);
     }

@@ -53,4 +53,50 @@ fn probe_box(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> i32 {
     }
     return select(select(0, 1, some), 2, all);
 }
+
+fn probe_tiles(interval: Tiles, at: Sequence, of_keys: bool, other: vec2i) -> Tiles {
+    var tiles = interval;
+    tiles.at = at;
+    tiles.of_keys = of_keys;
+    tiles.other = other;
+    tiles.between = interval.count;
+    tiles.full_from = interval.before;
+    tiles.full_to = interval.before + interval.full;
+    tiles.count = 0;
+    tiles.full = 0;
+    for (var m = 0; m < tiles.between; m++) {
+        let kind = probe_kind_of_tile(tiles, m);
+        tiles.count += select(0, 1, kind > 0);
+        tiles.full += select(0, 1, kind == 2);
+    }
+    return tiles;
+}
+
+// Of the m-th tile of the interval: 0 if no score counts, 2 if all do.
+fn probe_kind_of_tile(tiles: Tiles, m: i32) -> i32 {
+    let x = tiles.first + m * tiles.size;
+    var kind = probe_box(tiles.at, tiles.other.x, tiles.other.y, x, x + tiles.size);
+    if !tiles.of_keys {
+        kind = probe_box(tiles.at, x, x + tiles.size, tiles.other.x, tiles.other.y);
+    }
+    return select(min(kind, 1), kind, m >= tiles.full_from && m < tiles.full_to);
+}
+
+// Full tiles first, then those that count in part. Found by counting.
+fn probe_tile(tiles: Tiles, n: i32) -> i32 {
+    let wanted = min(n, tiles.count - 1);
+    var seen = 0;
+    var found = tiles.first;
+    for (var kind = 2; kind > 0; kind--) {
+        for (var m = 0; m < tiles.between; m++) {
+            if probe_kind_of_tile(tiles, m) == kind {
+                if seen == wanted {
+                    found = tiles.first + m * tiles.size;
+                }
+                seen++;
+            }
+        }
+    }
+    return found;
+}
 #endif

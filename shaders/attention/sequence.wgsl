@@ -1,5 +1,5 @@
 // Which sequence a workgroup works on, how long it is, and where its rows lie.
-// Needs: with LENGTHS_IN_ROWS, `rows` of memory/row_stats.wgsl; with LENGTHS_IN_RANGES, `ranges` of matrix/parts.wgsl. Gives: Sequence, sequence, with_head; last_query, last_key; query_row,
+// Needs: with LENGTHS_IN_ROWS, `rows` of memory/row_stats.wgsl. Gives: Sequence, sequence, with_head; last_query, last_key; query_row,
 // key_row, value_row, out_row, grad_..._row; lse_row, row_number, range_number; in_order.
 
 #include "attention/problem.wgsl"
@@ -40,10 +40,6 @@ fn lengths_of(batch: u32) -> vec2i {
     // Clamped, for without rows nothing has been written there.
     lengths = clamp(vec2i(rows[problem.lengths_at + batch]), vec2i(), lengths);
 #endif
-#if LENGTHS_IN_RANGES
-    let place = problem.lengths_at + 2u * batch;
-    lengths = vec2i(i32(ranges[place]), i32(ranges[place + 1u]));
-#endif
 #if SEQLENS_Q
     lengths.x = clamp(seqlens_q[batch], 0, lengths.x);
 #endif
@@ -69,51 +65,51 @@ fn last_key(at: Sequence) -> u32 {
 
 // Where rows begin: the element at which row i of the sequence's query head, or key-value head, begins in its binding.
 fn query_row(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.query, at.batch, at.head, place_of_query(i));
+    return row_of_query(problem.query, at, i);
 }
 
 fn key_row(at: Sequence, j: u32) -> u32 {
-    return row_of_tensor(problem.key, at.batch, at.head_kv, place_of_key(j));
+    return row_of_key(problem.key, at, j);
 }
 
 fn value_row(at: Sequence, j: u32) -> u32 {
-    return row_of_tensor(problem.value, at.batch, at.head_kv, place_of_key(j));
+    return row_of_key(problem.value, at, j);
 }
 
 fn out_row(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.out, at.batch, at.head, place_of_query(i));
+    return row_of_query(problem.out, at, i);
 }
 
 fn grad_out_row(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.grad_out, at.batch, at.head, place_of_query(i));
+    return row_of_query(problem.grad_out, at, i);
 }
 
 fn grad_query_row(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.grad_query, at.batch, at.head, place_of_query(i));
+    return row_of_query(problem.grad_query, at, i);
 }
 
 fn grad_key_row(at: Sequence, j: u32) -> u32 {
-    return row_of_tensor(problem.grad_key, at.batch, at.head_kv, place_of_key(j));
+    return row_of_key(problem.grad_key, at, j);
 }
 
 fn grad_value_row(at: Sequence, j: u32) -> u32 {
-    return row_of_tensor(problem.grad_value, at.batch, at.head_kv, place_of_key(j));
+    return row_of_key(problem.grad_value, at, j);
 }
 
-// Which row of its tensor a query, or a key, is.
-fn place_of_query(i: u32) -> u32 {
+// The one place that knows where the row of a query, or of a key, is in its tensor.
+fn row_of_query(t: Tensor, at: Sequence, i: u32) -> u32 {
 #if PROBE_ROWS
-    return probe_query(i);
+    return row_of_tensor(t, at.batch, at.head, probe_query(i));
 #else
-    return i;
+    return row_of_tensor(t, at.batch, at.head, i);
 #endif
 }
 
-fn place_of_key(j: u32) -> u32 {
+fn row_of_key(t: Tensor, at: Sequence, j: u32) -> u32 {
 #if PROBE_ROWS
-    return probe_key(j);
+    return row_of_tensor(t, at.batch, at.head_kv, probe_key(j));
 #else
-    return j;
+    return row_of_tensor(t, at.batch, at.head_kv, j);
 #endif
 }
 
@@ -123,12 +119,12 @@ fn row_of_tensor(t: Tensor, batch: u32, head: u32, i: u32) -> u32 {
 
 // The number of row i in the caller's buffers of one number a row: lse, and the gradient of lse.
 fn lse_row(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.lse, at.batch, at.head, place_of_query(i));
+    return row_of_query(problem.lse, at, i);
 }
 
 // The number of row i among the rows that this launch computes: of what the workspace has of each row.
 fn row_number(at: Sequence, i: u32) -> u32 {
-    return row_of_tensor(problem.rows, at.batch, at.head, place_of_query(i));
+    return row_of_query(problem.rows, at, i);
 }
 
 // The number of a head among the ranges of coop_ranges.wgsl.

@@ -28,7 +28,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl"
+#include "matrix/scores.wgsl" queries=column keys=row
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value
@@ -281,7 +281,7 @@ fn dkdv(
             var ds = array<Left, KEY_MATRICES>();
             for (var r = 0u; r < KEY_MATRICES; r++) {
                 let j = i32(key0 + own_key + r * M);
-                let scores = shaped_transposed(elements_of(s[r]), at, i, j, lane);
+                let scores = shaped(elements_of(s[r]), at, i, j, lane);
                 var x = Lane();
                 var y = elements_of(dp[r]);
                 for (var e = 0u; e < ELEMENTS; e++) {
@@ -289,7 +289,7 @@ fn dkdv(
                     y[e] = (y[e] - lane_stats[held_column(e)].y) * scores.slope[e];
                 }
                 if !full {
-                    x = masked_transposed(x, at, i, j, lane, MASKED);
+                    x = masked(x, at, i, j, lane, MASKED);
                 }
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[e] = exp2(x[e]);

@@ -29,7 +29,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl"
+#include "matrix/scores.wgsl" queries=column keys=row
 #include "memory/read.wgsl" tensor=query
 #include "memory/read.wgsl" tensor=key
 #include "memory/read.wgsl" tensor=value
@@ -140,21 +140,7 @@ fn dkdv(
 
         // S^T = K Q^T, or dP^T = V dO^T
         var x = products(&lefts, half);
-        // The factors that undo the scales of the owned rows and of the step.
-        var unscale = vec2f(inverse(of_half(owned_scales.tile, half)), inverse(of_half(scales.tile, half)));
-        // What half 0 holds, times this, is a score; with SHAPED it is q·k.
-#if SHAPED
-        let unit = 1.0;
-        var factor = unscale.x * unscale.y;
-#else
-        let unit = score_unit();
-        var factor = unscaled(unit, owned_scales.tile.x, scales.tile.x);
-#endif
-        if scales.apart {
-            take_scales_back(&x, owned_scales, unit, pair, half, lane);
-            unscale = vec2f(1.0);
-            factor = 1.0;
-        }
+        let unscaling = unscaling_of(&x, owned_scales, scales, pair, half, lane);
 
         // P^T = exp(score(S^T) - lse), or dS^T = P^T score' (dP^T - delta)
         if half == 0u {
@@ -165,17 +151,18 @@ fn dkdv(
                     let j = i32(own_j + r * M);
 #if SHAPED
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        x[r][c][e] *= factor;
+                        x[r][c][e] *= unscaling.halves.x;
+                        x[r][c][e] *= unscaling.halves.y;
                     }
 #endif
-                    let scores = shaped_transposed(x[r][c], at, i, j, lane);
+                    let scores = shaped(x[r][c], at, i, j, lane);
                     slope[r][c] = scores.slope;
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let lse = step_stats[c * M + column_of(lane, 0u) + column_of(0u, e)];
 #if SHAPED
                         x[r][c][e] = scores.score[e] - lse;
 #else
-                        x[r][c][e] = fma(x[r][c][e], factor, -lse);
+                        x[r][c][e] = fma(x[r][c][e], unscaling.factor, -lse);
 #endif
                     }
                 }
@@ -183,7 +170,7 @@ fn dkdv(
             if !full {
                 for (var r = 0u; r < MATRICES; r++) {
                     for (var c = 0u; c < ACROSS_STEP; c++) {
-                        x[r][c] = masked_transposed(x[r][c], at, row0 + i32(c * M), i32(own_j + r * M), lane, MASKED);
+                        x[r][c] = masked(x[r][c], at, row0 + i32(c * M), i32(own_j + r * M), lane, MASKED);
                     }
                 }
             }
@@ -204,9 +191,8 @@ fn dkdv(
                     let p = receive_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane);
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let delta = step_stats[STEP + c * M + column_of(lane, 0u) + column_of(0u, e)];
-                        // Multiplied in two steps: the product of both factors, 2^-128 with a V of 1e-30, may be too small for f32.
-                        let dp = x[r][c][e] * unscale.x;
-                        x[r][c][e] = p[e] * fma(dp, unscale.y, -delta);
+                        let dp = x[r][c][e] * unscaling.halves.x;
+                        x[r][c][e] = p[e] * fma(dp, unscaling.halves.y, -delta);
                     }
                 }
             }

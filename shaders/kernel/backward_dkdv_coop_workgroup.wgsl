@@ -36,7 +36,7 @@ const SECOND = SUBGROUPS * KEY_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = 2u * SECOND;
 #include "matrix/exchange.wgsl" columns=ROWS
-#include "matrix/scores.wgsl"
+#include "matrix/scores.wgsl" queries=column keys=row
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value
@@ -202,7 +202,7 @@ fn dkdv(
             for (var r = 0u; r < KEY_MATRICES; r++) {
                 let i = i0 + i32(c * M);
                 let j = i32(key0 + (own_block + r) * M);
-                let scores = shaped_transposed(get_elements(own_block + r, c, lane), at, i, j, lane);
+                let scores = shaped(get_elements(own_block + r, c, lane), at, i, j, lane);
                 var x = Lane();
                 var y = get_elements(SECOND + own_block + r, c, lane);
                 for (var e = 0u; e < ELEMENTS; e++) {
@@ -211,7 +211,7 @@ fn dkdv(
                     y[e] = (y[e] - stats.y) * scores.slope[e];
                 }
                 if walk.n >= walk.tiles.full {
-                    x = masked_transposed(x, at, i, j, lane, MASKED);
+                    x = masked(x, at, i, j, lane, MASKED);
                 }
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[e] = exp2(x[e]);

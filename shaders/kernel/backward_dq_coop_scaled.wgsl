@@ -28,7 +28,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl"
+#include "matrix/scores.wgsl" queries=row keys=column
 #include "memory/read.wgsl" tensor=query
 #include "memory/read.wgsl" tensor=key
 #include "memory/read.wgsl" tensor=value
@@ -105,21 +105,7 @@ fn dq(
 
         // S = Q K^T, or dP = dO V^T
         var x = products(&lefts, half);
-        // The factors that undo the scales of the owned rows and of the step.
-        var unscale = vec2f(inverse(of_half(owned_scales.tile, half)), inverse(of_half(scales.tile, half)));
-        // What half 0 holds, times this, is a score; with SHAPED it is q·k.
-#if SHAPED
-        let unit = 1.0;
-        var factor = unscale.x * unscale.y;
-#else
-        let unit = score_unit();
-        var factor = unscaled(unit, owned_scales.tile.x, scales.tile.x);
-#endif
-        if scales.apart {
-            take_scales_back(&x, owned_scales, unit, pair, half, lane);
-            unscale = vec2f(1.0);
-            factor = 1.0;
-        }
+        let unscaling = unscaling_of(&x, owned_scales, scales, pair, half, lane);
 
         // P score' = exp(score(S) - lse) score', then dS = P score' (dP - delta)
         if half == 0u {
@@ -130,7 +116,8 @@ fn dq(
                     let j = j0 + i32(c * M);
 #if SHAPED
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        x[r][c][e] *= factor;
+                        x[r][c][e] *= unscaling.halves.x;
+                        x[r][c][e] *= unscaling.halves.y;
                     }
 #endif
                     let scores = shaped(x[r][c], at, i, j, lane);
@@ -140,7 +127,7 @@ fn dq(
 #if SHAPED
                         x[r][c][e] = scores.score[e] - lse;
 #else
-                        x[r][c][e] = fma(x[r][c][e], factor, -lse);
+                        x[r][c][e] = fma(x[r][c][e], unscaling.factor, -lse);
 #endif
                     }
                 }
@@ -167,9 +154,8 @@ fn dq(
                 for (var c = 0u; c < ACROSS_STEP; c++) {
                     let p = receive_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane);
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        // Multiplied in two steps: the product of both factors, 2^-128 with a V of 1e-30, may be too small for f32.
-                        let dp = x[r][c][e] * unscale.x;
-                        x[r][c][e] = p[e] * fma(dp, unscale.y, -lane_stat[r][held_row(e)]);
+                        let dp = x[r][c][e] * unscaling.halves.x;
+                        x[r][c][e] = p[e] * fma(dp, unscaling.halves.y, -lane_stat[r][held_row(e)]);
                     }
                     send_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane, x[r][c]);
                 }

@@ -34,7 +34,7 @@ const SECOND = SUBGROUPS * ROW_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = SECOND;
 #include "matrix/exchange.wgsl" columns=KEYS
-#include "matrix/scores.wgsl"
+#include "matrix/scores.wgsl" queries=row keys=column
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value

@@ -4,19 +4,13 @@
 //     range = 1 if the largest and the smallest size of a tensor are far apart, or scores may be so large that exponents of 2 are rounded
 //
 // Who: one thread a head reads the sizes of the head's shares.
-// Needs the sizes that coop_sizes.wgsl wrote. Gives ranges; with GRADIENTS they lie behind row_stats.
-// With LENGTHS, the numbers of valid queries and keys of each batch entry go behind the ranges, so that the kernels that follow need no
-// binding for lengths.
+// Needs the sizes that coop_sizes.wgsl wrote. Gives the ranges, in the buffer of row_stats.wgsl and, with LENGTHS, the lengths before them.
 #include "attention/attention.wgsl"
 #include "matrix/sizes.wgsl"
 
-// Not written here, but in one buffer with ranges: a dispatch may see parts of a buffer only if all are writable.
-@group(0) @binding(20) var<storage, read_write> sizes: array<vec4u>;
-#if GRADIENTS
+// Not written here, but in one buffer with the ranges: a dispatch may see parts of a buffer only if all are writable.
+@group(0) @binding(18) var<storage, read_write> sizes: array<vec4u>;
 #include "memory/row_stats.wgsl" access=read_write
-#else
-@group(0) @binding(18) var<storage, read_write> ranges: array<u32>;
-#endif
 
 @compute @workgroup_size(THREADS)
 fn find_ranges(@builtin(global_invocation_id) id: vec3u) {
@@ -37,15 +31,10 @@ fn find_ranges(@builtin(global_invocation_id) id: vec3u) {
     let largest = largest_product(scale_for(query_and_key.x), scale_for(query_and_key.z));
     let large = exponent_bound(largest) >= LARGEST_EXPONENT;
     let at = sequence(id.y, head);
-#if GRADIENTS
     rows[range_number(at)] = vec2u(u32(apart || large), 0u);
-#else
-    ranges[range_number(at)] = u32(apart || large);
 #if LENGTHS
     if head == 0u {
-        ranges[problem.lengths_at + 2u * at.batch] = u32(at.queries);
-        ranges[problem.lengths_at + 2u * at.batch + 1u] = u32(at.keys);
+        rows[problem.lengths_at + at.batch] = vec2u(u32(at.queries), u32(at.keys));
     }
-#endif
 #endif
 }

@@ -17,7 +17,7 @@
 #include "matrix/row_sizes.wgsl" tensor=grad_out
 #endif
 // For each head of the launch and each share: the sizes of Q and K, then the sizes of V and dO, as sizes_of gives them.
-@group(0) @binding(20) var<storage, read_write> sizes: array<vec4u>;
+@group(0) @binding(18) var<storage, read_write> sizes: array<vec4u>;
 #include "memory/read.wgsl" tensor=query
 #include "memory/read.wgsl" tensor=key
 #include "memory/read.wgsl" tensor=value

@@ -28,8 +28,9 @@ enable wgpu_cooperative_matrix;
 #if LSE
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
+#include "memory/row_stats.wgsl" access=read
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl"
+#include "matrix/scores.wgsl" queries=row keys=column
 #include "memory/read.wgsl" tensor=query
 #include "memory/read.wgsl" tensor=key
 #include "memory/read.wgsl" tensor=value
@@ -302,7 +303,7 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
 
         // What each score is, and whether it counts
 #if SHAPED
-        let dot = unscaled(1.0, query_scales.tile.x, key_scale);
+        let halves = inverse_halves(query_scales.tile.x, key_scale);
 #endif
         if by_rows {
             for (var r = 0u; r < ROW_MATRICES; r++) {
@@ -324,7 +325,7 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < ACROSS_KEYS; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
-                    x[r][c][e] *= select(dot, 1.0, by_rows);
+                    x[r][c][e] = select(x[r][c][e] * halves.x * halves.y, x[r][c][e], by_rows);
                 }
                 x[r][c] = shaped(x[r][c], at, i32(row0 + own_row + r * M), j0 + i32(c * M), lane).score;
                 for (var e = 0u; e < ELEMENTS; e++) {

@@ -32,7 +32,7 @@ enable wgpu_cooperative_matrix;
 const SUM_BLOCKS = SUBGROUPS * ROW_MATRICES;
 const HALF_BLOCKS = SUM_BLOCKS;
 #include "matrix/exchange.wgsl" columns=KEYS
-#include "matrix/scores.wgsl"
+#include "matrix/scores.wgsl" queries=row keys=column
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value
 

@@ -6,7 +6,7 @@
 //     half 1 holds these rows of V (or dO) and computes dP from steps of dO (or V).
 //
 // Needs: parts.wgsl, elements.wgsl, MATRICES, STEP, SUM_MATRICES. Gives: Owned, Step, owned_parts, store_step, products,
-// take_scales_back, add_products, send_lane, receive_lane, send_sums.
+// unscaling_of, add_products, send_lane, receive_lane, send_sums.
 
 const LANES = M * M / ELEMENTS;
 const THREADS = SUBGROUPS * LANES;
@@ -222,6 +222,25 @@ fn take_scales_back(x: ptr<function, Scores>, owned: Scales, size: f32, pair: u3
             }
         }
     }
+}
+
+// What undoes the scales of the owned rows and of the step.
+struct Unscaling {
+    // Products times both numbers are unscaled: q·k in half 0, dP in half 1.
+    halves: vec2f,
+    // Unless SHAPED, products of half 0 times this are scores.
+    factor: f32,
+}
+
+// Gives what undoes the scales of a step. Where rows have scales of their own, it undoes them in x itself, and gives factors of 1.
+fn unscaling_of(x: ptr<function, Scores>, owned: Scales, step: Scales, pair: u32, half: u32, lane: u32) -> Unscaling {
+    let factor = unscaled(score_unit(), owned.tile.x, step.tile.x);
+    var unscaling = Unscaling(inverse_halves(of_half(owned.tile, half), of_half(step.tile, half)), factor);
+    if step.apart {
+        take_scales_back(x, owned, score_unit(), pair, half, lane);
+        unscaling = Unscaling(vec2f(1.0), 1.0);
+    }
+    return unscaling;
 }
 
 // One number for each row that a lane holds elements of.

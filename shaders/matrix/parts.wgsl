@@ -11,7 +11,7 @@
 // each of its rows: then a key that no query may see, however large, takes no bits from its neighbours. Code for that costs a quarter
 // of the speed even where it does not run. So there are modules with and without it, and coop_ranges.wgsl says which is for a head.
 //
-// Needs: PARTS, PART_ROUNDING, SIZED_ROWS, SUBGROUPS, THREADS, tiles. Gives: Scales, scales_of, range_of, OURS, clear_sizes, add_size,
+// Needs: PARTS, PART_ROUNDING, SIZED_ROWS, SUBGROUPS, THREADS, tiles, row_stats.wgsl. Gives: Scales, scales_of, range_of, OURS, clear_sizes, add_size,
 // row_scale, inverse, part4_of, store_parts, left_parts.
 
 #include "matrix/sizes.wgsl"
@@ -48,18 +48,11 @@ fn scales_of(first: vec2u, second: vec2u, subgroup: u32, lane: u32) -> Scales {
 #endif
 }
 
-// Which modules are for a query head: 1 if they are those with BY_ROWS. In the backward pass the ranges lie behind row_stats.
-#if GRADIENTS
+// Which modules are for a query head: 1 if they are those with BY_ROWS.
 fn range_of(at: Sequence) -> u32 {
     return rows[range_number(at)].x;
 }
-#else
-@group(0) @binding(18) var<storage, read> ranges: array<u32>;
 
-fn range_of(at: Sequence) -> u32 {
-    return ranges[range_number(at)];
-}
-#endif
 #if BY_ROWS
 const OURS = 1u;
 #else

@@ -1,6 +1,6 @@
-// Score and mask on what a lane holds of a matrix. A matrix has row i0 of the sequence in its first row and key j0 in its first column. A
-// transposed one has key j0 in its first row and row i0 in its first column.
-// Needs: attention.wgsl, Lane, layout.wgsl. Gives: ShapedLane, shaped, shaped_transposed, masked, masked_transposed.
+// Score and mask on what a lane holds of a matrix, which has row i0 of the sequence and key j0 in its first element. Queries are the matrix's
+// $queries and keys its $keys, each `row` or `column`.
+// Needs: attention.wgsl, Lane, layout.wgsl. Gives: ShapedLane, shaped, masked.
 
 // The scores (products as they are, unless SHAPED), and d score / d (scale · q·k).
 struct ShapedLane {
@@ -13,23 +13,7 @@ fn shaped(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> ShapedLane {
 #unroll
     for (var e = 0u; e < ELEMENTS; e++) {
 #if SHAPED
-        let of_pair = scored(x[e], at, i0 + held_row_place(lane, e), j0 + held_column_place(lane, e));
-        y.score[e] = of_pair.score;
-        y.slope[e] = of_pair.slope;
-#else
-        y.score[e] = x[e];
-        y.slope[e] = 1.0;
-#endif
-    }
-    return y;
-}
-
-fn shaped_transposed(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> ShapedLane {
-    var y: ShapedLane;
-#unroll
-    for (var e = 0u; e < ELEMENTS; e++) {
-#if SHAPED
-        let of_pair = scored(x[e], at, i0 + held_column_place(lane, e), j0 + held_row_place(lane, e));
+        let of_pair = scored(x[e], at, i0 + held_$queries_place(lane, e), j0 + held_$keys_place(lane, e));
         y.score[e] = of_pair.score;
         y.slope[e] = of_pair.slope;
 #else
@@ -45,17 +29,7 @@ fn masked(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32, value: f32) -> Lan
     var y = x;
 #unroll
     for (var e = 0u; e < ELEMENTS; e++) {
-        let counts = keep(at, i0 + held_row_place(lane, e), j0 + held_column_place(lane, e));
-        y[e] = select(value, x[e], counts);
-    }
-    return y;
-}
-
-fn masked_transposed(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32, value: f32) -> Lane {
-    var y = x;
-#unroll
-    for (var e = 0u; e < ELEMENTS; e++) {
-        let counts = keep(at, i0 + held_column_place(lane, e), j0 + held_row_place(lane, e));
+        let counts = keep(at, i0 + held_$queries_place(lane, e), j0 + held_$keys_place(lane, e));
         y[e] = select(value, x[e], counts);
     }
     return y;

@@ -31,11 +31,17 @@ fn power_of_two(exponent: i32) -> f32 {
     return bitcast<f32>(u32(clamp(exponent, -126, 127) + 127) << 23u);
 }
 
-// x / (a b) for powers of two whose product may be no f32.
-fn unscaled(x: f32, a: f32, b: f32) -> f32 {
+// Two factors that give 1 / (a b) together, for powers of two. Their product may be too small or too large for f32.
+fn inverse_halves(a: f32, b: f32) -> vec2f {
     let power = 254 - i32(bitcast<u32>(a) >> 23u) - i32(bitcast<u32>(b) >> 23u);
     let half = power / 2;
-    return x * power_of_two(half) * power_of_two(power - half);
+    return vec2f(power_of_two(half), power_of_two(power - half));
+}
+
+// x / (a b) for powers of two.
+fn unscaled(x: f32, a: f32, b: f32) -> f32 {
+    let halves = inverse_halves(a, b);
+    return x * halves.x * halves.y;
 }
 
 // A bound on the products of two rows whose scales are at least a and b: scaled elements are below 2^15. It is at most 3e36.

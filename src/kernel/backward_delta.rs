@@ -1,15 +1,17 @@
 //! Host side of `shaders/kernel/backward_delta.wgsl`.
 
-use super::{Access, Part, Pass, Slot, backward_switches, bindings};
+use super::{Access, Part, Pass, Slot, backward_switches, bindings, forward_coop_scaled};
 use crate::Problem;
 use crate::specialize::Specialization;
 
 /// Bytes of the pairs of lse and delta and, behind them, of the numbers of queries and keys of each batch entry, and of what
 /// `coop_ranges.wgsl` finds out about each head.
 pub(crate) fn workspace_bytes(problem: &Problem, part: &Part, has_ranges: bool) -> u64 {
-    let lengths = if problem.has_lengths() { part.batch_count() } else { 0 };
-    let ranges = if has_ranges { part.batch_count().saturating_mul(part.head_count()) } else { 0 };
-    part.rows_of_heads().saturating_add(lengths).saturating_add(ranges).saturating_mul(8)
+    let behind = match has_ranges {
+        true => forward_coop_scaled::workspace_bytes(problem, part),
+        false => part.length_count(problem).saturating_mul(8),
+    };
+    part.rows_of_heads().saturating_mul(8).saturating_add(behind)
 }
 
 /// With `clear`, the gradient of queries is set to 0.

@@ -2,7 +2,7 @@
 //! which run before the kernels for f32 and bf16, forward and backward.
 
 use super::forward_coop::layout_constants;
-use super::{Access, FORWARD_BINDINGS, Part, Pass, Slot, bindings, switches, switches_of};
+use super::{Access, Part, Pass, Slot, bindings, switches, switches_of};
 use crate::matrices::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
@@ -17,10 +17,10 @@ pub(crate) fn parts(element_type: ElementType) -> u32 {
     }
 }
 
-/// Bytes that say which modules are for a head and, behind them, how many queries and keys of a batch entry are valid.
+/// Bytes of the numbers of queries and keys of each batch entry and, behind them, of what `coop_ranges.wgsl` finds out about each head.
 pub(crate) fn workspace_bytes(problem: &Problem, part: &Part) -> u64 {
-    let lengths = if problem.has_lengths() { 2 } else { 0 };
-    part.batch_count().saturating_mul(part.head_count().saturating_add(lengths)).saturating_mul(4)
+    let ranges = part.batch_count().saturating_mul(part.head_count());
+    part.length_count(problem).saturating_add(ranges).saturating_mul(8)
 }
 
 /// Into how many shares the rows of a head are cut, for one workgroup each to look at the sizes of their elements: so many that a few heads
@@ -78,7 +78,6 @@ pub(crate) fn ranges(problem: &Problem, backward: bool) -> [Pass; 2] {
     } else if problem.has_lengths() {
         on.push("LENGTHS");
     }
-    let found = if backward { Slot::Workspace } else { Slot::WorkspaceRanges };
     let lengths: &[_] = match backward {
         true => &[],
         false => &[(Slot::SeqlensQ, Access::Read), (Slot::SeqlensK, Access::Read)],
@@ -88,7 +87,7 @@ pub(crate) fn ranges(problem: &Problem, backward: bool) -> [Pass; 2] {
         // Both are in one buffer, of which a dispatch may only see all parts as writable.
         bindings(
             problem,
-            &[&[(Slot::WorkspaceSizes, Access::ReadWrite), (found, Access::ReadWrite)], lengths].concat(),
+            &[&[(Slot::WorkspaceSizes, Access::ReadWrite), (Slot::Workspace, Access::ReadWrite)], lengths].concat(),
         ),
         HEADS,
         0,
@@ -103,21 +102,15 @@ pub(crate) fn passes(problem: &Problem, tile: CoopTile, format: MatrixFormat, la
     ranges(problem, false).into_iter().chain([kernel(false), kernel(true)]).collect()
 }
 
-/// What a kernel binds that finds lengths behind the ranges.
-fn without_lengths(mut bindings: Vec<(Slot, Access)>) -> Vec<(Slot, Access)> {
-    bindings.retain(|(slot, _)| !matches!(slot, Slot::SeqlensQ | Slot::SeqlensK));
-    bindings
-}
-
 fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout, by_rows: bool) -> Pass {
     let shape = problem.shape;
     let parts = parts(problem.element_type);
     let size = format.size;
     let rows = tile.rows(size);
     let mut on = switches(problem, 4);
-    // The kernel finds lengths behind the ranges.
+    // The kernel finds lengths before the ranges.
     on.retain(|name| !["SEQLENS_Q", "SEQLENS_K"].contains(name));
-    on.extend(problem.has_lengths().then_some("LENGTHS_IN_RANGES"));
+    on.extend(problem.has_lengths().then_some("LENGTHS_IN_ROWS"));
     on.extend(by_rows.then_some("BY_ROWS"));
     if size == 16 {
         on.push("MATRIX16");
@@ -136,7 +129,17 @@ fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &Matrix
     constants.extend(layout_constants(layout));
     Pass::new(
         Specialization { file: "kernel/forward_coop_scaled.wgsl", entry: "forward", switches: on, constants },
-        without_lengths(bindings(problem, &[FORWARD_BINDINGS, &[(Slot::WorkspaceRanges, Access::Read)]].concat())),
+        bindings(
+            problem,
+            &[
+                (Slot::Query, Access::Read),
+                (Slot::Key, Access::Read),
+                (Slot::Value, Access::Read),
+                (Slot::Out, Access::ReadWrite),
+                (Slot::Lse, Access::ReadWrite),
+                (Slot::Workspace, Access::Read),
+            ],
+        ),
         tile.subgroups * format.lanes,
         tile.scaled_workgroup_bytes(size, parts, shape.head_dim, shape.head_dim_v),
         Box::new(move |part: &Part| [part.row_count().div_ceil(rows as u64), part.head_count(), part.batch_count()]),

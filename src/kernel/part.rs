@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use crate::problem::Problem;
+
 /// A box of the problem: what one launch computes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Part {
@@ -26,6 +28,11 @@ impl Part {
 
     pub(crate) fn row_count(&self) -> u64 {
         self.rows.len() as u64
+    }
+
+    /// Batch entries that have lengths of their own.
+    pub(crate) fn length_count(&self, problem: &Problem) -> u64 {
+        if problem.has_lengths() { self.batch_count() } else { 0 }
     }
 
     /// Two halves: of the batch, else of the heads (whole groups while there are several), else of the rows.

@@ -36,25 +36,19 @@ fn check_options(options: &PlanOptions, forward: &Recipe, backward: Option<&Reci
     let forward = taken(forward);
     let backward = backward.map(taken);
     let unused = |option, needs, backward, taken| Err(Error::OptionUnused { option, needs, backward, taken });
-    let of_forward = [
-        ("splits", options.splits.is_some(), Kernel::Decode),
-        ("decode_tile", options.decode_tile.is_some(), Kernel::Decode),
-        ("tile", options.tile.is_some(), Kernel::Tile),
-        ("coop_tile", options.coop_tile.is_some(), Kernel::Coop),
+    let of_a_kernel = [
+        ("splits", options.splits.is_some(), Kernel::Decode, false),
+        ("decode_tile", options.decode_tile.is_some(), Kernel::Decode, false),
+        ("tile", options.tile.is_some(), Kernel::Tile, false),
+        ("coop_tile", options.coop_tile.is_some(), Kernel::Coop, false),
+        ("backward_tile", options.backward_tile.is_some(), Kernel::Tile, true),
+        ("fused_tile", options.fused_tile.is_some(), Kernel::Tile, true),
+        ("coop_backward_tiles", options.coop_backward_tiles.is_some(), Kernel::Coop, true),
     ];
-    for (option, given, needs) in of_forward {
-        if given && forward.0 != needs {
-            return unused(option, needs, false, Some(forward));
-        }
-    }
-    let of_backward = [
-        ("backward_tile", options.backward_tile.is_some(), Kernel::Tile),
-        ("fused_tile", options.fused_tile.is_some(), Kernel::Tile),
-        ("coop_backward_tiles", options.coop_backward_tiles.is_some(), Kernel::Coop),
-    ];
-    for (option, given, needs) in of_backward {
-        if given && backward.is_none_or(|(kernel, _)| kernel != needs) {
-            return unused(option, needs, true, backward);
+    for (option, given, needs, of_backward) in of_a_kernel {
+        let taken = if of_backward { backward } else { Some(forward) };
+        if given && taken.is_none_or(|(kernel, _)| kernel != needs) {
+            return unused(option, needs, of_backward, taken);
         }
     }
     if options.coop_form.is_some()

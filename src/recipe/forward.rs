@@ -95,7 +95,7 @@ fn of_coop(problem: &Problem, coop: Coop) -> Recipe {
             let problem = problem.clone();
             Box::new(move |part: &Part| {
                 vec![
-                    (Slot::WorkspaceRanges, forward_coop_scaled::workspace_bytes(&problem, part)),
+                    (Slot::Workspace, forward_coop_scaled::workspace_bytes(&problem, part)),
                     (Slot::WorkspaceSizes, forward_coop_scaled::sizes_bytes(&problem, part)),
                 ]
             })

@@ -104,15 +104,8 @@ pub fn decode_splits(workgroups: u64, tiles: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::limits;
     use super::*;
-
-    fn limits(bytes: u32, invocations: u32) -> wgpu::Limits {
-        wgpu::Limits {
-            max_compute_workgroup_storage_size: bytes,
-            max_compute_invocations_per_workgroup: invocations,
-            ..Default::default()
-        }
-    }
 
     #[test]
     fn every_head_dim_gets_a_decode_tile_that_fits() {

@@ -120,15 +120,8 @@ pub fn fused_tile(shape: &Shape, uneven: bool, limits: &wgpu::Limits) -> Option<
 
 #[cfg(test)]
 mod tests {
+    use super::super::limits;
     use super::*;
-
-    fn limits(bytes: u32, invocations: u32) -> wgpu::Limits {
-        wgpu::Limits {
-            max_compute_workgroup_storage_size: bytes,
-            max_compute_invocations_per_workgroup: invocations,
-            ..Default::default()
-        }
-    }
 
     #[test]
     fn blocks_of_a_round_fill_the_device() {

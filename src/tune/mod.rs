@@ -16,3 +16,13 @@ pub use decode::{DecodeTile, decode_splits, decode_tile};
 pub(crate) use fused::MOST_ROUNDS;
 pub use fused::{FusedTile, fused_tile};
 pub use tile::{Tile, tile};
+
+/// A device's limits, for the tests of the tables.
+#[cfg(test)]
+fn limits(bytes: u32, invocations: u32) -> wgpu::Limits {
+    wgpu::Limits {
+        max_compute_workgroup_storage_size: bytes,
+        max_compute_invocations_per_workgroup: invocations,
+        ..Default::default()
+    }
+}
