@@ -6,7 +6,7 @@
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, Sub};
 
-use super::values::{Backward, Forward, Lengths};
+use super::values::{Backward, Extras, Forward};
 use crate::{Causal, Problem};
 
 /// What is computed in: f64 or f32.
@@ -88,7 +88,7 @@ pub(super) type Tensors<'a, T> = [&'a [T]; 4];
 /// A problem, and how to compute it.
 pub(super) struct Attention<'a, N> {
     pub problem: &'a Problem,
-    pub lengths: Lengths<'a>,
+    pub extras: Extras<'a>,
     /// Rounds what attention in the element type holds in that type: a probability, the gradient of a score, an element of o.
     pub round: &'a dyn Fn(N) -> N,
 }
@@ -177,7 +177,7 @@ impl<N: Real> Attention<'_, N> {
         if self.problem.probe.is_some_and(|probe| !probe.keeps([h, i, j])) {
             return false;
         }
-        let (queries, keys) = self.lengths.of(self.problem, b);
+        let (queries, keys) = self.extras.lengths(self.problem, b);
         let (i, j) = (i as i64, j as i64);
         let diagonal = i + keys as i64 - queries as i64;
         let causal = match self.problem.causal {

@@ -1,9 +1,9 @@
 //! What a test computes: a problem, how its tensors lie in memory, and what they hold.
 
 use fastrand::Rng;
-use wgpu_flash_attention::{Causal, Context, ElementType, Layout, Probe, Problem, Shape, Tensor, reference, wgpu};
+use wgpu_flash_attention::{Causal, ElementType, Layout, Probe, Problem, Shape, Tensor};
 
-use crate::Prepared;
+use crate::{Extras, Prepared};
 
 /// What q and k hold; v is random in either case.
 #[derive(Clone, Copy, Debug)]
@@ -21,36 +21,17 @@ pub enum Inputs {
     Sorted,
 }
 
-/// How many queries and keys of each batch entry are valid, where a case has lengths.
-#[derive(Clone, Debug, Default)]
-pub struct Lengths {
-    pub queries: Option<Vec<i32>>,
-    pub keys: Option<Vec<i32>>,
-}
-
-impl Lengths {
-    pub fn borrow(&self) -> reference::Lengths<'_> {
-        reference::Lengths { queries: self.queries.as_deref(), keys: self.keys.as_deref() }
-    }
-
-    /// Those of queries, and those of keys.
-    pub fn upload(&self, context: &Context) -> [Option<wgpu::Buffer>; 2] {
-        let upload = |lengths: &Vec<i32>| context.upload(bytemuck::cast_slice(lengths)).unwrap();
-        [&self.queries, &self.keys].map(|lengths| lengths.as_ref().map(upload))
-    }
-}
-
 #[derive(Clone, Debug)]
 pub struct Case {
     pub problem: Problem,
-    pub lengths: Lengths,
+    pub extras: Extras,
     pub inputs: Inputs,
     /// q, k and v lie in one buffer.
     pub one_buffer: bool,
 }
 
 /// `case(batch, [heads_q, heads_kv], [seqlen_q, seqlen_k], [head_dim, head_dim_v])`: contiguous, unmasked, with lse.
-pub const fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]) -> Case {
+pub fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]) -> Case {
     let shape = Shape {
         batch,
         heads_q: heads[0],
@@ -61,7 +42,7 @@ pub const fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]
         head_dim_v: dims[1],
     };
     let problem = Problem::new(shape, ElementType::F32).with_lse();
-    Case { problem, lengths: Lengths { queries: None, keys: None }, inputs: Inputs::Random, one_buffer: false }
+    Case { problem, extras: Extras::default(), inputs: Inputs::Random, one_buffer: false }
 }
 
 impl Case {
@@ -94,7 +75,7 @@ impl Case {
     pub fn seqlens(mut self, lengths: &[i32]) -> Self {
         assert_eq!(lengths.len(), self.problem.shape.batch as usize);
         self.problem.seqlens_k = true;
-        self.lengths.keys = Some(lengths.to_vec());
+        self.extras.seqlens_k = Some(lengths.to_vec());
         self
     }
 
@@ -102,7 +83,7 @@ impl Case {
     pub fn seqlens_q(mut self, lengths: &[i32]) -> Self {
         assert_eq!(lengths.len(), self.problem.shape.batch as usize);
         self.problem.seqlens_q = true;
-        self.lengths.queries = Some(lengths.to_vec());
+        self.extras.seqlens_q = Some(lengths.to_vec());
         self
     }
 
@@ -259,7 +240,7 @@ impl Case {
                 }
             }
         }
-        Prepared::new(&self.problem, inputs, self.lengths.clone(), self.one_buffer)
+        Prepared::new(&self.problem, inputs, self.extras.clone(), self.one_buffer)
     }
 }
 
