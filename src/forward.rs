@@ -43,6 +43,10 @@ pub struct ForwardBuffers<'a> {
     pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
+    /// Seed and offset of dropout, two u64, little endian, as [`Dropout::rng_state`](crate::Dropout::rng_state) has them; given exactly when the
+    /// problem has [`dropout`](crate::Problem::dropout). It is read as a uniform: it needs `BufferUsages::UNIFORM`, an offset that is a
+    /// multiple of the device's `min_uniform_buffer_offset_alignment`, and a buffer without outputs. It is read when the pass runs.
+    pub rng_state: Option<BufferBinding<'a>>,
     /// At least [`Plan::workspace_bytes`], in a buffer of its own; not needed where that is 0.
     pub workspace: Option<BufferBinding<'a>>,
 }
@@ -63,6 +67,7 @@ impl<'a> ForwardBuffers<'a> {
             lse: None,
             seqlens_q: None,
             seqlens_k: None,
+            rng_state: None,
             workspace: None,
         }
     }
@@ -82,6 +87,12 @@ impl<'a> ForwardBuffers<'a> {
     /// Key lengths, of a problem with them.
     pub fn seqlens_k(mut self, seqlens_k: impl ToOptionalBinding<'a>) -> Self {
         self.seqlens_k = seqlens_k.to_optional_binding();
+        self
+    }
+
+    /// Seed and offset of dropout, of a problem with it.
+    pub fn rng_state(mut self, rng_state: impl ToOptionalBinding<'a>) -> Self {
+        self.rng_state = rng_state.to_optional_binding();
         self
     }
 
@@ -119,6 +130,7 @@ impl Plan {
             Argument::bytes(Slot::Lse, Access::ReadWrite, buffers.lse.as_ref(), lse, problem.lse),
             Argument::lengths(Slot::SeqlensQ, buffers.seqlens_q.as_ref(), problem, problem.seqlens_q),
             Argument::lengths(Slot::SeqlensK, buffers.seqlens_k.as_ref(), problem, problem.seqlens_k),
+            Argument::rng_state(buffers.rng_state.as_ref(), problem),
             // A workspace that this plan does without may be given all the same.
             Argument::bytes(
                 Slot::Workspace,
@@ -128,6 +140,6 @@ impl Plan {
                 true,
             ),
         ];
-        check_buffers(&all, self.offset_alignment)
+        check_buffers(&all, self.offset_alignments)
     }
 }

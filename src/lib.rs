@@ -119,6 +119,7 @@
 mod backward;
 mod bind;
 mod context;
+mod dropout;
 mod error;
 mod explain;
 #[doc(hidden)]
@@ -150,6 +151,7 @@ pub mod tune;
 pub use backward::BackwardBuffers;
 pub use bind::{BoundPass, ToBinding, ToOptionalBinding};
 pub use context::Context;
+pub use dropout::Dropout;
 pub use error::{Error, NoMatrices};
 pub use forward::ForwardBuffers;
 pub use host::{Element, HeadlessOptions, HostTensor, SdpaOptions};

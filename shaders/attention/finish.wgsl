@@ -2,7 +2,7 @@
 // Needs: softmax.wgsl, sequence.wgsl. Gives: Row, finish_row.
 
 struct Row {
-    // What the sum of p V is multiplied by: 1 / the sum of p, and 0 for a row that sees no key.
+    // What the sum of p V is multiplied by: 1 / the sum of p (with dropout more, since it drops no p of that sum), and 0 for a row that sees no key.
     inverse: f32,
     // lse = m + ln(sum of p); of a row that sees no key -infinity. As bits, since WGSL may assume that infinity does not occur.
     lse: u32,
@@ -19,6 +19,11 @@ fn finish_row(at: Sequence, m: f32, sum: f32, is_empty: bool) -> Row {
     return Row(of_keys / all, bitcast<u32>(maximum + log(all)));
 #else
     let some = max(sum, 1.0e-30);
-    return Row(select(1.0 / some, 0.0, is_empty), select(bitcast<u32>(m + log(some)), 0xff800000u, is_empty));
+#if DROPOUT
+    let inverse = problem.dropout_scale / some;
+#else
+    let inverse = 1.0 / some;
+#endif
+    return Row(select(inverse, 0.0, is_empty), select(bitcast<u32>(m + log(some)), 0xff800000u, is_empty));
 #endif
 }

@@ -51,6 +51,11 @@ struct Problem {
     // Where batch entry 0 of the problem has its lengths in the workspace, and head 0 of it its range (coop_ranges.wgsl).
     lengths_at: u32,
     ranges_at: u32,
+    // Query heads of the problem.
+    heads_q: u32,
+    // Of 256 values of a byte, how many keep a probability; and what it is multiplied by then.
+    dropout_kept: u32,
+    dropout_scale: f32,
 }
 
 @group(0) @binding(0) var<uniform> problem: Problem;

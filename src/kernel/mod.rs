@@ -19,7 +19,7 @@ pub(crate) use part::{Cut, Part};
 pub(crate) use pass::{Access, Module, Pass, Rounds, Slot, Workgroups, check_limits};
 
 use crate::problem::{Probe, Tensor};
-use crate::{ElementType, Problem};
+use crate::{ElementType, Problem, tune};
 
 /// What a forward pass in one dispatch binds.
 pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
@@ -30,6 +30,7 @@ pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Lse, Access::ReadWrite),
     (Slot::SeqlensQ, Access::Read),
     (Slot::SeqlensK, Access::Read),
+    (Slot::RngState, Access::Read),
 ];
 
 impl ElementType {
@@ -51,6 +52,12 @@ pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
 /// `switches`, less those of what a score is and whether it counts: for a kernel that ends rows.
 pub(crate) fn without_scores(mut switches: Vec<&'static str>) -> Vec<&'static str> {
     switches.retain(|name| !["SOFTCAP", "SHAPED", "SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"].contains(name));
+    switches
+}
+
+/// `switches`, less dropout: for a kernel that has no probabilities.
+pub(crate) fn without_dropout(mut switches: Vec<&'static str>) -> Vec<&'static str> {
+    switches.retain(|&name| name != "DROPOUT");
     switches
 }
 
@@ -87,10 +94,16 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
         (problem.seqlens_q, "QUERY_LENGTHS"),
         (problem.seqlens_k, "SEQLENS_K"),
         (problem.lse, "LSE"),
+        (problem.dropout_in_use().is_some(), "DROPOUT"),
     ];
     on.extend(flags.iter().filter(|(set, _)| *set).map(|(_, name)| name));
     on.extend(problem.probe.map(Probe::switch));
     on
+}
+
+/// Workgroup memory that dropout takes in the tile kernels, for a tile of so many rows and keys.
+pub(crate) fn dropout_bytes(problem: &Problem, rows: u32, keys: u32, threads: u32) -> u32 {
+    problem.dropout_in_use().map_or(0, |_| tune::dropout_bytes(rows, keys, threads))
 }
 
 /// `bindings`, less those of buffers that the problem does without.
@@ -99,6 +112,7 @@ pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(S
         Slot::Lse => problem.lse,
         Slot::SeqlensQ => problem.seqlens_q,
         Slot::SeqlensK => problem.seqlens_k,
+        Slot::RngState => problem.dropout_in_use().is_some(),
         Slot::GradLse => problem.gradients.is_some_and(|gradients| gradients.lse),
         _ => true,
     };

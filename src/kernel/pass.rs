@@ -30,9 +30,16 @@ pub(crate) enum Slot {
     SeqlensQ = 17,
     /// How large the numbers of each head are, at the workspace's end.
     WorkspaceSizes = 18,
+    /// Seed and offset of dropout. The one that is bound as a uniform, so that it takes none of a stage's storage buffers.
+    RngState = 19,
 }
 
 impl Slot {
+    /// Whether it is bound as a uniform.
+    pub(crate) const fn is_uniform(self) -> bool {
+        matches!(self, Slot::RngState)
+    }
+
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Slot::Query => "query",
@@ -45,6 +52,7 @@ impl Slot {
             Slot::Workspace | Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceSizes => "workspace",
             Slot::PartOut => "part_out",
             Slot::PartLse => "part_lse",
+            Slot::RngState => "rng_state",
             Slot::GradOut => "grad_out",
             Slot::GradLse => "grad_lse",
             Slot::GradQuery => "grad_query",
@@ -161,7 +169,8 @@ pub(crate) type Workgroups = Box<dyn Fn(&Part) -> [u64; 3]>;
 /// An error if a pass needs more than the device's limits allow.
 pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limits) -> Result<(), Error> {
     for pass in passes {
-        let storage_buffers = pass.bindings.len() as u32;
+        let uniforms = pass.bindings.iter().filter(|(slot, _)| slot.is_uniform()).count() as u32;
+        let storage_buffers = pass.bindings.len() as u32 - uniforms;
         let bindings = pass.binding_numbers().into_iter().max().unwrap_or(0) + 1;
         let uniform_bytes = size_of::<ProblemUniform>() as u64;
         let needs = [
@@ -172,7 +181,7 @@ pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limit
             ("max_compute_workgroup_size_z", 1, limits.max_compute_workgroup_size_z),
             ("max_compute_workgroups_per_dimension", 1, limits.max_compute_workgroups_per_dimension),
             ("max_storage_buffers_per_shader_stage", storage_buffers, limits.max_storage_buffers_per_shader_stage),
-            ("max_uniform_buffers_per_shader_stage", 1, limits.max_uniform_buffers_per_shader_stage),
+            ("max_uniform_buffers_per_shader_stage", 1 + uniforms, limits.max_uniform_buffers_per_shader_stage),
             ("max_bindings_per_bind_group", bindings, limits.max_bindings_per_bind_group),
             ("max_bind_groups", 1, limits.max_bind_groups),
         ];

@@ -1,6 +1,6 @@
 //! The kernel of the backward pass.
 
-use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, first};
+use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, first, with_room};
 use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
@@ -12,7 +12,7 @@ use crate::loops;
 use crate::names::{ElementType, Kernel};
 use crate::options::PlanOptions;
 use crate::problem::Problem;
-use crate::tune::{self, FusedTile};
+use crate::tune::{self, BackwardTile, FusedTile};
 
 /// In the order in which a plan prefers them, after a forward pass by the kernel `forward`.
 fn candidates(
@@ -111,7 +111,15 @@ fn two_kernels(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Resul
     let shape = &problem.shape;
     let [dkdv, dq] = match options.backward_tile {
         Some(tile) => [tile; 2],
-        None => tune::backward_tiles(shape.head_dim, shape.head_dim_v, &facts.limits),
+        None => {
+            let table = |limits: &_| tune::backward_tiles(shape.head_dim, shape.head_dim_v, limits);
+            let widest = |x: [u32; 2]| x[0].max(x[1]);
+            let used = |tiles: &[BackwardTile; 2]| {
+                widest(tiles.map(|tile| tile.workgroup_bytes(shape.head_dim, shape.head_dim_v)))
+            };
+            let dropout = |&[dkdv, dq]: &[BackwardTile; 2]| widest(backward_tile::dropout_bytes_of(problem, dkdv, dq));
+            with_room(&facts.limits, table, used, dropout)
+        }
     };
     dkdv.validate()?;
     dq.validate()?;
