@@ -4,7 +4,7 @@
 // Needs: sequence.wgsl. Gives: dropout_bytes, dropout_byte, is_byte_kept, is_kept.
 
 // The seed, then the offset: 64 bits each, the low word first.
-@group(0) @binding(19) var<uniform> rng_state: vec4u;
+@group(0) @binding(27) var<uniform> rng_state: vec4u;
 
 struct Wide {
     low: u32,

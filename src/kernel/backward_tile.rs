@@ -12,6 +12,9 @@ pub(crate) const DKDV_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Value, Access::Read),
     (Slot::Workspace, Access::Read),
     (Slot::GradOut, Access::Read),
+    (Slot::Bias, Access::Read),
+    (Slot::Mask, Access::Read),
+    (Slot::AlibiSlopes, Access::Read),
     (Slot::GradKey, Access::ReadWrite),
     (Slot::GradValue, Access::ReadWrite),
     (Slot::RngState, Access::Read),
@@ -24,6 +27,9 @@ pub(crate) const DQ_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Value, Access::Read),
     (Slot::Workspace, Access::Read),
     (Slot::GradOut, Access::Read),
+    (Slot::Bias, Access::Read),
+    (Slot::Mask, Access::Read),
+    (Slot::AlibiSlopes, Access::Read),
     (Slot::GradQuery, Access::ReadWrite),
     (Slot::RngState, Access::Read),
 ];
@@ -49,10 +55,7 @@ fn has_step_sums(problem: &Problem, tile: BackwardTile) -> bool {
 
 /// Workgroup memory that dropout takes in each of the two kernels.
 pub(crate) fn dropout_bytes_of(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) -> [u32; 2] {
-    [
-        dropout_bytes(problem, dkdv.step, dkdv.own, dkdv.threads()),
-        dropout_bytes(problem, dq.own, dq.step, dq.threads()),
-    ]
+    [dropout_bytes(problem, dkdv.step, dkdv.own, dkdv.threads()), dropout_bytes(problem, dq.own, dq.step, dq.threads())]
 }
 
 pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) -> Vec<Pass> {
@@ -90,7 +93,14 @@ pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) ->
         )
     };
     vec![
-        pass("kernel/backward_dkdv_tile.wgsl", "dkdv", dkdv, DKDV_BINDINGS, of_dropout[0], workgroups_by_keys(problem, dkdv.own)),
+        pass(
+            "kernel/backward_dkdv_tile.wgsl",
+            "dkdv",
+            dkdv,
+            DKDV_BINDINGS,
+            of_dropout[0],
+            workgroups_by_keys(problem, dkdv.own),
+        ),
         pass("kernel/backward_dq_tile.wgsl", "dq", dq, DQ_BINDINGS, of_dropout[1], workgroups_by_rows(dq.own)),
     ]
 }

@@ -5,8 +5,8 @@ use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
 use crate::kernel::{
-    Cut, Part, Pass, Slot, backward_coop, backward_delta, backward_fused, backward_naive, backward_tile, check_limits,
-    forward_coop_scaled,
+    Cut, Part, Pass, Slot, backward_coop, backward_delta, backward_fused, backward_naive, backward_scores,
+    backward_tile, check_limits, forward_coop_scaled,
 };
 use crate::loops;
 use crate::names::{ElementType, Kernel};
@@ -81,6 +81,12 @@ pub(super) fn recipe(
             None => after_delta(two_kernels(problem, facts, options)?),
         },
     };
+    let mut passes = passes;
+    if backward_scores::has_tiles(problem) {
+        let needed = loops::of_score_gradients(problem, scores_tile(problem, facts)?);
+        loops::check(facts.loop_iterations, Kernel::Tile, needed)?;
+    }
+    passes.extend(backward_scores::passes(problem, scores_tile(problem, facts)?));
     let problem = problem.clone();
     let workspaces = move |part: &Part| {
         let has_ranges = kernel == Kernel::Coop && problem.element_type != ElementType::F16;
@@ -90,6 +96,9 @@ pub(super) fn recipe(
         }
         if kernel == Kernel::Naive {
             all.push((Slot::WorkspaceScores, backward_naive::workspace_bytes(&problem, part)));
+        }
+        if problem.gradients.is_some_and(|gradients| gradients.alibi_slopes) {
+            all.push((Slot::WorkspaceRowSums, backward_scores::row_sums_bytes(part)));
         }
         all
     };
@@ -106,20 +115,27 @@ pub(super) fn recipe(
     })
 }
 
+/// The tile of the kernel for gradients of what is added to scores: that of dq, which has the same two products.
+fn scores_tile(problem: &Problem, facts: &Facts) -> Result<BackwardTile, Error> {
+    let [_, tile] = tiles_of(problem, &facts.limits);
+    tile.validate()?;
+    Ok(tile)
+}
+
+/// The tiles for the gradients of keys and values and for that of queries, with room for dropout.
+fn tiles_of(problem: &Problem, limits: &wgpu::Limits) -> [BackwardTile; 2] {
+    let (head_dim, head_dim_v) = (problem.shape.head_dim, problem.shape.head_dim_v);
+    let larger = |[a, b]: [u32; 2]| a.max(b);
+    let used = |tiles: &[BackwardTile; 2]| larger(tiles.map(|tile| tile.workgroup_bytes(head_dim, head_dim_v)));
+    let dropout = |&[dkdv, dq]: &[BackwardTile; 2]| larger(backward_tile::dropout_bytes_of(problem, dkdv, dq));
+    with_room(limits, |limits| tune::backward_tiles(head_dim, head_dim_v, limits), used, dropout)
+}
+
 /// The tile kernels, of which each computes the scores.
 fn two_kernels(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Vec<Pass>, Error> {
-    let shape = &problem.shape;
     let [dkdv, dq] = match options.backward_tile {
         Some(tile) => [tile; 2],
-        None => {
-            let table = |limits: &_| tune::backward_tiles(shape.head_dim, shape.head_dim_v, limits);
-            let widest = |x: [u32; 2]| x[0].max(x[1]);
-            let used = |tiles: &[BackwardTile; 2]| {
-                widest(tiles.map(|tile| tile.workgroup_bytes(shape.head_dim, shape.head_dim_v)))
-            };
-            let dropout = |&[dkdv, dq]: &[BackwardTile; 2]| widest(backward_tile::dropout_bytes_of(problem, dkdv, dq));
-            with_room(&facts.limits, table, used, dropout)
-        }
+        None => tiles_of(problem, &facts.limits),
     };
     dkdv.validate()?;
     dq.validate()?;

@@ -17,4 +17,4 @@ mod values;
 
 pub use exact::{backward, backward_key_row, backward_query_row, delta, forward, forward_row};
 pub use random::dropout_mask;
-pub use values::{Backward, Extras, Forward};
+pub use values::{Backward, Extras, Forward, Summed};
