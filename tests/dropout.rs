@@ -1,14 +1,17 @@
 //! Dropout: FlashAttention-2's results on a GPU, the mask of each kernel bit by bit, the generator's arithmetic, and what is refused.
 
 use flash_attention_testing::backward::{PreparedBackward, backward, fused};
-use flash_attention_testing::coop::{context, in_forms};
+use flash_attention_testing::coop::{WGSL_FORMATS, context, in_forms, known_matrices};
 use flash_attention_testing::*;
 use safetensors::SafeTensors;
+use wgpu_flash_attention::facts::Facts;
 use wgpu_flash_attention::reference::dropout_mask;
 use wgpu_flash_attention::specialize::Specialization;
+use wgpu_flash_attention::tune::{CoopBackwardTile, CoopTile};
 use wgpu_flash_attention::wgpu::{BufferBinding, BufferUsages};
 use wgpu_flash_attention::{
-    Causal, Context, Dropout, ElementType, Error, ForwardBuffers, Kernel, PlanOptions, Problem, Shape, wgpu,
+    Causal, Context, Dropout, ElementType, Error, ForwardBuffers, Kernel, PlanOptions, PlannedModule, Problem, Shape,
+    modules, wgpu,
 };
 
 /// What PyTorch 2.11 computed with FlashAttention-2 on an H200, in f16.
@@ -216,43 +219,12 @@ fn the_state_is_read_when_a_pass_runs() {
     }
 }
 
-/// The functions of `shaders/attention/dropout.wgsl` that need no problem, with an entry point of this test.
-#[test]
-fn the_generator_in_wgsl() {
-    let specialization = Specialization {
-        file: "kernel/naive_softmax.wgsl",
-        entry: "softmax",
-        switches: vec!["DROPOUT"],
-        constants: vec![],
-    };
-    let text = specialization.source().unwrap().text;
-    let (_, text) = text.split_once("struct Wide {").unwrap();
-    let (functions, _) = text.split_once("// The 16 bytes of the call").unwrap();
-    let kernel = "
-        @group(0) @binding(0) var<storage, read> pairs: array<vec2u>;
-        @group(0) @binding(1) var<storage, read_write> products: array<vec2u>;
-        @group(0) @binding(2) var<storage, read_write> drawn: array<vec4u, 3>;
-        @compute @workgroup_size(64)
-        fn main(@builtin(global_invocation_id) id: vec3u) {
-            if id.x < arrayLength(&pairs) {
-                let x = coop_mul_wide(pairs[id.x].x, pairs[id.x].y);
-                products[id.x] = vec2u(x.low, x.high);
-            }
-            drawn[0] = philox(vec4u(), vec2u());
-            drawn[1] = philox(vec4u(0xffffffffu), vec2u(0xffffffffu));
-            drawn[2] = philox(vec4u(1u, 2u, 3u, 4u), vec2u(5u, 6u));
-        }";
-    let text = format!("struct Wide {{{functions}{kernel}").replace("problem.dropout_kept", "256u");
+/// What a shader makes of a buffer that begins as this: `main` of the text, with the buffer at binding 0, in so many workgroups.
+fn run(text: &str, begin: &[u32], [x, y]: [u32; 2]) -> Vec<u32> {
     let context = webgpu();
     let device = context.device();
-    let corners = [0, 1, 2, 0xffff, 0x1_0000, 0x1_0001, 0x7fff_ffff, 0x8000_0000, 0xffff_0000, 0xffff_ffff];
-    let mut pairs: Vec<[u32; 2]> = corners.iter().flat_map(|&a| corners.map(|b| [a, b])).collect();
-    let mut rng = fastrand::Rng::with_seed(1);
-    pairs.extend((0..100_000).map(|_| [rng.u32(..), rng.u32(..)]));
-    let module = device.create_shader_module(wgpu::ShaderModuleDescriptor {
-        label: None,
-        source: wgpu::ShaderSource::Wgsl(text.into()),
-    });
+    let source = wgpu::ShaderSource::Wgsl(text.into());
+    let module = device.create_shader_module(wgpu::ShaderModuleDescriptor { label: None, source });
     let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
         label: None,
         layout: None,
@@ -261,33 +233,74 @@ fn the_generator_in_wgsl() {
         compilation_options: Default::default(),
         cache: None,
     });
-    let given = context.upload(bytemuck::cast_slice(&pairs)).unwrap();
-    let products = context.upload(&vec![0; 8 * pairs.len()]).unwrap();
-    let drawn = context.upload(&[0; 48]).unwrap();
-    fn entry(binding: u32, buffer: &wgpu::Buffer) -> wgpu::BindGroupEntry<'_> {
-        wgpu::BindGroupEntry { binding, resource: buffer.as_entire_binding() }
-    }
+    let data = context.upload(bytemuck::cast_slice(begin)).unwrap();
     let group = device.create_bind_group(&wgpu::BindGroupDescriptor {
         label: None,
         layout: &pipeline.get_bind_group_layout(0),
-        entries: &[entry(0, &given), entry(1, &products), entry(2, &drawn)],
+        entries: &[wgpu::BindGroupEntry { binding: 0, resource: data.as_entire_binding() }],
     });
     let mut encoder = device.create_command_encoder(&Default::default());
     {
         let mut pass = encoder.begin_compute_pass(&Default::default());
         pass.set_pipeline(&pipeline);
         pass.set_bind_group(0, &group, &[]);
-        pass.dispatch_workgroups(pairs.len().div_ceil(64) as u32, 1, 1);
+        pass.dispatch_workgroups(x, y, 1);
     }
     context.queue().submit([encoder.finish()]);
-    let found: Vec<u64> = bytemuck::pod_collect_to_vec(&context.download(&products, 0, products.size()).unwrap());
-    let expected = pairs.iter().map(|&[a, b]| u64::from(a) * u64::from(b));
-    assert!(found.into_iter().eq(expected));
-    let drawn: Vec<[u32; 4]> = bytemuck::pod_collect_to_vec(&context.download(&drawn, 0, 48).unwrap());
-    // Computed by numpy's Philox, whose rounds are these, with seven of them.
-    assert_eq!(drawn[0], [0x5f6f_b709, 0x0d89_3f64, 0x4f12_1f81, 0x4f73_0a48]);
-    assert_eq!(drawn[1], philox7([u32::MAX; 4], [u32::MAX; 2]));
-    assert_eq!(drawn[2], philox7([1, 2, 3, 4], [5, 6]));
+    bytemuck::pod_collect_to_vec(&context.download(&data, 0, data.size()).unwrap())
+}
+
+/// The items of a module with these names: functions, structs, aliases, constants and variables that begin and end at the left margin.
+fn items(text: &str, names: &[&str]) -> String {
+    let heads = |name: &str| {
+        ["fn {}(", "struct {} {", "alias {} =", "const {} =", "var<private> {}:"].map(|head| head.replace("{}", name))
+    };
+    let item = |name: &&str| {
+        let place = heads(name).iter().find_map(|head| text.find(&format!("\n{head}")));
+        let place = place.unwrap_or_else(|| panic!("no {name} in the module")) + 1;
+        let rest = &text[place..];
+        let first = rest.lines().next().unwrap();
+        let end = if first.ends_with(';') { first.len() } else { rest.find("\n}").unwrap() + 2 };
+        rest[..end].to_string() + "\n"
+    };
+    names.iter().map(item).collect()
+}
+
+/// The arithmetic of `shaders/attention/dropout.wgsl`, against products of 64 bits and known vectors.
+#[test]
+fn the_generator_in_wgsl() {
+    let (file, switches) = ("kernel/naive_softmax.wgsl", vec!["DROPOUT"]);
+    let module = Specialization { file, entry: "softmax", switches, constants: vec![] };
+    let functions = items(&module.source().unwrap().text, &["Wide", "coop_mul_wide", "philox_round", "philox"]);
+    let text = format!(
+        "{functions}
+        // Pairs of numbers and their products; then counters, and what is drawn by them.
+        struct Data {{ products: array<vec4u, 100032>, drawn: array<vec4u, 3> }}
+        @group(0) @binding(0) var<storage, read_write> data: Data;
+        @compute @workgroup_size(64)
+        fn main(@builtin(global_invocation_id) id: vec3u) {{
+            let pair = data.products[id.x].xy;
+            let x = coop_mul_wide(pair.x, pair.y);
+            data.products[id.x] = vec4u(pair, x.low, x.high);
+            if id.x < 3u {{
+                data.drawn[id.x] = philox(data.drawn[id.x], data.drawn[id.x].xy);
+            }}
+        }}"
+    );
+    let corners = [0, 1, 2, 0xffff, 0x1_0000, 0x1_0001, 0x7fff_ffff, 0x8000_0000, 0xffff_0000, 0xffff_ffff];
+    let mut numbers: Vec<[u32; 4]> = corners.iter().flat_map(|&a| corners.map(|b| [a, b, 0, 0])).collect();
+    let mut rng = fastrand::Rng::with_seed(1);
+    numbers.resize_with(100_032, || [rng.u32(..), rng.u32(..), 0, 0]);
+    let counters = [[0; 4], [u32::MAX; 4], [1, 2, 3, 4]];
+    let found = run(&text, [&numbers[..], &counters].concat().as_flattened(), [100_032 / 64, 1]);
+    let (products, drawn) = found.split_at(4 * 100_032);
+    for product in products.chunks_exact(4) {
+        let [a, b, low, high] = product.iter().copied().map(u64::from).collect::<Vec<_>>()[..] else { panic!() };
+        assert_eq!(a * b, low | high << 32, "{a} times {b}");
+    }
+    let expected = counters.map(|counter| philox7(counter, [counter[0], counter[1]]));
+    assert_eq!(expected[0], [0x5f6f_b709, 0x0d89_3f64, 0x4f12_1f81, 0x4f73_0a48]);
+    assert_eq!(drawn, expected.as_flattened());
 }
 
 /// Seven rounds, by multiplications of 64 bits.
@@ -394,5 +407,99 @@ fn gradients_by_the_plans_own_choice() {
         let prepared = case.clone().element_type(element_type).prepare_backward(Default::default());
         prepared.check(full(), &PlanOptions::default()).unwrap();
         prepared.check(webgpu(), &backward(Kernel::Tile)).unwrap();
+    }
+}
+
+/// Of a kernel on matrices that lie so, what its lanes ask about the mask, without a matrix: several rows of matrices, `together` keys each.
+fn check_lanes(module: &PlannedModule, keys_are_rows: bool, size: u32, lanes: u32, together: u32) {
+    let specialization = &module.specialization;
+    let text = specialization.source().unwrap().text;
+    let mut names =
+        vec!["Sequence", "Wide", "coop_mul_wide", "philox_round", "philox", "dropout_bytes", "dropout_byte"];
+    names.extend(["is_byte_kept", "source_bit", "row_of", "column_of", "held_row_place", "held_column_place", "M"]);
+    names.extend(["byte_number", "call_number", "Kept", "SHARING", "bytes_of_calls", "kept_lane"]);
+    names.extend(specialization.constants.iter().map(|&(name, _)| name));
+    let text = items(&format!("\n{text}"), &names);
+    let [query, key] = if keys_are_rows { ["column", "row"] } else { ["row", "column"] };
+    let (heads_q, probability) = (5, 0.3);
+    let shape = Shape::square(3, heads_q, 3 * together.max(32), 8);
+    let dropout = Dropout { probability, seed: 0xfedc_ba98_7654_3210, offset: (1 << 32) - 300 };
+    let (kept, keys, seed) = (dropout.kept_of_256(), shape.seqlen_k, dropout.seed);
+    let text = format!(
+        "struct Problem {{ heads_q: u32, dropout_kept: u32 }}
+        const problem = Problem({heads_q}u, {kept}u);
+        const rng_state = vec4u({}u, {}u, {}u, {}u);
+        {text}
+        @group(0) @binding(0) var<storage, read_write> mask: array<u32>;
+        @compute @workgroup_size({lanes})
+        fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {{
+            let at = Sequence(1u, 3u, 0u, {keys}, {keys});
+            let i0 = i32(group.x * {size}u);
+            for (var n = 0u; n < {together}u / {size}u; n++) {{
+                let j0 = i32(group.y * {together}u + n * {size}u);
+                let kept = kept_lane(at, i0, j0, n, lane);
+                for (var e = 0u; e < ELEMENTS; e++) {{
+                    let i = u32(i0 + held_{query}_place(lane, e));
+                    let j = u32(j0 + held_{key}_place(lane, e));
+                    mask[i * {keys}u + j] = u32(kept[e]);
+                }}
+            }}
+        }}",
+        seed as u32,
+        seed >> 32,
+        dropout.offset as u32,
+        dropout.offset >> 32
+    );
+    let (rows, columns) = (keys / size, keys / together);
+    let found = run(&text, &vec![2; (keys * keys) as usize], [rows, columns]);
+    let all = dropout_mask(&shape, &dropout);
+    let of_head = &all[(heads_q as usize + 3) * found.len()..][..found.len()];
+    let wrong = (0..found.len()).find(|&n| found[n] != u32::from(of_head[n]));
+    let place = wrong.map(|n| (n as u32 / keys, n as u32 % keys));
+    assert!(place.is_none(), "another mask at {place:?}: {specialization:?}");
+}
+
+/// Matrices as GPUs have them, which software Vulkan has not: each way in which elements lie, with rows of keys and of queries, with calls that
+/// several matrices share and without.
+#[test]
+fn the_mask_of_lanes() {
+    for element_type in [ElementType::F16, ElementType::F32] {
+        let mut layouts: Vec<_> = known_matrices().into_iter().map(|(format, layout)| (format, Some(layout))).collect();
+        if element_type == ElementType::F16 {
+            layouts.extend(WGSL_FORMATS.map(|format| (format, None)));
+        }
+        for (format, layout) in layouts {
+            let size = format.size;
+            let facts = Facts::with_limits(wgpu::Limits {
+                max_compute_workgroup_storage_size: 128 << 10,
+                max_compute_invocations_per_workgroup: 1024,
+                max_compute_workgroup_size_x: 1024,
+                ..Default::default()
+            });
+            let facts = facts.matrices(format, layout);
+            let shape = Shape::square(3, 5, 64, 32);
+            let problem = Problem::new(shape, element_type).with_gradients().with_dropout(0.3);
+            for (keys, matrices) in [(16, 1), (32, 2), (64, 4), (96, 3)] {
+                let tile = CoopTile { subgroups: 2, row_matrices: 1, keys, buffers: 1 };
+                let backward = |step| CoopBackwardTile { subgroups: 4, matrices, step, columns: 32, ahead: false };
+                let options = PlanOptions::default().kernel(Kernel::Coop).backward(Kernel::Coop);
+                let options = options.coop_tile(tile).coop_backward_tiles([backward(32), backward(keys)]);
+                let modules = modules(&problem, &facts, &options).unwrap();
+                let of_kernels = modules.iter().filter(|module| module.specialization.switches.contains(&"DROPOUT"));
+                let of_kernels: Vec<_> = of_kernels.collect();
+                assert!(of_kernels.len() >= 3);
+                for module in of_kernels {
+                    let file = module.specialization.file;
+                    let (keys_are_rows, together) = match module.specialization.entry {
+                        // Where a kernel asks about one matrix after the other, none share calls.
+                        "dkdv" if file.contains("scaled") => (true, size),
+                        "dkdv" => (true, matrices * size),
+                        "dq" if file.contains("workgroup") => (false, size),
+                        _ => (false, keys),
+                    };
+                    check_lanes(module, keys_are_rows, size, format.lanes, together);
+                }
+            }
+        }
     }
 }
