@@ -151,7 +151,7 @@ fn parts() {
     let by_binding = with_limits(|limits| limits.max_storage_buffer_binding_size = 12 << 10);
     for element_type in TYPES {
         check_all(
-            &prepare(without_dropout(), element_type),
+            &prepare(cases(), element_type),
             &[
                 ("workgroups", &by_workgroups, decode()),
                 ("workgroups, small", &by_workgroups, small(2)),

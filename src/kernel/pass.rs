@@ -82,6 +82,16 @@ impl Slot {
     }
 }
 
+impl Slot {
+    /// Whether it is an input that a problem may do without.
+    const fn is_extra(self) -> bool {
+        matches!(
+            self,
+            Slot::SeqlensQ | Slot::SeqlensK | Slot::Bias | Slot::Mask | Slot::AlibiSlopes | Slot::Sinks | Slot::GradLse
+        )
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Access {
     Read,
@@ -191,6 +201,13 @@ pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limit
     for pass in passes {
         let uniforms = pass.bindings.iter().filter(|(slot, _)| slot.is_uniform()).count() as u32;
         let storage_buffers = pass.bindings.len() as u32 - uniforms;
+        let inputs: Vec<_> = pass.bindings.iter().map(|&(slot, _)| slot).filter(|slot| slot.is_extra()).collect();
+        let found = limits.max_storage_buffers_per_shader_stage;
+        // It is these inputs that are too many, if it would do without them.
+        if (found + 1..=found + inputs.len() as u32).contains(&storage_buffers) {
+            let inputs = inputs.into_iter().map(Slot::name).collect();
+            return Err(Error::StorageBuffers { kernel, needed: storage_buffers, found, inputs });
+        }
         let bindings = pass.binding_numbers().into_iter().max().unwrap_or(0) + 1;
         let uniform_bytes = size_of::<ProblemUniform>() as u64;
         let needs = [
