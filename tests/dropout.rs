@@ -249,7 +249,7 @@ fn run(text: &str, begin: &[u32], [x, y]: [u32; 2]) -> Vec<u32> {
     bytemuck::pod_collect_to_vec(&context.download(&data, 0, data.size()).unwrap())
 }
 
-/// The items of a module with these names: functions, structs, aliases, constants and variables that begin and end at the left margin.
+/// The items of a module with these names: functions, structs, aliases, constants and variables.
 fn items(text: &str, names: &[&str]) -> String {
     let heads = |name: &str| {
         ["fn {}(", "struct {} {", "alias {} =", "const {} =", "var<private> {}:"].map(|head| head.replace("{}", name))
@@ -258,9 +258,12 @@ fn items(text: &str, names: &[&str]) -> String {
         let place = heads(name).iter().find_map(|head| text.find(&format!("\n{head}")));
         let place = place.unwrap_or_else(|| panic!("no {name} in the module")) + 1;
         let rest = &text[place..];
-        let first = rest.lines().next().unwrap();
-        let end = if first.ends_with(';') { first.len() } else { rest.find("\n}").unwrap() + 2 };
-        rest[..end].to_string() + "\n"
+        let mut depth = 0;
+        let end = rest.find(|c| {
+            depth += i32::from(c == '{') - i32::from(c == '}');
+            depth == 0 && (c == '}' || c == ';')
+        });
+        rest[..=end.unwrap()].to_string() + "\n"
     };
     names.iter().map(item).collect()
 }
