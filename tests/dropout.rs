@@ -473,7 +473,7 @@ fn the_mask_of_lanes() {
         for (format, layout) in layouts {
             let size = format.size;
             let facts = Facts::with_limits(wgpu::Limits {
-                max_compute_workgroup_storage_size: 128 << 10,
+                max_compute_workgroup_storage_size: 1 << 20,
                 max_compute_invocations_per_workgroup: 1024,
                 max_compute_workgroup_size_x: 1024,
                 ..Default::default()
