@@ -83,7 +83,9 @@ fn tiles(problem: &Problem, tile: BackwardTile, bias: Option<&ScoreLayout>) -> P
         bindings(problem, &used),
         tile.threads(),
         tile.workgroup_bytes(shape.head_dim, shape.head_dim_v)
-            + dropout_bytes(problem, tile.own, tile.step, tile.threads()),
+            + dropout_bytes(problem, tile.own, tile.step, tile.threads())
+            // The lengths of a sequence.
+            + 8,
         Box::new(move |part: &Part| {
             let some = |shared: bool, count: u64| if shared { 1 } else { count };
             [
