@@ -176,7 +176,8 @@ pub fn cases() -> Vec<(String, Case)> {
         ("dropout, huge scores", tall().dropout(0.3).scale(1.0).integers(40)),
         ("dropout, no keys", case(2, [2, 1], [5, 0], [16, 12]).dropout(0.5)),
         ("dropout, bias, sinks", wide().dropout(0.3).bias([1, 2, 37, 70]).sinks()),
-        ("dropout, mask, ALiBi", wide().dropout(0.3).mask([2, 1, 1, 70]).alibi(Alibi::PerHead)),
+        ("dropout, mask", wide().dropout(0.3).mask([2, 1, 1, 70])),
+        ("dropout, ALiBi", wide().dropout(0.3).alibi(Alibi::PerHead).causal(BottomRight)),
         // Several at once
         ("all options", three().odd().seqlens(&[7, 40, 23]).causal(BottomRight).window(11, -1).softcap(3.0).scale(0.4)),
         (
@@ -194,6 +195,7 @@ pub fn many_inputs() -> Vec<(String, Case)> {
     let all = [
         ("mask and bias", wide().mask([2, 1, 1, 70]).bias([1, 4, 37, 70])),
         ("ALiBi, bias, softcap", wide().alibi(Alibi::PerHead).bias([1, 1, 37, 70]).softcap(2.0)),
+        ("dropout, ALiBi, bias", wide().dropout(0.3).alibi(Alibi::PerHead).bias([2, 4, 1, 70])),
         (
             "all inputs",
             wide().alibi(Alibi::PerBatchAndHead).bias([2, 1, 37, 70]).mask([1, 4, 37, 1]).seqlens_q(&[20, 37]),
