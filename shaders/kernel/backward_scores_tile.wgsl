@@ -38,6 +38,9 @@
 #include "memory/read.wgsl" tensor=value
 #include "memory/read.wgsl" tensor=grad_out
 #include "tile/products.wgsl"
+#if DROPOUT
+#include "tile/dropout.wgsl" rows=OWN keys=STEP
+#endif
 #include "tile/load.wgsl" tensor=query count=OWN columns=TK
 #include "tile/load.wgsl" tensor=key count=STEP columns=TK
 #include "tile/load.wgsl" tensor=value count=STEP columns=TV
@@ -57,6 +60,10 @@ fn score_gradients(at: Sequence, i0: u32, j0: u32, thread: u32) -> Scores {
         workgroupBarrier();
         add_scores(&s, ty, tx);
     }
+#if DROPOUT
+    // All threads have begun this tile, since they have met above.
+    find_kept(at, i0, j0, thread);
+#endif
     var gradients = Scores();
     for (var d0 = 0u; d0 < HEAD_DIM_V; d0 += CHUNK) {
         workgroupBarrier();
@@ -74,6 +81,10 @@ fn score_gradients(at: Sequence, i0: u32, j0: u32, thread: u32) -> Scores {
             let score = scored(s[r][c / 4u][c % 4u], at, i32(i), j).score;
             let seen = full || (i < problem.seqlen_q && keep(at, i32(i), j));
             let p = select(0.0, exp_difference(score, stats.x), seen);
+#if DROPOUT
+            let kept = kept_of(i0, j0, i, u32(j));
+            gradients[r][c / 4u][c % 4u] = select(0.0, gradients[r][c / 4u][c % 4u] * problem.dropout_scale, kept);
+#endif
             // The difference may be infinite, or no number, of a row that nothing reads.
             gradients[r][c / 4u][c % 4u] = select(0.0, p * (gradients[r][c / 4u][c % 4u] - stats.y), seen);
         }

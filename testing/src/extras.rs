@@ -1,6 +1,6 @@
 //! What a problem has besides q, k and v, on the host and on the device.
 
-use wgpu_flash_attention::{Context, ElementType, ForwardBuffers, Problem, reference, wgpu};
+use wgpu_flash_attention::{Context, Dropout, ElementType, ForwardBuffers, Problem, reference, wgpu};
 
 use crate::memory::to_bits;
 
@@ -19,6 +19,7 @@ pub struct Extras {
     pub alibi_slopes: Option<Vec<f32>>,
     /// The sinks of the heads.
     pub sinks: Option<Vec<f32>>,
+    pub dropout: Option<Dropout>,
 }
 
 impl Extras {
@@ -30,6 +31,7 @@ impl Extras {
             .mask(self.mask.as_deref())
             .alibi_slopes(self.alibi_slopes.as_deref())
             .sinks(self.sinks.as_deref())
+            .dropout(self.dropout)
     }
 
     /// On the device, for a problem with them.
@@ -43,6 +45,7 @@ impl Extras {
             mask: upload(context, "mask", &mask)?,
             alibi_slopes: upload(context, "alibi_slopes", &self.alibi_slopes)?,
             sinks: upload(context, "sinks", &self.sinks)?,
+            rng_state: upload(context, "rng_state", &self.dropout.map(|dropout| dropout.rng_state().to_vec()))?,
         })
     }
 }
@@ -75,6 +78,7 @@ pub struct DeviceExtras {
     mask: Option<wgpu::Buffer>,
     alibi_slopes: Option<wgpu::Buffer>,
     sinks: Option<wgpu::Buffer>,
+    rng_state: Option<wgpu::Buffer>,
 }
 
 impl DeviceExtras {
@@ -87,5 +91,6 @@ impl DeviceExtras {
             .mask(self.mask.as_ref())
             .alibi_slopes(self.alibi_slopes.as_ref())
             .sinks(self.sinks.as_ref())
+            .rng_state(self.rng_state.as_ref())
     }
 }

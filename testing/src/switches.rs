@@ -70,7 +70,7 @@ fn pairs(switches: usize) -> impl Iterator<Item = Pair> {
 type Switch = fn(Problem) -> Problem;
 
 /// The switches of both passes. A new one is a line here.
-const BOTH: [Switch; 8] = [
+const BOTH: [Switch; 9] = [
     // Rows that do not lie in whole vectors.
     |problem| {
         let layout = problem.layout(Tensor::Query).at(1);
@@ -90,6 +90,7 @@ const BOTH: [Switch; 8] = [
     },
     |problem| problem.with_alibi(Alibi::PerHead),
     Problem::with_sinks,
+    |problem| problem.with_dropout(0.25),
 ];
 
 /// Those of a forward pass besides.
