@@ -55,19 +55,22 @@ pub struct BackwardBuffers<'a> {
     pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
+    /// Packed block lists; given exactly when the problem has `blocks`.
+    pub blocks: Option<BufferBinding<'a>>,
     /// At least [`Plan::backward_workspace_bytes`], in a buffer of its own; not needed where that is 0.
     pub workspace: Option<BufferBinding<'a>>,
 }
 
 impl<'a> BackwardBuffers<'a> {
-    /// Takes q, k, v, o, lse and the lengths of the forward pass, but for its workspace; then the gradient of o, and where the
+    /// Takes q, k, v, o, lse, the lengths and the block lists of the forward pass, but for its workspace; then the gradient of o, and where the
     /// gradients of q, k and v are written.
     pub fn new<B: ToBinding<'a>>(
         forward: &ForwardBuffers<'a>,
         grad_out: impl ToBinding<'a>,
         [grad_query, grad_key, grad_value]: [B; 3],
     ) -> Self {
-        let ForwardBuffers { query, key, value, out, lse, seqlens_q, seqlens_k, workspace: _ } = forward.clone();
+        let ForwardBuffers { query, key, value, out, lse, seqlens_q, seqlens_k, blocks, workspace: _ } =
+            forward.clone();
         BackwardBuffers {
             query,
             key,
@@ -81,6 +84,7 @@ impl<'a> BackwardBuffers<'a> {
             grad_value: grad_value.to_binding(),
             seqlens_q,
             seqlens_k,
+            blocks,
             workspace: None,
         }
     }
@@ -134,6 +138,7 @@ impl Plan {
             Argument::bytes(Slot::GradLse, Access::Read, buffers.grad_lse.as_ref(), grad_lse, gradients.lse),
             Argument::lengths(Slot::SeqlensQ, buffers.seqlens_q.as_ref(), problem, problem.seqlens_q),
             Argument::lengths(Slot::SeqlensK, buffers.seqlens_k.as_ref(), problem, problem.seqlens_k),
+            Argument::blocks(buffers.blocks.as_ref(), problem),
             output(Slot::GradQuery, &buffers.grad_query, Tensor::GradQuery),
             output(Slot::GradKey, &buffers.grad_key, Tensor::GradKey),
             output(Slot::GradValue, &buffers.grad_value, Tensor::GradValue),

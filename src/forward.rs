@@ -43,6 +43,8 @@ pub struct ForwardBuffers<'a> {
     pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
+    /// Packed block lists, [`Problem::blocks_bytes`](crate::Problem::blocks_bytes); given exactly when the problem has `blocks`.
+    pub blocks: Option<BufferBinding<'a>>,
     /// At least [`Plan::workspace_bytes`], in a buffer of its own; not needed where that is 0.
     pub workspace: Option<BufferBinding<'a>>,
 }
@@ -63,6 +65,7 @@ impl<'a> ForwardBuffers<'a> {
             lse: None,
             seqlens_q: None,
             seqlens_k: None,
+            blocks: None,
             workspace: None,
         }
     }
@@ -82,6 +85,12 @@ impl<'a> ForwardBuffers<'a> {
     /// Key lengths, of a problem with them.
     pub fn seqlens_k(mut self, seqlens_k: impl ToOptionalBinding<'a>) -> Self {
         self.seqlens_k = seqlens_k.to_optional_binding();
+        self
+    }
+
+    /// Packed block lists, of a problem with them.
+    pub fn blocks(mut self, blocks: impl ToOptionalBinding<'a>) -> Self {
+        self.blocks = blocks.to_optional_binding();
         self
     }
 
@@ -119,6 +128,7 @@ impl Plan {
             Argument::bytes(Slot::Lse, Access::ReadWrite, buffers.lse.as_ref(), lse, problem.lse),
             Argument::lengths(Slot::SeqlensQ, buffers.seqlens_q.as_ref(), problem, problem.seqlens_q),
             Argument::lengths(Slot::SeqlensK, buffers.seqlens_k.as_ref(), problem, problem.seqlens_k),
+            Argument::blocks(buffers.blocks.as_ref(), problem),
             // A workspace that this plan does without may be given all the same.
             Argument::bytes(
                 Slot::Workspace,

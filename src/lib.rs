@@ -118,6 +118,7 @@
 
 mod backward;
 mod bind;
+mod blocks;
 mod context;
 mod error;
 mod explain;
@@ -149,6 +150,12 @@ pub mod tune;
 
 pub use backward::BackwardBuffers;
 pub use bind::{BoundPass, ToBinding, ToOptionalBinding};
+pub use blocks::lists::BlockLists;
+pub use blocks::mask::{BlockIndices, BlockMask};
+pub use blocks::pattern::BlockPattern;
+#[doc(hidden)]
+pub use blocks::plan::block_modules;
+pub use blocks::plan::{BlockBuffers, BlockPlan, BlockSource};
 pub use context::Context;
 pub use error::{Error, NoMatrices};
 pub use forward::ForwardBuffers;

@@ -2,6 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 
+use crate::blocks::lists::{BlockLists, Packing};
 use crate::error::Error;
 use crate::names::{ElementType, MAX_HEAD_DIM, MAX_SEQLEN};
 use crate::overlap::Region;
@@ -270,6 +271,8 @@ pub struct Problem {
     /// what they hold does not matter, not even NaN. Their o is 0, their lse −∞, their dq 0, and they add nothing to any gradient. Bottom-right masks and windows count
     /// from the length instead of `seqlen_q`. Values outside `0 ..= seqlen_q` act as the nearest of the two.
     pub seqlens_q: bool,
+    /// Which blocks of scores count, if not all: block-sparse attention. A buffer of the packed lists is given then.
+    pub blocks: Option<BlockLists>,
     /// Whether the logarithm of the softmax's denominator is written: f32 `[batch, heads_q, seqlen_q]`, contiguous.
     pub lse: bool,
     /// What is needed for [`Plan::backward`](crate::Plan::backward); `None` plans the forward pass alone.
@@ -368,6 +371,7 @@ impl Problem {
             window_right: None,
             seqlens_q: false,
             seqlens_k: false,
+            blocks: None,
             lse: false,
             gradients: None,
             bnhd: false,
@@ -388,6 +392,7 @@ impl Problem {
             window_right,
             seqlens_q,
             seqlens_k,
+            blocks,
             lse,
             gradients,
             bnhd,
@@ -395,7 +400,7 @@ impl Problem {
             probe,
         } = self.clone();
         let numbers = [scale, softcap].map(|x| x.map(f32::to_bits));
-        let masks = (causal, window_left, window_right);
+        let masks = (causal, window_left, window_right, blocks);
         (shape, element_type, numbers, masks, (seqlens_q, seqlens_k), lse, gradients, (bnhd, layouts, probe))
     }
 
@@ -468,6 +473,30 @@ impl Problem {
     pub const fn with_seqlens_q(mut self) -> Self {
         self.seqlens_q = true;
         self
+    }
+
+    /// Expects a buffer of block lists, packed: by [`BlockMask`](crate::BlockMask) on the host or
+    /// [`Context::plan_blocks`](crate::Context::plan_blocks) on the device.
+    pub const fn with_blocks(mut self, blocks: BlockLists) -> Self {
+        self.blocks = Some(blocks);
+        self
+    }
+
+    /// How many blocks there are, `[B|1, Hq|1, R, C]`: batch entries and heads that have lists of their own, blocks down the queries and across the
+    /// keys. All 0 without block lists.
+    pub fn block_counts(&self) -> [u32; 4] {
+        self.packing().map_or([0; 4], |packing| [packing.batch, packing.heads, packing.down, packing.across])
+    }
+
+    /// Bytes of the packed block lists; 0 without.
+    pub fn blocks_bytes(&self) -> u64 {
+        self.packing().map_or(0, |packing| packing.bytes())
+    }
+
+    /// How the block lists lie in their buffer.
+    pub(crate) fn packing(&self) -> Option<Packing> {
+        let s = &self.shape;
+        Some(self.blocks?.packing([s.batch, s.heads_q, s.seqlen_q, s.seqlen_k]))
     }
 
     /// Whether queries or keys have lengths.
@@ -574,6 +603,13 @@ impl Problem {
         }
         if let Some(softcap) = self.softcap.filter(|x| !SOFTCAPS.contains(x)) {
             return Err(Error::Softcap(softcap));
+        }
+        if let Some(blocks) = &self.blocks {
+            for (argument, found) in [("blocks.queries", blocks.queries), ("blocks.keys", blocks.keys)] {
+                if !(1..=MAX_SEQLEN).contains(&found) {
+                    return Err(Error::BlockSize { argument, found });
+                }
+            }
         }
         if self.gradients.is_some() && !self.lse {
             return Err(Error::GradientsWithoutLse);

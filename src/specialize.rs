@@ -14,6 +14,7 @@ macro_rules! files {
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = files![
     "attention/attention.wgsl",
+    "attention/blocks.wgsl",
     "attention/finish.wgsl",
     "attention/keep.wgsl",
     "attention/probe.wgsl",
@@ -32,6 +33,9 @@ const FILES: &[(&str, &str)] = files![
     "kernel/backward_dq_coop_workgroup.wgsl",
     "kernel/backward_dq_tile.wgsl",
     "kernel/backward_fused_tile.wgsl",
+    "kernel/block_kinds_of_lists.wgsl",
+    "kernel/block_kinds_of_mask.wgsl",
+    "kernel/block_lists.wgsl",
     "kernel/coop_ranges.wgsl",
     "kernel/coop_sizes.wgsl",
     "kernel/decode_combine.wgsl",

@@ -5,6 +5,7 @@
 #include "attention/sequence.wgsl"
 #include "attention/probe.wgsl"
 #include "attention/score.wgsl"
+#include "attention/blocks.wgsl"
 #include "attention/keep.wgsl"
 #include "attention/tiles.wgsl"
 #include "attention/finish.wgsl"

@@ -14,6 +14,7 @@ pub(crate) const DKDV_BINDINGS: &[(Slot, Access)] = &[
     (Slot::GradOut, Access::Read),
     (Slot::GradKey, Access::ReadWrite),
     (Slot::GradValue, Access::ReadWrite),
+    (Slot::Blocks, Access::Read),
 ];
 
 /// What the gradient of queries binds, on any kernel.
@@ -24,6 +25,7 @@ pub(crate) const DQ_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Workspace, Access::Read),
     (Slot::GradOut, Access::Read),
     (Slot::GradQuery, Access::ReadWrite),
+    (Slot::Blocks, Access::Read),
 ];
 
 /// Workgroups of a kernel that owns so many keys, and of one that owns so many rows.

@@ -6,6 +6,7 @@ pub(crate) mod backward_delta;
 pub(crate) mod backward_fused;
 pub(crate) mod backward_naive;
 pub(crate) mod backward_tile;
+pub(crate) mod block_lists;
 pub(crate) mod decode;
 pub(crate) mod forward_coop;
 pub(crate) mod forward_coop_scaled;
@@ -30,6 +31,7 @@ pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Lse, Access::ReadWrite),
     (Slot::SeqlensQ, Access::Read),
     (Slot::SeqlensK, Access::Read),
+    (Slot::Blocks, Access::Read),
 ];
 
 impl ElementType {
@@ -51,6 +53,12 @@ pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
 /// `switches`, less those of what a score is and whether it counts: for a kernel that ends rows.
 pub(crate) fn without_scores(mut switches: Vec<&'static str>) -> Vec<&'static str> {
     switches.retain(|name| !["SOFTCAP", "SHAPED", "SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"].contains(name));
+    without_blocks(switches)
+}
+
+/// `switches`, less those of block lists: for a kernel that neither visits tiles nor asks whether a score counts.
+pub(crate) fn without_blocks(mut switches: Vec<&'static str>) -> Vec<&'static str> {
+    switches.retain(|name| !["BLOCKS", "TILES_BY_HEAD"].contains(name));
     switches
 }
 
@@ -82,7 +90,8 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
         (aligned && problem.element_type != ElementType::F32, "PACKED"),
         (problem.softcap.is_some(), "SOFTCAP"),
         (shaped, "SHAPED"),
-        (problem.probe == Some(Probe::Tiles), "TILES_BY_HEAD"),
+        (problem.blocks.is_some(), "BLOCKS"),
+        (problem.probe == Some(Probe::Tiles) || problem.blocks.is_some_and(|blocks| blocks.per_head), "TILES_BY_HEAD"),
         (problem.seqlens_q, "SEQLENS_Q"),
         (problem.seqlens_q, "QUERY_LENGTHS"),
         (problem.seqlens_k, "SEQLENS_K"),
@@ -99,6 +108,7 @@ pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(S
         Slot::Lse => problem.lse,
         Slot::SeqlensQ => problem.seqlens_q,
         Slot::SeqlensK => problem.seqlens_k,
+        Slot::Blocks => problem.blocks.is_some(),
         Slot::GradLse => problem.gradients.is_some_and(|gradients| gradients.lse),
         _ => true,
     };

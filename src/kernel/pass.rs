@@ -30,6 +30,13 @@ pub(crate) enum Slot {
     SeqlensQ = 17,
     /// How large the numbers of each head are, at the workspace's end.
     WorkspaceSizes = 18,
+    /// Packed lists of blocks.
+    Blocks = 40,
+    /// Lists of blocks as FlexAttention has them.
+    KvNumBlocks = 41,
+    KvIndices = 42,
+    FullKvNumBlocks = 43,
+    FullKvIndices = 44,
 }
 
 impl Slot {
@@ -42,6 +49,11 @@ impl Slot {
             Slot::Lse => "lse",
             Slot::SeqlensK => "seqlens_k",
             Slot::SeqlensQ => "seqlens_q",
+            Slot::Blocks => "blocks",
+            Slot::KvNumBlocks => "kv_num_blocks",
+            Slot::KvIndices => "kv_indices",
+            Slot::FullKvNumBlocks => "full_kv_num_blocks",
+            Slot::FullKvIndices => "full_kv_indices",
             Slot::Workspace | Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceSizes => "workspace",
             Slot::PartOut => "part_out",
             Slot::PartLse => "part_lse",

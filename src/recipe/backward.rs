@@ -1,6 +1,6 @@
 //! The kernel of the backward pass.
 
-use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, first};
+use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, block, check_blocks, first};
 use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
@@ -111,10 +111,13 @@ fn two_kernels(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Resul
     let shape = &problem.shape;
     let [dkdv, dq] = match options.backward_tile {
         Some(tile) => [tile; 2],
-        None => tune::backward_tiles(shape.head_dim, shape.head_dim_v, &facts.limits),
+        None => tune::backward_tiles_in_blocks(shape.head_dim, shape.head_dim_v, &facts.limits, block(problem)),
     };
     dkdv.validate()?;
     dq.validate()?;
+    for tile in [[dkdv.step, dkdv.own], [dq.own, dq.step]] {
+        check_blocks(Kernel::Tile, problem, tile, true)?;
+    }
     loops::check(facts.loop_iterations, Kernel::Tile, loops::of_backward_tiles(problem, [dkdv, dq]))?;
     Ok(backward_tile::passes(problem, dkdv, dq))
 }
@@ -126,6 +129,13 @@ fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -
     let has_queries = problem.shape.seqlen_q > 0;
     if let Some(tile) = options.fused_tile {
         tile.validate()?;
+        if problem.blocks.is_some() {
+            return Err(Error::Unsupported {
+                kernel: Kernel::Tile,
+                element_type: problem.element_type,
+                why: "all gradients at once are not computed by block lists",
+            });
+        }
         if !is_f32 {
             return Err(Error::Unsupported {
                 kernel: Kernel::Tile,
@@ -140,8 +150,9 @@ fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -
         }
         return Ok(has_queries.then_some(tile));
     }
-    // A window that moves along leaves most blocks of a round empty.
-    if options.backward_tile.is_some() || !is_f32 || !has_queries || problem.window_left.is_some() {
+    // A window that moves along leaves most blocks of a round empty, and so may block lists.
+    let leaves_blocks_empty = problem.window_left.is_some() || problem.blocks.is_some();
+    if options.backward_tile.is_some() || !is_f32 || !has_queries || leaves_blocks_empty {
         return Ok(None);
     }
     let fits = |tile: &FusedTile| check_limits(Kernel::Tile, &backward_fused::passes(problem, *tile), limits).is_ok();

@@ -1,6 +1,6 @@
 //! The kernel of the forward pass.
 
-use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, Workspaces, first};
+use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, Workspaces, block, check_blocks, first};
 use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
@@ -39,7 +39,8 @@ fn candidates(problem: &Problem, facts: &Facts, options: &PlanOptions, coop: &Re
 /// the error that says what is wrong.
 fn decode_fits(problem: &Problem, facts: &Facts, options: &PlanOptions) -> bool {
     let fits = |recipe: Recipe| check_limits(Kernel::Decode, &recipe.passes, &facts.limits).is_ok();
-    options.decode_tile.is_some() || options.splits.is_some() || of_decode(problem, facts, options).is_ok_and(fits)
+    problem.blocks.is_none() && (options.decode_tile.is_some() || options.splits.is_some())
+        || of_decode(problem, facts, options).is_ok_and(fits)
 }
 
 /// Why the coop kernel is not for rows of this problem, if it is not.
@@ -50,7 +51,8 @@ fn too_wide(problem: &Problem) -> Option<&'static str> {
 }
 
 fn tile_of(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Tile {
-    let table = || tune::tile(problem.shape.head_dim, problem.shape.head_dim_v, &facts.limits);
+    let shape = &problem.shape;
+    let table = || tune::tile_in_blocks(shape.head_dim, shape.head_dim_v, &facts.limits, block(problem));
     options.tile.unwrap_or_else(table)
 }
 
@@ -111,6 +113,10 @@ fn of_coop(problem: &Problem, coop: Coop) -> Recipe {
 }
 
 fn of_decode(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Recipe, Error> {
+    if problem.blocks.is_some() {
+        let why = "its tiles have rows of several heads, of which each has block lists of its own";
+        return Err(Error::Unsupported { kernel: Kernel::Decode, element_type: problem.element_type, why });
+    }
     let shape = &problem.shape;
     let limits = &facts.limits;
     let rows = shape.group() as u64 * shape.seqlen_q as u64;
@@ -158,6 +164,7 @@ fn of_naive(problem: &Problem, facts: &Facts) -> Result<Recipe, Error> {
 fn of_tile(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Recipe, Error> {
     let tile = tile_of(problem, facts, options);
     tile.validate()?;
+    check_blocks(Kernel::Tile, problem, [tile.rows, tile.keys], false)?;
     tile_loops(problem, facts, tile)?;
     Ok(Recipe {
         passes: vec![forward_tile::pass(problem, tile)],

@@ -1,5 +1,6 @@
 //! The kernels on cooperative matrices, forward.
 
+use super::step_in_block;
 use crate::error::Error;
 use crate::names::{CoopForm, ElementType};
 
@@ -45,6 +46,16 @@ impl CoopTile {
         let rows = self.rows(size) * k_stride;
         let sizes = self.rows(size) + 2 * self.keys;
         8 * if tiles > rows { tiles } else { rows } + self.subgroups * (16 + 4 * size * size) + 4 * sizes
+    }
+
+    /// The tile, made smaller where blocks of so many queries and keys do not divide into tiles of it, if there is a smaller one that does.
+    pub(crate) fn in_blocks(mut self, size: u32, [queries, keys]: [u32; 2]) -> Self {
+        while !queries.is_multiple_of(self.rows(size)) && self.row_matrices * self.subgroups > 1 {
+            let halved = if self.row_matrices > 1 { &mut self.row_matrices } else { &mut self.subgroups };
+            *halved /= 2;
+        }
+        self.keys = step_in_block(self.keys, size, keys);
+        self
     }
 
     /// Checks that the tile divides as the shader needs it to.

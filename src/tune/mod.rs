@@ -7,6 +7,7 @@ mod decode;
 mod fused;
 mod tile;
 
+pub(crate) use backward::backward_tiles_in_blocks;
 pub use backward::{BackwardTile, backward_tiles};
 pub(crate) use coop::LONG;
 pub use coop::{CoopTile, coop_scaled_tile, coop_tile, long_coop_tile};
@@ -15,7 +16,13 @@ pub(crate) use decode::FULL_DEVICE;
 pub use decode::{DecodeTile, decode_splits, decode_tile};
 pub(crate) use fused::MOST_ROUNDS;
 pub use fused::{FusedTile, fused_tile};
+pub(crate) use tile::tile_in_blocks;
 pub use tile::{Tile, tile};
+
+/// The largest step, of multiples of `unit` up to this one, that divides a block; this one if none does.
+fn step_in_block(step: u32, unit: u32, block: u32) -> u32 {
+    (1..=step / unit).rev().map(|n| n * unit).find(|&n| block.is_multiple_of(n)).unwrap_or(step)
+}
 
 /// A device's limits, for the tests of the tables.
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! that it is enough when each pair of switches is off and off, off and on, on and off, on and on somewhere: eight problems
 //! for five switches, some dozen for twenty.
 
-use wgpu_flash_attention::{ElementType, Problem, Shape, Tensor};
+use wgpu_flash_attention::{BlockLists, ElementType, Problem, Shape, Tensor};
 
 /// Rows of switches, in which each pair of switches has each of its four values in some row.
 ///
@@ -70,7 +70,7 @@ fn pairs(switches: usize) -> impl Iterator<Item = Pair> {
 type Switch = fn(Problem) -> Problem;
 
 /// The switches of both passes. A new one is a line here.
-const BOTH: [Switch; 4] = [
+const BOTH: [Switch; 5] = [
     // Rows that do not lie in whole vectors.
     |problem| {
         let layout = problem.layout(Tensor::Query).at(1);
@@ -79,6 +79,7 @@ const BOTH: [Switch; 4] = [
     |problem| problem.softcap(2.0),
     Problem::with_seqlens_k,
     Problem::with_seqlens_q,
+    |problem| problem.with_blocks(BlockLists::new()),
 ];
 
 /// Those of a forward pass besides.

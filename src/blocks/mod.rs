@@ -1,0 +1,6 @@
+//! Block-sparse attention: which blocks of scores are computed, as lists that kernels walk over.
+
+pub mod lists;
+pub mod mask;
+pub mod pattern;
+pub mod plan;
