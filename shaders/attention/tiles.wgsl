@@ -118,6 +118,7 @@ fn tiles_of_line(line: Line, number: u32, block: u32, between: vec2i, counting: 
     tiles.count = tiles.of_full + first_from(tiles, tiles.partial_begin, all, between.y) - tiles.partial_begin;
     tiles.first_full = first_from(tiles, tiles.full_begin, full_end, counting.x);
     tiles.full = first_from(tiles, tiles.first_full, full_end, counting.y - tiles.size + 1) - tiles.first_full;
+    tiles.first_full = select(tiles.full_begin, tiles.first_full, tiles.full > 0);
     return tiles;
 }
 #endif

@@ -137,6 +137,12 @@ impl BlockMask {
         BlockMask { words }
     }
 
+    /// What some other words would be.
+    #[doc(hidden)]
+    pub fn from_words(words: Vec<u32>) -> Self {
+        BlockMask { words }
+    }
+
     /// The bytes to upload, [`Problem::blocks_bytes`] of them.
     pub fn bytes(&self) -> &[u8] {
         bytemuck::cast_slice(&self.words)
