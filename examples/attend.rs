@@ -417,7 +417,7 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
         query: query.values,
         key: key.values,
         value: value.values,
-        extras: Extras { seqlens_q, seqlens_k },
+        extras: Extras { seqlens_q, seqlens_k, ..Default::default() },
         backward,
     };
     if !args.allow_non_finite {
@@ -585,7 +585,7 @@ fn on_device<T: Number>(
     drop(planning);
     say("plan", &plan);
     let computing = progress("computing on the device");
-    let inputs = Inputs::upload(&context, tensors)?;
+    let inputs = Inputs::upload(&context, problem, tensors)?;
     let outputs = Outputs::poisoned(&context, &plan)?;
     let bound = [bind(&plan, &inputs, &outputs).map_err(words)?];
     pass_times(&context, &bound, 1, 1).map_err(words)?;

@@ -613,7 +613,7 @@ fn compare_all<T: Number>(
         value: random(elements(shape.heads_kv, shape.seqlen_k), 3),
         extras: Extras::default(),
     };
-    let inputs = Inputs::upload(context, &tensors)?;
+    let inputs = Inputs::upload(context, &problem, &tensors)?;
     let upstream = Upstream { out: random(elements(shape.heads_q, shape.seqlen_q), 4), lse: None };
     drop(making);
     for &causal in masks {

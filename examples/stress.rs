@@ -169,7 +169,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     let mut some = |all: u32| (0..s.batch).map(|_| rng.u32(0..=all) as i32).collect::<Vec<_>>();
     let keys = problem.seqlens_k.then(|| some(s.seqlen_k));
     let queries = problem.seqlens_q.then(|| some(s.seqlen_q));
-    let extras = Extras { seqlens_q: queries, seqlens_k: keys };
+    let extras = Extras { seqlens_q: queries, seqlens_k: keys, ..Default::default() };
     let valid = |b: u32| extras.borrow().lengths(&problem, b);
     let q = [s.batch, s.heads_q, s.seqlen_q, s.head_dim];
     let [k, v] = [s.head_dim, s.head_dim_v].map(|dim| [s.batch, s.heads_kv, s.seqlen_k, dim]);
@@ -183,7 +183,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
         value: lay_out(&tensors.value, &problem.layout(Tensor::Value), v, |b| valid(b).1),
         extras: extras.clone(),
     };
-    let inputs = Inputs::upload(context, &laid_out)?;
+    let inputs = Inputs::upload(context, &problem, &laid_out)?;
 
     // All rows, or as many as the oracle computes in a moment.
     let affordable = 20_000_000 / (s.seqlen_k as u64 * (s.head_dim + s.head_dim_v) as u64).max(1);

@@ -1,5 +1,5 @@
 // Which scores count. Rows i and keys j are positions in the sequence.
-// Needs: sequence.wgsl, blocks.wgsl. Gives: keep, keep4, all_count; key_interval and row_interval for tiles.wgsl.
+// Needs: sequence.wgsl, blocks.wgsl, given.wgsl. Gives: keep, keep4, all_count; key_interval and row_interval for tiles.wgsl.
 
 // The keys that the causal mask, the window and the lengths leave row i, if it is a query: from x to before y. As i grows, neither bound
 // falls.
@@ -34,7 +34,12 @@ fn keep(at: Sequence, i: i32, j: i32) -> bool {
     }
 #endif
 #if BLOCKS_BY_PAIR
-    return j >= interval.x && j < interval.y && is_listed(at, i, j);
+    if !is_listed(at, i, j) {
+        return false;
+    }
+#endif
+#if MASK
+    return j >= interval.x && j < interval.y && mask_of(at, i, j);
 #else
     return j >= interval.x && j < interval.y;
 #endif
@@ -50,11 +55,19 @@ fn all_count(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
 #if PROBE_TILES
     return false;
 #else
+#if BLOCKS_BY_PAIR
+    return false;
+#else
+#if MASK
+    return false;
+#else
 #if QUERY_LENGTHS
     if i1 > at.queries {
         return false;
     }
 #endif
     return j0 >= key_interval(at, i1 - 1).x && j1 <= key_interval(at, i0).y;
+#endif
+#endif
 #endif
 }

@@ -136,6 +136,9 @@ fn key_tiles(at: Sequence, i0: i32, i1: i32, size: u32) -> Tiles {
     all.y = select(all.y, all.x, i1 > at.queries);
     some = select(some, vec2i(), i0 >= at.queries);
 #endif
+#if MASK
+    all.y = all.x;
+#endif
 #if BLOCKS
     return tiles_of_line(row_of_blocks(at, u32(i0)), problem.blocks.across, problem.blocks.keys, some, all, size);
 #else
@@ -157,6 +160,9 @@ fn row_tiles(at: Sequence, j0: i32, j1: i32, size: u32) -> Tiles {
         min(at.queries, zero + j0 + problem.window_left + 1),
     );
     all.y = select(all.y, all.x, j1 > at.keys);
+#if MASK
+    all.y = all.x;
+#endif
 #if BLOCKS
     return tiles_of_line(column_of_blocks(at, u32(j0)), problem.blocks.down, problem.blocks.queries, some, all, size);
 #else

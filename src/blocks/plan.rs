@@ -8,13 +8,13 @@ use crate::bind::{Argument, BoundPass, Launch, ToBinding, ToOptionalBinding, bin
 use crate::context::Context;
 use crate::error::Error;
 use crate::faults;
-use crate::kernel::uniform::ProblemUniform;
 use crate::kernel::{Access, Part, Pass, Slot, block_lists, check_limits};
 use crate::names::Kernel;
 use crate::pipelines::LazyPipeline;
 use crate::problem::Problem;
 use crate::recipe::PlannedModule;
 use crate::schedule::uniform_buffer;
+use crate::split::{Bounds, bind_part};
 
 /// What block lists are made from on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,14 +29,14 @@ pub enum BlockSource {
         /// Whether there are lists of full blocks.
         full: bool,
     },
-    /// The problem's own masks, its lengths included: a block is listed if some score of it counts, and full if all do and it is not cut short. Lists
+    /// The problem's own masks, its lengths and its boolean mask included (but not a bias that masks): a block is listed if some score of it counts, and full if all do and it is not cut short. Lists
     /// that batch entries or heads share have a block if one of them needs it, and have it as full if it is for all. Nothing as large
     /// as the scores is kept. The passes that use the lists apply the masks as well, so their results are those without lists.
     Masks,
 }
 
 /// Makes the packed block lists of a problem on the device. Made by [`Context::plan_blocks`]; used any number of times. The lists are needed anew only
-/// when what they are made from changes: [`BlockSource::Masks`] depends on lengths, not on q, k and v.
+/// when what they are made from changes: [`BlockSource::Masks`] depends on lengths and the boolean mask, not on q, k and v.
 ///
 /// ```
 /// use wgpu_flash_attention::{BlockBuffers, BlockLists, BlockSource, Causal, Context, Error, Problem, wgpu};
@@ -76,12 +76,21 @@ pub struct BlockBuffers<'a> {
     pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, likewise.
     pub seqlens_k: Option<BufferBinding<'a>>,
+    /// The boolean mask, likewise.
+    pub mask: Option<BufferBinding<'a>>,
 }
 
 impl<'a> BlockBuffers<'a> {
     /// Where the packed lists are written. The methods add what they are made from.
     pub fn new(blocks: impl ToBinding<'a>) -> Self {
-        BlockBuffers { blocks: blocks.to_binding(), lists: None, full: None, seqlens_q: None, seqlens_k: None }
+        BlockBuffers {
+            blocks: blocks.to_binding(),
+            lists: None,
+            full: None,
+            seqlens_q: None,
+            seqlens_k: None,
+            mask: None,
+        }
     }
 
     /// `kv_num_blocks` and `kv_indices`.
@@ -105,6 +114,12 @@ impl<'a> BlockBuffers<'a> {
     /// Key lengths.
     pub fn seqlens_k(mut self, seqlens_k: impl ToOptionalBinding<'a>) -> Self {
         self.seqlens_k = seqlens_k.to_optional_binding();
+        self
+    }
+
+    /// The boolean mask.
+    pub fn mask(mut self, mask: impl ToOptionalBinding<'a>) -> Self {
+        self.mask = mask.to_optional_binding();
         self
     }
 }
@@ -156,8 +171,7 @@ impl Context {
         check_limits(Kernel::Tile, &passes, limits)?;
         let s = &problem.shape;
         let part = Part { batch: 0..s.batch, heads: 0..s.heads_q, rows: 0..s.seqlen_q };
-        let uniform =
-            ProblemUniform { row_end: s.seqlen_q, heads: s.heads_q, batches: s.batch, ..ProblemUniform::of(problem) };
+        let (of_problem, uniform) = bind_part(problem, &part, &Bounds::of(limits), false);
         let mut launches = vec![];
         for pass in &passes {
             let workgroups = (pass.workgroups)(&part);
@@ -171,10 +185,14 @@ impl Context {
             }
             let pipeline = Arc::new(LazyPipeline::new(self.pipelines(), pass));
             pipeline.build()?;
-            let bound = |slot| ranges.iter().find(|(s, _)| *s == slot).map_or(0, |&(_, bytes)| bytes);
+            // The boolean mask lies where the problem's layout says, all else from the first byte on.
+            let range = |slot| match of_problem.iter().find(|&&(s, ..)| s == slot && slot == Slot::Mask) {
+                Some(&range) => range,
+                None => (slot, 0, ranges.iter().find(|(s, _)| *s == slot).map_or(0, |&(_, bytes)| bytes)),
+            };
             launches.push(Launch {
                 pipeline,
-                ranges: pass.bindings.iter().map(|&(slot, _)| (slot, 0, bound(slot))).collect(),
+                ranges: pass.bindings.iter().map(|&(slot, _)| range(slot)).collect(),
                 uniform_offset: 0,
                 workgroups: workgroups.map(|n| n as u32),
             });
@@ -232,7 +250,7 @@ impl BlockPlan {
             (buffers.seqlens_q.as_ref(), !has_lists && self.problem.seqlens_q),
             (buffers.seqlens_k.as_ref(), !has_lists && self.problem.seqlens_k),
         ];
-        let all: Vec<_> = self
+        let mut all: Vec<_> = self
             .bytes()
             .into_iter()
             .zip(given)
@@ -241,6 +259,8 @@ impl BlockPlan {
                 Argument::bytes(slot, access, given, if has { bytes } else { 0 }, has)
             })
             .collect();
+        let scores = self.problem.mask_scores().filter(|_| !has_lists);
+        all.push(Argument::scores(Slot::Mask, Access::Read, buffers.mask.as_ref(), &self.problem, scores));
         let slots = check_buffers(&all, self.offset_alignment)?;
         let Some((launches, uniforms)) = &self.work else {
             return Ok(());

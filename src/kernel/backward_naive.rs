@@ -1,7 +1,6 @@
 //! Host side of `shaders/kernel/naive_backward_*.wgsl`.
 
-use super::naive::by_pair;
-use super::{Access, Part, Pass, Slot, backward_switches, bindings, without_blocks};
+use super::{Access, Part, Pass, Slot, backward_switches, bindings, by_pair, without_blocks};
 use crate::Problem;
 use crate::specialize::Specialization;
 
@@ -16,7 +15,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let [head_dim, head_dim_v] = [shape.head_dim, shape.head_dim_v].map(u64::from);
     let pass = |file, entry, used: &[(Slot, Access)], workgroups| {
         let on = backward_switches(problem, 4);
-        let on = if entry == "scores_of" { by_pair(problem, on) } else { without_blocks(on) };
+        let on = if entry == "scores_of" { by_pair(on) } else { without_blocks(on) };
         Pass::new(
             Specialization {
                 file,
@@ -44,6 +43,9 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
                 (Slot::Key, Access::Read),
                 (Slot::Value, Access::Read),
                 (Slot::GradOut, Access::Read),
+                (Slot::Bias, Access::Read),
+                (Slot::Mask, Access::Read),
+                (Slot::AlibiSlopes, Access::Read),
                 (Slot::Workspace, Access::ReadWrite),
                 (Slot::WorkspaceScores, Access::ReadWrite),
                 (Slot::Blocks, Access::Read),

@@ -31,12 +31,18 @@ pub(crate) fn of_lists(packing: Packing, full: bool) -> [Pass; 2] {
 /// From the masks of a problem, other than its block lists.
 pub(crate) fn of_mask(problem: &Problem, packing: Packing) -> [Pass; 2] {
     let mut on = without_blocks(switches_of(problem, &Tensor::FORWARD, 4));
-    on.retain(|&name| name != "LSE");
+    const OF_SCORES: [&str; 8] = ["SOFTCAP", "SHAPED", "BIAS", "BIAS_F16", "BIAS_BF16", "ALIBI", "SINKS", "LSE"];
+    on.retain(|name| !OF_SCORES.contains(name));
     let kinds = Pass::new(
         specialization("kernel/block_kinds_of_mask.wgsl", "kinds_of_mask", on),
         bindings(
             problem,
-            &[(Slot::SeqlensQ, Access::Read), (Slot::SeqlensK, Access::Read), (Slot::Blocks, Access::ReadWrite)],
+            &[
+                (Slot::SeqlensQ, Access::Read),
+                (Slot::SeqlensK, Access::Read),
+                (Slot::Mask, Access::Read),
+                (Slot::Blocks, Access::ReadWrite),
+            ],
         ),
         THREADS,
         8,

@@ -1,6 +1,6 @@
 //! Host side of `shaders/kernel/naive_*.wgsl`.
 
-use super::{Access, Part, Pass, Slot, bindings, switches, without_blocks, without_scores};
+use super::{Access, Part, Pass, Slot, bindings, by_pair, switches, without_blocks, without_scores};
 use crate::Problem;
 use crate::specialize::Specialization;
 
@@ -20,12 +20,6 @@ pub(crate) fn workspace_bytes(problem: &Problem, part: &Part) -> u64 {
     part.rows_of_heads().saturating_mul(problem.shape.seqlen_k as u64).saturating_mul(4).max(4)
 }
 
-/// The switches of a kernel that visits no tiles: block lists say of a pair, not of a tile, that it counts.
-pub(crate) fn by_pair(problem: &Problem, mut switches: Vec<&'static str>) -> Vec<&'static str> {
-    switches.extend(problem.blocks.is_some().then_some("BLOCKS_BY_PAIR"));
-    switches
-}
-
 pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let shape = problem.shape;
     let (seqlen_k, head_dim_v) = (shape.seqlen_k as u64, shape.head_dim_v as u64);
@@ -33,7 +27,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
         let on = switches(problem, 4);
         // The first kernel asks of every pair whether it counts.
         let on = match entry {
-            "scores_of" => by_pair(problem, on),
+            "scores_of" => by_pair(on),
             "softmax" => without_scores(on),
             _ => without_blocks(on),
         };
@@ -57,6 +51,9 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
                 (Slot::SeqlensQ, Access::Read),
                 (Slot::SeqlensK, Access::Read),
                 (Slot::Blocks, Access::Read),
+                (Slot::Bias, Access::Read),
+                (Slot::Mask, Access::Read),
+                (Slot::AlibiSlopes, Access::Read),
                 (Slot::Workspace, Access::ReadWrite),
             ],
             256,
@@ -67,7 +64,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             "kernel/naive_softmax.wgsl",
             "softmax",
             vec![],
-            &[(Slot::Lse, Access::ReadWrite), (Slot::Workspace, Access::ReadWrite)],
+            &[(Slot::Lse, Access::ReadWrite), (Slot::Sinks, Access::Read), (Slot::Workspace, Access::ReadWrite)],
             64,
             256,
             Box::new(move |part| [part.row_count(), 1, heads(part)]),

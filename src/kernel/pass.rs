@@ -37,6 +37,15 @@ pub(crate) enum Slot {
     KvIndices = 42,
     FullKvNumBlocks = 43,
     FullKvIndices = 44,
+    Bias = 19,
+    Mask = 20,
+    AlibiSlopes = 21,
+    Sinks = 22,
+    GradBias = 23,
+    GradSinks = 24,
+    GradAlibiSlopes = 25,
+    /// A number of each row for gradients of what a head has, at the workspace's end.
+    WorkspaceRowSums = 26,
 }
 
 impl Slot {
@@ -54,7 +63,11 @@ impl Slot {
             Slot::KvIndices => "kv_indices",
             Slot::FullKvNumBlocks => "full_kv_num_blocks",
             Slot::FullKvIndices => "full_kv_indices",
-            Slot::Workspace | Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceSizes => "workspace",
+            Slot::Workspace
+            | Slot::WorkspaceStats
+            | Slot::WorkspaceScores
+            | Slot::WorkspaceSizes
+            | Slot::WorkspaceRowSums => "workspace",
             Slot::PartOut => "part_out",
             Slot::PartLse => "part_lse",
             Slot::GradOut => "grad_out",
@@ -62,6 +75,13 @@ impl Slot {
             Slot::GradQuery => "grad_query",
             Slot::GradKey => "grad_key",
             Slot::GradValue => "grad_value",
+            Slot::Bias => "bias",
+            Slot::Mask => "mask",
+            Slot::AlibiSlopes => "alibi_slopes",
+            Slot::Sinks => "sinks",
+            Slot::GradBias => "grad_bias",
+            Slot::GradSinks => "grad_sinks",
+            Slot::GradAlibiSlopes => "grad_alibi_slopes",
         }
     }
 }

@@ -25,6 +25,22 @@ pub struct Backward {
     /// The norms of what was summed for dq, dk and dv, with p·dp and p·delta apart. Where terms cancel, an error is relative to
     /// this: a row with one key has a dq of 0, which no computation in f32 finds.
     pub terms: [f64; 3],
+    /// The gradient of the bias, where the bias' layout puts its elements; if the problem asks for it.
+    pub bias: Option<Summed>,
+    /// The gradient of the sinks, `[heads_q]`; if the problem asks for it.
+    pub sinks: Option<Summed>,
+    /// The gradient of ALiBi's slopes, `[heads_q]` or `[batch, heads_q]`; if the problem asks for it.
+    pub alibi_slopes: Option<Summed>,
+}
+
+/// A gradient of what many scores share.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Summed {
+    /// The sums.
+    pub values: Vec<f64>,
+    /// The norm of what was summed, with p·dp and p·delta apart.
+    pub terms: f64,
 }
 
 /// What a problem has besides q, k and v: of each input that it says it has, the contents.
@@ -40,6 +56,14 @@ pub struct Extras<'a> {
     pub seqlens_k: Option<&'a [i32]>,
     /// Which blocks are listed, of a problem with block lists, `[B|1, Hq|1, R, C]` ([`Problem::block_counts`]); `None`: all of them.
     pub blocks: Option<&'a [bool]>,
+    /// The bias, where the problem's layout of it says.
+    pub bias: Option<&'a [f32]>,
+    /// The boolean mask, likewise.
+    pub mask: Option<&'a [bool]>,
+    /// ALiBi's slopes, `[heads_q]` or `[batch, heads_q]`.
+    pub alibi_slopes: Option<&'a [f32]>,
+    /// The sinks, `[heads_q]`.
+    pub sinks: Option<&'a [f32]>,
 }
 
 impl<'a> From<Option<&'a [i32]>> for Extras<'a> {
@@ -77,6 +101,30 @@ impl<'a> Extras<'a> {
         let b = if lists.per_batch { b as usize } else { 0 };
         let h = if lists.per_head { h as usize } else { 0 };
         listed[((b * heads + h) * down + (i / lists.queries) as usize) * across + (j / lists.keys) as usize]
+    }
+
+    /// The bias.
+    pub fn bias(mut self, bias: impl Into<Option<&'a [f32]>>) -> Self {
+        self.bias = bias.into();
+        self
+    }
+
+    /// The boolean mask.
+    pub fn mask(mut self, mask: impl Into<Option<&'a [bool]>>) -> Self {
+        self.mask = mask.into();
+        self
+    }
+
+    /// ALiBi's slopes.
+    pub fn alibi_slopes(mut self, alibi_slopes: impl Into<Option<&'a [f32]>>) -> Self {
+        self.alibi_slopes = alibi_slopes.into();
+        self
+    }
+
+    /// The sinks.
+    pub fn sinks(mut self, sinks: impl Into<Option<&'a [f32]>>) -> Self {
+        self.sinks = sinks.into();
+        self
     }
 
     /// The valid queries and keys of a batch entry; lengths past the ends act as the ends.

@@ -187,7 +187,7 @@ impl PreparedBackward {
             context.upload(bytemuck::cast_slice(&placed)).unwrap()
         };
         let (lse, grad_lse) = (of_rows(&self.lse), self.grad_lse.as_deref().map(of_rows));
-        let extras = self.extras.upload(context)?;
+        let extras = self.extras.upload(context, problem)?;
         let words = plan.backward_workspace_bytes() as usize / 4;
         let nan32 = poison(ElementType::F32, round);
         let workspace =

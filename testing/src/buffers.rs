@@ -74,12 +74,12 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    pub fn upload<T: Number>(context: &Context, tensors: &Tensors<T>) -> Result<Self, String> {
+    pub fn upload<T: Number>(context: &Context, problem: &Problem, tensors: &Tensors<T>) -> Result<Self, String> {
         Ok(Inputs {
             query: upload(context, "q", &tensors.query)?,
             key: upload(context, "k", &tensors.key)?,
             value: upload(context, "v", &tensors.value)?,
-            extras: tensors.extras.upload(context)?,
+            extras: tensors.extras.upload(context, problem)?,
         })
     }
 }

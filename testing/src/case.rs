@@ -2,7 +2,8 @@
 
 use fastrand::Rng;
 use wgpu_flash_attention::{
-    BlockIndices, BlockLists, BlockMask, Causal, ElementType, Layout, Probe, Problem, Shape, Tensor,
+    Alibi, Bias, BlockIndices, BlockLists, BlockMask, Causal, ElementType, Layout, Probe, Problem, ScoreLayout, Shape,
+    Tensor,
 };
 
 use crate::{Extras, Prepared};
@@ -30,6 +31,8 @@ pub struct Case {
     pub inputs: Inputs,
     /// q, k and v lie in one buffer.
     pub one_buffer: bool,
+    /// Whether a bias is f32, whatever the type of q, k and v.
+    bias_in_f32: bool,
 }
 
 /// `case(batch, [heads_q, heads_kv], [seqlen_q, seqlen_k], [head_dim, head_dim_v])`: contiguous, unmasked, with lse.
@@ -44,12 +47,79 @@ pub fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]) -> C
         head_dim_v: dims[1],
     };
     let problem = Problem::new(shape, ElementType::F32).with_lse();
-    Case { problem, extras: Extras::default(), inputs: Inputs::Random, one_buffer: false }
+    Case { problem, extras: Extras::default(), inputs: Inputs::Random, one_buffer: false, bias_in_f32: false }
 }
 
 impl Case {
     pub fn element_type(mut self, element_type: ElementType) -> Self {
         self.problem.element_type = element_type;
+        if let Some(bias) = &mut self.problem.bias
+            && !self.bias_in_f32
+        {
+            bias.element_type = element_type;
+        }
+        self
+    }
+
+    /// A random bias of these sizes, 1 or full, in the type of q, k and v. One element in eight masks.
+    pub fn bias(self, sizes: [u32; 4]) -> Self {
+        self.bias_at(ScoreLayout::contiguous(sizes))
+    }
+
+    /// A bias in f32.
+    pub fn bias_f32(mut self, sizes: [u32; 4]) -> Self {
+        self.bias_in_f32 = true;
+        self.bias(sizes)
+    }
+
+    /// A bias that lies so.
+    pub fn bias_at(mut self, layout: ScoreLayout) -> Self {
+        let numbers = |rng: &mut Rng| match rng.u32(0..16) {
+            0 => f32::NEG_INFINITY,
+            1 => f32::MIN,
+            // Exact in every type.
+            _ => rng.i32(-32..32) as f32 / 8.0,
+        };
+        let mut rng = Rng::with_seed(0xb1a5);
+        self.extras.bias = Some((0..self.elements(&layout)).map(|_| numbers(&mut rng)).collect());
+        self.problem.bias = Some(Bias::new(ElementType::F32, layout));
+        self
+    }
+
+    /// A random mask of these sizes, 1 or full, that leaves three scores in four.
+    pub fn mask(self, sizes: [u32; 4]) -> Self {
+        self.mask_at(ScoreLayout::contiguous(sizes))
+    }
+
+    /// A mask that lies so.
+    pub fn mask_at(mut self, layout: ScoreLayout) -> Self {
+        let mut rng = Rng::with_seed(0x3a5c);
+        self.extras.mask = Some((0..self.elements(&layout)).map(|_| rng.u32(0..4) > 0).collect());
+        self.problem.mask = Some(layout);
+        self
+    }
+
+    /// One more than the place of the last element of what lies so.
+    fn elements(&self, layout: &ScoreLayout) -> u64 {
+        let s = &self.problem.shape;
+        let last = |n: u32| n.saturating_sub(1);
+        layout.place([last(s.batch), last(s.heads_q), last(s.seqlen_q), last(s.seqlen_k)]) + 1
+    }
+
+    /// ALiBi with slopes of both signs.
+    pub fn alibi(mut self, alibi: Alibi) -> Self {
+        let s = &self.problem.shape;
+        let slopes = if alibi == Alibi::PerHead { s.heads_q } else { s.batch * s.heads_q };
+        self.extras.alibi_slopes = Some((0..slopes).map(|n| [0.5, -0.03125, 0.125, 0.0625][n as usize % 4]).collect());
+        self.problem.alibi = Some(alibi);
+        self
+    }
+
+    /// A sink a head; the third head has none.
+    pub fn sinks(mut self) -> Self {
+        let of_head = |n: u32| if n == 2 { f32::NEG_INFINITY } else { 1.5 * n as f32 - 0.75 };
+        self.extras.sinks = Some((0..self.problem.shape.heads_q).map(of_head).collect());
+        self.problem.sinks = true;
         self
     }
 

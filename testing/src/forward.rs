@@ -120,7 +120,7 @@ impl Prepared {
         let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes).unwrap()).collect();
         let out = context.upload(&guarded(ty, &vec![nan; out_end], nan)).unwrap();
         let lse = problem.lse.then(|| context.upload(&words(rows)).unwrap());
-        let extras = self.extras.upload(context)?;
+        let extras = self.extras.upload(context, problem)?;
         let workspace_words = plan.workspace_bytes() as usize / 4;
         let workspace = (workspace_words > 0).then(|| context.upload(&words(workspace_words)).unwrap());
         // As few bytes as the layouts say.

@@ -2,7 +2,7 @@
 
 use wgpu_flash_attention::reference::accept::{self, Bound, Errors, Verdict};
 use wgpu_flash_attention::reference::rounded::{self, Gradient};
-use wgpu_flash_attention::{Context, ElementType, Error, Kernel, PlanOptions, Problem, Tensor, reference};
+use wgpu_flash_attention::{Bias, Context, ElementType, Error, Kernel, PlanOptions, Problem, Tensor, reference};
 
 use crate::buffers::{Inputs, Number, Outputs, Tensors, Upstream, bind, place};
 use crate::timing::pass_times;
@@ -167,6 +167,8 @@ fn forward_f32<T: Number>(
     let mut of_f32 = Problem::new(problem.shape, ElementType::F32).window(problem.window_left, problem.window_right);
     (of_f32.scale, of_f32.softcap, of_f32.causal) = (problem.scale, problem.softcap, problem.causal);
     (of_f32.seqlens_q, of_f32.seqlens_k, of_f32.lse) = (problem.seqlens_q, problem.seqlens_k, problem.lse);
+    of_f32.bias = problem.bias.map(|bias| Bias::new(ElementType::F32, bias.layout));
+    (of_f32.mask, of_f32.alibi, of_f32.sinks) = (problem.mask, problem.alibi, problem.sinks);
     let problem = of_f32;
     let f32s = |values: &[T]| -> Vec<f32> { values.iter().map(|&x| x.into() as f32).collect() };
     let tensors = Tensors {
@@ -178,7 +180,7 @@ fn forward_f32<T: Number>(
     let words = |error: Error| error.to_string();
     let options = PlanOptions::default().kernel(Kernel::Tile);
     let plan = context.plan_with(&problem, &options).map_err(words)?;
-    let inputs = Inputs::upload(context, &tensors)?;
+    let inputs = Inputs::upload(context, &problem, &tensors)?;
     let outputs = Outputs::poisoned(context, &plan)?;
     let bound = bind(&plan, &inputs, &outputs).map_err(words)?;
     pass_times(context, &[bound], 1, 1).map_err(words)?;
