@@ -118,6 +118,8 @@
 
 mod backward;
 mod bind;
+mod block_mask;
+mod block_plan;
 mod blocks;
 mod context;
 mod error;
@@ -150,12 +152,12 @@ pub mod tune;
 
 pub use backward::BackwardBuffers;
 pub use bind::{BoundPass, ToBinding, ToOptionalBinding};
-pub use blocks::lists::BlockLists;
-pub use blocks::mask::{BlockIndices, BlockMask};
-pub use blocks::pattern::BlockPattern;
+pub use block_mask::{BlockIndices, BlockMask};
 #[doc(hidden)]
-pub use blocks::plan::block_modules;
-pub use blocks::plan::{BlockBuffers, BlockPlan, BlockSource};
+pub use block_plan::block_modules;
+pub use block_plan::{BlockBuffers, BlockPlan, BlockSource};
+pub use blocks::lists::BlockLists;
+pub use blocks::pattern::BlockPattern;
 pub use context::Context;
 pub use error::{Error, NoMatrices};
 pub use forward::ForwardBuffers;

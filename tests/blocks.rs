@@ -7,8 +7,8 @@ use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::tune::BackwardTile;
 use wgpu_flash_attention::{
-    BlockBuffers, BlockIndices, BlockLists, BlockMask, BlockPattern, BlockSource, Context, ElementType, Error, Kernel,
-    PlanOptions, Problem, Shape, wgpu,
+    Alibi, BlockBuffers, BlockIndices, BlockLists, BlockMask, BlockPattern, BlockSource, Context, ElementType, Error,
+    Kernel, PlanOptions, Problem, ScoreLayout, Shape, wgpu,
 };
 
 /// So many of each hundred blocks by chance, of all lists of a case.
@@ -420,6 +420,64 @@ fn wrong_numbers_of_the_device_are_clamped() {
     assert_eq!(found[12..], expected.bytes()[12..]);
 }
 
+/// The lists that the device makes of the masks of a case whose problem has block lists.
+fn of_masks(context: &Context, case: &Case) -> Vec<u8> {
+    let lengths = [&case.extras.seqlens_q, &case.extras.seqlens_k]
+        .map(|lengths| lengths.as_ref().map(|lengths| upload(context, lengths)));
+    let mask = case.extras.mask.as_ref().map(|mask| {
+        let mut bytes: Vec<_> = mask.iter().map(|&counts| u8::from(counts)).collect();
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        context.upload(&bytes).unwrap()
+    });
+    on_device(context, &case.problem, BlockSource::Masks, |buffers, record| {
+        let [queries, keys] = lengths.each_ref().map(Option::as_ref);
+        record(buffers.seqlens_q(queries).seqlens_k(keys).mask(mask.as_ref()));
+    })
+}
+
+/// Passes by lists that the device made of the masks give what the masks alone give.
+#[test]
+fn lists_of_masks_serve_every_pass() {
+    let both = || case(2, [4, 2], [150, 170], [16, 12]);
+    let lists = BlockLists::new().size(32, 32);
+    for (name, mut case, lists) in [
+        ("a window", both().causal(BottomRight).window(40, -1), lists),
+        ("lengths", both().seqlens(&[170, 33]).seqlens_q(&[20, 150]).causal(BottomRight), lists.per_batch()),
+        ("lengths, shared lists", both().seqlens(&[170, 33]).seqlens_q(&[20, 150]), lists),
+    ] {
+        case.problem = case.problem.with_blocks(lists);
+        let words = bytemuck::pod_collect_to_vec(&of_masks(webgpu(), &case));
+        let all = case.problem.block_counts().iter().map(|&n| n as usize).product();
+        // The reference knows nothing of the lists.
+        case.extras.blocks = Some((vec![true; all], BlockMask::from_words(words)));
+        let named = [(name.to_string(), case)];
+        let ways = every_kernel(ElementType::F32, naive(), tile());
+        check_all(&cases::prepare(named.clone(), ElementType::F32), &ways);
+        let ways = every_kernel(ElementType::F32, backward(Kernel::Naive), backward(Kernel::Tile));
+        backward::check_all(&backward::prepare(named, ElementType::F32, Ask::default()), &ways);
+    }
+}
+
+/// Block lists together with what else is given of scores.
+#[test]
+fn with_bias_mask_slopes_and_sinks() {
+    let lists = BlockLists::new().size(32, 32).per_batch().per_head();
+    let both = || case(2, [4, 2], [110, 150], [16, 12]);
+    let cases = vec![
+        listed("boolean mask", both().mask([2, 4, 110, 150]).causal(BottomRight), lists, 60),
+        listed("bias", both().bias([1, 4, 110, 150]), lists, 60),
+        listed("slopes and sinks", both().alibi(Alibi::PerHead).sinks().causal(BottomRight), lists, 60),
+    ];
+    let ways = every_kernel(ElementType::F32, naive(), tile());
+    check_all(&cases::prepare(cases.clone(), ElementType::F32), &ways);
+    // WebGPU's eight storage buffers are too few for the gradients of keys and values with both.
+    let ways = [("naive", full(), backward(Kernel::Naive)), ("tile", full(), backward(Kernel::Tile))];
+    backward::check_all(&backward::prepare(cases.clone(), ElementType::F32, Ask::default()), &ways);
+    let problem = cases[1].1.problem.clone().with_gradients();
+    let error = webgpu().plan_with(&problem, &backward(Kernel::Tile)).unwrap_err();
+    assert!(matches!(error, Error::DeviceLimit { limit: "max_storage_buffers_per_shader_stage", .. }), "{error}");
+}
+
 /// The kernel finds the blocks that a look at every score finds.
 #[test]
 fn blocks_of_masks_are_found() {
@@ -435,38 +493,43 @@ fn blocks_of_masks_are_found() {
         // Shared lists have what either batch entry needs.
         (both().seqlens(&[170, 33]).seqlens_q(&[20, 150]).causal(BottomRight), lists),
         (both().seqlens(&[0, 0]), lists.per_batch().per_head()),
+        (both().mask([2, 4, 150, 170]), lists.size(2, 3).per_batch().per_head()),
+        (both().mask([1, 4, 1, 170]).causal(BottomRight), lists.size(2, 3)),
+        (
+            both().mask_at(ScoreLayout { offset: 5, ..ScoreLayout::contiguous([2, 1, 150, 1]) }),
+            lists.size(3, 2).per_batch(),
+        ),
     ];
     for (mut case, lists) in cases {
         case.problem = case.problem.with_blocks(lists);
         let (problem, extras) = (&case.problem, case.extras.borrow());
         let s = problem.shape;
         let [batch, heads, down, across] = problem.block_counts();
-        let counts = |b: u32, i: u32, j: u32| {
+        let counts = |[b, h, i, j]: [u32; 4]| {
             let (queries, keys) = extras.lengths(problem, b);
             let (first, end) = problem.key_interval_of(i, queries, keys);
-            i < s.seqlen_q && (first..end).contains(&j)
+            let given = || match (problem.mask, extras.mask) {
+                (Some(layout), Some(mask)) => mask[layout.place([b, h, i, j]) as usize],
+                _ => true,
+            };
+            i < s.seqlen_q && (first..end).contains(&j) && given()
         };
         let mut kinds = vec![];
-        // No mask here differs by head.
-        for (list, _, r) in (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..down).map(move |r| (b, h, r)))) {
-            let entries = if lists.per_batch { list..list + 1 } else { 0..s.batch };
-            for c in 0..across {
+        for list in 0..batch * heads {
+            let batches = if lists.per_batch { list / heads..list / heads + 1 } else { 0..s.batch };
+            let of_list = if lists.per_head { list % heads..list % heads + 1 } else { 0..s.heads_q };
+            for (r, c) in (0..down).flat_map(|r| (0..across).map(move |c| (r, c))) {
                 let mut all = vec![];
-                for (b, i) in
-                    entries.clone().flat_map(|b| (r * lists.queries..(r + 1) * lists.queries).map(move |i| (b, i)))
-                {
-                    all.extend((c * lists.keys..(c + 1) * lists.keys).map(|j| counts(b, i, j)));
+                for (b, h) in batches.clone().flat_map(|b| of_list.clone().map(move |h| (b, h))) {
+                    for i in r * lists.queries..(r + 1) * lists.queries {
+                        all.extend((c * lists.keys..(c + 1) * lists.keys).map(|j| counts([b, h, i, j])));
+                    }
                 }
                 kinds.push(all.contains(&true) as u8 + all.iter().all(|&counts| counts) as u8);
             }
         }
         let expected = BlockMask::from_lists(problem, &HostLists::of(&kinds, across).borrow()).unwrap();
-        let lengths = [&case.extras.seqlens_q, &case.extras.seqlens_k]
-            .map(|lengths| lengths.as_ref().map(|lengths| upload(context, lengths)));
-        let found = on_device(context, problem, BlockSource::Masks, |buffers, record| {
-            record(buffers.seqlens_q(lengths[0].as_ref()).seqlens_k(lengths[1].as_ref()));
-        });
-        assert!(found == expected.bytes(), "{problem:?}");
+        assert!(of_masks(context, &case) == expected.bytes(), "{problem:?}");
     }
     let bounded = both().problem.with_blocks(lists.columns(2));
     assert_eq!(context.plan_blocks(&bounded, BlockSource::Masks).unwrap_err(), Error::BlockColumns(2));

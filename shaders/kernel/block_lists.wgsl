@@ -1,5 +1,5 @@
 // What: lists of blocks, second half: from the kind of each block the entries of each row and of each column, in ascending order.
-//   BlockMask::of in src/blocks/mask.rs does the same on the host.
+//   BlockMask::of in src/block_mask.rs does the same on the host.
 //
 //     number of entries of each line;  where each line begins: the sum of those before;  the entries
 //

@@ -1,6 +1,4 @@
 //! Block-sparse attention: which blocks of scores are computed, as lists that kernels walk over.
 
 pub mod lists;
-pub mod mask;
 pub mod pattern;
-pub mod plan;

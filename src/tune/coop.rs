@@ -1,6 +1,5 @@
 //! The kernels on cooperative matrices, forward.
 
-use super::step_in_block;
 use crate::error::Error;
 use crate::names::{CoopForm, ElementType};
 
@@ -111,6 +110,11 @@ pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> C
         (CoopForm::WorkgroupMemory, _, 0..=128) => tile(4, 2, 16, 1),
         (CoopForm::WorkgroupMemory, _, _) => tile(2, 2, 16, 1),
     }
+}
+
+/// The largest step, of multiples of `unit` up to this one, that divides a block; this one if none does.
+pub(super) fn step_in_block(step: u32, unit: u32, block: u32) -> u32 {
+    (1..=step / unit).rev().map(|n| n * unit).find(|&n| block.is_multiple_of(n)).unwrap_or(step)
 }
 
 /// Queries and keys from which on plans take [`long_coop_tile`], if it gives the device enough workgroups.

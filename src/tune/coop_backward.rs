@@ -1,6 +1,6 @@
 //! The kernels on cooperative matrices, backward.
 
-use super::step_in_block;
+use super::coop::step_in_block;
 use crate::error::Error;
 use crate::names::{CoopForm, ElementType};
 

@@ -19,11 +19,6 @@ pub use fused::{FusedTile, fused_tile};
 pub(crate) use tile::tile_in_blocks;
 pub use tile::{Tile, tile};
 
-/// The largest step, of multiples of `unit` up to this one, that divides a block; this one if none does.
-fn step_in_block(step: u32, unit: u32, block: u32) -> u32 {
-    (1..=step / unit).rev().map(|n| n * unit).find(|&n| block.is_multiple_of(n)).unwrap_or(step)
-}
-
 /// A device's limits, for the tests of the tables.
 #[cfg(test)]
 fn limits(bytes: u32, invocations: u32) -> wgpu::Limits {

@@ -1,6 +1,6 @@
 //! Lists of blocks that are made on the host.
 
-use super::lists::Packing;
+use crate::blocks::lists::Packing;
 use crate::error::Error;
 use crate::problem::Problem;
 
