@@ -185,6 +185,21 @@ pub enum Error {
         /// What the device has.
         found: u64,
     },
+    /// The problem has more inputs than a kernel can bind on the device.
+    #[error(
+        "with {} the {kernel} kernel binds {needed} storage buffers, and the device allows {found} \
+         (max_storage_buffers_per_shader_stage); request a larger limit, or leave out one of these inputs", list(.inputs)
+    )]
+    StorageBuffers {
+        /// The kernel.
+        kernel: Kernel,
+        /// Its storage buffers.
+        needed: u32,
+        /// What the device allows.
+        found: u32,
+        /// The inputs besides q, k, v and their gradients that it binds.
+        inputs: Vec<&'static str>,
+    },
     /// The driver ends a shader's loops before the kernel is done, as Mesa's software driver did for many years.
     #[error(
         "this driver ends the loops of a shader after {found} iterations together, and the {kernel} kernel would make {needed}; \
@@ -397,6 +412,15 @@ pub(crate) fn features(features: wgpu::Features) -> String {
     };
     let names = features.iter_names().map(|(name, _)| format!("{} (Features::{name})", words(name)));
     names.collect::<Vec<_>>().join(", ")
+}
+
+/// Names in a row, as one says them.
+fn list(names: &[&str]) -> String {
+    match names {
+        [] => "these inputs".into(),
+        [one] => one.to_string(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
 }
 
 /// What a plan takes in the place of a kernel that an option is for.
