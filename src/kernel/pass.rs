@@ -91,7 +91,14 @@ impl Slot {
     const fn is_extra(self) -> bool {
         matches!(
             self,
-            Slot::SeqlensQ | Slot::SeqlensK | Slot::Bias | Slot::Mask | Slot::AlibiSlopes | Slot::Sinks | Slot::GradLse
+            Slot::SeqlensQ
+                | Slot::SeqlensK
+                | Slot::Blocks
+                | Slot::Bias
+                | Slot::Mask
+                | Slot::AlibiSlopes
+                | Slot::Sinks
+                | Slot::GradLse
         )
     }
 }
