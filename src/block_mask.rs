@@ -52,7 +52,7 @@ impl BlockMask {
     /// An error if the problem has no block lists, or `listed` has another length, or a row lists more blocks than the lists have columns for.
     pub fn from_dense(problem: &Problem, listed: &[bool]) -> Result<Self, Error> {
         let packing = packing_of(problem)?;
-        check_length("listed", listed.len(), packing.list_count() * packing.down as u64 * packing.across as u64)?;
+        check_length("listed", listed.len(), packing.row_count().saturating_mul(packing.across.into()))?;
         let kinds: Vec<_> = listed.iter().map(|&listed| if listed { Kind::Full } else { Kind::None }).collect();
         for (row, kinds) in kinds.chunks(packing.across.max(1) as usize).enumerate() {
             let found = kinds.iter().filter(|&&kind| kind != Kind::None).count();
@@ -70,16 +70,18 @@ impl BlockMask {
     /// row lists a block twice.
     pub fn from_lists(problem: &Problem, lists: &BlockIndices<'_>) -> Result<Self, Error> {
         let packing = packing_of(problem)?;
-        let (rows, columns) = (packing.list_count() * packing.down as u64, packing.columns as usize);
-        let mut kinds = vec![Kind::None; rows as usize * packing.across as usize];
+        let (rows, columns) = (packing.row_count(), packing.columns as usize);
         let partial = ["kv_num_blocks", "kv_indices"];
         let full = ["full_kv_num_blocks", "full_kv_indices"];
-        let all =
-            [(Kind::Partial, partial, Some([lists.kv_num_blocks, lists.kv_indices])), (Kind::Full, full, lists.full)];
-        for (kind, names, arrays) in all {
-            let Some([counts, indices]) = arrays else { continue };
+        let partial = (Kind::Partial, partial, Some([lists.kv_num_blocks, lists.kv_indices]));
+        let given = [partial, (Kind::Full, full, lists.full)];
+        let given = given.into_iter().filter_map(|(kind, names, arrays)| Some((kind, names, arrays?)));
+        for (_, names, [counts, indices]) in given.clone() {
             check_length(names[0], counts.len(), rows)?;
-            check_length(names[1], indices.len(), rows * columns as u64)?;
+            check_length(names[1], indices.len(), rows.saturating_mul(columns as u64))?;
+        }
+        let mut kinds = vec![Kind::None; rows as usize * packing.across as usize];
+        for (kind, names, [counts, indices]) in given {
             for (row, &count) in counts.iter().enumerate() {
                 let Some(listed) = usize::try_from(count).ok().filter(|&count| count <= columns) else {
                     let most = packing.columns;

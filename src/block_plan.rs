@@ -218,10 +218,9 @@ impl BlockPlan {
 
     /// What each buffer needs.
     fn bytes(&self) -> Vec<(Slot, u64)> {
-        let [batch, heads, down, _] = self.problem.block_counts().map(u64::from);
-        let columns = self.problem.packing().map_or(0, |packing| packing.columns) as u64;
-        let rows = 4 * batch * heads * down;
-        let lists = rows.saturating_mul(columns);
+        let (rows, columns) = self.problem.packing().map_or((0, 0), |packing| (packing.row_count(), packing.columns));
+        let rows = rows.saturating_mul(4);
+        let lists = rows.saturating_mul(columns.into());
         let lengths = 4 * self.problem.shape.batch as u64;
         vec![
             (Slot::Blocks, self.problem.blocks_bytes()),

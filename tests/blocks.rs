@@ -2,13 +2,14 @@
 //! and the device make alike.
 
 use flash_attention_testing::backward::{self, Ask, backward, fused};
-use flash_attention_testing::coop::{context, in_forms, is_software};
+use flash_attention_testing::coop::{context, in_forms, is_software, known_matrices};
 use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
+use wgpu_flash_attention::facts::Facts;
 use wgpu_flash_attention::tune::BackwardTile;
 use wgpu_flash_attention::{
     Alibi, BlockBuffers, BlockIndices, BlockLists, BlockMask, BlockPattern, BlockSource, Context, ElementType, Error,
-    Kernel, PlanOptions, Problem, ScoreLayout, Shape, wgpu,
+    Kernel, PlanOptions, Problem, ScoreLayout, Shape, modules, wgpu,
 };
 
 /// So many of each hundred blocks by chance, of all lists of a case.
@@ -245,9 +246,46 @@ fn blocks_of_128_fit_every_plan() {
             let shape = Shape { head_dim_v, ..Shape::square(1, 2, 300, head_dim) };
             let problem = Problem::new(shape, element_type).with_blocks(BlockLists::new()).with_gradients();
             for context in [full(), webgpu()] {
-                context.plan(&problem).unwrap();
+                let plan = context.plan(&problem).unwrap().to_string();
+                assert!(plan.contains("blocks of 128 queries by 128 keys"), "{plan}");
             }
         }
+    }
+}
+
+/// Plans for cooperative matrices that are known to exist take smaller tiles where those of their tables do not divide the blocks.
+#[test]
+fn blocks_fit_tiles_of_matrices() {
+    let limits = wgpu::Limits {
+        max_compute_workgroup_storage_size: 48 << 10,
+        max_compute_invocations_per_workgroup: 1024,
+        max_compute_workgroup_size_x: 1024,
+        ..Default::default()
+    };
+    for (format, layout) in known_matrices() {
+        let facts = Facts::with_limits(limits.clone()).matrices(format, Some(layout));
+        for (element_type, head_dim) in TYPES.into_iter().flat_map(|ty| [16, 64, 128, 256].map(|dim| (ty, dim))) {
+            // So long that without lists f16 has tiles of 256 rows.
+            let problem = Problem::new(Shape::square(1, 16, 16384, head_dim), element_type).with_gradients();
+            for [queries, keys] in [[128, 128], [64, 128], [128, 64], [64, 64]] {
+                let problem = problem.clone().with_blocks(BlockLists::new().size(queries, keys));
+                let coop = PlanOptions::default().kernel(Kernel::Coop).backward(Kernel::Coop);
+                for (_, _, options) in in_forms(element_type, &[("coop", full(), coop)]) {
+                    let planned =
+                        modules(&problem, &facts, &options).unwrap_or_else(|error| panic!("{error}: {problem:?}"));
+                    let of_lists = planned.iter().filter(|module| module.specialization.switches.contains(&"BLOCKS"));
+                    // Forward, dk·dv and dq; in f32 and bf16 each once more for heads whose numbers are far apart.
+                    assert_eq!(of_lists.count(), if element_type == ElementType::F16 { 3 } else { 6 });
+                }
+            }
+        }
+        let problem = Problem::new(Shape::square(1, 2, 300, 64), ElementType::F16);
+        let odd = problem.with_blocks(BlockLists::new().size(40, 20));
+        // Matrices of 16 rows do not, and no plan takes them then; those of 8 do not divide 20 keys.
+        let error = modules(&odd, &facts, &PlanOptions::default().kernel(Kernel::Coop)).unwrap_err();
+        assert!(matches!(error, Error::BlockTile { kernel: Kernel::Coop, backward: false, .. }), "{error}");
+        let error = modules(&odd, &facts, &PlanOptions::default()).unwrap_err();
+        assert!(matches!(error, Error::BlockTile { kernel: Kernel::Tile, .. }), "{error}");
     }
 }
 
@@ -534,6 +572,12 @@ fn blocks_of_masks_are_found() {
     }
     let bounded = both().problem.with_blocks(lists.columns(2));
     assert_eq!(context.plan_blocks(&bounded, BlockSource::Masks).unwrap_err(), Error::BlockColumns(2));
+    let long =
+        Problem::new(Shape::square(1, 1, 1 << 20, 8), ElementType::F32).with_blocks(BlockLists::new().size(32, 32));
+    for source in [BlockSource::Masks, BlockSource::Lists { full: true }] {
+        let error = context.plan_blocks(&long, source).unwrap_err();
+        assert!(matches!(error, Error::BindingTooLarge { argument: "blocks", .. }), "{error}");
+    }
     let without = context.plan_blocks(&both().problem, BlockSource::Masks).unwrap_err();
     assert_eq!(without, Error::BlocksMissing);
 }

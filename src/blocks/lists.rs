@@ -115,6 +115,11 @@ impl Packing {
         self.batch as u64 * self.heads as u64
     }
 
+    /// Rows of blocks of all lists.
+    pub(crate) fn row_count(&self) -> u64 {
+        self.list_count().saturating_mul(self.down.into())
+    }
+
     /// Words of a row of kinds.
     pub(crate) fn row_words(&self) -> u64 {
         self.across.div_ceil(16).into()

@@ -79,7 +79,8 @@ const BOTH: [Switch; 9] = [
     |problem| problem.softcap(2.0),
     Problem::with_seqlens_k,
     Problem::with_seqlens_q,
-    |problem| problem.with_blocks(BlockLists::new()),
+    // A multiple of every tile of the tables and of the tests.
+    |problem| problem.with_blocks(BlockLists::new().size(768, 768)),
     |problem| {
         let s = problem.shape;
         let layout = ScoreLayout::contiguous([s.batch, s.heads_q, s.seqlen_q, s.seqlen_k]);
