@@ -6,6 +6,7 @@
 #include "attention/probe.wgsl"
 #include "attention/given.wgsl"
 #include "attention/score.wgsl"
+#include "attention/blocks.wgsl"
 #include "attention/keep.wgsl"
 #include "attention/tiles.wgsl"
 #include "attention/finish.wgsl"

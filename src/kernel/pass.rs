@@ -30,6 +30,13 @@ pub(crate) enum Slot {
     SeqlensQ = 17,
     /// How large the numbers of each head are, at the workspace's end.
     WorkspaceSizes = 18,
+    /// Packed lists of blocks.
+    Blocks = 40,
+    /// Lists of blocks as FlexAttention has them.
+    KvNumBlocks = 41,
+    KvIndices = 42,
+    FullKvNumBlocks = 43,
+    FullKvIndices = 44,
     Bias = 19,
     Mask = 20,
     AlibiSlopes = 21,
@@ -58,6 +65,11 @@ impl Slot {
             Slot::Lse => "lse",
             Slot::SeqlensK => "seqlens_k",
             Slot::SeqlensQ => "seqlens_q",
+            Slot::Blocks => "blocks",
+            Slot::KvNumBlocks => "kv_num_blocks",
+            Slot::KvIndices => "kv_indices",
+            Slot::FullKvNumBlocks => "full_kv_num_blocks",
+            Slot::FullKvIndices => "full_kv_indices",
             Slot::Workspace
             | Slot::WorkspaceStats
             | Slot::WorkspaceScores
@@ -87,7 +99,14 @@ impl Slot {
     const fn is_extra(self) -> bool {
         matches!(
             self,
-            Slot::SeqlensQ | Slot::SeqlensK | Slot::Bias | Slot::Mask | Slot::AlibiSlopes | Slot::Sinks | Slot::GradLse
+            Slot::SeqlensQ
+                | Slot::SeqlensK
+                | Slot::Blocks
+                | Slot::Bias
+                | Slot::Mask
+                | Slot::AlibiSlopes
+                | Slot::Sinks
+                | Slot::GradLse
         )
     }
 }

@@ -1,6 +1,6 @@
 //! What a problem has besides q, k and v, on the host and on the device.
 
-use wgpu_flash_attention::{Context, Dropout, ElementType, ForwardBuffers, Problem, reference, wgpu};
+use wgpu_flash_attention::{BlockMask, Context, Dropout, ElementType, ForwardBuffers, Problem, reference, wgpu};
 
 use crate::memory::to_bits;
 
@@ -11,6 +11,8 @@ pub struct Extras {
     pub seqlens_q: Option<Vec<i32>>,
     /// Valid keys of each batch entry.
     pub seqlens_k: Option<Vec<i32>>,
+    /// Which blocks are listed, and their lists.
+    pub blocks: Option<(Vec<bool>, BlockMask)>,
     /// The bias, where its layout says.
     pub bias: Option<Vec<f32>>,
     /// The boolean mask, likewise.
@@ -27,6 +29,7 @@ impl Extras {
         reference::Extras::default()
             .seqlens_q(self.seqlens_q.as_deref())
             .seqlens_k(self.seqlens_k.as_deref())
+            .blocks(self.blocks.as_ref().map(|(listed, _)| &listed[..]))
             .bias(self.bias.as_deref())
             .mask(self.mask.as_deref())
             .alibi_slopes(self.alibi_slopes.as_deref())
@@ -41,6 +44,7 @@ impl Extras {
         Ok(DeviceExtras {
             seqlens_q: upload(context, "seqlens_q", &self.seqlens_q)?,
             seqlens_k: upload(context, "seqlens_k", &self.seqlens_k)?,
+            blocks: upload(context, "blocks", &self.blocks.as_ref().map(|(_, mask)| mask.bytes().to_vec()))?,
             bias: upload(context, "bias", &bias)?,
             mask: upload(context, "mask", &mask)?,
             alibi_slopes: upload(context, "alibi_slopes", &self.alibi_slopes)?,
@@ -74,6 +78,7 @@ fn upload<T: bytemuck::Pod>(
 pub struct DeviceExtras {
     seqlens_q: Option<wgpu::Buffer>,
     seqlens_k: Option<wgpu::Buffer>,
+    blocks: Option<wgpu::Buffer>,
     bias: Option<wgpu::Buffer>,
     mask: Option<wgpu::Buffer>,
     alibi_slopes: Option<wgpu::Buffer>,
@@ -85,6 +90,7 @@ impl DeviceExtras {
     /// The buffers of a forward pass, with these.
     pub fn add_to<'a>(&'a self, buffers: ForwardBuffers<'a>) -> ForwardBuffers<'a> {
         buffers
+            .blocks(self.blocks.as_ref())
             .seqlens_q(self.seqlens_q.as_ref())
             .seqlens_k(self.seqlens_k.as_ref())
             .bias(self.bias.as_ref())
