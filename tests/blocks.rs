@@ -64,13 +64,14 @@ fn cases([queries, keys]: [u32; 2]) -> Vec<(String, Case)> {
         patterned("a row of blocks without any", both(), lists, empty_row),
         patterned("a window in blocks", both().causal(BottomRight), lists, |r, c| BlockPattern::local(r, c, 1, 0)),
         patterned("BigBird", both(), by_all, |r, c| BlockPattern::big_bird(r, c, [1, 1, 1], 3)),
+        listed("dropout, causal", both().dropout(0.3).causal(BottomRight), by_all, 50),
     ]
 }
 
-/// The cases in f32, and two of them in the other types: a type changes how elements are read and written.
+/// The cases in f32, and three of them in the other types: a type changes how elements are read and written.
 fn cases_of(block: [u32; 2], element_type: ElementType) -> Vec<(String, Case)> {
     let all = cases(block);
-    if element_type == ElementType::F32 { all } else { vec![all[1].clone(), all[3].clone()] }
+    if element_type == ElementType::F32 { all } else { [1, 3, 11].map(|n| all[n].clone()).into() }
 }
 
 /// A device whose bindings are so small that the work of the cases in f32 is split.
