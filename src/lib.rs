@@ -131,6 +131,7 @@ mod loops;
 #[doc(hidden)]
 pub mod matrices;
 mod merge;
+mod mods;
 mod names;
 mod options;
 mod overlap;
@@ -157,6 +158,7 @@ pub use matrices::MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES;
 #[doc(hidden)]
 pub use merge::merge_module;
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};
+pub use mods::{ModError, Mods};
 pub use names::{CoopForm, ElementType, Kernel, MAX_HEAD_DIM, MAX_SEQLEN};
 pub use options::PlanOptions;
 pub use plan::Plan;
