@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use flash_attention_testing::Lengths;
+use flash_attention_testing::Extras;
 use flash_attention_testing::buffers::{
     GradientBuffers, Inputs, Outputs, Tensors, Upstream, adapter_name, bind, random,
 };
@@ -22,10 +22,10 @@ fn passes(criterion: &mut Criterion) {
             query: random(elements, 1),
             key: random(elements, 2),
             value: random(elements, 3),
-            lengths: Lengths::default(),
+            extras: Extras::default(),
         };
         let upstream = Upstream::<f32> { out: random(elements, 4), lse: None };
-        let inputs = Inputs::upload(&context, &tensors).expect("small inputs");
+        let inputs = Inputs::upload(&context, &problem, &tensors).expect("small inputs");
         let (forward, backward) = (problem.forward_flops(), problem.backward_flops());
         for (op, flops) in [("forward", forward), ("backward", backward), ("forward+backward", forward + backward)] {
             let mut group = criterion.benchmark_group(format!("{op} f32 1,2,{seqlen},64"));
@@ -68,8 +68,8 @@ fn host(criterion: &mut Criterion) {
     let plan = context.plan(&problem).expect("a small problem");
     let values = vec![0.0; 2 * 256 * 64];
     let tensors =
-        Tensors::<f32> { query: values.clone(), key: values.clone(), value: values, lengths: Lengths::default() };
-    let inputs = Inputs::upload(&context, &tensors).expect("small inputs");
+        Tensors::<f32> { query: values.clone(), key: values.clone(), value: values, extras: Extras::default() };
+    let inputs = Inputs::upload(&context, &problem, &tensors).expect("small inputs");
     let outputs = Outputs::poisoned(&context, &plan).expect("small outputs");
     let mut group = criterion.benchmark_group("host");
     group.sample_size(20).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(2));

@@ -14,7 +14,7 @@ use wgpu_flash_attention::{
     reference,
 };
 
-use flash_attention_testing::Lengths;
+use flash_attention_testing::Extras;
 use flash_attention_testing::buffers::{
     GradientBuffers, Inputs, Number, Outputs, Tensors, Upstream, adapter_name, bind,
 };
@@ -269,7 +269,7 @@ impl<'a> Source<'a> {
         Ok(tensor)
     }
 
-    /// Lengths by batch entry, if the file has any of this name. `most` is the number of `what` in all.
+    /// Extras by batch entry, if the file has any of this name. `most` is the number of `what` in all.
     fn lengths(&self, name: &str, batch: u32, most: u32, what: &str) -> Result<Option<Vec<i32>>> {
         let Some(view) = self.tensor(name) else {
             return Ok(None);
@@ -321,7 +321,7 @@ struct Task {
     query: Vec<f64>,
     key: Vec<f64>,
     value: Vec<f64>,
-    lengths: Lengths,
+    extras: Extras,
     out: Option<Vec<f64>>,
     lse: Option<Vec<f64>>,
     backward: Option<BackwardTask>,
@@ -417,7 +417,7 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
         query: query.values,
         key: key.values,
         value: value.values,
-        lengths: Lengths { queries: seqlens_q, keys: seqlens_k },
+        extras: Extras { seqlens_q, seqlens_k, ..Default::default() },
         backward,
     };
     if !args.allow_non_finite {
@@ -441,7 +441,7 @@ fn refuse_non_finite(task: &Task) -> Result<()> {
     }
     for (name, values, sizes) in all {
         let element_type = if name == "dlse" { ElementType::F32 } else { task.problem.element_type };
-        let lengths = if ["k", "v"].contains(&name) { &task.lengths.keys } else { &task.lengths.queries };
+        let lengths = if ["k", "v"].contains(&name) { &task.extras.seqlens_k } else { &task.extras.seqlens_q };
         let mut bad = NonFinite::default();
         for (n, &value) in values.iter().enumerate() {
             let at = place(sizes, n);
@@ -516,7 +516,7 @@ fn attend<T: Number>(args: &Args, task: &Task) -> Result<bool> {
         query: convert(&task.query),
         key: convert(&task.key),
         value: convert(&task.value),
-        lengths: task.lengths.clone(),
+        extras: task.extras.clone(),
     };
     let upstream = task.backward.as_ref().map(|backward| {
         let lse = backward.grad_lse.as_ref().map(|lse| lse.iter().map(|&x| x as f32).collect());
@@ -544,12 +544,12 @@ fn on_host<T: Number>(problem: &Problem, tensors: &Tensors<T>, upstream: Option<
     say("kernel", "the reference, in f64 on the host");
     let start = std::time::Instant::now();
     let _progress = progress("computing in f64 on the host");
-    let Tensors { query, key, value, lengths } = tensors;
+    let Tensors { query, key, value, extras } = tensors;
     let rounded = |values: Vec<f64>| -> Vec<T> { values.into_iter().map(|x| T::nearest(x as f32)).collect() };
-    let result = reference::forward(problem, query, key, value, lengths.borrow());
+    let result = reference::forward(problem, query, key, value, extras.borrow());
     let gradients = upstream.map(|upstream| {
         let all = [&query[..], key, value, &upstream.out];
-        let result = reference::backward(problem, all, upstream.lse.as_deref(), lengths.borrow());
+        let result = reference::backward(problem, all, upstream.lse.as_deref(), extras.borrow());
         [result.query, result.key, result.value].map(rounded)
     });
     say("time", format!("{:.3} ms", start.elapsed().as_secs_f64() * 1e3));
@@ -585,7 +585,7 @@ fn on_device<T: Number>(
     drop(planning);
     say("plan", &plan);
     let computing = progress("computing on the device");
-    let inputs = Inputs::upload(&context, tensors)?;
+    let inputs = Inputs::upload(&context, problem, tensors)?;
     let outputs = Outputs::poisoned(&context, &plan)?;
     let bound = [bind(&plan, &inputs, &outputs).map_err(words)?];
     pass_times(&context, &bound, 1, 1).map_err(words)?;
@@ -664,7 +664,7 @@ fn compare<T: Number>(
     let comparing = progress("computing in f64 on the host, to compare");
     // What the type costs the plain computation: lengths, masks and all, but never the expected values.
     let plain = (T::TYPE != ElementType::F32 && (task.out.is_some() || task.lse.is_some())).then(|| {
-        let exact = reference::forward(&task.problem, &task.query, &task.key, &task.value, task.lengths.borrow());
+        let exact = reference::forward(&task.problem, &task.query, &task.key, &task.value, task.extras.borrow());
         let plain = plain(&task.problem, tensors);
         [Errors::of(plain.out, &exact.out), Errors::of(plain.lse, &exact.lse)]
     });
@@ -752,7 +752,7 @@ fn expected_gradients<T: Number>(
     }
     let (problem, s) = (&task.problem, &task.problem.shape);
     let inputs = [&task.query[..], &task.key, &task.value, &backward.grad_out.values];
-    let exact = reference::backward(problem, inputs, upstream.lse.as_deref(), task.lengths.borrow());
+    let exact = reference::backward(problem, inputs, upstream.lse.as_deref(), task.extras.borrow());
     let problem = &of_type::<T>(problem);
     let Forward { out, lse, .. } = plain(problem, tensors);
     let lse: Vec<f32> = lse.into_iter().map(|x| x as f32).collect();
@@ -760,8 +760,8 @@ fn expected_gradients<T: Number>(
     let inputs = [&tensors.query[..], &tensors.key, &tensors.value, &upstream.out];
     let all_rows = |heads, positions| sample_rows([s.batch, heads, positions], u64::MAX);
     let (queries, keys) = (all_rows(s.heads_q, s.seqlen_q), all_rows(s.heads_kv, s.seqlen_k));
-    let dq = rounded::backward_query_rows(problem, inputs, &rows, tensors.lengths.borrow(), &queries);
-    let [dk, dv] = rounded::backward_key_rows(problem, inputs, &rows, tensors.lengths.borrow(), &keys);
+    let dq = rounded::backward_query_rows(problem, inputs, &rows, tensors.extras.borrow(), &queries);
+    let [dk, dv] = rounded::backward_key_rows(problem, inputs, &rows, tensors.extras.borrow(), &keys);
     let [query, key, value] = backward.expected.each_ref().map(Option::as_ref);
     let expected = |values: Option<&Vec<f64>>, exact: &[f64], plain| {
         values.map(|values| Expected::new(values.clone(), exact, plain))
@@ -771,7 +771,7 @@ fn expected_gradients<T: Number>(
 
 /// The plain computation in type `T`.
 fn plain<T: Number>(problem: &Problem, tensors: &Tensors<T>) -> Forward {
-    rounded::forward(&of_type::<T>(problem), &tensors.query, &tensors.key, &tensors.value, tensors.lengths.borrow())
+    rounded::forward(&of_type::<T>(problem), &tensors.query, &tensors.key, &tensors.value, tensors.extras.borrow())
 }
 
 /// The problem in type `T`, whatever that of the file is.
@@ -814,7 +814,7 @@ fn run(args: &Args) -> Result<bool> {
     let task = read(&file, args)?;
     drop(reading);
     let (ty, s) = (task.problem.element_type, &task.problem.shape);
-    let lengths = match (&task.lengths.queries, &task.lengths.keys) {
+    let lengths = match (&task.extras.seqlens_q, &task.extras.seqlens_k) {
         (None, None) => "all keys count".into(),
         (None, Some(keys)) => format!("key lengths {}", first_few(keys)),
         (Some(queries), None) => format!("query lengths {}", first_few(queries)),

@@ -13,7 +13,7 @@ use wgpu_flash_attention::{
     Causal, Context, CoopForm, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape,
 };
 
-use flash_attention_testing::Lengths;
+use flash_attention_testing::Extras;
 use flash_attention_testing::buffers::{
     GradientBuffers, Inputs, Number, Outputs, Tensors, Upstream, adapter_name, bind, random,
 };
@@ -611,9 +611,9 @@ fn compare_all<T: Number>(
         query: random(elements(shape.heads_q, shape.seqlen_q), 1),
         key: random(elements(shape.heads_kv, shape.seqlen_k), 2),
         value: random(elements(shape.heads_kv, shape.seqlen_k), 3),
-        lengths: Lengths::default(),
+        extras: Extras::default(),
     };
-    let inputs = Inputs::upload(context, &tensors)?;
+    let inputs = Inputs::upload(context, &problem, &tensors)?;
     let upstream = Upstream { out: random(elements(shape.heads_q, shape.seqlen_q), 4), lse: None };
     drop(making);
     for &causal in masks {

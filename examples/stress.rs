@@ -13,7 +13,7 @@ use wgpu_flash_attention::{
 };
 
 use fastrand::Rng;
-use flash_attention_testing::Lengths;
+use flash_attention_testing::Extras;
 use flash_attention_testing::buffers::{
     GradientBuffers, Inputs, Number, Outputs, Tensors, Upstream, adapter_name, bind, place, random,
 };
@@ -169,21 +169,21 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     let mut some = |all: u32| (0..s.batch).map(|_| rng.u32(0..=all) as i32).collect::<Vec<_>>();
     let keys = problem.seqlens_k.then(|| some(s.seqlen_k));
     let queries = problem.seqlens_q.then(|| some(s.seqlen_q));
-    let lengths = Lengths { queries, keys };
-    let valid = |b: u32| lengths.borrow().of(&problem, b);
+    let extras = Extras { seqlens_q: queries, seqlens_k: keys, ..Default::default() };
+    let valid = |b: u32| extras.borrow().lengths(&problem, b);
     let q = [s.batch, s.heads_q, s.seqlen_q, s.head_dim];
     let [k, v] = [s.head_dim, s.head_dim_v].map(|dim| [s.batch, s.heads_kv, s.seqlen_k, dim]);
     let tensor = |dims: [u32; 4], n: u64| random::<T>(dims.iter().map(|&d| d as usize).product(), seed ^ n << 60);
     // Values of a mean other than 0: a relative error says nothing of sums that cancel.
     let value: Vec<T> = tensor(v, 3).into_iter().map(|x| T::nearest(0.7 + 0.5 * x.into() as f32)).collect();
-    let tensors = Tensors { query: tensor(q, 1), key: tensor(k, 2), value, lengths: lengths.clone() };
+    let tensors = Tensors { query: tensor(q, 1), key: tensor(k, 2), value, extras: extras.clone() };
     let laid_out = Tensors {
         query: lay_out(&tensors.query, &problem.layout(Tensor::Query), q, |b| valid(b).0),
         key: lay_out(&tensors.key, &problem.layout(Tensor::Key), k, |b| valid(b).1),
         value: lay_out(&tensors.value, &problem.layout(Tensor::Value), v, |b| valid(b).1),
-        lengths: lengths.clone(),
+        extras: extras.clone(),
     };
-    let inputs = Inputs::upload(context, &laid_out)?;
+    let inputs = Inputs::upload(context, &problem, &laid_out)?;
 
     // All rows, or as many as the oracle computes in a moment.
     let affordable = 20_000_000 / (s.seqlen_k as u64 * (s.head_dim + s.head_dim_v) as u64).max(1);
@@ -216,7 +216,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     let affordable_keys = (20_000_000 / group_rows).clamp(32, 512) / 4;
     let keys = sample_rows([s.batch, s.heads_kv, s.seqlen_k], affordable_keys);
     let sample = GradientSample::of(context, &with_gradients, &tensors, &upstream, queries, keys)
-        .map_err(|what| format!("seed {seed}: {what}\n{problem:?}\n{lengths:?}"))?;
+        .map_err(|what| format!("seed {seed}: {what}\n{problem:?}\n{extras:?}"))?;
 
     let mut kernels = vec![(Kernel::Tile, None)];
     kernels.extend((s.rows() * s.seqlen_k as u64 <= 1 << 20).then_some((Kernel::Naive, None)));
@@ -224,7 +224,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     kernels.extend([CoopForm::Registers, CoopForm::WorkgroupMemory].map(|form| (Kernel::Coop, Some(form))));
     for (kernel, coop_form) in kernels {
         let name = coop_form.map_or(kernel.to_string(), |form| format!("{kernel} {form}"));
-        let failed = |what: String| format!("seed {seed}: {name}: {what}\n{problem:?}\n{lengths:?}");
+        let failed = |what: String| format!("seed {seed}: {name}: {what}\n{problem:?}\n{extras:?}");
         let options = PlanOptions::default().kernel(kernel).coop_form(coop_form);
         let plan = match context.plan_with(&problem, &options) {
             Err(Error::Unsupported { .. }) => continue,

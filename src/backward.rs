@@ -55,19 +55,48 @@ pub struct BackwardBuffers<'a> {
     pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
+    /// The bias; given exactly when the problem has one.
+    pub bias: Option<BufferBinding<'a>>,
+    /// The boolean mask, one byte for each score; given exactly when the problem has one.
+    pub mask: Option<BufferBinding<'a>>,
+    /// ALiBi's slopes, f32 `[heads_q]` or `[batch, heads_q]`; given exactly when the problem has them.
+    pub alibi_slopes: Option<BufferBinding<'a>>,
+    /// The sinks, f32 `[heads_q]`; given exactly when the problem has them.
+    pub sinks: Option<BufferBinding<'a>>,
+    /// The gradient of the bias, where the bias' layout puts its elements; given exactly when
+    /// [`Gradients::bias`](crate::Gradients::bias) is set.
+    pub grad_bias: Option<BufferBinding<'a>>,
+    /// The gradient of the sinks, f32 `[heads_q]`; given exactly when [`Gradients::sinks`](crate::Gradients::sinks) is set.
+    pub grad_sinks: Option<BufferBinding<'a>>,
+    /// The gradient of ALiBi's slopes, f32, with their shape; given exactly when
+    /// [`Gradients::alibi_slopes`](crate::Gradients::alibi_slopes) is set.
+    pub grad_alibi_slopes: Option<BufferBinding<'a>>,
     /// At least [`Plan::backward_workspace_bytes`], in a buffer of its own; not needed where that is 0.
     pub workspace: Option<BufferBinding<'a>>,
 }
 
 impl<'a> BackwardBuffers<'a> {
-    /// Takes q, k, v, o, lse and the lengths of the forward pass, but for its workspace; then the gradient of o, and where the
+    /// Takes all buffers of the forward pass, but for its workspace; then the gradient of o, and where the
     /// gradients of q, k and v are written.
     pub fn new<B: ToBinding<'a>>(
         forward: &ForwardBuffers<'a>,
         grad_out: impl ToBinding<'a>,
         [grad_query, grad_key, grad_value]: [B; 3],
     ) -> Self {
-        let ForwardBuffers { query, key, value, out, lse, seqlens_q, seqlens_k, workspace: _ } = forward.clone();
+        let ForwardBuffers {
+            query,
+            key,
+            value,
+            out,
+            lse,
+            seqlens_q,
+            seqlens_k,
+            bias,
+            mask,
+            alibi_slopes,
+            sinks,
+            workspace: _,
+        } = forward.clone();
         BackwardBuffers {
             query,
             key,
@@ -81,6 +110,13 @@ impl<'a> BackwardBuffers<'a> {
             grad_value: grad_value.to_binding(),
             seqlens_q,
             seqlens_k,
+            bias,
+            mask,
+            alibi_slopes,
+            sinks,
+            grad_bias: None,
+            grad_sinks: None,
+            grad_alibi_slopes: None,
             workspace: None,
         }
     }
@@ -88,6 +124,24 @@ impl<'a> BackwardBuffers<'a> {
     /// The gradient of lse, of a problem with it.
     pub fn grad_lse(mut self, grad_lse: impl ToOptionalBinding<'a>) -> Self {
         self.grad_lse = grad_lse.to_optional_binding();
+        self
+    }
+
+    /// Where the gradient of the bias is written.
+    pub fn grad_bias(mut self, grad_bias: impl ToOptionalBinding<'a>) -> Self {
+        self.grad_bias = grad_bias.to_optional_binding();
+        self
+    }
+
+    /// Where the gradient of the sinks is written.
+    pub fn grad_sinks(mut self, grad_sinks: impl ToOptionalBinding<'a>) -> Self {
+        self.grad_sinks = grad_sinks.to_optional_binding();
+        self
+    }
+
+    /// Where the gradient of ALiBi's slopes is written.
+    pub fn grad_alibi_slopes(mut self, grad_alibi_slopes: impl ToOptionalBinding<'a>) -> Self {
+        self.grad_alibi_slopes = grad_alibi_slopes.to_optional_binding();
         self
     }
 
@@ -137,6 +191,29 @@ impl Plan {
             output(Slot::GradQuery, &buffers.grad_query, Tensor::GradQuery),
             output(Slot::GradKey, &buffers.grad_key, Tensor::GradKey),
             output(Slot::GradValue, &buffers.grad_value, Tensor::GradValue),
+            Argument::scores(Slot::Bias, Access::Read, buffers.bias.as_ref(), problem, problem.bias_scores()),
+            Argument::scores(Slot::Mask, Access::Read, buffers.mask.as_ref(), problem, problem.mask_scores()),
+            Argument::of_heads(Slot::AlibiSlopes, Access::Read, buffers.alibi_slopes.as_ref(), problem.slope_count()),
+            Argument::of_heads(Slot::Sinks, Access::Read, buffers.sinks.as_ref(), problem.sink_count()),
+            Argument::scores(
+                Slot::GradBias,
+                Access::ReadWrite,
+                buffers.grad_bias.as_ref(),
+                problem,
+                problem.bias_scores().filter(|_| gradients.bias),
+            ),
+            Argument::of_heads(
+                Slot::GradSinks,
+                Access::ReadWrite,
+                buffers.grad_sinks.as_ref(),
+                problem.sink_count().filter(|_| gradients.sinks),
+            ),
+            Argument::of_heads(
+                Slot::GradAlibiSlopes,
+                Access::ReadWrite,
+                buffers.grad_alibi_slopes.as_ref(),
+                problem.slope_count().filter(|_| gradients.alibi_slopes),
+            ),
             // A workspace that this plan does without may be given all the same.
             Argument::bytes(
                 Slot::Workspace,

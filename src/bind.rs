@@ -10,7 +10,7 @@ use crate::kernel::uniform::ProblemUniform;
 use crate::kernel::{Access, Slot};
 use crate::overlap::Region;
 use crate::pipelines::{LazyPipeline, Pipeline};
-use crate::problem::{Problem, Tensor};
+use crate::problem::{Problem, ScoreLayout, Tensor};
 
 /// A buffer argument: a whole buffer, `&buffer`, or a part of one, `BufferBinding { buffer, offset, size }`.
 pub trait ToBinding<'a>: ToOptionalBinding<'a> {
@@ -136,6 +136,32 @@ impl<'b, 'a> Argument<'b, 'a> {
         Argument { slot, access, given, needed, region: Region::bytes(needed), has }
     }
 
+    /// One that has an element for each score.
+    pub(crate) fn scores(
+        slot: Slot,
+        access: Access,
+        given: Option<&'b BufferBinding<'a>>,
+        problem: &Problem,
+        scores: Option<(ScoreLayout, u64)>,
+    ) -> Self {
+        let Some((layout, element_bytes)) = scores else {
+            return Argument::bytes(slot, access, given, 0, false);
+        };
+        // validate() has shown that this does not overflow.
+        let needed = problem.score_bytes(&layout, element_bytes).unwrap_or(u64::MAX / 8).next_multiple_of(4);
+        Argument { slot, access, given, needed, region: problem.score_region(&layout, element_bytes), has: true }
+    }
+
+    /// One that holds so many f32, if the problem has it.
+    pub(crate) fn of_heads(
+        slot: Slot,
+        access: Access,
+        given: Option<&'b BufferBinding<'a>>,
+        numbers: Option<u64>,
+    ) -> Self {
+        Argument::bytes(slot, access, given, 4 * numbers.unwrap_or(0), numbers.is_some())
+    }
+
     /// One that holds a length for each batch entry.
     pub(crate) fn lengths(slot: Slot, given: Option<&'b BufferBinding<'a>>, problem: &Problem, has: bool) -> Self {
         let needed = if has { 4 * problem.shape.batch as u64 } else { 0 };
@@ -206,7 +232,9 @@ pub(crate) fn bind_launch(
     // The caller gives one workspace.
     let given = |slot: Slot| {
         let argument = match slot {
-            Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceSizes => Slot::Workspace,
+            Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceSizes | Slot::WorkspaceRowSums => {
+                Slot::Workspace
+            }
             slot => slot,
         };
         slots.iter().find(|(s, _)| *s == argument).map(|(_, binding)| binding)

@@ -44,6 +44,22 @@ pub enum Error {
     /// Gradients need lse, from which the backward pass recomputes the probabilities.
     #[error("lse is not set and gradients are; set both, as Problem::with_gradients does")]
     GradientsWithoutLse,
+    /// A gradient of what the problem does not have.
+    #[error(
+        "the gradient of {argument} is asked for, but the problem has no {argument}; leave it out or give the problem {argument}"
+    )]
+    GradientOfNothing {
+        /// `bias`, `sinks` or `alibi_slopes`.
+        argument: &'static str,
+    },
+    /// A bias in a type that kernels do not read.
+    #[error("the bias is {found}; it must be f32 or the type of the problem, {problem}")]
+    BiasType {
+        /// Its type.
+        found: ElementType,
+        /// That of the problem.
+        problem: ElementType,
+    },
     /// A backward pass of a plan that was made without one.
     #[error("gradients is None in the plan's problem; plan one made by Problem::with_gradients")]
     NoGradients,

@@ -43,6 +43,14 @@ pub struct ForwardBuffers<'a> {
     pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
+    /// The bias; given exactly when the problem has one.
+    pub bias: Option<BufferBinding<'a>>,
+    /// The boolean mask, one byte for each score; given exactly when the problem has one.
+    pub mask: Option<BufferBinding<'a>>,
+    /// ALiBi's slopes, f32 `[heads_q]` or `[batch, heads_q]`; given exactly when the problem has them.
+    pub alibi_slopes: Option<BufferBinding<'a>>,
+    /// The sinks, f32 `[heads_q]`; given exactly when the problem has them.
+    pub sinks: Option<BufferBinding<'a>>,
     /// At least [`Plan::workspace_bytes`], in a buffer of its own; not needed where that is 0.
     pub workspace: Option<BufferBinding<'a>>,
 }
@@ -63,6 +71,10 @@ impl<'a> ForwardBuffers<'a> {
             lse: None,
             seqlens_q: None,
             seqlens_k: None,
+            bias: None,
+            mask: None,
+            alibi_slopes: None,
+            sinks: None,
             workspace: None,
         }
     }
@@ -82,6 +94,30 @@ impl<'a> ForwardBuffers<'a> {
     /// Key lengths, of a problem with them.
     pub fn seqlens_k(mut self, seqlens_k: impl ToOptionalBinding<'a>) -> Self {
         self.seqlens_k = seqlens_k.to_optional_binding();
+        self
+    }
+
+    /// The bias, of a problem with one.
+    pub fn bias(mut self, bias: impl ToOptionalBinding<'a>) -> Self {
+        self.bias = bias.to_optional_binding();
+        self
+    }
+
+    /// The boolean mask, of a problem with one.
+    pub fn mask(mut self, mask: impl ToOptionalBinding<'a>) -> Self {
+        self.mask = mask.to_optional_binding();
+        self
+    }
+
+    /// ALiBi's slopes, of a problem with them.
+    pub fn alibi_slopes(mut self, alibi_slopes: impl ToOptionalBinding<'a>) -> Self {
+        self.alibi_slopes = alibi_slopes.to_optional_binding();
+        self
+    }
+
+    /// The sinks, of a problem with them.
+    pub fn sinks(mut self, sinks: impl ToOptionalBinding<'a>) -> Self {
+        self.sinks = sinks.to_optional_binding();
         self
     }
 
@@ -119,6 +155,10 @@ impl Plan {
             Argument::bytes(Slot::Lse, Access::ReadWrite, buffers.lse.as_ref(), lse, problem.lse),
             Argument::lengths(Slot::SeqlensQ, buffers.seqlens_q.as_ref(), problem, problem.seqlens_q),
             Argument::lengths(Slot::SeqlensK, buffers.seqlens_k.as_ref(), problem, problem.seqlens_k),
+            Argument::scores(Slot::Bias, Access::Read, buffers.bias.as_ref(), problem, problem.bias_scores()),
+            Argument::scores(Slot::Mask, Access::Read, buffers.mask.as_ref(), problem, problem.mask_scores()),
+            Argument::of_heads(Slot::AlibiSlopes, Access::Read, buffers.alibi_slopes.as_ref(), problem.slope_count()),
+            Argument::of_heads(Slot::Sinks, Access::Read, buffers.sinks.as_ref(), problem.sink_count()),
             // A workspace that this plan does without may be given all the same.
             Argument::bytes(
                 Slot::Workspace,

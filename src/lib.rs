@@ -164,7 +164,7 @@ pub use options::PlanOptions;
 pub use plan::Plan;
 #[doc(hidden)]
 pub use problem::Probe;
-pub use problem::{Causal, Gradients, Layout, Problem, Shape, Tensor};
+pub use problem::{Alibi, Bias, Causal, Gradients, Layout, Problem, ScoreLayout, Shape, Tensor, alibi_slopes};
 #[doc(hidden)]
 pub use recipe::{PlannedModule, modules};
 pub use wgpu;

@@ -6,6 +6,7 @@
 //! text does not write out, since a compiler may write out none.
 
 use crate::error::Error;
+use crate::kernel::backward_scores;
 use crate::names::Kernel;
 use crate::problem::{Causal, Problem};
 use crate::tune::{BackwardTile, DecodeTile, FusedTile, Tile};
@@ -111,6 +112,20 @@ pub(crate) fn of_backward_tiles(problem: &Problem, [dkdv, dq]: [BackwardTile; 2]
     let of_rows = (s.group() as u64).saturating_mul(rows).saturating_mul(of_step(dkdv, 2));
     let of_keys = (visited(problem, s.seqlen_k, dq.own).div_ceil(dq.step as u64) + 1).saturating_mul(of_step(dq, 1));
     of_rows.max(of_keys)
+}
+
+/// Iterations of `shaders/kernel/backward_scores_tile.wgsl`, whichever of its two forms needs more.
+pub(crate) fn of_score_gradients(problem: &Problem, tile: BackwardTile) -> u64 {
+    let s = &problem.shape;
+    let scores = |dim: u32| outer(dim.div_ceil(4), tile.chunk / 4, tile.written_out);
+    let of_tile = scores(s.head_dim) + scores(s.head_dim_v) + (tile.step / tile.threads_x) as u64 + SMALL_LOOPS;
+    let all = [s.batch, s.heads_q, s.seqlen_q.div_ceil(tile.own), s.seqlen_k.div_ceil(tile.step)];
+    let shared = match (problem.gradients, problem.bias) {
+        (Some(gradients), Some(bias)) if gradients.bias => backward_scores::shared(problem, &bias.layout),
+        _ => [false, false, false, true],
+    };
+    let tiles = |n: usize| if shared[n] || n == 3 { all[n] as u64 + 1 } else { 1 };
+    (0..4).map(tiles).fold(of_tile, u64::saturating_mul)
 }
 
 /// Iterations of `shaders/kernel/backward_fused_tile.wgsl`.

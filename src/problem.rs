@@ -209,6 +209,128 @@ impl Layout {
     }
 }
 
+/// Where what is given of each score lies in its buffer, in elements: that of batch entry `b`, query head `h`, query `i` and key `j` is at
+/// `offset + b·batch + h·head + i·row + j·column`.
+///
+/// A stride of 0 broadcasts: one element then serves all batch entries, say. This is plain data that stays as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ScoreLayout {
+    /// First element.
+    pub offset: u64,
+    /// From one batch entry to the next.
+    pub batch: u64,
+    /// From one query head to the next.
+    pub head: u64,
+    /// From one query to the next.
+    pub row: u64,
+    /// From one key to the next.
+    pub column: u64,
+}
+
+impl ScoreLayout {
+    /// Contiguous `[batch, heads_q, seqlen_q, seqlen_k]`, of which a size of 1 broadcasts, as in PyTorch.
+    pub const fn contiguous([batch, heads, queries, keys]: [u32; 4]) -> Self {
+        const fn stride(size: u32, inner: u64) -> u64 {
+            if size == 1 { 0 } else { inner }
+        }
+        let of_queries = (queries as u64).saturating_mul(keys as u64);
+        ScoreLayout {
+            offset: 0,
+            batch: stride(batch, of_queries.saturating_mul(heads as u64)),
+            head: stride(heads, of_queries),
+            row: stride(queries, keys as u64),
+            column: stride(keys, 1),
+        }
+    }
+
+    /// The same layout, `elements` further into the buffer.
+    pub const fn at(mut self, elements: u64) -> Self {
+        self.offset = self.offset.saturating_add(elements);
+        self
+    }
+
+    /// The place of the element of batch entry, query head, query and key `[b, h, i, j]`.
+    pub const fn place(&self, [b, h, i, j]: [u32; 4]) -> u64 {
+        self.offset + b as u64 * self.batch + h as u64 * self.head + i as u64 * self.row + j as u64 * self.column
+    }
+
+    /// Its first three strides, and how many elements a row spans. A row of `keys` keys begins where key 0 has its element.
+    pub(crate) const fn rows(&self, keys: u32) -> (Layout, u64) {
+        let layout = Layout { offset: self.offset, batch: self.batch, head: self.head, row: self.row };
+        let span = match keys {
+            0 => 0,
+            keys => (keys as u64 - 1).saturating_mul(self.column).saturating_add(1),
+        };
+        (layout, span)
+    }
+
+    /// The sizes of what it holds: 1 where it broadcasts.
+    pub(crate) const fn sizes(&self, shape: &Shape) -> [u32; 4] {
+        const fn size(stride: u64, all: u32) -> u32 {
+            if stride == 0 && all > 1 { 1 } else { all }
+        }
+        [
+            size(self.batch, shape.batch),
+            size(self.head, shape.heads_q),
+            size(self.row, shape.seqlen_q),
+            size(self.column, shape.seqlen_k),
+        ]
+    }
+}
+
+/// A number that is added to each score: `score + bias`, after softcap and before masks.
+///
+/// A key whose bias is −∞ or below −1e30 does not count for the query: both are used as masks. All other numbers are added, up to ±1e7 on
+/// cooperative matrices, as scores are there ([`Kernel::Coop`](crate::Kernel::Coop)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub struct Bias {
+    /// Type of its elements in memory: f32, or that of the problem.
+    pub element_type: ElementType,
+    /// Where they lie.
+    pub layout: ScoreLayout,
+}
+
+impl Bias {
+    /// A bias whose elements of this type lie so.
+    pub const fn new(element_type: ElementType, layout: ScoreLayout) -> Self {
+        Bias { element_type, layout }
+    }
+}
+
+/// Which slopes ALiBi has (Press, Smith and Lewis 2022): scores become `score − slope · |i + keys − queries − j|`, with the batch entry's
+/// lengths where the problem has them. For causal attention the paper adds `slope · (j − i)`, which is equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Alibi {
+    /// One of each query head, f32 `[heads_q]`.
+    PerHead,
+    /// One of each batch entry and query head, f32 `[batch, heads_q]`.
+    PerBatchAndHead,
+}
+
+impl Alibi {
+    /// How many slopes there are.
+    pub(crate) const fn slopes(self, shape: &Shape) -> u64 {
+        match self {
+            Alibi::PerHead => shape.heads_q as u64,
+            Alibi::PerBatchAndHead => shape.batch as u64 * shape.heads_q as u64,
+        }
+    }
+}
+
+/// The slopes of the ALiBi paper for so many heads: `2^(−8/n), 2^(−16/n), …` for a power of two `n`. For other counts those of the next
+/// smaller power of two, then every second one of twice that power, as in the paper's code.
+pub fn alibi_slopes(heads: u32) -> Vec<f32> {
+    let geometric = |n: u32, k: u32| (-8.0 * f64::from(k) / f64::from(n)).exp2() as f32;
+    let power = match heads {
+        0 => return vec![],
+        heads => 1 << heads.ilog2(),
+    };
+    let first = (1..=power).map(|k| geometric(power, k));
+    first.chain((0..heads - power).map(|k| geometric(2 * power, 2 * k + 1))).collect()
+}
+
 /// Which diagonal a causal mask follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -227,8 +349,15 @@ pub enum Causal {
 pub struct Gradients {
     /// Whether a gradient of lse is given too, f32 `[batch, heads_q, seqlen_q]`, contiguous: for losses that use lse.
     pub lse: bool,
-    /// Whether the gradients of q, k and v are added to what their buffers hold instead of written over it.
+    /// Whether all gradients are added to what their buffers hold instead of written over it.
     pub accumulate: bool,
+    /// Whether the gradient of the bias is computed: in the bias' type, where its layout puts its elements, summed over what it
+    /// broadcasts to. Sums are f32.
+    pub bias: bool,
+    /// Whether the gradient of the sinks is computed, f32 `[heads_q]`.
+    pub sinks: bool,
+    /// Whether the gradient of ALiBi's slopes is computed, f32, with their shape.
+    pub alibi_slopes: bool,
 }
 
 /// One attention problem, as plain data.
@@ -256,6 +385,16 @@ pub struct Problem {
     pub scale: Option<f32>,
     /// Scores become `softcap · tanh(score / softcap)` before masking. From 1e-30 to 1e30.
     pub softcap: Option<f32>,
+    /// A number that is added to each score.
+    pub bias: Option<Bias>,
+    /// ALiBi: a term that is added to scores, which falls with the distance of query and key.
+    pub alibi: Option<Alibi>,
+    /// A boolean mask, one byte for each score: a key counts for a query where it is not 0. PyTorch's `attn_mask` of type bool.
+    pub mask: Option<ScoreLayout>,
+    /// Whether each query head has a sink, f32 `[heads_q]`: one more score in the denominator of each row, of no key. lse
+    /// includes it. A sink is neither scaled nor capped. A row that sees no key has o = 0, and the sink as its lse; a
+    /// sink of −∞ or below −1e30 is none.
+    pub sinks: bool,
     /// The causal mask, if any.
     pub causal: Option<Causal>,
     /// Query `i` sees keys from `i + seqlen_k − seqlen_q − window_left`; `None` is open.
@@ -288,34 +427,22 @@ pub struct Problem {
 #[doc(hidden)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Probe {
-    /// Scores gain a term that differs by head and batch entry, and by the order of query and key: position and head.
-    Slant,
     /// Queries lie in memory in another order, and keys in a third one: where rows are. The reference knows nothing of it.
     Rows,
     /// Some squares of scores do not count, others in half, differently in each head: which tiles are visited.
     Tiles,
-    /// A score of no key in the denominator of each row: how a row ends.
-    Sink,
 }
 
 impl Probe {
     /// All of them.
-    pub const ALL: [Probe; 4] = [Probe::Slant, Probe::Rows, Probe::Tiles, Probe::Sink];
+    pub const ALL: [Probe; 2] = [Probe::Rows, Probe::Tiles];
 
     /// The name by which shaders know it.
     pub(crate) fn switch(self) -> &'static str {
         match self {
-            Probe::Slant => "PROBE_SLANT",
             Probe::Rows => "PROBE_ROWS",
             Probe::Tiles => "PROBE_TILES",
-            Probe::Sink => "PROBE_SINK",
         }
-    }
-
-    /// What is added to the score of a query and a key.
-    pub(crate) fn slant(self, [b, h, i, j]: [u32; 4]) -> f64 {
-        let factor = (h + 2 * b + 1) as f64 / 64.0;
-        if self == Probe::Slant { factor * (j as f64 - i as f64) } else { 0.0 }
     }
 
     /// Whether a score counts.
@@ -323,11 +450,6 @@ impl Probe {
         const SQUARE: u32 = 48;
         let kind = (i / SQUARE + 2 * (j / SQUARE) + h) % 4;
         self != Probe::Tiles || kind > 1 || (kind == 1 && (i + j).is_multiple_of(2))
-    }
-
-    /// The score of no key that a row has.
-    pub(crate) fn sink(self, [b, h]: [u32; 2]) -> Option<f64> {
-        (self == Probe::Sink).then_some(0.75 * h as f64 - 0.5 * b as f64 - 0.25)
     }
 
     /// In which row of its tensor query `i` of `queries`, or key `j` of `keys`, lies.
@@ -363,6 +485,10 @@ impl Problem {
             element_type,
             scale: None,
             softcap: None,
+            bias: None,
+            alibi: None,
+            mask: None,
+            sinks: false,
             causal: None,
             window_left: None,
             window_right: None,
@@ -383,6 +509,10 @@ impl Problem {
             element_type,
             scale,
             softcap,
+            bias,
+            alibi,
+            mask,
+            sinks,
             causal,
             window_left,
             window_right,
@@ -395,8 +525,9 @@ impl Problem {
             probe,
         } = self.clone();
         let numbers = [scale, softcap].map(|x| x.map(f32::to_bits));
+        let scores = (bias, alibi, mask, sinks);
         let masks = (causal, window_left, window_right);
-        (shape, element_type, numbers, masks, (seqlens_q, seqlens_k), lse, gradients, (bnhd, layouts, probe))
+        (shape, element_type, numbers, scores, masks, (seqlens_q, seqlens_k), lse, gradients, (bnhd, layouts, probe))
     }
 
     /// Contiguous `[batch, position, head, dim]` tensors instead, flash-attention's order, but for those that
@@ -435,6 +566,30 @@ impl Problem {
     /// Caps the scores softly.
     pub const fn softcap(mut self, softcap: f32) -> Self {
         self.softcap = Some(softcap);
+        self
+    }
+
+    /// Adds a bias to the scores.
+    pub const fn with_bias(mut self, bias: Bias) -> Self {
+        self.bias = Some(bias);
+        self
+    }
+
+    /// Adds ALiBi's terms to the scores.
+    pub const fn with_alibi(mut self, alibi: Alibi) -> Self {
+        self.alibi = Some(alibi);
+        self
+    }
+
+    /// Masks scores by a boolean mask that lies so.
+    pub const fn with_mask(mut self, mask: ScoreLayout) -> Self {
+        self.mask = Some(mask);
+        self
+    }
+
+    /// Gives each query head a sink.
+    pub const fn with_sinks(mut self) -> Self {
+        self.sinks = true;
         self
     }
 
@@ -489,7 +644,8 @@ impl Problem {
     pub const fn with_gradients(mut self) -> Self {
         self.lse = true;
         if self.gradients.is_none() {
-            self.gradients = Some(Gradients { lse: false, accumulate: false });
+            self.gradients =
+                Some(Gradients { lse: false, accumulate: false, bias: false, sinks: false, alibi_slopes: false });
         }
         self
     }
@@ -503,7 +659,34 @@ impl Problem {
         self
     }
 
-    /// Plans a backward pass that adds the gradients of q, k and v to what their buffers hold.
+    /// Plans a backward pass that gives the gradient of the bias too.
+    pub const fn with_grad_bias(mut self) -> Self {
+        self = self.with_gradients();
+        if let Some(gradients) = &mut self.gradients {
+            gradients.bias = true;
+        }
+        self
+    }
+
+    /// Plans a backward pass that gives the gradient of the sinks too.
+    pub const fn with_grad_sinks(mut self) -> Self {
+        self = self.with_gradients();
+        if let Some(gradients) = &mut self.gradients {
+            gradients.sinks = true;
+        }
+        self
+    }
+
+    /// Plans a backward pass that gives the gradient of ALiBi's slopes too.
+    pub const fn with_grad_alibi_slopes(mut self) -> Self {
+        self = self.with_gradients();
+        if let Some(gradients) = &mut self.gradients {
+            gradients.alibi_slopes = true;
+        }
+        self
+    }
+
+    /// Plans a backward pass that adds all gradients to what their buffers hold.
     pub const fn accumulate(mut self) -> Self {
         self = self.with_gradients();
         if let Some(gradients) = &mut self.gradients {
@@ -578,6 +761,30 @@ impl Problem {
         if self.gradients.is_some() && !self.lse {
             return Err(Error::GradientsWithoutLse);
         }
+        let gradients = self.gradients.unwrap_or_default();
+        for (argument, asked, of) in [
+            ("bias", gradients.bias, self.bias.is_some()),
+            ("sinks", gradients.sinks, self.sinks),
+            ("alibi_slopes", gradients.alibi_slopes, self.alibi.is_some()),
+        ] {
+            if asked && !of {
+                return Err(Error::GradientOfNothing { argument });
+            }
+        }
+        if let Some(found) = self.bias.map(|bias| bias.element_type)
+            && ![ElementType::F32, self.element_type].contains(&found)
+        {
+            return Err(Error::BiasType { found, problem: self.element_type });
+        }
+        for (argument, layout) in [("bias", self.bias.map(|bias| bias.layout)), ("mask", self.mask)] {
+            let Some(layout) = layout else { continue };
+            if self.score_bytes(&layout, 8).is_none() {
+                return Err(Error::LayoutOverflow { argument });
+            }
+            if argument == "bias" && gradients.bias && score_layout_overlaps(&layout, s) {
+                return Err(Error::OutputOverlap { argument: "grad_bias" });
+            }
+        }
         for tensor in Tensor::BACKWARD {
             if tensor.is_gradient() && self.gradients.is_none() {
                 continue;
@@ -613,6 +820,46 @@ impl Problem {
         }
         // validate() has shown that this does not overflow.
         self.layout(tensor).end(dims).unwrap_or(u64::MAX / 8) * self.element_type.bytes()
+    }
+
+    /// Where the bias lies, and the bytes of its elements.
+    pub(crate) fn bias_scores(&self) -> Option<(ScoreLayout, u64)> {
+        self.bias.map(|bias| (bias.layout, bias.element_type.bytes()))
+    }
+
+    /// Where the mask lies, and the bytes of its elements.
+    pub(crate) fn mask_scores(&self) -> Option<(ScoreLayout, u64)> {
+        self.mask.map(|layout| (layout, 1))
+    }
+
+    /// How many slopes ALiBi has.
+    pub(crate) fn slope_count(&self) -> Option<u64> {
+        self.alibi.map(|alibi| alibi.slopes(&self.shape))
+    }
+
+    /// How many sinks there are.
+    pub(crate) fn sink_count(&self) -> Option<u64> {
+        self.sinks.then_some(self.shape.heads_q as u64)
+    }
+
+    /// Bytes from the start of the binding to the end of what lies so, 0 if it has no elements; `None` past 2^64.
+    pub(crate) fn score_bytes(&self, layout: &ScoreLayout, element_bytes: u64) -> Option<u64> {
+        let s = &self.shape;
+        let (rows, span) = layout.rows(s.seqlen_k);
+        if [s.batch, s.seqlen_q, s.seqlen_k].contains(&0) {
+            return Some(0);
+        }
+        rows.end([s.batch, s.heads_q, s.seqlen_q, 0])?.checked_add(span)?.checked_mul(element_bytes)
+    }
+
+    /// The bytes in its buffer of what lies so.
+    pub(crate) fn score_region(&self, layout: &ScoreLayout, element_bytes: u64) -> Region {
+        let s = &self.shape;
+        let (rows, span) = layout.rows(s.seqlen_k);
+        let dims = layout.sizes(s);
+        // Rows whole, whatever lies between their elements.
+        let span = u32::try_from(span).unwrap_or(u32::MAX);
+        Region::of(rows.offset, [rows.batch, rows.head, rows.row], [dims[0], dims[1], dims[2], span], element_bytes)
     }
 
     /// The bytes of a tensor in its buffer.
@@ -665,4 +912,17 @@ impl Problem {
         let first = first.clamp(0, keys as i64);
         (first as u32, last.clamp(first, keys as i64) as u32)
     }
+}
+
+/// Whether two elements of what lies so would be in one place, other than by broadcasting.
+fn score_layout_overlaps(layout: &ScoreLayout, shape: &Shape) -> bool {
+    let strides = [layout.batch, layout.head, layout.row, layout.column];
+    let mut axes: Vec<_> = strides.into_iter().zip(layout.sizes(shape)).filter(|&(_, n)| n > 1).collect();
+    axes.sort();
+    let mut span = 1u64;
+    axes.into_iter().any(|(stride, n)| {
+        let overlaps = stride < span;
+        span = span.saturating_add(stride.saturating_mul(n as u64 - 1));
+        overlaps
+    })
 }

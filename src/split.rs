@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::error::Error;
 use crate::kernel::uniform::{ProblemUniform, TensorUniform};
 use crate::kernel::{Part, Slot};
-use crate::problem::{Layout, Problem, Tensor};
+use crate::problem::{Bias, Layout, Problem, ScoreLayout, Tensor};
 use crate::recipe::Recipe;
 
 /// What a device allows, as far as splitting work is concerned.
@@ -33,19 +33,19 @@ impl Bounds {
 fn tensor_range(
     layout: &Layout,
     ranges: [Range<u32>; 3],
-    dim: u32,
+    dim: u64,
     element_bytes: u64,
     bounds: &Bounds,
 ) -> (u64, u64, TensorUniform) {
     let [batch, heads, rows] = &ranges;
-    if ranges.iter().any(|range| range.is_empty()) {
+    if ranges.iter().any(|range| range.is_empty()) || dim == 0 {
         return (0, 0, TensorUniform::default());
     }
     let at = |b: u32, h: u32, i: u32| {
         layout.offset + b as u64 * layout.batch + h as u64 * layout.head + i as u64 * layout.row
     };
     let first = at(batch.start, heads.start, rows.start);
-    let end = at(batch.end - 1, heads.end - 1, rows.end - 1) + dim as u64;
+    let end = at(batch.end - 1, heads.end - 1, rows.end - 1) + dim;
     let start = first * element_bytes / bounds.alignment * bounds.alignment;
     let size = (end * element_bytes - start).next_multiple_of(4);
     // A stride that is used is shorter than the binding; one that is not is left out, so that it cannot wrap.
@@ -76,12 +76,12 @@ pub(crate) fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backwar
     let bytes = problem.element_type.bytes();
     let mut uniform = ProblemUniform::of(problem);
     let mut ranges = vec![];
-    let mut add = |slot, layout: &Layout, of_keys: bool, dim, bytes| {
+    let mut add = |slot, layout: &Layout, of_keys: bool, dim: u32, bytes| {
         let of = match of_keys {
             true => [part.batch.clone(), heads_kv.clone(), keys.clone()],
             false => [part.batch.clone(), part.heads.clone(), part.rows.clone()],
         };
-        let (start, size, tensor) = tensor_range(layout, of, dim, bytes, bounds);
+        let (start, size, tensor) = tensor_range(layout, of, dim.into(), bytes, bounds);
         ranges.push((slot, start, size));
         tensor
     };
@@ -101,6 +101,26 @@ pub(crate) fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backwar
         if gradients.lse {
             add(Slot::GradLse, &of_lse, false, 1, 4);
         }
+    }
+    let mut add_scores = |slots: &[Slot], layout: &ScoreLayout, bytes| {
+        let (rows, span) = layout.rows(shape.seqlen_k);
+        let of = [part.batch.clone(), part.heads.clone(), part.rows.clone()];
+        let (start, size, tensor) = tensor_range(&rows, of, span, bytes, bounds);
+        ranges.extend(slots.iter().map(|&slot| (slot, start, size)));
+        (tensor, layout.column as u32)
+    };
+    if let Some(Bias { element_type, layout }) = &problem.bias {
+        let slots = [Slot::Bias, Slot::GradBias];
+        (uniform.bias, uniform.bias_column) = add_scores(&slots, layout, element_type.bytes());
+    }
+    if let Some(layout) = &problem.mask {
+        (uniform.mask, uniform.mask_column) = add_scores(&[Slot::Mask], layout, 1);
+    }
+    for (slots, numbers) in [
+        ([Slot::AlibiSlopes, Slot::GradAlibiSlopes], problem.slope_count()),
+        ([Slot::Sinks, Slot::GradSinks], problem.sink_count()),
+    ] {
+        ranges.extend(slots.map(|slot| (slot, 0, 4 * numbers.unwrap_or(0))));
     }
     for (slot, has) in [(Slot::SeqlensQ, problem.seqlens_q), (Slot::SeqlensK, problem.seqlens_k)] {
         if has {
@@ -122,6 +142,7 @@ pub(crate) fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backwar
     uniform.batch_begin = part.batch.start;
     uniform.head_begin = part.heads.start;
     uniform.heads = heads;
+    uniform.batches = part.batch.len() as u32;
     (ranges, uniform)
 }
 
@@ -218,9 +239,10 @@ mod tests {
         let tensor = fields!(TensorUniform: base, batch, head, row);
         assert_eq!(members(&module, "Tensor"), (tensor, size_of::<TensorUniform>()));
         let all = fields!(
-            ProblemUniform: query, key, value, out, lse, grad_out, grad_query, grad_key, grad_value, rows, seqlen_q, seqlen_k, row_begin,
-            row_end, batch_begin, head_begin, heads, group, window_left, window_right, top_left, scale, softcap, splits,
-            split_rows, heads_first, block_keys, block_rows, round, lengths_at, ranges_at
+            ProblemUniform: query, key, value, out, lse, grad_out, grad_query, grad_key, grad_value, rows, bias, mask, seqlen_q, seqlen_k, row_begin,
+            row_end, batch_begin, head_begin, heads, batches, group, window_left, window_right, top_left, scale, softcap, splits,
+            split_rows, heads_first, block_keys, block_rows, round, lengths_at, ranges_at,
+            bias_column, mask_column, slopes_batch
         );
         assert_eq!(members(&module, "Problem"), (all, size_of::<ProblemUniform>()));
     }

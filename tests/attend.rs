@@ -466,7 +466,7 @@ fn lengths_of_queries_are_checked_and_not_left_out() {
     // Both lengths, on a bottom-right diagonal that ends where both end.
     let problem = Problem::new(File::SHAPE, ElementType::F32).causal(Causal::BottomRight);
     let problem = problem.with_seqlens_q().with_seqlens_k();
-    let lengths = reference::Lengths { queries: Some(&[3, 2]), keys: Some(&[5, 2]) };
+    let lengths = reference::Extras::default().seqlens_q(&[3, 2][..]).seqlens_k(&[5, 2][..]);
     let result = reference::forward(&problem, &values(192, 0.7), &values(160, 1.1), &values(120, 1.9), lengths);
     let f32s = |values: &[f64]| -> Vec<f32> { values.iter().map(|&x| x as f32).collect() };
     let path = File::new()

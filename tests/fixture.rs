@@ -25,7 +25,7 @@ fn load() -> (Problem, Vec<i32>, [Vec<f32>; 5]) {
 fn prepare(element_type: ElementType) -> Prepared {
     let (mut problem, lengths, [q, k, v, _, _]) = load();
     problem.element_type = element_type;
-    Prepared::new(&problem, [q, k, v], Lengths { queries: None, keys: Some(lengths) }, false)
+    Prepared::new(&problem, [q, k, v], Extras { seqlens_k: Some(lengths), ..Default::default() }, false)
 }
 
 #[test]
@@ -73,7 +73,7 @@ fn prepare_backward(element_type: ElementType) -> PreparedBackward {
     let (mut problem, lengths, [q, k, v, grad_out]) = load_named(["q", "k", "v", "do"]);
     problem.element_type = element_type;
     let problem = problem.with_gradients();
-    let forward = Prepared::new(&problem, [q, k, v], Lengths { queries: None, keys: Some(lengths) }, false);
+    let forward = Prepared::new(&problem, [q, k, v], Extras { seqlens_k: Some(lengths), ..Default::default() }, false);
     PreparedBackward::new(&problem, forward, grad_out, None, None)
 }
 

@@ -4,6 +4,7 @@
 #include "attention/softmax.wgsl"
 #include "attention/sequence.wgsl"
 #include "attention/probe.wgsl"
+#include "attention/given.wgsl"
 #include "attention/score.wgsl"
 #include "attention/keep.wgsl"
 #include "attention/tiles.wgsl"

@@ -1,5 +1,5 @@
 // How a row ends.
-// Needs: softmax.wgsl, sequence.wgsl. Gives: Row, finish_row.
+// Needs: softmax.wgsl, sequence.wgsl, given.wgsl. Gives: Row, finish_row.
 
 struct Row {
     // What the sum of p V is multiplied by: 1 / the sum of p, and 0 for a row that sees no key.
@@ -10,15 +10,22 @@ struct Row {
 
 // Of a row of which `sum` sums exp(score - m), p = exp(score - m) being what V was multiplied by.
 fn finish_row(at: Sequence, m: f32, sum: f32, is_empty: bool) -> Row {
-#if PROBE_SINK
+#if SINKS
     // The sink is one more score in the denominator, of no key.
-    let sink = probe_sink(at);
+    let sink = sink_of(at);
+    if sink == MASKED {
+        return row_of_keys(m, sum, is_empty);
+    }
     let maximum = select(max(m, sink), sink, is_empty);
     let of_keys = select(exp_difference(m, maximum), 0.0, is_empty);
     let all = sum * of_keys + exp_difference(sink, maximum);
     return Row(of_keys / all, bitcast<u32>(maximum + log(all)));
 #else
+    return row_of_keys(m, sum, is_empty);
+#endif
+}
+
+fn row_of_keys(m: f32, sum: f32, is_empty: bool) -> Row {
     let some = max(sum, 1.0e-30);
     return Row(select(1.0 / some, 0.0, is_empty), select(bitcast<u32>(m + log(some)), 0xff800000u, is_empty));
-#endif
 }

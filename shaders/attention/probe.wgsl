@@ -2,13 +2,6 @@
 // kernel that has its own idea of a position, a head, a row, a tile or a row's end gives wrong results with one of them.
 // Needs: sequence.wgsl. Gives: the probe_ functions that the other files of this folder call.
 
-#if PROBE_SLANT
-// Added to scores. It differs by head and by the order of query and key.
-fn probe_slant(at: Sequence, i: i32, j: i32) -> f32 {
-    return f32(at.head + 2u * at.batch + 1u) * 0.015625 * f32(j - i);
-}
-#endif
-
 #if PROBE_ROWS
 // Queries change places with their neighbours, keys lie in reverse order.
 fn probe_query(i: u32) -> u32 {
@@ -17,13 +10,6 @@ fn probe_query(i: u32) -> u32 {
 
 fn probe_key(j: u32) -> u32 {
     return problem.seqlen_k - 1u - min(j, problem.seqlen_k - 1u);
-}
-#endif
-
-#if PROBE_SINK
-// One more score in the denominator of each row of a head.
-fn probe_sink(at: Sequence) -> f32 {
-    return 0.75 * f32(at.head) - 0.5 * f32(at.batch) - 0.25;
 }
 #endif
 

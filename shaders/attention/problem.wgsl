@@ -22,6 +22,9 @@ struct Problem {
     grad_value: Tensor,
     // The rows of this launch in the workspace, without gaps.
     rows: Tensor,
+    // Of scores: key j of a row is `column` times j elements behind key 0.
+    bias: Tensor,
+    mask: Tensor,
     seqlen_q: u32,
     seqlen_k: u32,
     // This launch computes rows row_begin .. row_end of each of its heads.
@@ -30,8 +33,10 @@ struct Problem {
     // This launch begins at this batch entry and query head of the whole problem.
     batch_begin: u32,
     head_begin: u32,
-    // Query heads of this launch, and how many share a key-value head.
+    // Query heads and batch entries of this launch.
     heads: u32,
+    batches: u32,
+    // How many query heads share a key-value head.
     group: u32,
     // Keys from diagonal - window_left to diagonal + window_right count, and those up to i + top_left.
     window_left: i32,
@@ -51,6 +56,10 @@ struct Problem {
     // Where batch entry 0 of the problem has its lengths in the workspace, and head 0 of it its range (coop_ranges.wgsl).
     lengths_at: u32,
     ranges_at: u32,
+    bias_column: u32,
+    mask_column: u32,
+    // From the slopes of a batch entry to those of the next.
+    slopes_batch: u32,
 }
 
 @group(0) @binding(0) var<uniform> problem: Problem;

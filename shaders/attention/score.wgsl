@@ -1,5 +1,6 @@
-// What a score is: scale · q·k, then softcap · tanh(score / softcap). Kernels ask with the score's place in the problem.
-// Needs: softmax.wgsl, sequence.wgsl. Gives: scored, scored4, score_unit, score_factor, exponent_bound.
+// What a score is: scale · q·k, then softcap · tanh(score / softcap), then plus bias and ALiBi. Kernels ask with the score's place in the
+// problem. A score whose bias masks it is MASKED.
+// Needs: softmax.wgsl, sequence.wgsl, given.wgsl. Gives: scored, scored4, score_unit, score_factor, exponent_bound.
 //
 // Unless SHAPED, a score is a positive factor times the product q·k, and kernels may hold products instead of scores. Then score_unit()
 // times a product is a score, and score_factor() times a product is an exponent of 2. With SHAPED kernels hold scores.
@@ -16,8 +17,12 @@ fn scored(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
     let t = tanh_exact(x.score / problem.softcap);
     x = Scored(problem.softcap * t, 1.0 - t * t);
 #endif
-#if PROBE_SLANT
-    x.score += probe_slant(at, i, j);
+#if ALIBI
+    x.score -= slope_of(at) * f32(abs(i + at.keys - at.queries - j));
+#endif
+#if BIAS
+    let term = bias_of(at, i, j);
+    x.score = select(x.score + term, MASKED, term == MASKED);
 #endif
     return x;
 }
@@ -47,7 +52,7 @@ fn score_factor() -> f32 {
     return score_unit() * LOG2_E;
 }
 
-// A bound on exponents of 2, score · log2(e), where no product q·k exceeds `largest`. It is at most 3e37.
+// A bound on exponents of 2, score · log2(e), where no product q·k exceeds `largest`, less what is added to scores. It is at most 3e37.
 fn exponent_bound(largest: f32) -> f32 {
 #if SOFTCAP
     return problem.softcap * LOG2_E;

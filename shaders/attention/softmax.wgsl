@@ -4,8 +4,8 @@
 
 const LOG2_E = 1.4426950408889634;
 // WGSL may assume that infinity does not occur. A masked score is MASKED; a running maximum starts at LOWEST,
-// so far above MASKED that exp2(MASKED - LOWEST) vanishes, and below every score.
-const MASKED = -2.0e38;
+// so far above MASKED that exp2(MASKED - LOWEST) vanishes, and below every score. (MASKED - NO_KEYS) · LOG2_E is finite.
+const MASKED = -1.2e38;
 const LOWEST = -1.0e38;
 // Where the coop kernels' maxima start: below every score and above every masked one. So no row takes its maximum from
 // masked scores, whose product with the factor is rounded: exp2 of that rounding error, of a number as large as 1e15,

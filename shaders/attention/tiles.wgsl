@@ -60,6 +60,9 @@ fn key_tiles(at: Sequence, i0: i32, i1: i32, size: u32) -> Tiles {
     // None count for a row that is no query.
     all.y = select(all.y, all.x, i1 > at.queries);
 #endif
+#if MASK
+    all.y = all.x;
+#endif
 #if PROBE_TILES
     return probe_tiles(tiles_between(some, all, size), at, true, vec2i(i0, i1));
 #else
@@ -77,6 +80,9 @@ fn row_tiles(at: Sequence, j0: i32, j1: i32, size: u32) -> Tiles {
         min(at.queries, zero + j0 + problem.window_left + 1),
     );
     all.y = select(all.y, all.x, j1 > at.keys);
+#if MASK
+    all.y = all.x;
+#endif
 #if PROBE_TILES
     return probe_tiles(tiles_between(some, all, size), at, false, vec2i(j0, j1));
 #else

@@ -360,7 +360,12 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
                 }
             }
             for (var h = 0u; h < LANE_ROWS; h++) {
-                let new_max = max(m[r][h], row_max(tile_max[h]) * factor - HEADROOM);
+                var largest = row_max(tile_max[h]) * factor;
+#if SHAPED
+                // What is added to scores may be so large that exponents are rounded.
+                largest = above(largest);
+#endif
+                let new_max = max(m[r][h], largest - HEADROOM);
                 shrink[r][h] = exp2(m[r][h] - new_max);
                 m[r][h] = new_max;
             }

@@ -12,6 +12,9 @@ pub(crate) const DKDV_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Value, Access::Read),
     (Slot::Workspace, Access::Read),
     (Slot::GradOut, Access::Read),
+    (Slot::Bias, Access::Read),
+    (Slot::Mask, Access::Read),
+    (Slot::AlibiSlopes, Access::Read),
     (Slot::GradKey, Access::ReadWrite),
     (Slot::GradValue, Access::ReadWrite),
 ];
@@ -23,6 +26,9 @@ pub(crate) const DQ_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Value, Access::Read),
     (Slot::Workspace, Access::Read),
     (Slot::GradOut, Access::Read),
+    (Slot::Bias, Access::Read),
+    (Slot::Mask, Access::Read),
+    (Slot::AlibiSlopes, Access::Read),
     (Slot::GradQuery, Access::ReadWrite),
 ];
 

@@ -73,6 +73,9 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
                 (Slot::Value, Access::Read),
                 (Slot::SeqlensQ, Access::Read),
                 (Slot::SeqlensK, Access::Read),
+                (Slot::Bias, Access::Read),
+                (Slot::Mask, Access::Read),
+                (Slot::AlibiSlopes, Access::Read),
                 (Slot::Workspace, Access::ReadWrite),
                 (Slot::WorkspaceStats, Access::ReadWrite),
             ],
@@ -89,6 +92,7 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
             (Slot::WorkspaceStats, Access::Read),
             (Slot::Out, Access::ReadWrite),
             (Slot::Lse, Access::ReadWrite),
+            (Slot::Sinks, Access::Read),
         ],
     );
     vec![split, combine(on, used, splits, shape.head_dim_v)]

@@ -2,7 +2,7 @@
 //! which run before the kernels for f32 and bf16, forward and backward.
 
 use super::forward_coop::layout_constants;
-use super::{Access, Part, Pass, Slot, bindings, switches, switches_of};
+use super::{Access, GIVEN, Part, Pass, Slot, bindings, switches, switches_of};
 use crate::matrices::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
@@ -40,7 +40,7 @@ pub(crate) fn ranges(problem: &Problem, backward: bool) -> [Pass; 2] {
     const HEADS: u32 = 32;
     let tensors = if backward { &Tensor::BACKWARD[..] } else { &Tensor::FORWARD };
     let mut on = switches_of(problem, tensors, 4);
-    on.retain(|&name| name != "LSE");
+    on.retain(|name| *name != "LSE" && !GIVEN.contains(name));
     on.extend(backward.then_some("GRADIENTS"));
     let shares = shares(problem);
     let specialization = |file, entry, switches, threads| Specialization {
@@ -138,6 +138,10 @@ fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &Matrix
                 (Slot::Out, Access::ReadWrite),
                 (Slot::Lse, Access::ReadWrite),
                 (Slot::Workspace, Access::Read),
+                (Slot::Bias, Access::Read),
+                (Slot::Mask, Access::Read),
+                (Slot::AlibiSlopes, Access::Read),
+                (Slot::Sinks, Access::Read),
             ],
         ),
         tile.subgroups * format.lanes,

@@ -5,6 +5,7 @@ pub(crate) mod backward_coop;
 pub(crate) mod backward_delta;
 pub(crate) mod backward_fused;
 pub(crate) mod backward_naive;
+pub(crate) mod backward_scores;
 pub(crate) mod backward_tile;
 pub(crate) mod decode;
 pub(crate) mod forward_coop;
@@ -30,6 +31,10 @@ pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Lse, Access::ReadWrite),
     (Slot::SeqlensQ, Access::Read),
     (Slot::SeqlensK, Access::Read),
+    (Slot::Bias, Access::Read),
+    (Slot::Mask, Access::Read),
+    (Slot::AlibiSlopes, Access::Read),
+    (Slot::Sinks, Access::Read),
 ];
 
 impl ElementType {
@@ -48,16 +53,20 @@ pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
     switches_of(problem, &Tensor::FORWARD, vector)
 }
 
+/// The switches of what is given of each score.
+pub(crate) const GIVEN: [&str; 5] = ["BIAS", "BIAS_F16", "BIAS_BF16", "ALIBI", "MASK"];
+
 /// `switches`, less those of what a score is and whether it counts: for a kernel that ends rows.
 pub(crate) fn without_scores(mut switches: Vec<&'static str>) -> Vec<&'static str> {
-    switches.retain(|name| !["SOFTCAP", "SHAPED", "SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"].contains(name));
+    const OF_SCORES: [&str; 5] = ["SOFTCAP", "SHAPED", "SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"];
+    switches.retain(|name| !OF_SCORES.contains(name) && !GIVEN.contains(name));
     switches
 }
 
 /// The same for a backward kernel.
 pub(crate) fn backward_switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
     let mut on = switches_of(problem, &Tensor::BACKWARD, vector);
-    on.retain(|name| !["LSE", "SEQLENS_Q", "SEQLENS_K"].contains(name));
+    on.retain(|name| !["LSE", "SEQLENS_Q", "SEQLENS_K", "SINKS"].contains(name));
     if problem.has_lengths() {
         on.push("LENGTHS_IN_ROWS");
     }
@@ -74,14 +83,23 @@ const TINY_SCALE: f32 = 1e-28;
 /// What each feature of a problem switches on in a module. A new feature is a line here.
 fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'static str> {
     let aligned = problem.is_aligned(tensors, vector);
-    let shaped =
-        problem.softcap.is_some() || problem.effective_scale() < TINY_SCALE || problem.probe == Some(Probe::Slant);
+    let shaped = problem.softcap.is_some()
+        || problem.effective_scale() < TINY_SCALE
+        || problem.bias.is_some()
+        || problem.alibi.is_some();
+    let bias_is = |ty| problem.bias.is_some_and(|bias| bias.element_type == ty);
     let mut on = vec![problem.element_type.switch()];
     let flags = [
         (aligned, "ALIGNED"),
         (aligned && problem.element_type != ElementType::F32, "PACKED"),
         (problem.softcap.is_some(), "SOFTCAP"),
         (shaped, "SHAPED"),
+        (problem.bias.is_some(), "BIAS"),
+        (bias_is(ElementType::F16), "BIAS_F16"),
+        (bias_is(ElementType::BF16), "BIAS_BF16"),
+        (problem.alibi.is_some(), "ALIBI"),
+        (problem.mask.is_some(), "MASK"),
+        (problem.sinks, "SINKS"),
         (problem.probe == Some(Probe::Tiles), "TILES_BY_HEAD"),
         (problem.seqlens_q, "SEQLENS_Q"),
         (problem.seqlens_q, "QUERY_LENGTHS"),
@@ -99,6 +117,10 @@ pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(S
         Slot::Lse => problem.lse,
         Slot::SeqlensQ => problem.seqlens_q,
         Slot::SeqlensK => problem.seqlens_k,
+        Slot::Bias => problem.bias.is_some(),
+        Slot::Mask => problem.mask.is_some(),
+        Slot::AlibiSlopes => problem.alibi.is_some(),
+        Slot::Sinks => problem.sinks,
         Slot::GradLse => problem.gradients.is_some_and(|gradients| gradients.lse),
         _ => true,
     };

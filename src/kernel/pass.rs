@@ -30,6 +30,15 @@ pub(crate) enum Slot {
     SeqlensQ = 17,
     /// How large the numbers of each head are, at the workspace's end.
     WorkspaceSizes = 18,
+    Bias = 19,
+    Mask = 20,
+    AlibiSlopes = 21,
+    Sinks = 22,
+    GradBias = 23,
+    GradSinks = 24,
+    GradAlibiSlopes = 25,
+    /// A number of each row for gradients of what a head has, at the workspace's end.
+    WorkspaceRowSums = 26,
 }
 
 impl Slot {
@@ -42,7 +51,11 @@ impl Slot {
             Slot::Lse => "lse",
             Slot::SeqlensK => "seqlens_k",
             Slot::SeqlensQ => "seqlens_q",
-            Slot::Workspace | Slot::WorkspaceStats | Slot::WorkspaceScores | Slot::WorkspaceSizes => "workspace",
+            Slot::Workspace
+            | Slot::WorkspaceStats
+            | Slot::WorkspaceScores
+            | Slot::WorkspaceSizes
+            | Slot::WorkspaceRowSums => "workspace",
             Slot::PartOut => "part_out",
             Slot::PartLse => "part_lse",
             Slot::GradOut => "grad_out",
@@ -50,6 +63,13 @@ impl Slot {
             Slot::GradQuery => "grad_query",
             Slot::GradKey => "grad_key",
             Slot::GradValue => "grad_value",
+            Slot::Bias => "bias",
+            Slot::Mask => "mask",
+            Slot::AlibiSlopes => "alibi_slopes",
+            Slot::Sinks => "sinks",
+            Slot::GradBias => "grad_bias",
+            Slot::GradSinks => "grad_sinks",
+            Slot::GradAlibiSlopes => "grad_alibi_slopes",
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The numbers a launch is told: `struct Problem` of `shaders/attention/problem.wgsl`.
 
-use crate::{Causal, Problem};
+use crate::{Alibi, Causal, Problem};
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
@@ -33,6 +33,8 @@ pub(crate) struct ProblemUniform {
     pub grad_key: TensorUniform,
     pub grad_value: TensorUniform,
     pub rows: TensorUniform,
+    pub bias: TensorUniform,
+    pub mask: TensorUniform,
     pub seqlen_q: u32,
     pub seqlen_k: u32,
     pub row_begin: u32,
@@ -40,6 +42,7 @@ pub(crate) struct ProblemUniform {
     pub batch_begin: u32,
     pub head_begin: u32,
     pub heads: u32,
+    pub batches: u32,
     pub group: u32,
     pub window_left: i32,
     pub window_right: i32,
@@ -54,6 +57,9 @@ pub(crate) struct ProblemUniform {
     pub round: u32,
     pub lengths_at: u32,
     pub ranges_at: u32,
+    pub bias_column: u32,
+    pub mask_column: u32,
+    pub slopes_batch: u32,
 }
 
 /// An open side of a window: past every key, and far enough from the ends of i32 that adding a position cannot wrap.
@@ -74,6 +80,7 @@ impl ProblemUniform {
             scale: problem.effective_scale(),
             softcap: problem.softcap.unwrap_or(0.0),
             heads_first: problem.rows_grow() as u32,
+            slopes_batch: if problem.alibi == Some(Alibi::PerBatchAndHead) { problem.shape.heads_q } else { 0 },
             ..Default::default()
         }
     }

@@ -5,14 +5,14 @@ use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
 use crate::kernel::{
-    Cut, Part, Pass, Slot, backward_coop, backward_delta, backward_fused, backward_naive, backward_tile, check_limits,
-    forward_coop_scaled,
+    Cut, Part, Pass, Slot, backward_coop, backward_delta, backward_fused, backward_naive, backward_scores,
+    backward_tile, check_limits, forward_coop_scaled,
 };
 use crate::loops;
 use crate::names::{ElementType, Kernel};
 use crate::options::PlanOptions;
 use crate::problem::Problem;
-use crate::tune::{self, FusedTile};
+use crate::tune::{self, BackwardTile, FusedTile};
 
 /// In the order in which a plan prefers them, after a forward pass by the kernel `forward`.
 fn candidates(
@@ -81,6 +81,12 @@ pub(super) fn recipe(
             None => after_delta(two_kernels(problem, facts, options)?),
         },
     };
+    let mut passes = passes;
+    if backward_scores::has_tiles(problem) {
+        let needed = loops::of_score_gradients(problem, scores_tile(problem, facts)?);
+        loops::check(facts.loop_iterations, Kernel::Tile, needed)?;
+    }
+    passes.extend(backward_scores::passes(problem, scores_tile(problem, facts)?));
     let problem = problem.clone();
     let workspaces = move |part: &Part| {
         let has_ranges = kernel == Kernel::Coop && problem.element_type != ElementType::F16;
@@ -90,6 +96,9 @@ pub(super) fn recipe(
         }
         if kernel == Kernel::Naive {
             all.push((Slot::WorkspaceScores, backward_naive::workspace_bytes(&problem, part)));
+        }
+        if problem.gradients.is_some_and(|gradients| gradients.alibi_slopes) {
+            all.push((Slot::WorkspaceRowSums, backward_scores::row_sums_bytes(part)));
         }
         all
     };
@@ -104,6 +113,13 @@ pub(super) fn recipe(
         tile: None,
         rows_and_keys: None,
     })
+}
+
+/// The tile of the kernel for gradients of what is added to scores: that of dq, which has the same two products.
+fn scores_tile(problem: &Problem, facts: &Facts) -> Result<BackwardTile, Error> {
+    let [_, tile] = tune::backward_tiles(problem.shape.head_dim, problem.shape.head_dim_v, &facts.limits);
+    tile.validate()?;
+    Ok(tile)
 }
 
 /// The tile kernels, of which each computes the scores.

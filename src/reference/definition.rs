@@ -6,8 +6,8 @@
 use std::iter::Sum;
 use std::ops::{Add, AddAssign, Div, Mul, Sub};
 
-use super::values::{Backward, Forward, Lengths};
-use crate::{Causal, Problem};
+use super::values::{Backward, Extras, Forward, Summed};
+use crate::{Alibi, Causal, Problem};
 
 /// What is computed in: f64 or f32.
 pub(super) trait Real:
@@ -58,6 +58,9 @@ pub(super) struct Pair {
     pub j: u32,
 }
 
+/// A lower bias masks a score; a lower sink is none.
+const MASKS_BELOW: f32 = -1e30;
+
 /// What a score is, and its derivative in `scale · q·k`.
 struct Scored<N> {
     score: N,
@@ -72,6 +75,10 @@ struct PairGradient<N> {
     ddot: N,
     /// How large `ddot` would be if p·dp and p·delta did not cancel.
     size: f64,
+    /// The loss' gradient in the score.
+    dscore: N,
+    /// How large `dscore` would be if p·dp and p·delta did not cancel.
+    score_size: f64,
 }
 
 /// Some elements of a gradient.
@@ -88,7 +95,7 @@ pub(super) type Tensors<'a, T> = [&'a [T]; 4];
 /// A problem, and how to compute it.
 pub(super) struct Attention<'a, N> {
     pub problem: &'a Problem,
-    pub lengths: Lengths<'a>,
+    pub extras: Extras<'a>,
     /// Rounds what attention in the element type holds in that type: a probability, the gradient of a score, an element of o.
     pub round: &'a dyn Fn(N) -> N,
 }
@@ -120,8 +127,9 @@ impl<N: Real> Attention<'_, N> {
             dv.append(of_value);
         }
         let terms = [&dq, &dk, &dv].map(|gradient| gradient.squares.sqrt());
+        let [bias, sinks, alibi_slopes] = self.shared_gradients(tensors, [lse, delta]);
         let [query, key, value] = [dq, dk, dv].map(|gradient| gradient.values.into_iter().map(Into::into).collect());
-        Backward { query, key, value, terms }
+        Backward { query, key, value, terms, bias, sinks, alibi_slopes }
     }
 
     /// `delta` of every row.
@@ -151,21 +159,52 @@ impl<N: Real> Attention<'_, N> {
         (b as usize * s.heads_kv as usize + h as usize) * s.seqlen_k as usize + j as usize
     }
 
-    /// What a score is: `scale · dot`, then `softcap · tanh(s / softcap)`, then what a probe adds.
-    fn scored(&self, dot: N, Pair { b, h, i, j }: Pair) -> Scored<N> {
+    /// What a score is: `scale · dot`, then `softcap · tanh(s / softcap)`, then ALiBi, then the bias.
+    fn scored(&self, dot: N, pair: Pair) -> Scored<N> {
         let mut x = Scored { score: self.scale() * dot, slope: N::of(1.0) };
         if let Some(cap) = self.problem.softcap {
             let cap = N::of(cap.into());
             let tanh = (x.score / cap).tanh();
             x = Scored { score: cap * tanh, slope: N::of(1.0) - tanh * tanh };
         }
-        x.score += N::of(self.problem.probe.map_or(0.0, |probe| probe.slant([b, h, i, j])));
+        if self.problem.alibi.is_some() {
+            x.score += N::of(self.slope(pair.b, pair.h).into()) * N::of(-self.distance(pair));
+        }
+        if let Some(bias) = self.bias(pair) {
+            x.score += N::of(bias.into());
+        }
         x
     }
 
+    /// The slope of ALiBi of a head.
+    fn slope(&self, b: u32, h: u32) -> f32 {
+        self.extras.alibi_slopes.expect("the problem has alibi_slopes")[self.slope_number(b, h)]
+    }
+
+    fn slope_number(&self, b: u32, h: u32) -> usize {
+        let batch = if self.problem.alibi == Some(Alibi::PerBatchAndHead) { b * self.problem.shape.heads_q } else { 0 };
+        (batch + h) as usize
+    }
+
+    /// How far the key is from the query's diagonal.
+    fn distance(&self, Pair { b, i, j, .. }: Pair) -> f64 {
+        let (queries, keys) = self.extras.lengths(self.problem, b);
+        (i as i64 + keys as i64 - queries as i64 - j as i64).unsigned_abs() as f64
+    }
+
+    /// What is added to the score.
+    fn bias(&self, Pair { b, h, i, j }: Pair) -> Option<f32> {
+        let layout = self.problem.bias?.layout;
+        Some(self.extras.bias.expect("the problem has a bias")[layout.place([b, h, i, j]) as usize])
+    }
+
     /// The score of no key that a row of a head has in its denominator.
-    fn sink(&self, b: u32, h: u32) -> Option<N> {
-        Some(N::of(self.problem.probe?.sink([b, h])?))
+    fn sink(&self, h: u32) -> Option<N> {
+        if !self.problem.sinks {
+            return None;
+        }
+        let sink = self.extras.sinks.expect("the problem has sinks")[h as usize];
+        (sink >= MASKS_BELOW).then(|| N::of(sink.into()))
     }
 
     fn scale(&self) -> N {
@@ -173,11 +212,20 @@ impl<N: Real> Attention<'_, N> {
     }
 
     /// Whether the key counts for the query: each mask by its own definition.
-    pub fn keep(&self, Pair { b, h, i, j }: Pair) -> bool {
+    pub fn keep(&self, pair: Pair) -> bool {
+        let Pair { b, h, i, j } = pair;
+        if self.bias(pair).is_some_and(|bias| bias < MASKS_BELOW) {
+            return false;
+        }
+        if let Some(layout) = self.problem.mask
+            && !self.extras.mask.expect("the problem has a mask")[layout.place([b, h, i, j]) as usize]
+        {
+            return false;
+        }
         if self.problem.probe.is_some_and(|probe| !probe.keeps([h, i, j])) {
             return false;
         }
-        let (queries, keys) = self.lengths.of(self.problem, b);
+        let (queries, keys) = self.extras.lengths(self.problem, b);
         let (i, j) = (i as i64, j as i64);
         let diagonal = i + keys as i64 - queries as i64;
         let causal = match self.problem.causal {
@@ -208,7 +256,7 @@ impl<N: Real> Attention<'_, N> {
         }
         let mut out = vec![N::of(0.0); s.head_dim_v as usize];
         let least = N::of(f64::NEG_INFINITY);
-        let sink = self.sink(b, h);
+        let sink = self.sink(h);
         if scores.is_empty() {
             return (out, sink.unwrap_or(least));
         }
@@ -266,6 +314,58 @@ impl<N: Real> Attention<'_, N> {
         [dk, dv]
     }
 
+    /// The gradients of the bias, of the sinks and of ALiBi's slopes, of those that the problem asks for: sums over all scores that share
+    /// an element.
+    ///
+    /// ```text
+    /// dbias = Σ p_ij (dp_ij − delta_i),   dslope = − Σ |i + keys − queries − j| p_ij (dp_ij − delta_i),
+    /// dsink = − Σ exp(sink − lse_i) delta_i
+    /// ```
+    fn shared_gradients<T: Copy + Into<f64>>(
+        &self,
+        tensors: Tensors<'_, T>,
+        [lse, delta]: [&[N]; 2],
+    ) -> [Option<Summed>; 3] {
+        let (problem, s) = (self.problem, &self.problem.shape);
+        let asked = problem.gradients.unwrap_or_default();
+        let sums = |asked: bool, given: Option<&[f32]>| {
+            given.filter(|_| asked).map(|given| GradientRow::<N>::zeros(given.len() as u32))
+        };
+        let mut bias = sums(asked.bias, self.extras.bias);
+        let mut sinks = sums(asked.sinks, self.extras.sinks);
+        let mut slopes = sums(asked.alibi_slopes, self.extras.alibi_slopes);
+        for [b, h, i] in rows(s.batch, s.heads_q, s.seqlen_q) {
+            let n = self.query_number([b, h, i]);
+            if let (Some(sums), Some(sink)) = (&mut sinks, self.sink(h))
+                && i < self.extras.lengths(problem, b).0
+            {
+                sums.add_one(h as usize, (sink - lse[n]).exp() * delta[n] * N::of(-1.0), None);
+            }
+            if bias.is_none() && slopes.is_none() {
+                continue;
+            }
+            for pair in (0..s.seqlen_k).map(|j| Pair { b, h, i, j }).filter(|&pair| self.keep(pair)) {
+                let m = self.key_number([b, h / s.group(), pair.j]);
+                let of_pair = self.pair_gradient(tensors, pair, [n, m], [lse[n], delta[n]]);
+                if let (Some(sums), Some(bias)) = (&mut bias, problem.bias) {
+                    let place = bias.layout.place([b, h, i, pair.j]) as usize;
+                    sums.add_one(place, of_pair.dscore, Some(of_pair.score_size));
+                }
+                if let Some(sums) = &mut slopes {
+                    let place = self.slope_number(b, h);
+                    let distance = self.distance(pair);
+                    sums.add_one(place, of_pair.dscore * N::of(-distance), Some(of_pair.score_size * distance));
+                }
+            }
+        }
+        [bias, sinks, slopes].map(|sums| {
+            sums.map(|GradientRow { values, squares }| Summed {
+                values: values.into_iter().map(Into::into).collect(),
+                terms: squares.sqrt(),
+            })
+        })
+    }
+
     /// With `s = score(q·k)` (FlashAttention, Dao et al. 2022, section B.2):
     ///
     /// ```text
@@ -284,10 +384,13 @@ impl<N: Real> Attention<'_, N> {
         let p = (score - lse).exp();
         let dp: N = dot(row(grad_out, n, s.head_dim_v), row(value, m, s.head_dim_v));
         let factor = p * slope * self.scale();
+        let both = dp.into().abs() + delta.into().abs();
         PairGradient {
             p: (self.round)(p),
             ddot: (self.round)(p * (dp - delta) * slope) * self.scale(),
-            size: factor.into() * (dp.into().abs() + delta.into().abs()),
+            size: factor.into() * both,
+            dscore: (self.round)(p * (dp - delta)),
+            score_size: p.into() * both,
         }
     }
 }
@@ -295,6 +398,12 @@ impl<N: Real> Attention<'_, N> {
 impl<N: Real> GradientRow<N> {
     fn zeros(dim: u32) -> Self {
         GradientRow { values: vec![N::of(0.0); dim as usize], squares: 0.0 }
+    }
+
+    /// Adds x to one of the values; it counts as `size`, or as large as it is.
+    fn add_one(&mut self, place: usize, x: N, size: Option<f64>) {
+        self.values[place] += x;
+        self.squares += size.unwrap_or(x.into()).powi(2);
     }
 
     /// Adds the rows after these.

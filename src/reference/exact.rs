@@ -1,11 +1,11 @@
 //! Attention in f64.
 
 use super::definition::{Attention, row};
-use super::values::{Backward, Forward, Lengths};
+use super::values::{Backward, Extras, Forward};
 use crate::Problem;
 
-fn exact<'a>(problem: &'a Problem, lengths: Lengths<'a>) -> Attention<'a, f64> {
-    Attention { problem, lengths, round: &|x| x }
+fn exact<'a>(problem: &'a Problem, extras: Extras<'a>) -> Attention<'a, f64> {
+    Attention { problem, extras, round: &|x| x }
 }
 
 /// Attention by its definition, for every row.
@@ -17,9 +17,9 @@ pub fn forward<'a, T: Copy + Into<f64>>(
     query: &[T],
     key: &[T],
     value: &[T],
-    lengths: impl Into<Lengths<'a>>,
+    extras: impl Into<Extras<'a>>,
 ) -> Forward {
-    exact(problem, lengths.into()).forward([query, key, value])
+    exact(problem, extras.into()).forward([query, key, value])
 }
 
 /// One row of the forward pass, at batch entry, query head and position `[b, h, i]`: o and lse.
@@ -31,10 +31,10 @@ pub fn forward_row<'a, T: Copy + Into<f64>>(
     query: &[T],
     key: &[T],
     value: &[T],
-    lengths: impl Into<Lengths<'a>>,
+    extras: impl Into<Extras<'a>>,
     at: [u32; 3],
 ) -> (Vec<f64>, f64) {
-    exact(problem, lengths.into()).forward_row([query, key, value], at)
+    exact(problem, extras.into()).forward_row([query, key, value], at)
 }
 
 /// Gradients from that of o and, if the loss uses lse, that of lse. With `s = score(q·k)` and `p = exp(s − lse)`
@@ -54,13 +54,13 @@ pub fn backward<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     tensors: [&[T]; 4],
     grad_lse: Option<&[f32]>,
-    lengths: impl Into<Lengths<'a>>,
+    extras: impl Into<Extras<'a>>,
 ) -> Backward {
-    let lengths = lengths.into();
+    let extras = extras.into();
     let [query, key, value, grad_out] = tensors;
-    let Forward { out, lse } = forward(problem, query, key, value, lengths);
+    let Forward { out, lse } = forward(problem, query, key, value, extras);
     let delta = delta(problem, grad_out, &out, grad_lse);
-    exact(problem, lengths).backward(tensors, [&lse, &delta])
+    exact(problem, extras).backward(tensors, [&lse, &delta])
 }
 
 /// One row of dq, at batch entry, query head and position `[b, h, i]`; otherwise as [`backward`].
@@ -71,10 +71,10 @@ pub fn backward_query_row<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     tensors: [&[T]; 4],
     grad_lse: Option<&[f32]>,
-    lengths: impl Into<Lengths<'a>>,
+    extras: impl Into<Extras<'a>>,
     at: [u32; 3],
 ) -> Vec<f64> {
-    let exact = exact(problem, lengths.into());
+    let exact = exact(problem, extras.into());
     let [query, key, value, grad_out] = tensors;
     let (out, lse) = exact.forward_row([query, key, value], at);
     let n = exact.query_number(at);
@@ -94,10 +94,10 @@ pub fn backward_key_row<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     tensors: [&[T]; 4],
     [lse, delta]: [&[f64]; 2],
-    lengths: impl Into<Lengths<'a>>,
+    extras: impl Into<Extras<'a>>,
     at: [u32; 3],
 ) -> (Vec<f64>, Vec<f64>) {
-    let [dk, dv] = exact(problem, lengths.into()).key_gradients(tensors, [lse, delta], at);
+    let [dk, dv] = exact(problem, extras.into()).key_gradients(tensors, [lse, delta], at);
     (dk.values, dv.values)
 }
 
@@ -111,7 +111,7 @@ pub fn delta<T: Copy + Into<f64>, O: Copy + Into<f64>>(
     out: &[O],
     grad_lse: Option<&[f32]>,
 ) -> Vec<f64> {
-    exact(problem, Lengths::default()).deltas(grad_out, out, grad_lse)
+    exact(problem, Extras::default()).deltas(grad_out, out, grad_lse)
 }
 
 #[cfg(test)]
@@ -127,7 +127,7 @@ mod tests {
     /// Whether key `j` counts for query `i` when so many queries and keys are valid.
     fn keep(problem: &Problem, [queries, keys]: [u32; 2], i: u32, j: u32) -> bool {
         let [queries, keys] = [queries, keys].map(|length| [length as i32]);
-        exact(problem, Lengths { queries: Some(&queries), keys: Some(&keys) }).keep(Pair { b: 0, h: 0, i, j })
+        exact(problem, Extras::default().seqlens_q(&queries[..]).seqlens_k(&keys[..])).keep(Pair { b: 0, h: 0, i, j })
     }
 
     fn problem(seqlen_q: u32, seqlen_k: u32) -> Problem {

@@ -15,4 +15,4 @@ pub mod rounded;
 mod values;
 
 pub use exact::{backward, backward_key_row, backward_query_row, delta, forward, forward_row};
-pub use values::{Backward, Forward, Lengths};
+pub use values::{Backward, Extras, Forward, Summed};

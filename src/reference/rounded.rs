@@ -7,7 +7,7 @@
 use half::{bf16, f16};
 
 use super::definition::Attention;
-use super::values::{Backward, Forward, Lengths};
+use super::values::{Backward, Extras, Forward};
 use crate::{ElementType, Problem};
 
 /// The nearest value of the element type.
@@ -20,8 +20,8 @@ pub fn nearest(element_type: ElementType, x: f32) -> f32 {
 }
 
 /// Calls `compute` with the definition of attention in the problem's type.
-fn rounded<R>(problem: &Problem, lengths: Lengths<'_>, compute: impl FnOnce(Attention<'_, f32>) -> R) -> R {
-    compute(Attention { problem, lengths, round: &|x| nearest(problem.element_type, x) })
+fn rounded<R>(problem: &Problem, extras: Extras<'_>, compute: impl FnOnce(Attention<'_, f32>) -> R) -> R {
+    compute(Attention { problem, extras, round: &|x| nearest(problem.element_type, x) })
 }
 
 /// The forward pass, as [`forward`](super::forward()) of the exact computation. lse is not rounded to the type: kernels give it in f32.
@@ -33,9 +33,9 @@ pub fn forward<'a, T: Copy + Into<f64>>(
     query: &[T],
     key: &[T],
     value: &[T],
-    lengths: impl Into<Lengths<'a>>,
+    extras: impl Into<Extras<'a>>,
 ) -> Forward {
-    rounded(problem, lengths.into(), |attention| attention.forward([query, key, value]))
+    rounded(problem, extras.into(), |attention| attention.forward([query, key, value]))
 }
 
 /// One row of the forward pass, at batch entry, query head and position `[b, h, i]`: o and lse.
@@ -47,10 +47,10 @@ pub fn forward_row<'a, T: Copy + Into<f64>>(
     query: &[T],
     key: &[T],
     value: &[T],
-    lengths: impl Into<Lengths<'a>>,
+    extras: impl Into<Extras<'a>>,
     at: [u32; 3],
 ) -> (Vec<f64>, f64) {
-    let (out, lse) = rounded(problem, lengths.into(), |attention| attention.forward_row([query, key, value], at));
+    let (out, lse) = rounded(problem, extras.into(), |attention| attention.forward_row([query, key, value], at));
     (out.into_iter().map(Into::into).collect(), lse.into())
 }
 
@@ -73,7 +73,7 @@ impl Rows {
         lse: &[f32],
         grad_lse: Option<&[f32]>,
     ) -> Self {
-        let all = Lengths::default();
+        let all = Extras::default();
         let delta = rounded(problem, all, |attention| attention.deltas(grad_out, out, grad_lse));
         Rows { lse: lse.to_vec(), delta }
     }
@@ -87,9 +87,9 @@ pub fn backward<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     tensors: [&[T]; 4],
     rows: &Rows,
-    lengths: impl Into<Lengths<'a>>,
+    extras: impl Into<Extras<'a>>,
 ) -> Backward {
-    rounded(problem, lengths.into(), |attention| attention.backward(tensors, [&rows.lse, &rows.delta]))
+    rounded(problem, extras.into(), |attention| attention.backward(tensors, [&rows.lse, &rows.delta]))
 }
 
 /// Some rows of a gradient.
@@ -117,10 +117,10 @@ pub fn backward_query_rows<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     tensors: [&[T]; 4],
     rows: &Rows,
-    lengths: impl Into<Lengths<'a>>,
+    extras: impl Into<Extras<'a>>,
     at: &[[u32; 3]],
 ) -> Gradient {
-    rounded(problem, lengths.into(), |attention| {
+    rounded(problem, extras.into(), |attention| {
         let mut result = Gradient::default();
         for &at in at {
             let n = attention.query_number(at);
@@ -139,10 +139,10 @@ pub fn backward_key_rows<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     tensors: [&[T]; 4],
     rows: &Rows,
-    lengths: impl Into<Lengths<'a>>,
+    extras: impl Into<Extras<'a>>,
     at: &[[u32; 3]],
 ) -> [Gradient; 2] {
-    rounded(problem, lengths.into(), |attention| {
+    rounded(problem, extras.into(), |attention| {
         let mut result = [Gradient::default(), Gradient::default()];
         for &at in at {
             let gradients = attention.key_gradients(tensors, [&rows.lse, &rows.delta], at);

@@ -25,32 +25,94 @@ pub struct Backward {
     /// The norms of what was summed for dq, dk and dv, with p·dp and p·delta apart. Where terms cancel, an error is relative to
     /// this: a row with one key has a dq of 0, which no computation in f32 finds.
     pub terms: [f64; 3],
+    /// The gradient of the bias, where the bias' layout puts its elements; if the problem asks for it.
+    pub bias: Option<Summed>,
+    /// The gradient of the sinks, `[heads_q]`; if the problem asks for it.
+    pub sinks: Option<Summed>,
+    /// The gradient of ALiBi's slopes, `[heads_q]` or `[batch, heads_q]`; if the problem asks for it.
+    pub alibi_slopes: Option<Summed>,
 }
 
-/// How many queries and keys of each batch entry are valid, of a problem with lengths.
+/// A gradient of what many scores share.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Summed {
+    /// The sums.
+    pub values: Vec<f64>,
+    /// The norm of what was summed, with p·dp and p·delta apart.
+    pub terms: f64,
+}
+
+/// What a problem has besides q, k and v: of each input that it says it has, the contents.
 ///
-/// Where a function here takes it, key lengths alone may be given as `Option<&[i32]>`, and `None` says that all are valid. Lengths count
-/// whether or not the problem has `seqlens_q` and `seqlens_k`; its layouts are not looked at.
+/// Where a function here takes it, key lengths alone may be given as `Option<&[i32]>`, and `None` says that there is nothing. Lengths
+/// count whether or not the problem has `seqlens_q` and `seqlens_k`; its layouts are not looked at.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Lengths<'a> {
+#[non_exhaustive]
+pub struct Extras<'a> {
     /// Valid queries, `[batch]`.
-    pub queries: Option<&'a [i32]>,
+    pub seqlens_q: Option<&'a [i32]>,
     /// Valid keys, `[batch]`.
-    pub keys: Option<&'a [i32]>,
+    pub seqlens_k: Option<&'a [i32]>,
+    /// The bias, where the problem's layout of it says.
+    pub bias: Option<&'a [f32]>,
+    /// The boolean mask, likewise.
+    pub mask: Option<&'a [bool]>,
+    /// ALiBi's slopes, `[heads_q]` or `[batch, heads_q]`.
+    pub alibi_slopes: Option<&'a [f32]>,
+    /// The sinks, `[heads_q]`.
+    pub sinks: Option<&'a [f32]>,
 }
 
-impl<'a> From<Option<&'a [i32]>> for Lengths<'a> {
-    fn from(keys: Option<&'a [i32]>) -> Self {
-        Lengths { queries: None, keys }
+impl<'a> From<Option<&'a [i32]>> for Extras<'a> {
+    fn from(seqlens_k: Option<&'a [i32]>) -> Self {
+        Extras { seqlens_k, ..Default::default() }
     }
 }
 
-impl Lengths<'_> {
+/// Each method sets the field of its name.
+impl<'a> Extras<'a> {
+    /// Valid queries, `[batch]`.
+    pub fn seqlens_q(mut self, seqlens_q: impl Into<Option<&'a [i32]>>) -> Self {
+        self.seqlens_q = seqlens_q.into();
+        self
+    }
+
+    /// Valid keys, `[batch]`.
+    pub fn seqlens_k(mut self, seqlens_k: impl Into<Option<&'a [i32]>>) -> Self {
+        self.seqlens_k = seqlens_k.into();
+        self
+    }
+
+    /// The bias.
+    pub fn bias(mut self, bias: impl Into<Option<&'a [f32]>>) -> Self {
+        self.bias = bias.into();
+        self
+    }
+
+    /// The boolean mask.
+    pub fn mask(mut self, mask: impl Into<Option<&'a [bool]>>) -> Self {
+        self.mask = mask.into();
+        self
+    }
+
+    /// ALiBi's slopes.
+    pub fn alibi_slopes(mut self, alibi_slopes: impl Into<Option<&'a [f32]>>) -> Self {
+        self.alibi_slopes = alibi_slopes.into();
+        self
+    }
+
+    /// The sinks.
+    pub fn sinks(mut self, sinks: impl Into<Option<&'a [f32]>>) -> Self {
+        self.sinks = sinks.into();
+        self
+    }
+
     /// The valid queries and keys of a batch entry; lengths past the ends act as the ends.
-    pub fn of(&self, problem: &Problem, b: u32) -> (u32, u32) {
+    pub fn lengths(&self, problem: &Problem, b: u32) -> (u32, u32) {
         let valid = |lengths: Option<&[i32]>, all: u32| {
             lengths.map_or(all, |lengths| lengths[b as usize].clamp(0, all as i32) as u32)
         };
-        (valid(self.queries, problem.shape.seqlen_q), valid(self.keys, problem.shape.seqlen_k))
+        (valid(self.seqlens_q, problem.shape.seqlen_q), valid(self.seqlens_k, problem.shape.seqlen_k))
     }
 }

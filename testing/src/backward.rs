@@ -13,7 +13,7 @@ use wgpu_flash_attention::{
 use crate::case::tensor_dims;
 use crate::forward::why_broken;
 use crate::memory::{GUARD, end, from_bits, guarded, places, poison, row_places, to_bits, unguard};
-use crate::{Case, Inputs, Lengths, Prepared};
+use crate::{Case, Extras, Inputs, Prepared};
 
 /// The plan's own choice of forward kernel, and this one for the backward pass.
 pub fn backward(kernel: Kernel) -> PlanOptions {
@@ -44,7 +44,7 @@ pub struct PreparedBackward {
     inputs: Vec<Vec<u8>>,
     lse: Vec<f32>,
     grad_lse: Option<Vec<f32>>,
-    lengths: Lengths,
+    extras: Extras,
     /// What dq, dk and dv hold before, contiguous, in the problem's type; where they accumulate.
     before: Option<[Vec<f32>; 3]>,
     pub expected: [Vec<f64>; 3],
@@ -114,11 +114,11 @@ impl PreparedBackward {
         let lse: Vec<f32> = forward.expected.lse.iter().map(|&x| x as f32).collect();
 
         let [q, k, v] = forward.seen();
-        let lengths = forward.lengths.borrow();
+        let extras = forward.extras.borrow();
         let tensors = [&q[..], &k, &v, &grad_out];
-        let exact = reference::backward(problem, tensors, grad_lse.as_deref(), lengths);
+        let exact = reference::backward(problem, tensors, grad_lse.as_deref(), extras);
         let rows = rounded::Rows::new(problem, &grad_out, &out, &lse, grad_lse.as_deref());
-        let plain = rounded::backward(problem, tensors, &rows, lengths);
+        let plain = rounded::backward(problem, tensors, &rows, extras);
         let terms = [exact.terms[0], exact.terms[1], 0.0];
         // With what was there before, where gradients accumulate.
         let sums = |n: usize, sums: Vec<f64>| -> Vec<f64> {
@@ -130,7 +130,7 @@ impl PreparedBackward {
         let plain = [0, 1, 2].map(|n| Errors::of(plain[n].iter().map(|&x| nearest(ty, x as f32)), &expected[n]));
         let untouched = match before {
             Some(_) => [vec![], vec![], vec![]],
-            None => untouched(problem, &lse, lengths),
+            None => untouched(problem, &lse, extras),
         };
 
         let mut inputs = forward.inputs;
@@ -138,14 +138,14 @@ impl PreparedBackward {
             let mut buffer = vec![poison(ty, 0); end(problem, tensor, dims[n])];
             for ((place, b, i), &x) in places(problem, tensor, dims[n]).zip(elements) {
                 // Nothing is read of the gradient of a row that is no query.
-                if tensor == Tensor::Out || i < lengths.of(problem, b).0 {
+                if tensor == Tensor::Out || i < extras.lengths(problem, b).0 {
                     buffer[place] = to_bits(ty, x);
                 }
             }
             inputs.push(guarded(ty, &buffer, poison(ty, 0)));
         }
-        let (problem, lengths) = (problem.clone(), forward.lengths.clone());
-        PreparedBackward { problem, inputs, lse, grad_lse, lengths, before, expected, plain, terms, untouched }
+        let (problem, extras) = (problem.clone(), forward.extras.clone());
+        PreparedBackward { problem, inputs, lse, grad_lse, extras, before, expected, plain, terms, untouched }
     }
 
     /// Computes the case twice and compares with the oracle.
@@ -187,7 +187,7 @@ impl PreparedBackward {
             context.upload(bytemuck::cast_slice(&placed)).unwrap()
         };
         let (lse, grad_lse) = (of_rows(&self.lse), self.grad_lse.as_deref().map(of_rows));
-        let [seqlens_q, seqlens_k] = self.lengths.upload(context);
+        let extras = self.extras.upload(context, problem)?;
         let words = plan.backward_workspace_bytes() as usize / 4;
         let nan32 = poison(ElementType::F32, round);
         let workspace =
@@ -201,7 +201,7 @@ impl PreparedBackward {
         let input = |n: usize| if inputs.len() == 3 { &inputs[0] } else { &inputs[n] };
         let [q, k, v] = [(Tensor::Query, 0), (Tensor::Key, 1), (Tensor::Value, 2)].map(|(t, n)| tensor(input(n), t, n));
         let forward = ForwardBuffers::new(q, k, v, tensor(out, Tensor::Out, 3)).lse(&lse);
-        let forward = forward.seqlens_q(seqlens_q.as_ref()).seqlens_k(seqlens_k.as_ref());
+        let forward = extras.add_to(forward);
         let results = [(Tensor::GradQuery, 0), (Tensor::GradKey, 1), (Tensor::GradValue, 2)]
             .map(|(t, n)| tensor(&outputs[n], t, n));
         let buffers = BackwardBuffers::new(&forward, tensor(grad_out, Tensor::GradOut, 4), results)
@@ -259,11 +259,11 @@ impl PreparedBackward {
 }
 
 /// Rows that see no key, and keys that no row sees (of k, and of v): their gradients are exactly 0.
-fn untouched(problem: &Problem, lse: &[f32], lengths: reference::Lengths) -> [Vec<bool>; 3] {
+fn untouched(problem: &Problem, lse: &[f32], extras: reference::Extras) -> [Vec<bool>; 3] {
     let s = &problem.shape;
     let mut keys = vec![];
     for b in 0..s.batch {
-        let (queries, valid) = lengths.of(problem, b);
+        let (queries, valid) = extras.lengths(problem, b);
         let sees = |i: u32, j: u32| {
             let (first, end) = problem.key_interval_of(i, queries, valid);
             (first..end).contains(&j)

@@ -5,7 +5,7 @@ use wgpu_flash_attention::{
     BackwardBuffers, BoundPass, Context, Element, Error, ForwardBuffers, Layout, Plan, Problem, wgpu,
 };
 
-use crate::Lengths;
+use crate::{DeviceExtras, Extras};
 
 /// The adapter in words.
 pub fn adapter_name(context: &Context) -> String {
@@ -51,12 +51,12 @@ pub fn random<T: Number>(elements: usize, seed: u64) -> Vec<T> {
     all
 }
 
-/// q, k, v and the key lengths on the host: contiguous `[batch, head, position, dim]`.
+/// q, k, v and what a problem has besides, on the host: contiguous `[batch, head, position, dim]`.
 pub struct Tensors<T> {
     pub query: Vec<T>,
     pub key: Vec<T>,
     pub value: Vec<T>,
-    pub lengths: Lengths,
+    pub extras: Extras,
 }
 
 /// What the backward pass is given besides: the gradients of o and, where the loss uses it, of lse; contiguous.
@@ -65,26 +65,21 @@ pub struct Upstream<T> {
     pub lse: Option<Vec<f32>>,
 }
 
-/// q, k, v and the key lengths on the device.
+/// The same on the device.
 pub struct Inputs {
     query: wgpu::Buffer,
     key: wgpu::Buffer,
     value: wgpu::Buffer,
-    seqlens_q: Option<wgpu::Buffer>,
-    seqlens_k: Option<wgpu::Buffer>,
+    extras: DeviceExtras,
 }
 
 impl Inputs {
-    pub fn upload<T: Number>(context: &Context, tensors: &Tensors<T>) -> Result<Self, String> {
-        let lengths = |name: &str, lengths: &Option<Vec<i32>>| {
-            lengths.as_deref().map(|lengths| upload(context, name, lengths)).transpose()
-        };
+    pub fn upload<T: Number>(context: &Context, problem: &Problem, tensors: &Tensors<T>) -> Result<Self, String> {
         Ok(Inputs {
             query: upload(context, "q", &tensors.query)?,
             key: upload(context, "k", &tensors.key)?,
             value: upload(context, "v", &tensors.value)?,
-            seqlens_q: lengths("seqlens_q", &tensors.lengths.queries)?,
-            seqlens_k: lengths("seqlens_k", &tensors.lengths.keys)?,
+            extras: tensors.extras.upload(context, problem)?,
         })
     }
 }
@@ -148,10 +143,8 @@ pub fn bind(plan: &Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundPass
 
 /// The tensors of a plan with lse, without a workspace.
 fn forward_buffers<'a>(inputs: &'a Inputs, outputs: &'a Outputs) -> ForwardBuffers<'a> {
-    ForwardBuffers::new(&inputs.query, &inputs.key, &inputs.value, &outputs.out)
-        .lse(&outputs.lse)
-        .seqlens_q(inputs.seqlens_q.as_ref())
-        .seqlens_k(inputs.seqlens_k.as_ref())
+    let buffers = ForwardBuffers::new(&inputs.query, &inputs.key, &inputs.value, &outputs.out).lse(&outputs.lse);
+    inputs.extras.add_to(buffers)
 }
 
 /// The buffers of a backward pass that its forward pass has no use for; dq, dk and dv are filled with NaN.

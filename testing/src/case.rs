@@ -1,9 +1,9 @@
 //! What a test computes: a problem, how its tensors lie in memory, and what they hold.
 
 use fastrand::Rng;
-use wgpu_flash_attention::{Causal, Context, ElementType, Layout, Probe, Problem, Shape, Tensor, reference, wgpu};
+use wgpu_flash_attention::{Alibi, Bias, Causal, ElementType, Layout, Probe, Problem, ScoreLayout, Shape, Tensor};
 
-use crate::Prepared;
+use crate::{Extras, Prepared};
 
 /// What q and k hold; v is random in either case.
 #[derive(Clone, Copy, Debug)]
@@ -21,36 +21,19 @@ pub enum Inputs {
     Sorted,
 }
 
-/// How many queries and keys of each batch entry are valid, where a case has lengths.
-#[derive(Clone, Debug, Default)]
-pub struct Lengths {
-    pub queries: Option<Vec<i32>>,
-    pub keys: Option<Vec<i32>>,
-}
-
-impl Lengths {
-    pub fn borrow(&self) -> reference::Lengths<'_> {
-        reference::Lengths { queries: self.queries.as_deref(), keys: self.keys.as_deref() }
-    }
-
-    /// Those of queries, and those of keys.
-    pub fn upload(&self, context: &Context) -> [Option<wgpu::Buffer>; 2] {
-        let upload = |lengths: &Vec<i32>| context.upload(bytemuck::cast_slice(lengths)).unwrap();
-        [&self.queries, &self.keys].map(|lengths| lengths.as_ref().map(upload))
-    }
-}
-
 #[derive(Clone, Debug)]
 pub struct Case {
     pub problem: Problem,
-    pub lengths: Lengths,
+    pub extras: Extras,
     pub inputs: Inputs,
     /// q, k and v lie in one buffer.
     pub one_buffer: bool,
+    /// Whether a bias is f32, whatever the type of q, k and v.
+    bias_in_f32: bool,
 }
 
 /// `case(batch, [heads_q, heads_kv], [seqlen_q, seqlen_k], [head_dim, head_dim_v])`: contiguous, unmasked, with lse.
-pub const fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]) -> Case {
+pub fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]) -> Case {
     let shape = Shape {
         batch,
         heads_q: heads[0],
@@ -61,12 +44,79 @@ pub const fn case(batch: u32, heads: [u32; 2], seqlens: [u32; 2], dims: [u32; 2]
         head_dim_v: dims[1],
     };
     let problem = Problem::new(shape, ElementType::F32).with_lse();
-    Case { problem, lengths: Lengths { queries: None, keys: None }, inputs: Inputs::Random, one_buffer: false }
+    Case { problem, extras: Extras::default(), inputs: Inputs::Random, one_buffer: false, bias_in_f32: false }
 }
 
 impl Case {
     pub fn element_type(mut self, element_type: ElementType) -> Self {
         self.problem.element_type = element_type;
+        if let Some(bias) = &mut self.problem.bias
+            && !self.bias_in_f32
+        {
+            bias.element_type = element_type;
+        }
+        self
+    }
+
+    /// A random bias of these sizes, 1 or full, in the type of q, k and v. One element in eight masks.
+    pub fn bias(self, sizes: [u32; 4]) -> Self {
+        self.bias_at(ScoreLayout::contiguous(sizes))
+    }
+
+    /// A bias in f32.
+    pub fn bias_f32(mut self, sizes: [u32; 4]) -> Self {
+        self.bias_in_f32 = true;
+        self.bias(sizes)
+    }
+
+    /// A bias that lies so.
+    pub fn bias_at(mut self, layout: ScoreLayout) -> Self {
+        let numbers = |rng: &mut Rng| match rng.u32(0..16) {
+            0 => f32::NEG_INFINITY,
+            1 => f32::MIN,
+            // Exact in every type.
+            _ => rng.i32(-32..32) as f32 / 8.0,
+        };
+        let mut rng = Rng::with_seed(0xb1a5);
+        self.extras.bias = Some((0..self.elements(&layout)).map(|_| numbers(&mut rng)).collect());
+        self.problem.bias = Some(Bias::new(ElementType::F32, layout));
+        self
+    }
+
+    /// A random mask of these sizes, 1 or full, that leaves three scores in four.
+    pub fn mask(self, sizes: [u32; 4]) -> Self {
+        self.mask_at(ScoreLayout::contiguous(sizes))
+    }
+
+    /// A mask that lies so.
+    pub fn mask_at(mut self, layout: ScoreLayout) -> Self {
+        let mut rng = Rng::with_seed(0x3a5c);
+        self.extras.mask = Some((0..self.elements(&layout)).map(|_| rng.u32(0..4) > 0).collect());
+        self.problem.mask = Some(layout);
+        self
+    }
+
+    /// One more than the place of the last element of what lies so.
+    fn elements(&self, layout: &ScoreLayout) -> u64 {
+        let s = &self.problem.shape;
+        let last = |n: u32| n.saturating_sub(1);
+        layout.place([last(s.batch), last(s.heads_q), last(s.seqlen_q), last(s.seqlen_k)]) + 1
+    }
+
+    /// ALiBi with slopes of both signs.
+    pub fn alibi(mut self, alibi: Alibi) -> Self {
+        let s = &self.problem.shape;
+        let slopes = if alibi == Alibi::PerHead { s.heads_q } else { s.batch * s.heads_q };
+        self.extras.alibi_slopes = Some((0..slopes).map(|n| [0.5, -0.03125, 0.125, 0.0625][n as usize % 4]).collect());
+        self.problem.alibi = Some(alibi);
+        self
+    }
+
+    /// A sink a head; the third head has none.
+    pub fn sinks(mut self) -> Self {
+        let of_head = |n: u32| if n == 2 { f32::NEG_INFINITY } else { 1.5 * n as f32 - 0.75 };
+        self.extras.sinks = Some((0..self.problem.shape.heads_q).map(of_head).collect());
+        self.problem.sinks = true;
         self
     }
 
@@ -94,7 +144,7 @@ impl Case {
     pub fn seqlens(mut self, lengths: &[i32]) -> Self {
         assert_eq!(lengths.len(), self.problem.shape.batch as usize);
         self.problem.seqlens_k = true;
-        self.lengths.keys = Some(lengths.to_vec());
+        self.extras.seqlens_k = Some(lengths.to_vec());
         self
     }
 
@@ -102,7 +152,7 @@ impl Case {
     pub fn seqlens_q(mut self, lengths: &[i32]) -> Self {
         assert_eq!(lengths.len(), self.problem.shape.batch as usize);
         self.problem.seqlens_q = true;
-        self.lengths.queries = Some(lengths.to_vec());
+        self.extras.seqlens_q = Some(lengths.to_vec());
         self
     }
 
@@ -259,7 +309,7 @@ impl Case {
                 }
             }
         }
-        Prepared::new(&self.problem, inputs, self.lengths.clone(), self.one_buffer)
+        Prepared::new(&self.problem, inputs, self.extras.clone(), self.one_buffer)
     }
 }
 

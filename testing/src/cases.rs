@@ -2,7 +2,7 @@
 
 use crate::{Case, Prepared, case};
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
-use wgpu_flash_attention::ElementType;
+use wgpu_flash_attention::{Alibi, ElementType, ScoreLayout};
 
 /// Head dims: of queries and keys, and of values.
 const DIMS: &[[u32; 2]] = &[
@@ -133,6 +133,39 @@ pub fn cases() -> Vec<(String, Case)> {
         ("huge scores, scale below 0", wide().scale(-1.0).integers(40)),
         ("huge scores, masked", tall().scale(1.0).integers(40).causal(BottomRight)),
         ("huge scores, softcap", wide().scale(1.0).integers(40).softcap(30.0)),
+        // Biases and masks, by what they broadcast to
+        ("bias", wide().bias([2, 2, 37, 70])),
+        ("bias in f32, causal", square().bias_f32([1, 2, 67, 67]).causal(BottomRight)),
+        ("bias of all heads", tall().bias([2, 1, 70, 37])),
+        ("bias of all batch entries, softcap", wide().bias([1, 2, 37, 70]).softcap(1.5)),
+        ("bias of all rows", wide().bias([2, 2, 1, 70])),
+        ("bias of all keys", tall().bias_f32([1, 2, 70, 1])),
+        ("bias of a head", wide().bias([1, 2, 1, 1]).scale(-0.3)),
+        ("bias of everything", wide().bias([1, 1, 1, 1])),
+        ("bias with gaps", wide().bias_at(ScoreLayout { offset: 5, batch: 5507, head: 2741, row: 73, column: 1 })),
+        ("bias, transposed", wide().bias_at(ScoreLayout { offset: 0, batch: 5180, head: 2590, row: 1, column: 37 })),
+        ("bias, padded", three().bias([3, 1, 19, 40]).seqlens_q(&[5, 19, 12]).seqlens(&[5, 0, 33])),
+        ("bias, grouped heads, window", case(2, [6, 2], [45, 51], [16, 12]).bias([1, 6, 45, 51]).window(20, 3)),
+        ("bias, one query", case(2, [4, 2], [1, 140], [16, 12]).bias([2, 4, 1, 140])),
+        ("bias, no keys", case(2, [2, 1], [5, 0], [16, 12]).bias([2, 2, 5, 0])),
+        ("mask", wide().mask([2, 2, 37, 70])),
+        ("mask of all heads, causal", square().mask([1, 1, 67, 67]).causal(TopLeft)),
+        ("mask of keys", three().mask([3, 1, 1, 40])),
+        ("mask of rows", tall().mask([2, 1, 70, 1])),
+        ("mask with gaps", wide().mask_at(ScoreLayout { offset: 5, batch: 5507, head: 2741, row: 73, column: 1 })),
+        ("mask, one query", case(2, [4, 2], [1, 140], [16, 12]).mask([2, 1, 1, 140])),
+        ("mask and bias", wide().mask([2, 1, 1, 70]).bias([1, 2, 37, 70]).seqlens(&[70, 31])),
+        // ALiBi and sinks
+        ("ALiBi", wide().alibi(Alibi::PerHead)),
+        ("ALiBi by batch entry, causal", tall().alibi(Alibi::PerBatchAndHead).causal(BottomRight)),
+        ("ALiBi, padded", three().alibi(Alibi::PerHead).seqlens_q(&[5, 19, 12]).seqlens(&[5, 19, 33])),
+        ("ALiBi, bias, softcap", wide().alibi(Alibi::PerHead).bias([1, 1, 37, 70]).softcap(2.0)),
+        ("ALiBi, one query", case(2, [4, 2], [1, 140], [16, 12]).alibi(Alibi::PerBatchAndHead)),
+        ("sinks", case(2, [4, 2], [37, 70], [16, 12]).sinks()),
+        ("sinks, rows without keys", case(2, [4, 2], [70, 37], [16, 12]).sinks().causal(BottomRight)),
+        ("sinks, padded, no lse", three().sinks().no_lse().seqlens_q(&[5, 19, 12]).seqlens(&[5, 0, 33])),
+        ("sinks, one query", case(3, [4, 2], [1, 140], [16, 12]).sinks().seqlens(&[140, 0, 33])),
+        ("sinks, no keys", case(2, [2, 1], [5, 0], [16, 12]).sinks()),
         // Several at once
         ("all options", three().odd().seqlens(&[7, 40, 23]).causal(BottomRight).window(11, -1).softcap(3.0).scale(0.4)),
         (

@@ -7,7 +7,7 @@ use wgpu_flash_attention::{
     Context, ElementType, ForwardBuffers, Kernel, Plan, PlanOptions, Problem, Tensor, reference,
 };
 
-use crate::Lengths;
+use crate::Extras;
 use crate::case::tensor_dims;
 use crate::memory::{GUARD, end, from_bits, guarded, places, poison, row_places, to_bits, unguard};
 
@@ -35,7 +35,7 @@ pub struct Prepared {
     pub problem: Problem,
     /// Guarded: q, k and v, or one buffer for all of them.
     pub(crate) inputs: Vec<Vec<u8>>,
-    pub(crate) lengths: Lengths,
+    pub(crate) extras: Extras,
     pub expected: reference::Forward,
     /// q, k and v as the kernels see them, contiguous.
     seen: [Vec<f32>; 3],
@@ -48,7 +48,7 @@ pub type Bits = (Vec<u32>, Vec<u32>);
 
 impl Prepared {
     /// `inputs` are contiguous; they are rounded to the problem's type.
-    pub fn new(problem: &Problem, inputs: [Vec<f32>; 3], lengths: Lengths, one_buffer: bool) -> Self {
+    pub fn new(problem: &Problem, inputs: [Vec<f32>; 3], extras: Extras, one_buffer: bool) -> Self {
         let (shape, ty) = (&problem.shape, problem.element_type);
         let dims = tensor_dims(shape);
         let tensors = [Tensor::Query, Tensor::Key, Tensor::Value];
@@ -61,7 +61,7 @@ impl Prepared {
         };
         for n in 0..3 {
             for ((place, b, i), &x) in places(problem, tensors[n], dims[n]).zip(&inputs[n]) {
-                let of_tensor = if n == 0 { &lengths.queries } else { &lengths.keys };
+                let of_tensor = if n == 0 { &extras.seqlens_q } else { &extras.seqlens_k };
                 let exists = of_tensor.as_ref().is_none_or(|lengths| (i as i32) < lengths[b as usize]);
                 if exists {
                     buffers[buffer_of(n)][place] = to_bits(ty, x);
@@ -74,11 +74,11 @@ impl Prepared {
                 .map(|(place, ..)| from_bits(ty, buffers[buffer_of(n)][place]))
                 .collect()
         });
-        let expected = reference::forward(problem, &q, &k, &v, lengths.borrow());
-        let rounded = reference::rounded::forward(problem, &q, &k, &v, lengths.borrow());
+        let expected = reference::forward(problem, &q, &k, &v, extras.borrow());
+        let rounded = reference::rounded::forward(problem, &q, &k, &v, extras.borrow());
         let plain = Errors::of(rounded.out, &expected.out);
         let inputs = buffers.iter().map(|elements| guarded(ty, elements, nan)).collect();
-        Prepared { problem: problem.clone(), inputs, lengths, expected, seen: [q, k, v], plain }
+        Prepared { problem: problem.clone(), inputs, extras, expected, seen: [q, k, v], plain }
     }
 
     /// q, k and v as the kernels see them, contiguous.
@@ -120,7 +120,7 @@ impl Prepared {
         let inputs: Vec<_> = self.inputs.iter().map(|bytes| context.upload(bytes).unwrap()).collect();
         let out = context.upload(&guarded(ty, &vec![nan; out_end], nan)).unwrap();
         let lse = problem.lse.then(|| context.upload(&words(rows)).unwrap());
-        let [seqlens_q, seqlens_k] = self.lengths.upload(context);
+        let extras = self.extras.upload(context, problem)?;
         let workspace_words = plan.workspace_bytes() as usize / 4;
         let workspace = (workspace_words > 0).then(|| context.upload(&words(workspace_words)).unwrap());
         // As few bytes as the layouts say.
@@ -134,9 +134,8 @@ impl Prepared {
         let [q, k, v] = [input(0, Tensor::Query), input(1, Tensor::Key), input(2, Tensor::Value)];
         let buffers = ForwardBuffers::new(q, k, v, bind(&out, out_end as u64 * ty.bytes()))
             .lse(lse.as_ref().map(|lse| bind(lse, rows as u64 * 4)))
-            .seqlens_q(seqlens_q.as_ref())
-            .seqlens_k(seqlens_k.as_ref())
             .workspace(workspace.as_ref().map(|workspace| bind(workspace, plan.workspace_bytes())));
+        let buffers = extras.add_to(buffers);
         let mut encoder = context.device().create_command_encoder(&Default::default());
         plan.forward(&mut encoder, &buffers).map_err(|error| error.to_string())?;
         context.queue().submit([encoder.finish()]);

@@ -21,6 +21,7 @@ pub mod cases;
 pub mod coop;
 #[cfg(not(target_arch = "wasm32"))]
 mod devices;
+mod extras;
 mod forward;
 pub mod loops;
 mod memory;
@@ -40,9 +41,10 @@ pub mod timing;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod transformer;
 
-pub use case::{Case, Inputs, Lengths, case};
+pub use case::{Case, Inputs, case};
 #[cfg(not(target_arch = "wasm32"))]
 pub use devices::{every_kernel, full, webgpu, with_features, with_limits};
+pub use extras::{DeviceExtras, Extras};
 #[cfg(not(target_arch = "wasm32"))]
 pub use forward::check_all;
 pub use forward::{Bits, Prepared, TYPES, naive, tile, tiled};

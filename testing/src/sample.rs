@@ -2,7 +2,7 @@
 
 use wgpu_flash_attention::reference::accept::{self, Bound, Errors, Verdict};
 use wgpu_flash_attention::reference::rounded::{self, Gradient};
-use wgpu_flash_attention::{Context, ElementType, Error, Kernel, PlanOptions, Problem, Tensor, reference};
+use wgpu_flash_attention::{Bias, Context, ElementType, Error, Kernel, PlanOptions, Problem, Tensor, reference};
 
 use crate::buffers::{Inputs, Number, Outputs, Tensors, Upstream, bind, place};
 use crate::timing::pass_times;
@@ -18,13 +18,13 @@ pub struct Sample {
 
 impl Sample {
     pub fn of<T: Number>(problem: &Problem, tensors: &Tensors<T>, rows: Vec<[u32; 3]>) -> Self {
-        let Tensors { query, key, value, lengths } = tensors;
+        let Tensors { query, key, value, extras } = tensors;
         let (mut out, mut lse, mut plain) = (vec![], vec![], vec![]);
         for &row in &rows {
-            let (o, l) = reference::forward_row(problem, query, key, value, lengths.borrow(), row);
+            let (o, l) = reference::forward_row(problem, query, key, value, extras.borrow(), row);
             out.extend(o);
             lse.push(l);
-            plain.extend(rounded::forward_row(problem, query, key, value, lengths.borrow(), row).0);
+            plain.extend(rounded::forward_row(problem, query, key, value, extras.borrow(), row).0);
         }
         Sample { rows, plain: Errors::of(plain, &out), out, lse }
     }
@@ -82,13 +82,13 @@ impl GradientSample {
         keys: Vec<[u32; 3]>,
     ) -> Result<Self, String> {
         let s = &problem.shape;
-        let lengths = tensors.lengths.borrow();
+        let extras = tensors.extras.borrow();
         let (out, lse) = forward_f32(context, problem, tensors)?;
         let Tensors { query: q, key: k, value: v, .. } = tensors;
         let (mut exact_out, mut exact_lse, mut found_out, mut found_lse) = (vec![], vec![], vec![], vec![]);
         let mut dq = vec![];
         for &at in &queries {
-            let (o, l) = reference::forward_row(problem, q, k, v, lengths, at);
+            let (o, l) = reference::forward_row(problem, q, k, v, extras, at);
             exact_out.extend(o);
             exact_lse.push(l);
             let [b, h, i] = at.map(|n| n as usize);
@@ -97,7 +97,7 @@ impl GradientSample {
             found_out.extend_from_slice(&out[n * dim..][..dim]);
             found_lse.push(lse[n]);
             let all = [&q[..], k, v, &upstream.out];
-            dq.extend(reference::backward_query_row(problem, all, upstream.lse.as_deref(), lengths, at));
+            dq.extend(reference::backward_query_row(problem, all, upstream.lse.as_deref(), extras, at));
         }
         let of_out = Errors::of(found_out, &exact_out);
         let verdicts = [Bound::out(ElementType::F32, of_out).judge(of_out), accept::lse(found_lse, &exact_lse)];
@@ -110,15 +110,15 @@ impl GradientSample {
         let (mut dk, mut dv) = (vec![], vec![]);
         let all = [&q[..], k, v, &upstream.out];
         for &at in &keys {
-            let (of_key, of_value) = reference::backward_key_row(problem, all, [&lse_f64, &delta], lengths, at);
+            let (of_key, of_value) = reference::backward_key_row(problem, all, [&lse_f64, &delta], extras, at);
             dk.extend(of_key);
             dv.extend(of_value);
         }
 
         let out: Vec<T> = out.into_iter().map(T::nearest).collect();
         let rows = rounded::Rows::new(problem, &upstream.out, &out, &lse, upstream.lse.as_deref());
-        let plain_dq = rounded::backward_query_rows(problem, all, &rows, lengths, &queries);
-        let [plain_dk, plain_dv] = rounded::backward_key_rows(problem, all, &rows, lengths, &keys);
+        let plain_dq = rounded::backward_query_rows(problem, all, &rows, extras, &queries);
+        let [plain_dk, plain_dv] = rounded::backward_key_rows(problem, all, &rows, extras, &keys);
         let expected = |exact: Vec<f64>, plain| Expected::new(exact.clone(), &exact, plain);
         let expected = [expected(dq, plain_dq), expected(dk, plain_dk), expected(dv, plain_dv)];
         Ok(GradientSample { queries, keys, expected })
@@ -167,18 +167,20 @@ fn forward_f32<T: Number>(
     let mut of_f32 = Problem::new(problem.shape, ElementType::F32).window(problem.window_left, problem.window_right);
     (of_f32.scale, of_f32.softcap, of_f32.causal) = (problem.scale, problem.softcap, problem.causal);
     (of_f32.seqlens_q, of_f32.seqlens_k, of_f32.lse) = (problem.seqlens_q, problem.seqlens_k, problem.lse);
+    of_f32.bias = problem.bias.map(|bias| Bias::new(ElementType::F32, bias.layout));
+    (of_f32.mask, of_f32.alibi, of_f32.sinks) = (problem.mask, problem.alibi, problem.sinks);
     let problem = of_f32;
     let f32s = |values: &[T]| -> Vec<f32> { values.iter().map(|&x| x.into() as f32).collect() };
     let tensors = Tensors {
         query: f32s(&tensors.query),
         key: f32s(&tensors.key),
         value: f32s(&tensors.value),
-        lengths: tensors.lengths.clone(),
+        extras: tensors.extras.clone(),
     };
     let words = |error: Error| error.to_string();
     let options = PlanOptions::default().kernel(Kernel::Tile);
     let plan = context.plan_with(&problem, &options).map_err(words)?;
-    let inputs = Inputs::upload(context, &tensors)?;
+    let inputs = Inputs::upload(context, &problem, &tensors)?;
     let outputs = Outputs::poisoned(context, &plan)?;
     let bound = bind(&plan, &inputs, &outputs).map_err(words)?;
     pass_times(context, &[bound], 1, 1).map_err(words)?;
