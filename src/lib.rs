@@ -131,6 +131,10 @@ mod loops;
 #[doc(hidden)]
 pub mod matrices;
 mod merge;
+#[cfg(feature = "mods")]
+mod mods;
+#[cfg(not(feature = "mods"))]
+#[path = "mods_off.rs"]
 mod mods;
 mod names;
 mod options;
@@ -151,13 +155,14 @@ pub mod tune;
 pub use backward::BackwardBuffers;
 pub use bind::{BoundPass, ToBinding, ToOptionalBinding};
 pub use context::Context;
-pub use error::{Error, NoMatrices};
+pub use error::{Error, ModBufferFault, NoMatrices};
 pub use forward::ForwardBuffers;
 pub use host::{Element, HeadlessOptions, HostTensor, SdpaOptions};
 pub use matrices::MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES;
 #[doc(hidden)]
 pub use merge::merge_module;
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};
+#[cfg(feature = "mods")]
 pub use mods::{ModError, Mods};
 pub use names::{CoopForm, ElementType, Kernel, MAX_HEAD_DIM, MAX_SEQLEN};
 pub use options::PlanOptions;

@@ -16,6 +16,7 @@ const FILES: &[(&str, &str)] = files![
     "attention/attention.wgsl",
     "attention/finish.wgsl",
     "attention/keep.wgsl",
+    "attention/mods.wgsl",
     "attention/given.wgsl",
     "attention/probe.wgsl",
     "attention/problem.wgsl",

@@ -60,7 +60,7 @@ fn key_tiles(at: Sequence, i0: i32, i1: i32, size: u32) -> Tiles {
     // None count for a row that is no query.
     all.y = select(all.y, all.x, i1 > at.queries);
 #endif
-#if MASK
+#if ANY_MASK
     all.y = all.x;
 #endif
 #if PROBE_TILES
@@ -80,7 +80,7 @@ fn row_tiles(at: Sequence, j0: i32, j1: i32, size: u32) -> Tiles {
         min(at.queries, zero + j0 + problem.window_left + 1),
     );
     all.y = select(all.y, all.x, j1 > at.keys);
-#if MASK
+#if ANY_MASK
     all.y = all.x;
 #endif
 #if PROBE_TILES

@@ -82,18 +82,17 @@ pub(crate) const FIRST_BINDING: u32 = 40;
 /// # What it gives
 ///
 /// The score after `scale` and `softcap` goes through `score_mod`; then masks follow, `mask_mod` among them. `score_mod` must give finite
-/// numbers from −1e13 to 1e13 at every position, masked or not. To mask, use `mask_mod`: a mask may leave a query no key.
+/// numbers at every position, masked or not, and none larger than the kernel takes ([`Kernel`](crate::Kernel)). To mask, use `mask_mod`: a mask may
+/// leave a query no key.
 ///
-/// The backward pass needs the derivative of `score_mod` in `score`. The library derives it ([docs/mods.md] has the rules, and what they
-/// do where there is none); `fn score_mod_slope(score: f32, at: Position) -> f32` in the text takes its place. No gradient of buffers
+/// The backward pass needs the derivative of `score_mod` in `score`. The library derives it (the repository's docs/mods.md has the rules,
+/// and what they do where there is none); `fn score_mod_slope(score: f32, at: Position) -> f32` in the text takes its place. No gradient of buffers
 /// is computed.
 ///
 /// # What it may not do
 ///
 /// Write memory, wait for other invocations or know of them, use textures, atomics, f16, f64. An index past the end
 /// reads the last element. All loops of one call together make 65,536 iterations at most; then they end.
-///
-/// [docs/mods.md]: https://example.org/wgpu-flash-attention/docs/mods.md
 #[derive(Clone)]
 pub struct Mods(Arc<Inner>);
 
@@ -138,7 +137,7 @@ impl Mods {
     }
 
     /// On the host: the score that one becomes, and its slope.
-    pub(crate) fn score(&self, score: f64, at: [u32; 6], buffers: &[(&str, &[u8])]) -> [f64; 2] {
+    pub(crate) fn score(&self, score: f64, at: [u32; 6], buffers: &[(String, Vec<u8>)]) -> [f64; 2] {
         let Parsed { module, score: score_mod, slope, .. } = &self.0.parsed;
         let contents = self.contents(buffers);
         let call = |function, score| {
@@ -157,7 +156,7 @@ impl Mods {
     }
 
     /// On the host: whether a score counts.
-    pub(crate) fn keep(&self, at: [u32; 6], buffers: &[(&str, &[u8])]) -> bool {
+    pub(crate) fn keep(&self, at: [u32; 6], buffers: &[(String, Vec<u8>)]) -> bool {
         let Some(function) = self.0.parsed.mask else {
             return true;
         };
@@ -167,10 +166,10 @@ impl Mods {
     }
 
     /// What buffers hold, by the numbers of the module's variables.
-    fn contents<'b>(&self, buffers: &[(&str, &'b [u8])]) -> Vec<&'b [u8]> {
+    fn contents<'b>(&self, buffers: &'b [(String, Vec<u8>)]) -> Vec<&'b [u8]> {
         let of = |name: &str| {
             let found = buffers.iter().find(|(given, _)| *given == name);
-            found.unwrap_or_else(|| panic!("the contents of the mods' buffer {name} are missing")).1
+            &found.unwrap_or_else(|| panic!("the contents of the mods' buffer {name} are missing")).1[..]
         };
         self.buffers().map(of).collect()
     }

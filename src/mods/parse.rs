@@ -152,7 +152,7 @@ fn check_globals(module: &Module) -> Result<(), Refusal> {
         let abstracts = [ScalarKind::AbstractInt, ScalarKind::AbstractFloat];
         if scalar.kind != ScalarKind::Bool && scalar.width != 4 && !abstracts.contains(&scalar.kind) {
             let what = "numbers of mods are f32, i32 and u32; f16, f64 and 64-bit integers need features of devices";
-            return Err(Refusal::new(module.types.get_span(handle), what));
+            return Err(Refusal::new(first_use(module, handle), what));
         }
     }
     for (n, (handle, variable)) in module.global_variables.iter().enumerate() {
@@ -183,6 +183,21 @@ fn check_globals(module: &Module) -> Result<(), Refusal> {
         }
     }
     Ok(())
+}
+
+/// Where something has a type. Types that WGSL declares have no place of their own.
+fn first_use(module: &Module, ty: Handle<Type>) -> Span {
+    let constants = module.constants.iter().filter(|(_, constant)| constant.ty == ty);
+    let constants = constants.map(|(handle, _)| module.constants.get_span(handle));
+    let of_function = |(handle, function): (Handle<Function>, &Function)| {
+        let in_its_head = function.arguments.iter().any(|argument| argument.ty == ty)
+            || function.result.as_ref().is_some_and(|result| result.ty == ty);
+        let local = function.local_variables.iter().find(|(_, local)| local.ty == ty);
+        let local = local.map(|(handle, _)| function.local_variables.get_span(handle));
+        local.or_else(|| in_its_head.then(|| module.functions.get_span(handle)))
+    };
+    let functions = module.functions.iter().filter_map(of_function);
+    constants.chain(functions).next().unwrap_or(module.types.get_span(ty))
 }
 
 /// Refuses what reaches beyond an invocation or writes memory.

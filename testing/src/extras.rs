@@ -19,6 +19,8 @@ pub struct Extras {
     pub alibi_slopes: Option<Vec<f32>>,
     /// The sinks of the heads.
     pub sinks: Option<Vec<f32>>,
+    /// What the buffers of the problem's mods hold, by name.
+    pub mod_buffers: Vec<(String, Vec<u8>)>,
 }
 
 impl Extras {
@@ -30,13 +32,19 @@ impl Extras {
             .mask(self.mask.as_deref())
             .alibi_slopes(self.alibi_slopes.as_deref())
             .sinks(self.sinks.as_deref())
+            .mod_buffers(&self.mod_buffers)
     }
 
     /// On the device, for a problem with them.
     pub fn upload(&self, context: &Context, problem: &Problem) -> Result<DeviceExtras, String> {
         let bias = self.bias.as_ref().zip(problem.bias).map(|(bias, of)| bytes_of(of.element_type, bias));
         let mask = self.mask.as_ref().map(|mask| in_words(mask.iter().map(|&x| u8::from(x)).collect()));
+        let mod_buffers = self.mod_buffers.iter().map(|(name, contents)| {
+            let buffer = context.upload(contents).map_err(|error| format!("{name}: {error}"))?;
+            Ok((name.clone(), buffer))
+        });
         Ok(DeviceExtras {
+            mod_buffers: mod_buffers.collect::<Result<_, String>>()?,
             seqlens_q: upload(context, "seqlens_q", &self.seqlens_q)?,
             seqlens_k: upload(context, "seqlens_k", &self.seqlens_k)?,
             bias: upload(context, "bias", &bias)?,
@@ -75,12 +83,16 @@ pub struct DeviceExtras {
     mask: Option<wgpu::Buffer>,
     alibi_slopes: Option<wgpu::Buffer>,
     sinks: Option<wgpu::Buffer>,
+    mod_buffers: Vec<(String, wgpu::Buffer)>,
 }
 
 impl DeviceExtras {
     /// The buffers of a forward pass, with these.
     pub fn add_to<'a>(&'a self, buffers: ForwardBuffers<'a>) -> ForwardBuffers<'a> {
-        buffers
+        let with_mods = |buffers: ForwardBuffers<'a>, (name, buffer): &'a (String, _)| buffers.mod_buffer(name, buffer);
+        self.mod_buffers
+            .iter()
+            .fold(buffers, with_mods)
             .seqlens_q(self.seqlens_q.as_ref())
             .seqlens_k(self.seqlens_k.as_ref())
             .bias(self.bias.as_ref())

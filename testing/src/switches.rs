@@ -4,7 +4,7 @@
 //! that it is enough when each pair of switches is off and off, off and on, on and off, on and on somewhere: eight problems
 //! for five switches, some dozen for twenty.
 
-use wgpu_flash_attention::{ElementType, Problem, Shape, Tensor};
+use wgpu_flash_attention::{ElementType, Mods, Problem, Shape, Tensor};
 
 /// Rows of switches, in which each pair of switches has each of its four values in some row.
 ///
@@ -70,7 +70,7 @@ fn pairs(switches: usize) -> impl Iterator<Item = Pair> {
 type Switch = fn(Problem) -> Problem;
 
 /// The switches of both passes. A new one is a line here.
-const BOTH: [Switch; 4] = [
+const BOTH: [Switch; 6] = [
     // Rows that do not lie in whole vectors.
     |problem| {
         let layout = problem.layout(Tensor::Query).at(1);
@@ -79,7 +79,16 @@ const BOTH: [Switch; 4] = [
     |problem| problem.softcap(2.0),
     Problem::with_seqlens_k,
     Problem::with_seqlens_q,
+    |problem| mods(problem, "fn score_mod(score: f32, at: Position) -> f32 { return score * tanh(f32(at.i)); }"),
+    |problem| mods(problem, "fn mask_mod(at: Position) -> bool { return at.j % 3u != 1u; }"),
 ];
+
+/// Adds functions of a user's to those that the problem has.
+fn mods(problem: Problem, text: &str) -> Problem {
+    let before = problem.mods.as_ref().map_or("", Mods::text);
+    let all = Mods::parse(&(before.to_string() + text)).unwrap();
+    problem.with_mods(all)
+}
 
 /// Those of a forward pass besides.
 const FORWARD: [Switch; 1] = [Problem::with_lse];
