@@ -162,7 +162,7 @@ fn backward_pass() {
 /// Parts begin at batch entries, heads and rows that are not 0: the user is told the numbers of the problem.
 #[test]
 fn split_launches() {
-    let (narrow, less_narrow, wide) = (narrow(20), narrow(70), narrow(280));
+    let (narrow, less_narrow, wide) = (narrow(20), narrow(100), narrow(400));
     let (small, at_once) = (tiled(8, 16, (2, 4), 4, 8), fused([32, 64], 8, 8, 16, [32, 64]));
     let all: Vec<_> = of_webgpu(cases()).into_iter().filter(|(name, _)| !name.contains("odd")).collect();
     let ways = [("tile", &narrow, small), ("decode", &narrow, decode(2)), ("naive", &less_narrow, naive())];
@@ -302,7 +302,7 @@ fn loops_without_an_end() {
             var n = 0u;
             loop {
                 n++;
-                if n == 0u { break; }
+                if at.i > 1000u { break; }
             }
             return score + select(0.0, f32(at.j), n > 60000u);
         }

@@ -130,7 +130,10 @@ impl<'a> Activities<'a> {
         let module = &self.parsed.module;
         let (function, info) = (&module.functions[handle], &self.parsed.info[handle]);
         for (expression, kind) in function.expressions.iter() {
-            let span = function.expressions.get_span(expression);
+            let span = match kind {
+                Expression::LocalVariable(local) => function.local_variables.get_span(*local),
+                _ => function.expressions.get_span(expression),
+            };
             let bits = match kind {
                 Expression::As { expr, convert: None, kind } => {
                     *kind != ScalarKind::Float && activity.expressions.contains(expr)
