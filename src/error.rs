@@ -92,6 +92,18 @@ pub enum Error {
         /// What the device allows.
         limit: u64,
     },
+    /// A merge with sinks whose rows are not those of whole heads.
+    #[error(
+        "rows is {rows}; with sinks it must be a multiple of the {heads} heads times {queries} queries, both at least 1"
+    )]
+    MergeRows {
+        /// Rows given.
+        rows: u32,
+        /// Heads given.
+        heads: u32,
+        /// Queries given.
+        queries: u32,
+    },
     /// The device's limits would cut the problem into too many parts.
     #[error(
         "the device's limits (max_compute_workgroups_per_dimension, max_storage_buffer_binding_size) would split the problem \
@@ -112,6 +124,21 @@ pub enum Error {
         needed: u64,
         /// What the device has.
         found: u64,
+    },
+    /// The problem has more inputs than a kernel can bind on the device.
+    #[error(
+        "with {} the {kernel} kernel binds {needed} storage buffers, and the device allows {found} \
+         (max_storage_buffers_per_shader_stage); request a larger limit, or leave out one of these inputs", list(.inputs)
+    )]
+    StorageBuffers {
+        /// The kernel.
+        kernel: Kernel,
+        /// Its storage buffers.
+        needed: u32,
+        /// What the device allows.
+        found: u32,
+        /// The inputs besides q, k, v and their gradients that it binds.
+        inputs: Vec<&'static str>,
     },
     /// The driver ends a shader's loops before the kernel is done, as Mesa's software driver did for many years.
     #[error(
@@ -214,6 +241,9 @@ pub enum Error {
         /// The lengths.
         argument: &'static str,
     },
+    /// `attn_mask` and `is_causal` together, which PyTorch refuses too.
+    #[error("attn_mask and is_causal are both set; make the causal mask a part of attn_mask, or leave one of them out")]
+    CausalWithMask,
     /// A host slice whose length is not the product of its shape.
     #[error("{argument} has {found} elements; its shape {shape:?} needs {needed}")]
     SliceLength {
@@ -385,6 +415,15 @@ pub(crate) fn features(features: wgpu::Features) -> String {
     };
     let names = features.iter_names().map(|(name, _)| format!("{} (Features::{name})", words(name)));
     names.collect::<Vec<_>>().join(", ")
+}
+
+/// Names in a row, as one says them.
+fn list(names: &[&str]) -> String {
+    match names {
+        [] => "these inputs".into(),
+        [one] => one.to_string(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+    }
 }
 
 /// What a plan takes in the place of a kernel that an option is for.

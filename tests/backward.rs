@@ -154,3 +154,14 @@ fn within_bounds() {
         check_all(&prepare(few(), element_type, Ask { grad_lse: true, accumulate: true }), &ways);
     }
 }
+
+/// More inputs than fit WebGPU's limits.
+#[test]
+fn many_inputs() {
+    let ways = [backward(Kernel::Naive), backward(Kernel::Tile), small_tile()]
+        .map(|options| ("on all limits", full(), options));
+    for element_type in TYPES {
+        let ask = Ask { grad_lse: true, accumulate: true };
+        check_all(&prepare(flash_attention_testing::cases::many_inputs(), element_type, ask), &ways);
+    }
+}

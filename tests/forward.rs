@@ -1,9 +1,9 @@
 //! The forward pass by cases: each line is computed by every kernel, in every element type, and compared with the oracle.
 
-use flash_attention_testing::cases::{cases, dims_of, prepare};
+use flash_attention_testing::cases::{self, cases, dims_of, prepare};
 use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::BottomRight;
-use wgpu_flash_attention::{Context, ElementType, Layout, PlanOptions, Problem, Shape, Tensor};
+use wgpu_flash_attention::{Context, ElementType, Error, Layout, PlanOptions, Problem, Shape, Tensor};
 
 fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanOptions)> {
     every_kernel(element_type, naive(), tile())
@@ -114,4 +114,20 @@ fn bytes_past_2_to_the_64() {
     let sizes = text.lines().find(|line| line.starts_with("tensors: ")).unwrap();
     assert!(sizes.ends_with("GiB; scores: 4294967296.00 GiB, kept in no buffer"), "{sizes}");
     assert!(!text.contains("would be"), "{text}");
+}
+
+/// More inputs than fit WebGPU's limits: there they are refused by name.
+#[test]
+fn many_inputs() {
+    for element_type in TYPES {
+        let cases = cases::many_inputs();
+        for (name, case) in &cases {
+            let problem = case.clone().element_type(element_type).problem;
+            let error = webgpu().plan_with(&problem, &tile()).unwrap_err();
+            assert!(matches!(error, Error::StorageBuffers { .. }), "{name}: {error}");
+            assert!(error.to_string().contains("bias"), "{error}");
+        }
+        let ways = [("naive", full(), naive()), ("tile", full(), tile()), ("small tile", full(), small_tile())];
+        check_all(&prepare(cases, element_type), &ways);
+    }
 }

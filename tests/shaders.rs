@@ -16,8 +16,8 @@ use wgpu_flash_attention::matrices::{MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::{Source, Specialization};
 use wgpu_flash_attention::tune::{backward_tiles, decode_tile, fused_tile};
 use wgpu_flash_attention::{
-    ElementType, Error, Kernel, MergeProblem, PlanOptions, PlannedModule, Probe, Problem, Shape, Tensor, merge_module,
-    modules, wgpu,
+    Alibi, Bias, ElementType, Error, Kernel, MergeProblem, PlanOptions, PlannedModule, Probe, Problem, ScoreLayout,
+    Shape, Tensor, merge_module, modules, wgpu,
 };
 
 const DIMS: &[[u32; 2]] = &[
@@ -64,6 +64,20 @@ fn problems() -> Vec<Problem> {
     shapes().flat_map(of_shape).chain(of_probes(Problem::with_lse)).collect()
 }
 
+/// Biases in each type, and all gradients besides dq, dk and dv, of one element for each score and of one for many.
+fn of_biases() -> impl Iterator<Item = Problem> {
+    let sizes = [[2, 2, 8, 8], [1, 2, 1, 8], [2, 1, 8, 1], [1, 1, 1, 1]];
+    let all = TYPES.into_iter().flat_map(move |ty| sizes.map(|sizes| (ty, sizes)));
+    all.flat_map(|(ty, sizes)| {
+        [ElementType::F32, ty].map(|bias| {
+            let problem =
+                Problem::new(Shape::square(2, 2, 8, 64), ty).with_bias(Bias::new(bias, ScoreLayout::contiguous(sizes)));
+            let problem = problem.with_alibi(Alibi::PerBatchAndHead).with_sinks().with_grad_bias();
+            problem.with_grad_sinks().with_grad_alibi_slopes()
+        })
+    })
+}
+
 /// The variants that only tests plan, in each type.
 fn of_probes(and: fn(Problem) -> Problem) -> impl Iterator<Item = Problem> {
     let of_type = move |ty| Probe::ALL.map(|probe| and(Problem::new(Shape::square(2, 2, 8, 64), ty).with_probe(probe)));
@@ -77,7 +91,7 @@ fn problems_with_gradients() -> Vec<Problem> {
         all.extend(of_scale_0(Problem::new(shape, element_type).with_gradients()));
         all
     };
-    shapes().flat_map(of_shape).chain(of_probes(Problem::with_gradients)).collect()
+    shapes().flat_map(of_shape).chain(of_probes(Problem::with_gradients)).chain(of_biases()).collect()
 }
 
 /// Line `line` of a module, for a message.
@@ -170,17 +184,21 @@ impl Seen {
         options: &PlanOptions,
         which: impl Fn(&PlannedModule) -> bool,
     ) {
-        let modules = match modules(problem, facts, options) {
+        // A problem may have more inputs than WebGPU's eight storage buffers.
+        let mut facts = facts.clone();
+        facts.limits.max_storage_buffers_per_shader_stage = 16;
+        let modules = match modules(problem, &facts, options) {
             Ok(modules) => modules,
             // Of bf16 the coop kernel's backward pass takes whole vectors only.
             Err(Error::Unsupported { kernel: Kernel::Coop, element_type: ElementType::BF16, .. }) => return,
             Err(error) => panic!("{error}: {problem:?}"),
         };
         for planned in &modules {
-            // WebGPU has eight storage buffers. One is left for another tensor, a bias, say, where scores are computed from q (1) and k (2).
-            // The kernel that computes all gradients at once has none left; plans take two kernels instead.
+            // WebGPU has eight storage buffers. One is left for a bias, say, where scores are computed from q (1) and k (2). The kernel that
+            // computes all gradients at once has none left; plans take two kernels instead.
             let PlannedModule { specialization, bindings, .. } = planned;
-            let storage = bindings.iter().filter(|&&number| number > 0).count();
+            let given = bindings.iter().filter(|number| (19..=22).contains(*number)).count();
+            let storage = bindings.iter().filter(|&&number| number > 0).count() - given;
             let has_scores = bindings.contains(&1) && bindings.contains(&2);
             let most = if has_scores && specialization.entry != "fused" { 7 } else { 8 };
             assert!(storage <= most, "{storage} storage buffers: {specialization:?}");
@@ -314,8 +332,10 @@ fn merge() {
     for element_type in [ElementType::F32, ElementType::F16, ElementType::BF16] {
         for head_dim_v in [1, 7, 12, 64, 128, 255, 256] {
             for parts in [1, 2, 5, 100] {
-                let planned = merge_module(&MergeProblem::new(parts, 10, head_dim_v, element_type));
-                check(&planned, &wgpu::Limits::default());
+                let problem = MergeProblem::new(parts, 10, head_dim_v, element_type);
+                for problem in [problem, problem.with_sinks(2, 5)] {
+                    check(&merge_module(&problem), &wgpu::Limits::default());
+                }
             }
         }
     }

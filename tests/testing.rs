@@ -31,21 +31,20 @@ fn rows_of_switches_are_few() {
 #[test]
 fn switches_are_those_of_problems() {
     let shape = Shape::square(2, 2, 8, 16);
-    let forward =
-        |p: &Problem| vec![p.layout(Tensor::Query).offset == 1, p.softcap.is_some(), p.seqlens_k, p.seqlens_q, p.lse];
+    let both = |p: &Problem| {
+        let given = [p.bias.is_some(), p.mask.is_some(), p.alibi.is_some(), p.sinks];
+        [vec![p.layout(Tensor::Query).offset == 1, p.softcap.is_some(), p.seqlens_k, p.seqlens_q], given.into()]
+            .concat()
+    };
+    let forward = |p: &Problem| [both(p), vec![p.lse]].concat();
     let backward = |p: &Problem| {
         let gradients = p.gradients.unwrap();
-        [forward(p), vec![gradients.lse, gradients.accumulate]].concat()
+        [both(p), vec![gradients.lse, gradients.accumulate]].concat()
     };
     for element_type in [ElementType::F32, ElementType::F16] {
         let found: Vec<_> = switched(shape, element_type).iter().map(forward).collect();
-        assert_eq!(found, pairwise(5));
+        assert_eq!(found, pairwise(9));
         let found: Vec<_> = switched_with_gradients(shape, element_type).iter().map(backward).collect();
-        let rows = pairwise(6).into_iter().map(|mut row| {
-            // lse is on where gradients are.
-            row.insert(4, true);
-            row
-        });
-        assert!(found.into_iter().eq(rows));
+        assert_eq!(found, pairwise(10));
     }
 }

@@ -108,6 +108,16 @@ impl Slot {
     }
 }
 
+impl Slot {
+    /// Whether it is an input that a problem may do without.
+    fn is_extra(self) -> bool {
+        matches!(
+            self,
+            Slot::SeqlensQ | Slot::SeqlensK | Slot::Bias | Slot::Mask | Slot::AlibiSlopes | Slot::Sinks | Slot::GradLse
+        ) || self.is_whole()
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Access {
     Read,
@@ -242,6 +252,13 @@ pub(crate) type Workgroups = Box<dyn Fn(&Part) -> [u64; 3]>;
 pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limits) -> Result<(), Error> {
     for pass in passes {
         let storage_buffers = pass.bindings.len() as u32;
+        let inputs: Vec<_> = pass.bindings.iter().map(|&(slot, _)| slot).filter(|slot| slot.is_extra()).collect();
+        let found = limits.max_storage_buffers_per_shader_stage;
+        // It is these inputs that are too many, if it would do without them.
+        if (found + 1..=found + inputs.len() as u32).contains(&storage_buffers) {
+            let inputs = inputs.into_iter().map(Slot::name).collect();
+            return Err(Error::StorageBuffers { kernel, needed: storage_buffers, found, inputs });
+        }
         let bindings = pass.binding_numbers().into_iter().max().unwrap_or(0) + 1;
         let uniform_bytes = size_of::<ProblemUniform>() as u64;
         let needs = [

@@ -77,6 +77,17 @@ impl Bound {
         Self::of_type(element_type, 5e-6, plain)
     }
 
+    /// For gradients that are sums over scores which share an element: of a bias, of sinks, of slopes. Errors are relative to the norm of
+    /// what is summed ([`Errors::of_sums`]). In 16-bit types that is what it costs to round each term once: o is rounded, from which
+    /// every term has its delta.
+    pub fn shared(element_type: ElementType) -> Self {
+        Bound::Relative(match element_type {
+            ElementType::F32 => 5e-6,
+            ElementType::F16 => 1.0 / 2048.0,
+            ElementType::BF16 => 1.0 / 256.0,
+        })
+    }
+
     /// Flash-attention's rule for 16-bit types, of what is not o or a gradient too.
     pub fn by_plain(plain: Errors) -> Self {
         Bound::Largest(2.0 * plain.largest + 1e-5)

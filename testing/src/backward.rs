@@ -3,6 +3,7 @@
 use fastrand::Rng;
 use wgpu_flash_attention::reference::accept::{Bound, Errors, Verdict};
 use wgpu_flash_attention::reference::rounded::{self, nearest};
+use wgpu_flash_attention::reference::{Backward, Summed};
 use wgpu_flash_attention::tune::FusedTile;
 use wgpu_flash_attention::wgpu::{self, BufferBinding};
 use wgpu_flash_attention::{
@@ -52,8 +53,74 @@ pub struct PreparedBackward {
     plain: [Errors; 3],
     /// The norms of the terms of dq and dk. That of dv is 0: its terms do not cancel here, and without it the bound is tighter.
     terms: [f64; 3],
+    /// The gradients of the bias, the sinks and ALiBi's slopes, of those that the problem asks for.
+    shared: Vec<SharedGradient>,
     /// Whether a row of dq, or of dk and dv, has nothing to do with any key, or row.
     untouched: [Vec<bool>; 3],
+}
+
+/// A gradient that is a sum over scores which share an element.
+struct SharedGradient {
+    name: &'static str,
+    /// In memory.
+    element_type: ElementType,
+    /// What the buffer holds before, in gaps too; where gradients accumulate, and otherwise nothing.
+    before: Option<Vec<f32>>,
+    /// By place in the buffer; what lies between the elements has none.
+    expected: Vec<Option<f64>>,
+    terms: f64,
+}
+
+impl SharedGradient {
+    /// Those that the problem asks for, from what is computed exactly.
+    fn all(problem: &Problem, exact: &Backward, accumulate: bool) -> Vec<SharedGradient> {
+        let bias_type = problem.bias.map_or(ElementType::F32, |bias| bias.element_type);
+        let all = [
+            ("dbias", bias_type, &exact.bias),
+            ("dsinks", ElementType::F32, &exact.sinks),
+            ("dalibi_slopes", ElementType::F32, &exact.alibi_slopes),
+        ];
+        let mut rng = Rng::with_seed(0xbef0);
+        let one = |(name, element_type, exact): (_, _, &Option<Summed>)| {
+            let exact = exact.as_ref()?;
+            // Exact in every type.
+            let number = |_| rng.i32(-8..8) as f32 / 4.0;
+            let before: Option<Vec<f32>> = accumulate.then(|| exact.values.iter().map(number).collect());
+            let sum = |n: usize, x: f64| x + before.as_ref().map_or(0.0, |before| before[n].into());
+            let sums: Vec<f64> = exact.values.iter().enumerate().map(|(n, &x)| sum(n, x)).collect();
+            let used: Vec<bool> = match name {
+                "dbias" => {
+                    let mut used = vec![false; sums.len()];
+                    places_of_bias(problem).into_iter().for_each(|place| used[place] = true);
+                    used
+                }
+                _ => vec![true; sums.len()],
+            };
+            let expected = sums.into_iter().zip(used).map(|(x, used)| used.then_some(x)).collect();
+            Some(SharedGradient { name, element_type, before, expected, terms: exact.terms })
+        };
+        all.into_iter().filter_map(one).collect()
+    }
+
+    /// The bits in its buffer before the pass: poison in gaps, and where nothing accumulates.
+    fn before(&self, round: u32) -> Vec<u32> {
+        let nan = poison(self.element_type, round);
+        let bits = |n: usize| match (&self.before, self.expected[n]) {
+            (Some(before), Some(_)) => to_bits(self.element_type, before[n]),
+            _ => nan,
+        };
+        (0..self.expected.len()).map(bits).collect()
+    }
+}
+
+/// Where the bias' layout puts its elements.
+fn places_of_bias(problem: &Problem) -> Vec<usize> {
+    let s = &problem.shape;
+    let Some(bias) = problem.bias else { return vec![] };
+    let pairs = (0..s.seqlen_q).flat_map(|i| (0..s.seqlen_k).map(move |j| [i, j]));
+    let heads = (0..s.batch).flat_map(|b| (0..s.heads_q).map(move |h| [b, h]));
+    let place = |[b, h]: [u32; 2], [i, j]: [u32; 2]| bias.layout.place([b, h, i, j]) as usize;
+    heads.flat_map(|head| pairs.clone().map(move |pair| place(head, pair))).collect()
 }
 
 /// `[batch, heads, rows, dim]` of q, k, v, o and do, in the order of the bindings.
@@ -69,6 +136,9 @@ impl Case {
         if let Some(gradients) = &mut problem.gradients {
             gradients.lse = ask.grad_lse;
             gradients.accumulate = ask.accumulate;
+            gradients.bias = self.problem.bias.is_some();
+            gradients.sinks = self.problem.sinks;
+            gradients.alibi_slopes = self.problem.alibi.is_some();
         }
         // Keys that share a place have gradients of their own.
         if problem.layout(Tensor::Key).batch == 0 {
@@ -119,6 +189,7 @@ impl PreparedBackward {
         let exact = reference::backward(problem, tensors, grad_lse.as_deref(), extras);
         let rows = rounded::Rows::new(problem, &grad_out, &out, &lse, grad_lse.as_deref());
         let plain = rounded::backward(problem, tensors, &rows, extras);
+        let shared = SharedGradient::all(problem, &exact, before.is_some());
         let terms = [exact.terms[0], exact.terms[1], 0.0];
         // With what was there before, where gradients accumulate.
         let sums = |n: usize, sums: Vec<f64>| -> Vec<f64> {
@@ -145,7 +216,7 @@ impl PreparedBackward {
             inputs.push(guarded(ty, &buffer, poison(ty, 0)));
         }
         let (problem, extras) = (problem.clone(), forward.extras.clone());
-        PreparedBackward { problem, inputs, lse, grad_lse, extras, before, expected, plain, terms, untouched }
+        PreparedBackward { problem, inputs, lse, grad_lse, extras, before, expected, plain, terms, shared, untouched }
     }
 
     /// Computes the case twice and compares with the oracle.
@@ -159,13 +230,13 @@ impl PreparedBackward {
         self.compare(&bits).map(drop)
     }
 
-    /// The bits of dq, dk and dv, contiguous, of one run on freshly poisoned outputs.
+    /// The bits of dq, dk and dv, contiguous, and of the gradients that scores share, of one run on freshly poisoned outputs.
     #[cfg(not(target_arch = "wasm32"))]
-    pub fn run(&self, context: &Context, plan: &Plan, round: u32) -> Result<[Vec<u32>; 3], String> {
+    pub fn run(&self, context: &Context, plan: &Plan, round: u32) -> Result<Vec<Vec<u32>>, String> {
         self.take(&crate::forward::download(context, &self.submit(context, plan, round)?)?, round)
     }
 
-    /// Submits one run on freshly poisoned outputs; the buffers of dq, dk and dv.
+    /// Submits one run on freshly poisoned outputs; the buffers of dq, dk and dv, then of the gradients that scores share.
     pub fn submit(&self, context: &Context, plan: &Plan, round: u32) -> Result<Vec<wgpu::Buffer>, String> {
         let (problem, ty) = (&self.problem, self.problem.element_type);
         let dims = input_dims(problem);
@@ -202,19 +273,35 @@ impl PreparedBackward {
         let [q, k, v] = [(Tensor::Query, 0), (Tensor::Key, 1), (Tensor::Value, 2)].map(|(t, n)| tensor(input(n), t, n));
         let forward = ForwardBuffers::new(q, k, v, tensor(out, Tensor::Out, 3)).lse(&lse);
         let forward = extras.add_to(forward);
+        let shared: Vec<_> = self
+            .shared
+            .iter()
+            .map(|gradient| {
+                let nan = poison(gradient.element_type, round);
+                context.upload(&guarded(gradient.element_type, &gradient.before(round), nan)).unwrap()
+            })
+            .collect();
+        let shared_at = |name: &str| {
+            let n = self.shared.iter().position(|gradient| gradient.name == name)?;
+            let gradient = &self.shared[n];
+            Some(bind(&shared[n], gradient.expected.len() as u64 * gradient.element_type.bytes()))
+        };
         let results = [(Tensor::GradQuery, 0), (Tensor::GradKey, 1), (Tensor::GradValue, 2)]
             .map(|(t, n)| tensor(&outputs[n], t, n));
         let buffers = BackwardBuffers::new(&forward, tensor(grad_out, Tensor::GradOut, 4), results)
             .grad_lse(grad_lse.as_ref())
+            .grad_bias(shared_at("dbias"))
+            .grad_sinks(shared_at("dsinks"))
+            .grad_alibi_slopes(shared_at("dalibi_slopes"))
             .workspace(workspace.as_ref().map(|workspace| bind(workspace, plan.backward_workspace_bytes())));
         let mut encoder = context.device().create_command_encoder(&Default::default());
         plan.backward(&mut encoder, &buffers).map_err(|error| error.to_string())?;
         context.queue().submit([encoder.finish()]);
-        Ok(outputs.into())
+        Ok(outputs.into_iter().chain(shared).collect())
     }
 
     /// What the buffers of [`PreparedBackward::submit`] hold, if nothing else in them was written.
-    pub fn take(&self, outputs: &[Vec<u8>], round: u32) -> Result<[Vec<u32>; 3], String> {
+    pub fn take(&self, outputs: &[Vec<u8>], round: u32) -> Result<Vec<Vec<u32>>, String> {
         let (problem, ty) = (&self.problem, self.problem.element_type);
         let dims = input_dims(problem);
         let gradients = [Tensor::GradQuery, Tensor::GradKey, Tensor::GradValue];
@@ -227,11 +314,19 @@ impl PreparedBackward {
             })
             .map_err(|error| format!("{}: {error}", NAMES[n]))
         };
-        Ok([read(0)?, read(1)?, read(2)?])
+        let read_shared = |n: usize| {
+            let SharedGradient { name, element_type, expected, .. } = &self.shared[n];
+            unguard(&outputs[3 + n], *element_type, poison(*element_type, round), |end| {
+                let there = |place: &usize| expected.get(*place).is_some_and(|x| x.is_some());
+                ((0..end).filter(there).collect(), (0..end).map(|place| there(&place)).collect())
+            })
+            .map_err(|error| format!("{name}: {error}"))
+        };
+        (0..3).map(read).chain((0..self.shared.len()).map(read_shared)).collect()
     }
 
     /// Compares with the oracle: what was found of dq, dk and dv.
-    pub fn compare(&self, found: &[Vec<u32>; 3]) -> Result<Vec<(&'static str, Verdict)>, String> {
+    pub fn compare(&self, found: &[Vec<u32>]) -> Result<Vec<(&'static str, Verdict)>, String> {
         let ty = self.problem.element_type;
         let largest = |x: &mut dyn Iterator<Item = f64>| x.map(f64::abs).fold(0.0, f64::max);
         let largest_lse = largest(&mut self.lse.iter().filter(|x| x.is_finite()).map(|&x| x.into()));
@@ -253,6 +348,19 @@ impl PreparedBackward {
                     broken.push(format!("row {row} of {name} is not 0, though nothing is seen"));
                 }
             }
+        }
+        for (gradient, found) in self.shared.iter().zip(&found[3..]) {
+            let SharedGradient { name, element_type, expected, terms, .. } = gradient;
+            let expected: Vec<f64> = expected.iter().copied().flatten().collect();
+            let values: Vec<f64> = found.iter().map(|&bits| from_bits(*element_type, bits).into()).collect();
+            if values.len() != expected.len() {
+                return Err(format!("{} elements of {name}, {} expected", values.len(), expected.len()));
+            }
+            let bound = Bound::shared(ty);
+            let bound = bound.with_huge_scores(largest_lse, largest(&mut expected.iter().copied()));
+            let verdict = bound.judge(Errors::of_sums(values.iter().copied(), &expected, *terms));
+            verdicts.push((name, verdict));
+            broken.extend(why_broken(name, &verdict, &values, &expected, |place| format!("[{place}]")));
         }
         if broken.is_empty() { Ok(verdicts) } else { Err(broken.join("; ")) }
     }

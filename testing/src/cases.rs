@@ -154,12 +154,10 @@ pub fn cases() -> Vec<(String, Case)> {
         ("mask of rows", tall().mask([2, 1, 70, 1])),
         ("mask with gaps", wide().mask_at(ScoreLayout { offset: 5, batch: 5507, head: 2741, row: 73, column: 1 })),
         ("mask, one query", case(2, [4, 2], [1, 140], [16, 12]).mask([2, 1, 1, 140])),
-        ("mask and bias", wide().mask([2, 1, 1, 70]).bias([1, 2, 37, 70]).seqlens(&[70, 31])),
         // ALiBi and sinks
         ("ALiBi", wide().alibi(Alibi::PerHead)),
         ("ALiBi by batch entry, causal", tall().alibi(Alibi::PerBatchAndHead).causal(BottomRight)),
         ("ALiBi, padded", three().alibi(Alibi::PerHead).seqlens_q(&[5, 19, 12]).seqlens(&[5, 19, 33])),
-        ("ALiBi, bias, softcap", wide().alibi(Alibi::PerHead).bias([1, 1, 37, 70]).softcap(2.0)),
         ("ALiBi, one query", case(2, [4, 2], [1, 140], [16, 12]).alibi(Alibi::PerBatchAndHead)),
         ("sinks", case(2, [4, 2], [37, 70], [16, 12]).sinks()),
         ("sinks, rows without keys", case(2, [4, 2], [70, 37], [16, 12]).sinks().causal(BottomRight)),
@@ -173,6 +171,20 @@ pub fn cases() -> Vec<(String, Case)> {
             case(2, [4, 2], [35, 35], [16, 12]).packed().seqlens(&[35, 20]).window(9, 4).softcap(2.0),
         ),
         ("all options, no lse", three().bnhd().no_lse().seqlens(&[40, 11, 0]).causal(TopLeft).softcap(5.0).scale(-0.2)),
+    ];
+    all.into_iter().map(|(name, case)| (name.to_string(), case)).collect()
+}
+
+/// Cases with more inputs than kernels can bind within WebGPU's limits.
+pub fn many_inputs() -> Vec<(String, Case)> {
+    let wide = || case(2, [4, 2], [37, 70], [16, 12]).sinks().seqlens(&[70, 31]);
+    let all = [
+        ("mask and bias", wide().mask([2, 1, 1, 70]).bias([1, 4, 37, 70])),
+        ("ALiBi, bias, softcap", wide().alibi(Alibi::PerHead).bias([1, 1, 37, 70]).softcap(2.0)),
+        (
+            "all inputs",
+            wide().alibi(Alibi::PerBatchAndHead).bias([2, 1, 37, 70]).mask([1, 4, 37, 1]).seqlens_q(&[20, 37]),
+        ),
     ];
     all.into_iter().map(|(name, case)| (name.to_string(), case)).collect()
 }

@@ -4,7 +4,7 @@
 //! that it is enough when each pair of switches is off and off, off and on, on and off, on and on somewhere: eight problems
 //! for five switches, some dozen for twenty.
 
-use wgpu_flash_attention::{ElementType, Mods, Problem, Shape, Tensor};
+use wgpu_flash_attention::{Alibi, Bias, ElementType, Mods, Problem, ScoreLayout, Shape, Tensor};
 
 /// Rows of switches, in which each pair of switches has each of its four values in some row.
 ///
@@ -70,7 +70,7 @@ fn pairs(switches: usize) -> impl Iterator<Item = Pair> {
 type Switch = fn(Problem) -> Problem;
 
 /// The switches of both passes. A new one is a line here.
-const BOTH: [Switch; 6] = [
+const BOTH: [Switch; 10] = [
     // Rows that do not lie in whole vectors.
     |problem| {
         let layout = problem.layout(Tensor::Query).at(1);
@@ -81,6 +81,17 @@ const BOTH: [Switch; 6] = [
     Problem::with_seqlens_q,
     |problem| mods(problem, "fn score_mod(score: f32, at: Position) -> f32 { return score * tanh(f32(at.i)); }"),
     |problem| mods(problem, "fn mask_mod(at: Position) -> bool { return at.j % 3u != 1u; }"),
+    |problem| {
+        let s = problem.shape;
+        let layout = ScoreLayout::contiguous([s.batch, s.heads_q, s.seqlen_q, s.seqlen_k]);
+        problem.with_bias(Bias::new(ElementType::F32, layout))
+    },
+    |problem| {
+        let s = problem.shape;
+        problem.with_mask(ScoreLayout::contiguous([1, 1, s.seqlen_q, s.seqlen_k]))
+    },
+    |problem| problem.with_alibi(Alibi::PerHead),
+    Problem::with_sinks,
 ];
 
 /// Adds functions of a user's to those that the problem has.
