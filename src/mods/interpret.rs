@@ -1,7 +1,5 @@
 //! Runs the functions of a text on the host, in f64, with slopes: what the reference computes scores with.
 
-use std::rc::Rc;
-
 use naga::{
     Block, Expression, Function, Handle, Literal, Module, Scalar, ScalarKind, Statement, SwitchValue, Type, TypeInner,
 };
@@ -9,81 +7,7 @@ use naga::{
 use super::dual::MOST_ITERATIONS;
 use super::number::Number;
 use super::operate;
-
-/// What an expression is.
-#[derive(Clone, Debug)]
-pub(super) enum Value {
-    Float(Number),
-    Int(i32),
-    Uint(u32),
-    Bool(bool),
-    /// The components of a vector, a matrix, an array or a struct.
-    Many(Rc<Vec<Value>>),
-    Pointer(Place),
-}
-
-/// What a pointer points to: a variable, and which part of it.
-#[derive(Clone, Debug)]
-pub(super) struct Place {
-    root: Root,
-    path: Vec<usize>,
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Root {
-    /// A variable of a call: which call, and which variable.
-    Local(usize, usize),
-    Global(usize),
-}
-
-impl Value {
-    pub fn many(values: Vec<Value>) -> Self {
-        Value::Many(Rc::new(values))
-    }
-
-    pub fn components(&self) -> &[Value] {
-        match self {
-            Value::Many(values) => values,
-            _ => std::slice::from_ref(self),
-        }
-    }
-
-    pub fn float(&self) -> Number {
-        match *self {
-            Value::Float(x) => x,
-            _ => Number::new(0.0),
-        }
-    }
-
-    fn truth(&self) -> bool {
-        matches!(self, Value::Bool(true))
-    }
-
-    /// As an index: numbers below 0 are large, as in the text for kernels.
-    fn index(&self) -> usize {
-        match *self {
-            Value::Int(n) => n as u32 as usize,
-            Value::Uint(n) => n as usize,
-            _ => 0,
-        }
-    }
-
-    fn part(&self, index: usize) -> Value {
-        let all = self.components();
-        all[index.min(all.len() - 1)].clone()
-    }
-
-    fn part_mut(&mut self, path: &[usize]) -> &mut Value {
-        match (path, self) {
-            ([first, rest @ ..], Value::Many(values)) => {
-                let values = Rc::make_mut(values);
-                let last = values.len() - 1;
-                values[(*first).min(last)].part_mut(rest)
-            }
-            (_, value) => value,
-        }
-    }
-}
+use super::value::{Place, Root, Value};
 
 /// What a buffer holds, four bytes a number.
 pub(super) type Contents<'b> = &'b [u8];

@@ -4,6 +4,7 @@ mod active;
 mod build;
 mod dual;
 mod error;
+mod expressions;
 mod interpret;
 mod number;
 mod operate;
@@ -11,6 +12,8 @@ mod parse;
 mod rules;
 #[cfg(test)]
 mod tests;
+mod value;
+mod whole;
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -23,9 +26,10 @@ pub use error::ModError;
 pub(crate) use parse::MOST_BUFFERS;
 
 use error::Refusal;
-use interpret::{Run, Value};
+use interpret::Run;
 use number::Number;
 use parse::Parsed;
+use value::Value;
 
 /// The number of the first buffer in the group of a kernel's bindings. The others follow.
 pub(crate) const FIRST_BINDING: u32 = 40;
