@@ -136,10 +136,10 @@ impl Rewrite<'_> {
             let ty = if activity.result { self.pair(result.ty) } else { result.ty };
             FunctionResult { ty, binding: None }
         });
-        let all = Expressions::new(parsed, *handle, activity, slopes_of_arguments, builder);
-        let mut body = Body { rewrite: self, all };
+        let expressions = Expressions::new(parsed, *handle, activity, slopes_of_arguments, builder);
+        let mut body = Body { rewrite: self, expressions };
         let block = body.block(&old.body)?;
-        let mut function = body.all.builder.finish();
+        let mut function = body.expressions.builder.finish();
         function.body = block;
         let new = self.functions.append(function, Span::UNDEFINED);
         self.done.insert(version, new);
@@ -209,31 +209,31 @@ fn call(b: &mut Builder, function: Handle<Function>, arguments: Vec<Value>) -> V
 /// A function that is rewritten.
 struct Body<'r, 'a> {
     rewrite: &'r mut Rewrite<'a>,
-    all: Expressions<'a>,
+    expressions: Expressions<'a>,
 }
 
 impl Body<'_, '_> {
     fn block(&mut self, old: &Block) -> Result<Block, Refusal> {
-        let before = self.all.builder.begin();
+        let before = self.expressions.builder.begin();
         for statement in old.iter() {
             self.statement(statement)?;
         }
-        Ok(self.all.builder.end(before))
+        Ok(self.expressions.builder.end(before))
     }
 
     fn statement(&mut self, old: &Statement) -> Result<(), Refusal> {
         let new = match old {
             Statement::Emit(range) => {
-                range.clone().for_each(|old| self.all.compute(old));
+                range.clone().for_each(|old| self.expressions.compute(old));
                 return Ok(());
             }
             Statement::Block(inner) => Statement::Block(self.block(inner)?),
             Statement::If { condition, accept, reject } => {
-                let condition = self.all.value(*condition);
+                let condition = self.expressions.value(*condition);
                 Statement::If { condition, accept: self.block(accept)?, reject: self.block(reject)? }
             }
             Statement::Switch { selector, cases } => {
-                let selector = self.all.value(*selector);
+                let selector = self.expressions.value(*selector);
                 let mut all = vec![];
                 for case in cases {
                     let body = self.block(&case.body)?;
@@ -243,27 +243,27 @@ impl Body<'_, '_> {
             }
             Statement::Loop { body, continuing, break_if } => self.bounded_loop(body, continuing, *break_if)?,
             Statement::Return { value: Some(old) } => {
-                let mut value = self.all.value(*old);
-                if self.all.activity.result {
-                    let slope = self.all.slope_or_zero(*old);
-                    let ty = self.all.builder.function.result.as_ref().map(|result| result.ty);
+                let mut value = self.expressions.value(*old);
+                if self.expressions.activity.result {
+                    let slope = self.expressions.slope_or_zero(*old);
+                    let ty = self.expressions.builder.function.result.as_ref().map(|result| result.ty);
                     let components = vec![value, slope];
-                    value = ty.map_or(value, |ty| self.all.builder.add(Expression::Compose { ty, components }));
+                    value = ty.map_or(value, |ty| self.expressions.builder.add(Expression::Compose { ty, components }));
                 }
                 Statement::Return { value: Some(value) }
             }
             Statement::Store { pointer, value } => {
-                if let Some(place) = self.all.slope(*pointer) {
-                    let slope = self.all.slope_or_zero(*value);
-                    self.all.builder.store(place, slope);
+                if let Some(place) = self.expressions.slope(*pointer) {
+                    let slope = self.expressions.slope_or_zero(*value);
+                    self.expressions.builder.store(place, slope);
                 }
-                Statement::Store { pointer: self.all.value(*pointer), value: self.all.value(*value) }
+                Statement::Store { pointer: self.expressions.value(*pointer), value: self.expressions.value(*value) }
             }
             Statement::Call { function, arguments, result } => return self.call(*function, arguments, *result),
             // Break, Continue, and Return of nothing: the text has been checked.
             other => other.clone(),
         };
-        self.all.builder.push(new);
+        self.expressions.builder.push(new);
         Ok(())
     }
 
@@ -274,9 +274,9 @@ impl Body<'_, '_> {
         continuing: &Block,
         break_if: Option<Handle<Expression>>,
     ) -> Result<Statement, Refusal> {
-        let outer = self.all.builder.begin();
+        let outer = self.expressions.builder.begin();
         if let Some(iterations) = self.rewrite.iterations {
-            let b = &mut self.all.builder;
+            let b = &mut self.expressions.builder;
             let pointer = b.add(Expression::GlobalVariable(iterations));
             let before = b.load(pointer);
             let one = b.literal(Literal::U32(1));
@@ -290,13 +290,13 @@ impl Body<'_, '_> {
         for statement in body.iter() {
             self.statement(statement)?;
         }
-        let body = self.all.builder.end(outer);
-        let outer = self.all.builder.begin();
+        let body = self.expressions.builder.end(outer);
+        let outer = self.expressions.builder.begin();
         for statement in continuing.iter() {
             self.statement(statement)?;
         }
-        let break_if = break_if.map(|old| self.all.value(old));
-        let continuing = self.all.builder.end(outer);
+        let break_if = break_if.map(|old| self.expressions.value(old));
+        let continuing = self.expressions.builder.end(outer);
         Ok(Statement::Loop { body, continuing, break_if })
     }
 
@@ -306,30 +306,30 @@ impl Body<'_, '_> {
         arguments: &[Handle<Expression>],
         result: Option<Handle<Expression>>,
     ) -> Result<(), Refusal> {
-        let active: Vec<_> = arguments.iter().map(|old| self.all.activity.expressions.contains(old)).collect();
+        let active: Vec<_> = arguments.iter().map(|old| self.expressions.activity.expressions.contains(old)).collect();
         let none = vec![false; active.len()];
         let mut version = (function, active);
         let has_slope = version.1.contains(&true) && self.rewrite.activities.of(&version)?.result;
         if !has_slope {
             version.1 = none;
         }
-        let mut given: Vec<_> = arguments.iter().map(|&old| self.all.value(old)).collect();
+        let mut given: Vec<_> = arguments.iter().map(|&old| self.expressions.value(old)).collect();
         if has_slope {
-            let slopes: Vec<_> = arguments.iter().filter_map(|&old| self.all.slope(old)).collect();
+            let slopes: Vec<_> = arguments.iter().filter_map(|&old| self.expressions.slope(old)).collect();
             given.extend(slopes);
         }
         let function = self.rewrite.function(version)?;
         let Some(old) = result else {
-            self.all.builder.push(Statement::Call { function, arguments: given, result: None });
+            self.expressions.builder.push(Statement::Call { function, arguments: given, result: None });
             return Ok(());
         };
-        let new = call(&mut self.all.builder, function, given);
+        let new = call(&mut self.expressions.builder, function, given);
         if has_slope {
-            let (value, slope) = (self.all.builder.member(new, 0), self.all.builder.member(new, 1));
-            self.all.values.insert(old, value);
-            self.all.slopes.insert(old, slope);
+            let (value, slope) = (self.expressions.builder.member(new, 0), self.expressions.builder.member(new, 1));
+            self.expressions.values.insert(old, value);
+            self.expressions.slopes.insert(old, slope);
         } else {
-            self.all.values.insert(old, new);
+            self.expressions.values.insert(old, new);
         }
         Ok(())
     }
