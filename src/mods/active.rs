@@ -161,10 +161,10 @@ impl<'a> Activities<'a> {
                     "an array, a struct or a matrix depends on the score; only f32 and vectors of it may",
                 ));
             }
-            if let Expression::Math { fun, .. } = kind {
-                if !has_rule(*fun) {
-                    return Err(refuse(span, &format!("{} of what depends on the score has no rule", name(*fun))));
-                }
+            if let Expression::Math { fun, .. } = kind
+                && !has_rule(*fun)
+            {
+                return Err(refuse(span, &format!("{} of what depends on the score has no rule", name(*fun))));
             }
         }
         Ok(())

@@ -177,10 +177,10 @@ impl<'a> Expressions<'a> {
             copy => self.builder.add(copy),
         };
         self.values.insert(old, value);
-        if self.activity.expressions.contains(&old) {
-            if let Some(slope) = self.slope_of(old, value) {
-                self.slopes.insert(old, slope);
-            }
+        if self.activity.expressions.contains(&old)
+            && let Some(slope) = self.slope_of(old, value)
+        {
+            self.slopes.insert(old, slope);
         }
     }
 

@@ -44,10 +44,10 @@ pub(super) fn unary(op: UnaryOperator, x: &Value) -> Value {
 }
 
 pub(super) fn binary(op: BinaryOperator, x: &Value, y: &Value) -> Value {
-    if op == BinaryOperator::Multiply {
-        if let Some(product) = matrix_product(x, y) {
-            return product;
-        }
+    if op == BinaryOperator::Multiply
+        && let Some(product) = matrix_product(x, y)
+    {
+        return product;
     }
     each(&[x, y], &|x| match (x[0], x[1]) {
         (Value::Float(x), Value::Float(y)) => of_floats(op, *x, *y),
