@@ -137,6 +137,11 @@ mod loops;
 #[doc(hidden)]
 pub mod matrices;
 mod merge;
+#[cfg(feature = "mods")]
+mod mods;
+#[cfg(not(feature = "mods"))]
+#[path = "mods_off.rs"]
+mod mods;
 mod names;
 mod options;
 mod overlap;
@@ -163,13 +168,15 @@ pub use blocks::lists::BlockLists;
 pub use blocks::pattern::BlockPattern;
 pub use context::Context;
 pub use dropout::Dropout;
-pub use error::{Error, NoMatrices};
+pub use error::{Error, ModBufferFault, NoMatrices};
 pub use forward::ForwardBuffers;
 pub use host::{AttnMask, Element, HeadlessOptions, HostTensor, SdpaOptions};
 pub use matrices::MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES;
 #[doc(hidden)]
 pub use merge::merge_module;
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};
+#[cfg(feature = "mods")]
+pub use mods::{ModError, Mods};
 pub use names::{CoopForm, ElementType, Kernel, MAX_HEAD_DIM, MAX_SEQLEN};
 pub use options::PlanOptions;
 pub use plan::Plan;

@@ -159,13 +159,17 @@ impl<N: Real> Attention<'_, N> {
         (b as usize * s.heads_kv as usize + h as usize) * s.seqlen_k as usize + j as usize
     }
 
-    /// What a score is: `scale · dot`, then `softcap · tanh(s / softcap)`, then ALiBi, then the bias.
+    /// What a score is: `scale · dot`, then `softcap · tanh(s / softcap)`, then `score_mod`, then ALiBi, then the bias.
     fn scored(&self, dot: N, pair: Pair) -> Scored<N> {
         let mut x = Scored { score: self.scale() * dot, slope: N::of(1.0) };
         if let Some(cap) = self.problem.softcap {
             let cap = N::of(cap.into());
             let tanh = (x.score / cap).tanh();
             x = Scored { score: cap * tanh, slope: N::of(1.0) - tanh * tanh };
+        }
+        if let Some(mods) = self.problem.mods.as_ref().filter(|mods| mods.has_score_mod()) {
+            let [score, slope] = mods.score(x.score.into(), self.position(pair), self.extras.mod_buffers);
+            x = Scored { score: N::of(score), slope: x.slope * N::of(slope) };
         }
         if self.problem.alibi.is_some() {
             x.score += N::of(self.slope(pair.b, pair.h).into()) * N::of(-self.distance(pair));
@@ -174,6 +178,12 @@ impl<N: Real> Attention<'_, N> {
             x.score += N::of(bias.into());
         }
         x
+    }
+
+    /// The numbers of a `Position`.
+    fn position(&self, Pair { b, h, i, j }: Pair) -> [u32; 6] {
+        let (queries, keys) = self.extras.lengths(self.problem, b);
+        [b, h, i, j, queries, keys]
     }
 
     /// The slope of ALiBi of a head.
@@ -241,6 +251,7 @@ impl<N: Real> Attention<'_, N> {
             && causal
             && self.problem.window_left.is_none_or(|left| j >= diagonal - left as i64)
             && self.problem.window_right.is_none_or(|right| j <= diagonal + right as i64)
+            && (self.problem.mods.as_ref()).is_none_or(|mods| mods.keep(self.position(pair), self.extras.mod_buffers))
     }
 
     /// What dropout multiplies a probability by: 0 if it drops it.

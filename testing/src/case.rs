@@ -2,7 +2,7 @@
 
 use fastrand::Rng;
 use wgpu_flash_attention::{
-    Alibi, Bias, BlockIndices, BlockLists, BlockMask, Causal, Dropout, ElementType, Layout, Probe, Problem,
+    Alibi, Bias, BlockIndices, BlockLists, BlockMask, Causal, Dropout, ElementType, Layout, Mods, Probe, Problem,
     ScoreLayout, Shape, Tensor,
 };
 
@@ -127,6 +127,15 @@ impl Case {
         let of_head = |n: u32| if n == 2 { f32::NEG_INFINITY } else { 1.5 * n as f32 - 0.75 };
         self.extras.sinks = Some((0..self.problem.shape.heads_q).map(of_head).collect());
         self.problem.sinks = true;
+        self
+    }
+
+    /// What a user wrote, and what its buffers hold, four bytes a number.
+    pub fn mods<T: bytemuck::Pod>(mut self, text: &str, buffers: &[(&str, &[T])]) -> Self {
+        let mods = Mods::parse(text).unwrap_or_else(|error| panic!("{error}\n{text}"));
+        self.problem = self.problem.with_mods(mods);
+        let owned = |(name, numbers): &(&str, &[T])| (name.to_string(), bytemuck::cast_slice(numbers).to_vec());
+        self.extras.mod_buffers = buffers.iter().map(owned).collect();
         self
     }
 

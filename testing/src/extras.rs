@@ -22,6 +22,8 @@ pub struct Extras {
     /// The sinks of the heads.
     pub sinks: Option<Vec<f32>>,
     pub dropout: Option<Dropout>,
+    /// What the buffers of the problem's mods hold, by name.
+    pub mod_buffers: Vec<(String, Vec<u8>)>,
 }
 
 impl Extras {
@@ -35,13 +37,19 @@ impl Extras {
             .alibi_slopes(self.alibi_slopes.as_deref())
             .sinks(self.sinks.as_deref())
             .dropout(self.dropout)
+            .mod_buffers(&self.mod_buffers)
     }
 
     /// On the device, for a problem with them.
     pub fn upload(&self, context: &Context, problem: &Problem) -> Result<DeviceExtras, String> {
         let bias = self.bias.as_ref().zip(problem.bias).map(|(bias, of)| bytes_of(of.element_type, bias));
         let mask = self.mask.as_ref().map(|mask| in_words(mask.iter().map(|&x| u8::from(x)).collect()));
+        let mod_buffers = self.mod_buffers.iter().map(|(name, contents)| {
+            let buffer = context.upload(contents).map_err(|error| format!("{name}: {error}"))?;
+            Ok((name.clone(), buffer))
+        });
         Ok(DeviceExtras {
+            mod_buffers: mod_buffers.collect::<Result<_, String>>()?,
             seqlens_q: upload(context, "seqlens_q", &self.seqlens_q)?,
             seqlens_k: upload(context, "seqlens_k", &self.seqlens_k)?,
             blocks: upload(context, "blocks", &self.blocks.as_ref().map(|(_, mask)| mask.bytes().to_vec()))?,
@@ -84,12 +92,16 @@ pub struct DeviceExtras {
     alibi_slopes: Option<wgpu::Buffer>,
     sinks: Option<wgpu::Buffer>,
     rng_state: Option<wgpu::Buffer>,
+    mod_buffers: Vec<(String, wgpu::Buffer)>,
 }
 
 impl DeviceExtras {
     /// The buffers of a forward pass, with these.
     pub fn add_to<'a>(&'a self, buffers: ForwardBuffers<'a>) -> ForwardBuffers<'a> {
-        buffers
+        let with_mods = |buffers: ForwardBuffers<'a>, (name, buffer): &'a (String, _)| buffers.mod_buffer(name, buffer);
+        self.mod_buffers
+            .iter()
+            .fold(buffers, with_mods)
             .blocks(self.blocks.as_ref())
             .seqlens_q(self.seqlens_q.as_ref())
             .seqlens_k(self.seqlens_k.as_ref())
