@@ -10,7 +10,7 @@ use clap::{Parser, ValueEnum};
 use fastrand::Rng;
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::prelude::*;
-use wgpu_flash_attention::{Context, HeadlessOptions, Kernel, Shape};
+use wgpu_flash_attention::{Context, Dropout, HeadlessOptions, Kernel, Shape};
 
 use flash_attention_testing::attention::{CachedAttention, DeviceAttention};
 use flash_attention_testing::buffers::{Number, adapter_name};
@@ -63,6 +63,9 @@ struct Args {
     /// The type of q, k, v, o and their gradients on the device
     #[arg(long, value_enum, default_value = "f32")]
     dtype: Type,
+    /// How likely attention is to drop a probability; each step and block draws others
+    #[arg(long, value_name = "P", default_value = "0", value_parser = parse_dropout, allow_negative_numbers = true)]
+    dropout: f32,
     /// What all random numbers come from
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -100,6 +103,11 @@ fn parse_rate(text: &str) -> Result<Real> {
     rate.ok_or("a number above 0, at most 1, is expected".into())
 }
 
+fn parse_dropout(text: &str) -> Result<f32> {
+    let probability = text.parse().ok().filter(|probability| (0.0..1.0).contains(probability));
+    probability.ok_or("a probability from 0 to below 1 is expected".into())
+}
+
 fn words(error: wgpu_flash_attention::Error) -> String {
     error.to_string()
 }
@@ -120,7 +128,10 @@ fn train<T: Number>(args: &Args, context: &Context, text: &Text, model: &mut Tra
         KernelName::Tile => Some(Kernel::Tile),
         KernelName::Coop => Some(Kernel::Coop),
     };
-    let mut attention = DeviceAttention::<T>::new(context, shape, args.layers as usize, kernel).map_err(words)?;
+    let dropout = Dropout { probability: args.dropout, seed: args.seed, offset: 0 };
+    let dropout = Some(dropout).filter(|dropout| dropout.probability > 0.0);
+    let mut attention =
+        DeviceAttention::<T>::new(context, shape, args.layers as usize, kernel, dropout).map_err(words)?;
     say("plan", attention.plan());
     let mut rng = Rng::with_seed(args.seed);
     let mut optimizer = AdamW::new(0.1);

@@ -55,6 +55,8 @@ pub struct BackwardBuffers<'a> {
     pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
+    /// Seed and offset of dropout, which must be those of the forward pass; given exactly when the problem has `dropout`.
+    pub rng_state: Option<BufferBinding<'a>>,
     /// The bias; given exactly when the problem has one.
     pub bias: Option<BufferBinding<'a>>,
     /// The boolean mask, one byte for each score; given exactly when the problem has one.
@@ -98,6 +100,7 @@ impl<'a> BackwardBuffers<'a> {
             alibi_slopes,
             sinks,
             mod_buffers,
+            rng_state,
             workspace: _,
         } = forward.clone();
         BackwardBuffers {
@@ -113,6 +116,7 @@ impl<'a> BackwardBuffers<'a> {
             grad_value: grad_value.to_binding(),
             seqlens_q,
             seqlens_k,
+            rng_state,
             bias,
             mask,
             alibi_slopes,
@@ -192,6 +196,7 @@ impl Plan {
             Argument::bytes(Slot::GradLse, Access::Read, buffers.grad_lse.as_ref(), grad_lse, gradients.lse),
             Argument::lengths(Slot::SeqlensQ, buffers.seqlens_q.as_ref(), problem, problem.seqlens_q),
             Argument::lengths(Slot::SeqlensK, buffers.seqlens_k.as_ref(), problem, problem.seqlens_k),
+            Argument::rng_state(buffers.rng_state.as_ref(), problem),
             output(Slot::GradQuery, &buffers.grad_query, Tensor::GradQuery),
             output(Slot::GradKey, &buffers.grad_key, Tensor::GradKey),
             output(Slot::GradValue, &buffers.grad_value, Tensor::GradValue),
@@ -228,7 +233,7 @@ impl Plan {
             ),
         ];
         all.extend(mod_buffers(problem.mods.as_ref(), &buffers.mod_buffers, &self.device.limits())?);
-        let slots = check_buffers(&all, self.offset_alignment)?;
+        let slots = check_buffers(&all, self.offset_alignments)?;
         BoundPass::new(&self.device, || schedule.bind(&self.device, &slots))
     }
 }

@@ -171,6 +171,28 @@ impl<'b, 'a> Argument<'b, 'a> {
         let needed = if has { 4 * problem.shape.batch as u64 } else { 0 };
         Argument::bytes(slot, Access::Read, given, needed, has)
     }
+
+    /// Seed and offset of dropout. A problem whose probability is 0 looks at none.
+    pub(crate) fn rng_state(given: Option<&'b BufferBinding<'a>>, problem: &Problem) -> Self {
+        let needed = if problem.dropout_in_use().is_some() { 16 } else { 0 };
+        Argument::bytes(Slot::RngState, Access::Read, given, needed, problem.dropout.is_some())
+    }
+}
+
+/// What offsets of bindings are multiples of.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OffsetAlignments {
+    storage: u64,
+    uniform: u64,
+}
+
+impl OffsetAlignments {
+    pub(crate) fn of(limits: &wgpu::Limits) -> Self {
+        OffsetAlignments {
+            storage: limits.min_storage_buffer_offset_alignment.into(),
+            uniform: limits.min_uniform_buffer_offset_alignment.into(),
+        }
+    }
 }
 
 /// The bytes that are bound.
@@ -222,7 +244,7 @@ pub(crate) fn mod_buffers<'b, 'a>(
 /// Checks every buffer; returns those that can be bound.
 pub(crate) fn check_buffers<'b, 'a>(
     all: &[Argument<'b, 'a>],
-    offset_alignment: u64,
+    alignments: OffsetAlignments,
 ) -> Result<Vec<(Slot, &'b BufferBinding<'a>)>, Error> {
     let mut bound: Vec<(Slot, Access, &BufferBinding, Region)> = vec![];
     for &Argument { slot, access, given, needed, ref region, has } in all {
@@ -234,13 +256,19 @@ pub(crate) fn check_buffers<'b, 'a>(
             _ => continue,
         };
         let found = bytes_of(binding);
-        if !binding.buffer.usage().contains(BufferUsages::STORAGE) {
-            let needed = BufferUsages::STORAGE;
-            return Err(Error::BufferUsage { argument, found: binding.buffer.usage(), needed });
+        let needed_usage = if slot.is_uniform() { BufferUsages::UNIFORM } else { BufferUsages::STORAGE };
+        if !binding.buffer.usage().contains(needed_usage) {
+            return Err(Error::BufferUsage { argument, found: binding.buffer.usage(), needed: needed_usage });
         }
-        if !binding.offset.is_multiple_of(offset_alignment) {
-            let alignment = offset_alignment;
-            return Err(Error::BufferOffset { argument, offset: binding.offset, alignment });
+        let offset = binding.offset;
+        match (slot.is_uniform(), alignments) {
+            (true, OffsetAlignments { uniform: alignment, .. }) if !offset.is_multiple_of(alignment) => {
+                return Err(Error::UniformOffset { argument, offset, alignment });
+            }
+            (false, OffsetAlignments { storage: alignment, .. }) if !offset.is_multiple_of(alignment) => {
+                return Err(Error::BufferOffset { argument, offset, alignment });
+            }
+            _ => {}
         }
         if found < needed {
             return Err(Error::BufferTooSmall { argument, needed, found });
@@ -250,14 +278,17 @@ pub(crate) fn check_buffers<'b, 'a>(
             if there.buffer != binding.buffer || (access, *other_access) == (Access::Read, Access::Read) {
                 continue;
             }
+            let (output, input) = if access == Access::ReadWrite { (slot, *other) } else { (*other, slot) };
+            if input.is_uniform() {
+                return Err(Error::UniformShared { argument: input.name(), output: output.name() });
+            }
             let meet = match access == *other_access {
                 // Where words are shared they are written by atomic operations.
                 true => region.meets(other_region),
                 false => region.clone().in_words().meets(&other_region.clone().in_words()),
             };
             if meet {
-                let (output, other) = if access == Access::ReadWrite { (slot, *other) } else { (*other, slot) };
-                return Err(Error::BufferAliased { output: output.name(), other: other.name() });
+                return Err(Error::BufferAliased { output: output.name(), other: input.name() });
             }
         }
         bound.push((slot, access, binding, region));

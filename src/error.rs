@@ -41,6 +41,9 @@ pub enum Error {
     /// The softcap is NaN, or not from 1e-30 to 1e30.
     #[error("softcap is {0:?}; it must be from 1e-30 to 1e30 (leave it out for scores without a cap)")]
     Softcap(f32),
+    /// The probability of dropout is NaN, below 0, or 1 and above.
+    #[error("dropout is {0:?}; it must be a probability from 0 to below 1 (0 is no dropout)")]
+    Dropout(f32),
     /// Gradients need lse, from which the backward pass recomputes the probabilities.
     #[error("lse is not set and gradients are; set both, as Problem::with_gradients does")]
     GradientsWithoutLse,
@@ -216,6 +219,18 @@ pub enum Error {
         /// Bytes required to divide it.
         alignment: u64,
     },
+    /// The offset of a buffer that is bound as a uniform, which the device cannot bind at.
+    #[error(
+        "{argument} is bound at byte {offset}; the device binds uniforms at multiples of {alignment} (min_uniform_buffer_offset_alignment)"
+    )]
+    UniformOffset {
+        /// The argument: `rng_state`.
+        argument: &'static str,
+        /// Bytes given.
+        offset: u64,
+        /// Bytes required to divide it.
+        alignment: u64,
+    },
     /// An output lies where another argument does.
     #[error(
         "{output} and {other} overlap, or are interleaved in too complex a way to show that they do not; they may share a buffer, \
@@ -240,6 +255,16 @@ pub enum Error {
     LengthsShared {
         /// The lengths.
         argument: &'static str,
+    },
+    /// What is bound as a uniform, in a buffer that the pass writes to.
+    #[error(
+        "{argument} is in the buffer of {output}; it is bound as a uniform, which must not lie in a buffer with an output"
+    )]
+    UniformShared {
+        /// The argument: `rng_state`.
+        argument: &'static str,
+        /// The output.
+        output: &'static str,
     },
     /// `attn_mask` and `is_causal` together, which PyTorch refuses too.
     #[error("attn_mask and is_causal are both set; make the causal mask a part of attn_mask, or leave one of them out")]

@@ -2,6 +2,7 @@
 
 use std::fmt::{Display, Formatter, Result};
 
+use crate::dropout;
 use crate::kernel::{Rounds, forward_tile};
 use crate::names::{ElementType, Kernel};
 use crate::plan::Plan;
@@ -17,6 +18,15 @@ impl Display for Plan {
             "{} forward: batch {}, {} query heads on {} key-value heads, {} queries, {} keys, head dim {} and {}",
             p.element_type, s.batch, s.heads_q, s.heads_kv, s.seqlen_q, s.seqlen_k, s.head_dim, s.head_dim_v
         )?;
+        if let Some(probability) = p.dropout_in_use() {
+            let kept = dropout::kept_of_256(probability);
+            writeln!(
+                f,
+                "dropout: {probability}; {kept} of 256 probabilities are kept, {:.4} of them, and divided by {}",
+                f64::from(kept) / 256.0,
+                1.0 - probability
+            )?;
+        }
         writeln!(f, "kernel: {} ({})", self.forward.kernel, self.forward.reason)?;
         if let Some((form, why)) = &self.forward.coop_form {
             writeln!(f, "form: {form} ({why})")?;

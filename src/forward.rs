@@ -43,6 +43,10 @@ pub struct ForwardBuffers<'a> {
     pub seqlens_q: Option<BufferBinding<'a>>,
     /// Key lengths, `i32 [batch]`; given exactly when the problem has `seqlens_k`.
     pub seqlens_k: Option<BufferBinding<'a>>,
+    /// Seed and offset of dropout, two u64, little endian, as [`Dropout::rng_state`](crate::Dropout::rng_state) has them; given exactly when the
+    /// problem has [`dropout`](crate::Problem::dropout). It is read as a uniform: it needs `BufferUsages::UNIFORM`, an offset that is a
+    /// multiple of the device's `min_uniform_buffer_offset_alignment`, and a buffer without outputs. It is read when the pass runs.
+    pub rng_state: Option<BufferBinding<'a>>,
     /// The bias; given exactly when the problem has one.
     pub bias: Option<BufferBinding<'a>>,
     /// The boolean mask, one byte for each score; given exactly when the problem has one.
@@ -73,6 +77,7 @@ impl<'a> ForwardBuffers<'a> {
             lse: None,
             seqlens_q: None,
             seqlens_k: None,
+            rng_state: None,
             bias: None,
             mask: None,
             alibi_slopes: None,
@@ -97,6 +102,12 @@ impl<'a> ForwardBuffers<'a> {
     /// Key lengths, of a problem with them.
     pub fn seqlens_k(mut self, seqlens_k: impl ToOptionalBinding<'a>) -> Self {
         self.seqlens_k = seqlens_k.to_optional_binding();
+        self
+    }
+
+    /// Seed and offset of dropout, of a problem with it.
+    pub fn rng_state(mut self, rng_state: impl ToOptionalBinding<'a>) -> Self {
+        self.rng_state = rng_state.to_optional_binding();
         self
     }
 
@@ -166,6 +177,7 @@ impl Plan {
             Argument::bytes(Slot::Lse, Access::ReadWrite, buffers.lse.as_ref(), lse, problem.lse),
             Argument::lengths(Slot::SeqlensQ, buffers.seqlens_q.as_ref(), problem, problem.seqlens_q),
             Argument::lengths(Slot::SeqlensK, buffers.seqlens_k.as_ref(), problem, problem.seqlens_k),
+            Argument::rng_state(buffers.rng_state.as_ref(), problem),
             Argument::scores(Slot::Bias, Access::Read, buffers.bias.as_ref(), problem, problem.bias_scores()),
             Argument::scores(Slot::Mask, Access::Read, buffers.mask.as_ref(), problem, problem.mask_scores()),
             Argument::of_heads(Slot::AlibiSlopes, Access::Read, buffers.alibi_slopes.as_ref(), problem.slope_count()),
@@ -180,6 +192,6 @@ impl Plan {
             ),
         ];
         all.extend(mod_buffers(problem.mods.as_ref(), &buffers.mod_buffers, &self.device.limits())?);
-        check_buffers(&all, self.offset_alignment)
+        check_buffers(&all, self.offset_alignments)
     }
 }

@@ -295,7 +295,7 @@ impl Context {
         Ok(Some((out, out_bytes)))
     }
 
-    /// A storage buffer with these bytes, padded with zeros to a multiple of 4, and copyable both ways.
+    /// A storage buffer with these bytes, padded with zeros to a multiple of 4, which is copyable both ways and can be bound as a uniform.
     pub fn upload(&self, bytes: &[u8]) -> Result<wgpu::Buffer, Error> {
         transfer::upload(self.device(), bytes)
     }

@@ -60,6 +60,7 @@
 //! | causal | [bottom-right](Causal::BottomRight), `j ≤ i + Nk − Nq`, as flash-attention, or [top-left](Causal::TopLeft), `j ≤ i`, as PyTorch |
 //! | window | inclusive, from `i + Nk − Nq − left` to `i + Nk − Nq + right`, each side optional |
 //! | key lengths, query lengths | how many keys, and queries, of each batch entry count; the bottom-right diagonal and the window use them for `Nk` and `Nq` |
+//! | dropout | after the softmax, on probabilities; FlashAttention-2's mask of a seed and an offset, bit for bit ([`Dropout`]). lse is not affected, sinks are not dropped. The decode kernel has none |
 //! | lse | natural logarithm, f32; includes scale, softcap and masks |
 //! | a query that sees no key | o = 0, lse = −∞, every gradient through it 0; never NaN |
 //! | `B`, `Nq` or `Nk` of 0 | allowed: the right, possibly zero, result |
@@ -73,7 +74,7 @@
 //! - Work that exceeds a binding or a dispatch limit of the device is split, down to a tile of rows of one head. The keys of a head, and
 //!   its values, must each lie within one binding (`max_storage_buffer_binding_size`). Of gradients, all that heads sharing a key-value
 //!   head read and write must: q, o and their gradients.
-//! - There is no boolean mask, additive bias, ALiBi, dropout, sink, packed or paged sequence or block-sparse mask.
+//! - There is no boolean mask, additive bias, ALiBi, sink, packed or paged sequence or block-sparse mask.
 //! - Inputs must be finite where they count: WGSL leaves NaN and infinity undefined. How large scores and values may be is at [`Kernel`].
 //! - Offsets of bindings are multiples of the device's `min_storage_buffer_offset_alignment`; finer ones go into [`Layout`].
 //!
@@ -119,6 +120,7 @@
 mod backward;
 mod bind;
 mod context;
+mod dropout;
 mod error;
 mod explain;
 #[doc(hidden)]
@@ -155,6 +157,7 @@ pub mod tune;
 pub use backward::BackwardBuffers;
 pub use bind::{BoundPass, ToBinding, ToOptionalBinding};
 pub use context::Context;
+pub use dropout::Dropout;
 pub use error::{Error, ModBufferFault, NoMatrices};
 pub use forward::ForwardBuffers;
 pub use host::{AttnMask, Element, HeadlessOptions, HostTensor, SdpaOptions};

@@ -6,7 +6,7 @@
 //! text does not write out, since a compiler may write out none.
 
 use crate::error::Error;
-use crate::kernel::backward_scores;
+use crate::kernel::{backward_scores, dropout_bytes};
 use crate::names::Kernel;
 use crate::problem::{Causal, Problem};
 use crate::tune::{BackwardTile, DecodeTile, FusedTile, Tile};
@@ -57,11 +57,18 @@ fn visited(problem: &Problem, all: u32, own: u32) -> u64 {
     }
 }
 
+/// Iterations of `shaders/tile/dropout.wgsl` for a tile of so many rows and keys.
+fn of_dropout(problem: &Problem, rows: u32, keys: u32, threads: u32) -> u64 {
+    let words = u64::from(dropout_bytes(problem, rows, keys, threads) / 4);
+    3 * words.div_ceil(u64::from(threads.max(1)))
+}
+
 /// Iterations of `shaders/kernel/forward_tile.wgsl`.
 pub(crate) fn of_tile(problem: &Problem, tile: Tile) -> u64 {
     let products = outer(problem.shape.head_dim, tile.chunk, tile.written_out)
         + outer(tile.keys, tile.value_keys, tile.written_out)
-        + tile.threads_x as u64;
+        + tile.threads_x as u64
+        + of_dropout(problem, tile.rows, tile.keys, tile.threads());
     (visited(problem, problem.shape.seqlen_k, tile.rows).div_ceil(tile.keys as u64) + 1) * (products + SMALL_LOOPS)
 }
 
@@ -105,8 +112,15 @@ pub(crate) fn of_backward_tiles(problem: &Problem, [dkdv, dq]: [BackwardTile; 2]
     let s = &problem.shape;
     let of_step = |tile: BackwardTile, gradients: u64| {
         let scores = |dim: u32| outer(dim.div_ceil(4), tile.chunk / 4, tile.written_out);
+        let longer = tile.own.max(tile.step);
+        let dropout = of_dropout(problem, longer, longer, tile.threads());
         let results = gradients * outer(tile.step / 4, tile.block / 4, tile.written_out);
-        scores(s.head_dim) + scores(s.head_dim_v) + results + (tile.step / tile.threads_x) as u64 + SMALL_LOOPS
+        scores(s.head_dim)
+            + scores(s.head_dim_v)
+            + results
+            + (tile.step / tile.threads_x) as u64
+            + dropout
+            + SMALL_LOOPS
     };
     let rows = visited(problem, s.seqlen_q, dkdv.own).div_ceil(dkdv.step as u64) + 1;
     let of_rows = (s.group() as u64).saturating_mul(rows).saturating_mul(of_step(dkdv, 2));
@@ -138,7 +152,8 @@ pub(crate) fn of_fused(problem: &Problem, tile: FusedTile) -> u64 {
         2 * outer(tile.step, tile.lines, tile.written_out),
         outer(tile.own, tile.lines, tile.written_out),
     ];
-    let of_step = products.iter().sum::<u64>() + SMALL_LOOPS;
+    let dropout = of_dropout(problem, tile.step, tile.own, tile.threads());
+    let of_step = products.iter().sum::<u64>() + dropout + SMALL_LOOPS;
     let rows = (s.group() as u64).saturating_mul(blocks(s.seqlen_q, tile.block_rows, tile.step));
     blocks(s.seqlen_k, tile.block_keys, tile.own).saturating_mul(rows).saturating_mul(of_step)
 }

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use wgpu::BufferBinding;
 
-use crate::bind::{Argument, BoundPass, Launch, ToBinding, ToOptionalBinding, bind_launch, check_buffers};
+use crate::bind::{
+    Argument, BoundPass, Launch, OffsetAlignments, ToBinding, ToOptionalBinding, bind_launch, check_buffers,
+};
 use crate::context::Context;
 use crate::error::Error;
 use crate::faults;
@@ -73,7 +75,7 @@ pub struct MergeBuffers<'a> {
 pub struct MergePlan {
     device: wgpu::Device,
     problem: MergeProblem,
-    offset_alignment: u64,
+    offset_alignments: OffsetAlignments,
     /// Nothing to do without rows.
     work: Option<(Launch, wgpu::Buffer)>,
 }
@@ -176,7 +178,7 @@ impl Context {
         let mut plan = MergePlan {
             device: self.device().clone(),
             problem: *problem,
-            offset_alignment: limits.min_storage_buffer_offset_alignment as u64,
+            offset_alignments: OffsetAlignments::of(limits),
             work: None,
         };
         if problem.rows > 0 {
@@ -243,7 +245,7 @@ impl MergePlan {
                 Argument::bytes(slot, access, binding, bytes, slot != Slot::Sinks || self.problem.sinks.is_some())
             })
             .collect();
-        let slots = check_buffers(&all, self.offset_alignment)?;
+        let slots = check_buffers(&all, self.offset_alignments)?;
         let Some((launch, uniforms)) = &self.work else {
             return Ok(());
         };

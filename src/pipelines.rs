@@ -73,7 +73,8 @@ impl Pipelines {
         };
         let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform)];
         entries.extend(key.bindings.iter().map(|&(slot, access)| {
-            entry(slot as u32, wgpu::BufferBindingType::Storage { read_only: access == Access::Read })
+            let storage = wgpu::BufferBindingType::Storage { read_only: access == Access::Read };
+            entry(slot as u32, if slot.is_uniform() { wgpu::BufferBindingType::Uniform } else { storage })
         }));
         let layout =
             self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label, entries: &entries });

@@ -1,5 +1,6 @@
 //! A problem on a device, ready to be recorded.
 
+use crate::bind::OffsetAlignments;
 use crate::context::Context;
 use crate::error::Error;
 use crate::faults;
@@ -51,7 +52,7 @@ impl Context {
 pub struct Plan {
     pub(crate) device: wgpu::Device,
     pub(crate) problem: Problem,
-    pub(crate) offset_alignment: u64,
+    pub(crate) offset_alignments: OffsetAlignments,
     pub(crate) forward: Schedule,
     pub(crate) backward: Option<Schedule>,
     pub(crate) tile: Option<Tile>,
@@ -74,7 +75,7 @@ impl Plan {
         Ok(Plan {
             device: context.device().clone(),
             problem: problem.clone(),
-            offset_alignment: context.limits().min_storage_buffer_offset_alignment as u64,
+            offset_alignments: OffsetAlignments::of(context.limits()),
             forward,
             backward,
             tile: recipe.tile,

@@ -417,6 +417,10 @@ pub struct Problem {
     pub mods: Option<Mods>,
     #[cfg(not(feature = "mods"))]
     pub(crate) mods: Option<Mods>,
+    /// How likely it is that dropout drops a probability, after the softmax; from 0 to below 1. lse is not affected. Seed and offset are
+    /// given with each pass ([`ForwardBuffers::rng_state`](crate::ForwardBuffers::rng_state)); [`Dropout`](crate::Dropout) says what they mean. 0 is no
+    /// dropout: the state may be given then, and nothing looks at it.
+    pub dropout: Option<f32>,
     /// What is needed for [`Plan::backward`](crate::Plan::backward); `None` plans the forward pass alone.
     pub gradients: Option<Gradients>,
     /// Whether tensors without a layout of their own are `[batch, position, head, dim]`.
@@ -502,6 +506,7 @@ impl Problem {
             seqlens_q: false,
             seqlens_k: false,
             lse: false,
+            dropout: None,
             gradients: None,
             bnhd: false,
             layouts: [None; Tensor::BACKWARD.len()],
@@ -527,12 +532,13 @@ impl Problem {
             seqlens_q,
             seqlens_k,
             lse,
+            dropout,
             gradients,
             bnhd,
             layouts,
             probe,
         } = self.clone();
-        let numbers = [scale, softcap].map(|x| x.map(f32::to_bits));
+        let numbers = [scale, softcap, dropout].map(|x| x.map(f32::to_bits));
         let scores = (bias, alibi, mask, sinks, mods);
         let masks = (causal, window_left, window_right);
         (shape, element_type, numbers, scores, masks, (seqlens_q, seqlens_k), lse, gradients, (bnhd, layouts, probe))
@@ -631,6 +637,18 @@ impl Problem {
     pub const fn with_seqlens_q(mut self) -> Self {
         self.seqlens_q = true;
         self
+    }
+
+    /// Drops probabilities after the softmax, each with this probability, which is from 0 to below 1, and divides the others by 1 less it:
+    /// [`dropout`](Problem::dropout).
+    pub const fn with_dropout(mut self, probability: f32) -> Self {
+        self.dropout = Some(probability);
+        self
+    }
+
+    /// The probability of dropout, if any can be dropped.
+    pub(crate) fn dropout_in_use(&self) -> Option<f32> {
+        self.dropout.filter(|&probability| probability > 0.0)
     }
 
     /// Whether queries or keys have lengths.
@@ -782,6 +800,9 @@ impl Problem {
         }
         if let Some(softcap) = self.softcap.filter(|x| !SOFTCAPS.contains(x)) {
             return Err(Error::Softcap(softcap));
+        }
+        if let Some(probability) = self.dropout.filter(|x| !(0.0..1.0).contains(x)) {
+            return Err(Error::Dropout(probability));
         }
         if self.gradients.is_some() && !self.lse {
             return Err(Error::GradientsWithoutLse);

@@ -14,6 +14,7 @@ macro_rules! files {
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = files![
     "attention/attention.wgsl",
+    "attention/dropout.wgsl",
     "attention/finish.wgsl",
     "attention/given.wgsl",
     "attention/keep.wgsl",
@@ -74,6 +75,7 @@ const FILES: &[(&str, &str)] = files![
     "memory/write_f16.wgsl",
     "tile/chunks.wgsl",
     "tile/columns.wgsl",
+    "tile/dropout.wgsl",
     "tile/lines.wgsl",
     "tile/load.wgsl",
     "tile/outer.wgsl",

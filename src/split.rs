@@ -127,6 +127,9 @@ pub(crate) fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backwar
             ranges.push((slot, 0, shape.batch as u64 * 4));
         }
     }
+    if problem.dropout_in_use().is_some() {
+        ranges.push((Slot::RngState, 0, 16));
+    }
     let heads = part.heads.len() as u32;
     let rows = part.rows.len() as u32;
     let of_part = TensorUniform { base: 0, batch: heads.wrapping_mul(rows), head: rows, row: 1 };
@@ -242,7 +245,7 @@ mod tests {
             ProblemUniform: query, key, value, out, lse, grad_out, grad_query, grad_key, grad_value, rows, bias, mask, seqlen_q, seqlen_k, row_begin,
             row_end, batch_begin, head_begin, heads, batches, group, window_left, window_right, top_left, scale, softcap, splits,
             split_rows, heads_first, block_keys, block_rows, round, lengths_at, ranges_at,
-            bias_column, mask_column, slopes_batch
+            bias_column, mask_column, slopes_batch, heads_q, dropout_kept, dropout_scale
         );
         assert_eq!(members(&module, "Problem"), (all, size_of::<ProblemUniform>()));
     }

@@ -10,13 +10,13 @@ use wgpu::BufferUsages;
 use crate::error::Error;
 use crate::faults;
 
-/// A storage buffer with these bytes, padded with zeros to a multiple of 4, and copyable both ways.
+/// A storage and uniform buffer with these bytes, padded with zeros to a multiple of 4, and copyable both ways.
 pub(crate) fn upload(device: &wgpu::Device, bytes: &[u8]) -> Result<wgpu::Buffer, Error> {
     let (size, limit) = ((bytes.len() as u64).next_multiple_of(4), device.limits().max_buffer_size);
     if size > limit {
         return Err(Error::BindingTooLarge { argument: "upload", bytes: size, limit });
     }
-    let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
+    let usage = BufferUsages::STORAGE | BufferUsages::UNIFORM | BufferUsages::COPY_SRC | BufferUsages::COPY_DST;
     faults::caught(device, "upload", || faults::mapped(device, "wgpu-flash-attention upload", usage, bytes))
 }
 

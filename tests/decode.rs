@@ -31,6 +31,11 @@ fn in_subgroups(splits: u32, key_threads: u32) -> Option<PlanOptions> {
     Some(small(splits).decode_tile(tile))
 }
 
+/// All cases but those with dropout, which decoding does not have.
+fn without_dropout() -> Vec<(String, Case)> {
+    cases().into_iter().filter(|(_, case)| case.problem.dropout.is_none()).collect()
+}
+
 /// Cases in which there is more than one tile a split, empty splits, and a tail.
 fn long_cases() -> Vec<(String, Case)> {
     let one = || case(2, [4, 2], [1, 301], [16, 12]);
@@ -78,7 +83,7 @@ fn long_cases() -> Vec<(String, Case)> {
 
 fn run(element_type: ElementType) {
     let [chosen, split] = [("decode", webgpu(), decode()), ("3 splits", full(), small(3))];
-    check_all(&prepare(cases(), element_type), &[split]);
+    check_all(&prepare(without_dropout(), element_type), &[split]);
     let long = prepare(long_cases(), element_type);
     check_all(&long, &[chosen, split, ("1 split", full(), small(1)), ("100 splits", full(), small(100))]);
     // 16-bit types differ only in how elements are read; each tile is a module to compile for every pair of head dims.

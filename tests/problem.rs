@@ -105,6 +105,8 @@ fn problems_are_keys_of_a_map() {
         problem().with_alibi(Alibi::PerBatchAndHead),
         problem().with_alibi(Alibi::PerHead).with_grad_alibi_slopes(),
         problem().with_sinks(),
+        problem().with_dropout(0.0),
+        problem().with_dropout(0.1),
         problem().with_sinks().with_grad_sinks(),
         problem().bnhd(),
         problem().with_layout(Tensor::Query, Layout::bhnd(4, 6, 8).at(1)),

@@ -62,8 +62,13 @@ fn two_kernels() -> PlanOptions {
 fn check_forward(feature: Feature) {
     let small = tiled(8, 16, (2, 4), 4, 8);
     let (narrow, less_narrow) = (narrow(feature, 20), narrow(feature, 70));
+    // Decoding has no dropout.
+    let decodes =
+        |options: &PlanOptions| options.kernel != Some(Kernel::Decode) || cases(feature)[0].1.problem.dropout.is_none();
     for (context, options) in [(&narrow, small), (&narrow, decode(2)), (&less_narrow, naive())] {
-        assert_split(feature, context, options);
+        if decodes(&options) {
+            assert_split(feature, context, options);
+        }
     }
     for element_type in TYPES {
         let mut ways = every_kernel(element_type, naive(), tile());
@@ -72,6 +77,7 @@ fn check_forward(feature: Feature) {
         if element_type == ElementType::F32 {
             ways.extend([("naive, split", &less_narrow, naive()), ("decode, split", &narrow, decode(2))]);
         }
+        ways.retain(|(_, _, options)| decodes(options));
         check_all(&cases::prepare(cases_of(feature, element_type), element_type), &ways);
     }
 }
@@ -151,5 +157,7 @@ seam!(mask, |case| {
 seam!(rows, |case| case.probe(Probe::Rows));
 // A board of squares, full ones, partial ones and empty ones, that differs by head.
 seam!(tiles, |case| case.probe(Probe::Tiles));
+// Probabilities that are dropped, by their batch entry, head, query and key.
+seam!(dropout, |case| case.dropout(0.3));
 // A sink in each row's denominator.
 seam!(end_of_a_row, |case| case.sinks());

@@ -62,6 +62,7 @@ fn cases() -> Vec<(&'static str, Case)> {
         ("BNHD", three().bnhd().causal(BottomRight)),
         ("packed", case(3, [4, 2], [37, 37], [8, 4]).packed()),
         ("shared k and v", three().shared_kv()),
+        ("dropout, causal", three().dropout(0.3).causal(BottomRight)),
     ]
 }
 
@@ -81,6 +82,7 @@ fn by_workgroups_the_naive_kernel() {
     let many = || case(3, [8, 4], [9, 11], [16, 12]);
     let cases = [
         ("plain", many()),
+        ("dropout", many().dropout(0.3)),
         ("causal, lengths, softcap", many().seqlens(&[3, 11, 0]).causal(BottomRight).softcap(2.0)),
         ("odd strides", many().odd()),
     ];
@@ -106,6 +108,7 @@ fn rows_of_one_head() {
         ("plain", case(1, [1, 1], [100, 10], [16, 12])),
         ("causal, lengths", case(1, [1, 1], [100, 10], [16, 12]).causal(BottomRight).seqlens(&[7])),
         ("grouped heads", case(2, [4, 2], [100, 10], [16, 12])),
+        ("dropout", case(2, [4, 2], [100, 10], [16, 12]).dropout(0.3)),
         ("grouped heads, odd strides", case(2, [4, 2], [100, 10], [13, 11]).odd()),
     ];
     check_split(&narrow(1 << 10, 65535), &small(), 4, &cases);
@@ -145,7 +148,8 @@ fn check_backward_split_with(context: &Context, options: &PlanOptions, least: us
 #[test]
 fn fused_backward_by_binding() {
     let options = fused([32, 32], 8, 16, 16, [32, 32]);
-    let cases = [("plain", case(7, [4, 2], [37, 40], [16, 12]))];
+    let plain = || case(7, [4, 2], [37, 40], [16, 12]);
+    let cases = [("plain", plain()), ("dropout", plain().dropout(0.3))];
     check_backward_split_with(&narrow(12 << 10, 65535), &options, 2, &cases);
 }
 

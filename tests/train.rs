@@ -71,6 +71,27 @@ fn the_seed_decides_on_everything() {
     assert_ne!(run("1"), run("2"));
 }
 
+/// Each step draws other numbers, and all come from the seed.
+#[test]
+fn dropout() {
+    let run = |args: &[&str]| {
+        let lines = lines(&[args, &["--steps", "30", "--sample", "0"]].concat());
+        assert_eq!(
+            lines.iter().any(|line| line.contains("dropout: 0.2; 205 of 256")),
+            args.contains(&"0.2"),
+            "{lines:?}"
+        );
+        losses(&lines)
+    };
+    let (with, without) = (run(&["--dropout", "0.2"]), run(&[]));
+    assert_eq!(with, run(&["--dropout", "0.2"]));
+    assert_ne!(with, without);
+    assert_ne!(with, run(&["--dropout", "0.2", "--seed", "2"]));
+    assert_eq!(without, run(&["--dropout", "0"]));
+    let (first, last) = (with[0], with[with.len() - 1]);
+    assert!(last < 0.9 * first, "{with:?}");
+}
+
 #[test]
 fn bad_input_is_refused_in_one_line() {
     let short = file("short", "Alice was beginning");
@@ -95,6 +116,9 @@ fn bad_input_is_refused_in_one_line() {
         (&["--steps", "many"], &["--steps", "many"]),
         (&["--lr", "0"], &["--lr", "0", "above 0"]),
         (&["--lr", "nan"], &["--lr", "nan", "above 0"]),
+        (&["--dropout", "1"], &["--dropout", "1", "below 1"]),
+        (&["--dropout", "-0.1"], &["--dropout", "-0.1", "below 1"]),
+        (&["--dropout", "nan"], &["--dropout", "nan"]),
         (&["--dtype", "f64"], &["--dtype", "f64", "f32, f16"]),
         (&["--kernel", "naive"], &["--kernel", "naive", "auto, tile, coop"]),
         (&["--adapter", "abacus"], &["\"abacus\""]),

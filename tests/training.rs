@@ -115,10 +115,10 @@ fn the_losses_are_those_of_attention_in_f64() {
     let (first, last) = (expected[0], expected[STEPS - 1]);
     assert!(first > 3.0 && last < 0.02, "the loss fell from {first} to {last}");
 
-    let mut single = DeviceAttention::<f32>::new(full(), shape(), LAYERS, None).unwrap();
+    let mut single = DeviceAttention::<f32>::new(full(), shape(), LAYERS, None, None).unwrap();
     let found = difference(&Training::new().steps(STEPS, &mut single), &expected);
     assert!(found < 1e-5, "in f32 the losses differ by {found:.1e} of their size");
-    let mut half = DeviceAttention::<f16>::new(full(), shape(), LAYERS, None).unwrap();
+    let mut half = DeviceAttention::<f16>::new(full(), shape(), LAYERS, None, None).unwrap();
     let found = difference(&Training::new().steps(STEPS, &mut half), &expected);
     assert!(found < 0.1, "in f16 the losses differ by {found:.1e} of their size");
 }
@@ -128,7 +128,7 @@ fn gradients_too_small_for_f16_are_not_lost() {
     let mut rng = Rng::with_seed(1);
     let mut random = || Matrix::from_shape_simple_fn((PIECES * CONTEXT, HEADS * HEAD_DIM), || rng.f64() - 0.3);
     let [query, key, value, grad_out] = [random(), random(), random(), random()];
-    let mut attention = DeviceAttention::<f16>::new(full(), shape(), LAYERS, None).unwrap();
+    let mut attention = DeviceAttention::<f16>::new(full(), shape(), LAYERS, None, None).unwrap();
     attention.forward(1, &query, &key, &value).unwrap();
     let expected = attention.backward(1, &grad_out).unwrap();
     let small = 2f64.powi(-30);

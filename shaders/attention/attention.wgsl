@@ -10,3 +10,6 @@
 #include "attention/keep.wgsl"
 #include "attention/tiles.wgsl"
 #include "attention/finish.wgsl"
+#if DROPOUT
+#include "attention/dropout.wgsl"
+#endif

@@ -60,6 +60,11 @@ struct Problem {
     mask_column: u32,
     // From the slopes of a batch entry to those of the next.
     slopes_batch: u32,
+    // Query heads of the problem.
+    heads_q: u32,
+    // Of 256 values of a byte, how many keep a probability; and what it is multiplied by then.
+    dropout_kept: u32,
+    dropout_scale: f32,
 }
 
 @group(0) @binding(0) var<uniform> problem: Problem;

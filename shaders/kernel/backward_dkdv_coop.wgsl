@@ -28,7 +28,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl" queries=column keys=row
+#include "matrix/scores.wgsl" queries=column keys=row together=KEY_MATRICES*M
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value
@@ -284,6 +284,10 @@ fn dkdv(
                 let scores = shaped(elements_of(s[r]), at, i, j, lane);
                 var x = Lane();
                 var y = elements_of(dp[r]);
+#if DROPOUT
+                let kept = kept_lane(at, i, j, r, lane);
+                y = grad_of_kept(y, kept);
+#endif
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[e] = fma(scores.score[e], factor, -lane_stats[held_column(e)].x);
                     y[e] = (y[e] - lane_stats[held_column(e)].y) * scores.slope[e];
@@ -295,6 +299,9 @@ fn dkdv(
                     x[e] = exp2(x[e]);
                     y[e] *= x[e];
                 }
+#if DROPOUT
+                x = what_is_kept(x, kept);
+#endif
                 p[r] = left(x);
                 ds[r] = left(y);
             }
@@ -344,7 +351,12 @@ fn dkdv(
     workgroupBarrier();
     for (var r = 0u; r < KEY_MATRICES; r++) {
         for (var d = 0u; d < ACROSS_DV_BLOCK; d++) {
-            let y = elements_of(dv[r][d]);
+            var y = elements_of(dv[r][d]);
+#if DROPOUT
+            for (var e = 0u; e < ELEMENTS; e++) {
+                y[e] *= problem.dropout_scale;
+            }
+#endif
             for (var e = 0u; e < ELEMENTS; e++) {
                 let row = own_key + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);

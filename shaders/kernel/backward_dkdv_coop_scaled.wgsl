@@ -29,7 +29,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(14) var<storage, read_write> grad_key: OutElements;
 @group(0) @binding(15) var<storage, read_write> grad_value: OutElements;
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl" queries=column keys=row
+#include "matrix/scores.wgsl" queries=column keys=row together=M
 #include "memory/read.wgsl" tensor=query
 #include "memory/read.wgsl" tensor=key
 #include "memory/read.wgsl" tensor=value
@@ -181,6 +181,10 @@ fn dkdv(
                         slope[r][c][e] *= x[r][c][e];
                     }
                     send_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane, slope[r][c]);
+#if DROPOUT
+                    let kept = kept_lane(at, row0 + i32(c * M), i32(own_j + r * M), 0u, lane);
+                    x[r][c] = what_is_kept(x[r][c], kept);
+#endif
                 }
             }
         }
@@ -189,6 +193,10 @@ fn dkdv(
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < ACROSS_STEP; c++) {
                     let p = receive_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane);
+#if DROPOUT
+                    let kept = kept_lane(at, row0 + i32(c * M), i32(own_j + r * M), 0u, lane);
+                    x[r][c] = grad_of_kept(x[r][c], kept);
+#endif
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let delta = step_stats[STEP + c * M + column_of(lane, 0u) + column_of(0u, e)];
                         let dp = x[r][c][e] * unscaling.halves.x;
@@ -212,8 +220,11 @@ fn dkdv(
         if j < problem.seqlen_k {
             for (var e = 0u; e < ELEMENTS; e += 4u) {
                 let d = n % SUM_MATRICES * M + (lane * ELEMENTS + e) % M;
-                let y = exchange[(subgroup * M * M + lane * ELEMENTS + e) / 4u];
+                var y = exchange[(subgroup * M * M + lane * ELEMENTS + e) / 4u];
                 if half == 0u {
+#if DROPOUT
+                    y *= problem.dropout_scale;
+#endif
                     write_grad_value(grad_value_row(of_group, j), d, HEAD_DIM_V, y);
                 } else {
                     write_grad_key(grad_key_row(of_group, j), d, HEAD_DIM, y * problem.scale);

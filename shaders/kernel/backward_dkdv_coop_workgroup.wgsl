@@ -36,7 +36,7 @@ const SECOND = SUBGROUPS * KEY_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = 2u * SECOND;
 #include "matrix/exchange.wgsl" columns=ROWS
-#include "matrix/scores.wgsl" queries=column keys=row
+#include "matrix/scores.wgsl" queries=column keys=row together=KEY_MATRICES*M
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value
@@ -205,6 +205,10 @@ fn dkdv(
                 let scores = shaped(get_elements(own_block + r, c, lane), at, i, j, lane);
                 var x = Lane();
                 var y = get_elements(SECOND + own_block + r, c, lane);
+#if DROPOUT
+                let kept = kept_lane(at, i, j, r, lane);
+                y = grad_of_kept(y, kept);
+#endif
                 for (var e = 0u; e < ELEMENTS; e++) {
                     let stats = step_stats[buffer * ROWS + c * M + column_of(lane, 0u) + column_of(0u, e)];
                     x[e] = fma(scores.score[e], factor, -stats.x);
@@ -217,6 +221,9 @@ fn dkdv(
                     x[e] = exp2(x[e]);
                     y[e] *= x[e];
                 }
+#if DROPOUT
+                x = what_is_kept(x, kept);
+#endif
                 put_elements(x, own_block + r, c, lane);
                 put_elements(y, SECOND + own_block + r, c, lane);
             }
@@ -284,6 +291,10 @@ fn dkdv(
             put_accumulator(dv[r][d], own_block + r, 0u);
         }
         workgroupBarrier();
+#if DROPOUT
+        write_columns_grad_value(of_group, key0, problem.seqlen_k, (dv0 + d) * M, problem.dropout_scale, thread);
+#else
         write_columns_grad_value(of_group, key0, problem.seqlen_k, (dv0 + d) * M, 1.0, thread);
+#endif
     }
 }

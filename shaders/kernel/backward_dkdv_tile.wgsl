@@ -31,6 +31,9 @@
 #include "memory/write.wgsl" tensor=grad_key
 #include "memory/write.wgsl" tensor=grad_value
 #include "tile/products.wgsl"
+#if DROPOUT
+#include "tile/dropout.wgsl" rows=STEP keys=OWN
+#endif
 #include "tile/load.wgsl" tensor=query count=STEP columns=TK
 #include "tile/load.wgsl" tensor=key count=OWN columns=TK
 #include "tile/load.wgsl" tensor=value count=OWN columns=TV
@@ -79,6 +82,9 @@ fn dkdv(
         for (var t = 0; t < visited.count; t++) {
             let i0 = u32(tile(visited, t));
             let i_next = u32(tile(visited, t + 1));
+#if DROPOUT
+            find_kept(at, i0, j0, thread);
+#endif
             // S^T = K Q^T, dP^T = V dO^T
             var s = Scores();
             for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
@@ -119,6 +125,12 @@ fn dkdv(
                     let seen = t < visited.full || keep(at, i32(i), j);
                     let p = select(0.0, exp_difference(x.score, stats.x), seen);
                     s[r][c / 4u][c % 4u] = p;
+#if DROPOUT
+                    // What is dropped of P^T and dP^T. dV is multiplied at the end.
+                    let kept = kept_of(i0, j0, i, u32(j));
+                    s[r][c / 4u][c % 4u] = select(0.0, p, kept);
+                    ds[r][c / 4u][c % 4u] = select(0.0, ds[r][c / 4u][c % 4u] * problem.dropout_scale, kept);
+#endif
                     ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - stats.y) * x.slope;
                 }
             }
@@ -186,6 +198,9 @@ fn dkdv(
             }
             let dv_start = grad_value_row(of_group, j);
             for (var u = 0u; u < TV; u++) {
+#if DROPOUT
+                dv[r][u] *= problem.dropout_scale;
+#endif
                 write_grad_value(dv_start, 4u * (u * THREADS_X + tx), HEAD_DIM_V, dv[r][u]);
             }
         }

@@ -26,7 +26,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl" queries=row keys=column
+#include "matrix/scores.wgsl" queries=row keys=column together=KEYS
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value
@@ -246,6 +246,9 @@ fn dq(
                 let i = i32(row0 + own_row + r * M);
                 let scores = shaped(elements_of(s[r][c]), at, i, j0 + i32(c * M), lane);
                 ds[r][c] = elements_of(dp[r][c]);
+#if DROPOUT
+                ds[r][c] = grad_of_kept(ds[r][c], kept_lane(at, i, j0 + i32(c * M), c, lane));
+#endif
                 for (var e = 0u; e < ELEMENTS; e++) {
                     let stats = lane_stats[r][held_row(e)];
                     p[r][c][e] = fma(scores.score[e], factor, -stats.x);

@@ -28,7 +28,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(11) var<storage, read_write> grad_out: InElements;
 @group(0) @binding(13) var<storage, read_write> grad_query: OutElements;
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl" queries=row keys=column
+#include "matrix/scores.wgsl" queries=row keys=column together=STEP
 #include "memory/read.wgsl" tensor=query
 #include "memory/read.wgsl" tensor=key
 #include "memory/read.wgsl" tensor=value
@@ -153,6 +153,10 @@ fn dq(
             for (var r = 0u; r < MATRICES; r++) {
                 for (var c = 0u; c < ACROSS_STEP; c++) {
                     let p = receive_lane((pair * MATRICES + r) * ACROSS_STEP + c, lane);
+#if DROPOUT
+                    let kept = kept_lane(at, i32(own_i + r * M), j0 + i32(c * M), c, lane);
+                    x[r][c] = grad_of_kept(x[r][c], kept);
+#endif
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let dp = x[r][c][e] * unscaling.halves.x;
                         x[r][c][e] = p[e] * fma(dp, unscaling.halves.y, -lane_stat[r][held_row(e)]);

@@ -34,7 +34,7 @@ const SECOND = SUBGROUPS * ROW_MATRICES;
 const SUM_BLOCKS = 2u * SECOND;
 const HALF_BLOCKS = SECOND;
 #include "matrix/exchange.wgsl" columns=KEYS
-#include "matrix/scores.wgsl" queries=row keys=column
+#include "matrix/scores.wgsl" queries=row keys=column together=M
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value
@@ -182,6 +182,9 @@ fn dq(
                 let scores = shaped(get_elements(own_block + r, c, lane), at, i, j, lane);
                 var x = Lane();
                 var y = get_elements(SECOND + own_block + r, c, lane);
+#if DROPOUT
+                y = grad_of_kept(y, kept_lane(at, i, j, 0u, lane));
+#endif
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[e] = fma(scores.score[e], factor, -lane_stats[r].x);
                     y[e] = (y[e] - lane_stats[r].y) * scores.slope[e];

@@ -27,6 +27,9 @@
 #include "memory/read.wgsl" tensor=grad_out
 #include "memory/write.wgsl" tensor=grad_query
 #include "tile/products.wgsl"
+#if DROPOUT
+#include "tile/dropout.wgsl" rows=OWN keys=STEP
+#endif
 #include "tile/load.wgsl" tensor=query count=OWN columns=TK
 #include "tile/load.wgsl" tensor=key count=STEP columns=TK
 #include "tile/load.wgsl" tensor=value count=STEP columns=TV
@@ -74,6 +77,9 @@ fn dq(
     for (var t = 0; t < visited.count; t++) {
         let j0 = u32(tile(visited, t));
         let j1 = u32(tile(visited, t + 1));
+#if DROPOUT
+        find_kept(at, i0, j0, thread);
+#endif
         // S = Q K^T, dP = dO V^T
         var s = Scores();
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
@@ -109,6 +115,10 @@ fn dq(
                 let x = scored(s[r][c / 4u][c % 4u], at, i, j);
                 let seen = t < visited.full || keep(at, i, j);
                 let p = select(0.0, exp_difference(x.score, stats[r].x), seen);
+#if DROPOUT
+                let kept = kept_of(i0, j0, u32(i), u32(j));
+                ds[r][c / 4u][c % 4u] = select(0.0, ds[r][c / 4u][c % 4u] * problem.dropout_scale, kept);
+#endif
                 ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - stats[r].y) * x.slope;
             }
         }

@@ -67,6 +67,9 @@ var<workgroup> tiles: array<vec4f, P_AT + max(STEP * ROW_STRIDE, KEY_PIECE * KEY
 #include "tile/lines.wgsl" tensor=grad_out columns=TV lines=LINES at=0u
 #include "tile/lines.wgsl" tensor=query columns=TK lines=LINES at=0u
 #include "tile/lines.wgsl" tensor=key columns=TK lines=LINES at=0u
+#if DROPOUT
+#include "tile/dropout.wgsl" rows=STEP keys=OWN
+#endif
 #include "tile/outer.wgsl" result=dv vectors=KEY_PIECES columns=TV stride=ROW_STRIDE lines=LINES from=P_AT at=0u
 #include "tile/outer.wgsl" result=dk vectors=KEY_PIECES columns=TK stride=ROW_STRIDE lines=LINES from=P_AT at=0u
 #include "tile/outer.wgsl" result=dq vectors=DQ_PIECES columns=TK stride=KEY_STRIDE lines=LINES from=P_AT at=0u
@@ -186,6 +189,9 @@ fn fused(
                         stats[c].x = select(stats[c].x, NO_KEYS, i > last_row);
                     }
 
+#if DROPOUT
+                    find_kept(at, i0, j0, thread);
+#endif
                     // S = Q K^T
                     var s = Scores();
                     for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
@@ -203,6 +209,9 @@ fn fused(
                         }
                     }
 
+#if DROPOUT
+                    workgroupBarrier();
+#endif
                     // P, 0 where a row does not see a key. It waits in workgroup memory, so that registers have S or dP, not both (but
                     // for what the derivative of a softcap needs).
                     let full = all_count(at, i32(i0), i32(i0 + STEP), i32(j0), i32(j0 + OWN));
@@ -218,6 +227,11 @@ fn fused(
                             if !full {
                                 p = select(vec4f(), p, keep4(at, i, j));
                             }
+#if DROPOUT
+                            // dV takes what is kept of P from workgroup memory, and dS all of P, times score', from registers.
+                            s[c][r] = p * x.slope;
+                            p = select(vec4f(), p, kept4_of(i0, j0, vec4u(i), vec4u(j)));
+#endif
                             tiles[place_of_row(c, tx) + r * THREADS_Y + ty] = p;
                         }
                     }
@@ -259,10 +273,17 @@ fn fused(
                     // dS = P (dP - delta) score'. A thread reads the P that it wrote.
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                         for (var r = 0u; r < KEY_PIECES; r++) {
+#if DROPOUT
+                            let i = vec4u(i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u);
+                            let j = vec4u(j0 + r * KEY_PIECE + 4u * ty) + vec4u(0u, 1u, 2u, 3u);
+                            let kept = kept4_of(i0, j0, i, j);
+                            ds[c][r] = s[c][r] * (select(vec4f(), ds[c][r] * problem.dropout_scale, kept) - stats[c].y);
+#else
                             let p = tiles[place_of_row(c, tx) + r * THREADS_Y + ty];
                             ds[c][r] = p * (ds[c][r] - stats[c].y);
 #if SHAPED
                             ds[c][r] *= s[c][r];
+#endif
 #endif
                         }
                     }
@@ -337,6 +358,11 @@ fn fused(
                     for (var u = 0u; u < TK; u++) {
                         dk[c][u] *= problem.scale;
                     }
+#if DROPOUT
+                    for (var u = 0u; u < TV; u++) {
+                        dv[c][u] *= problem.dropout_scale;
+                    }
+#endif
                 }
                 if add || head > of_group.head || fold0 > first {
                     // All loads before the first store, so that they overlap. What is past the last key or the head dim is not used.

@@ -31,7 +31,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl" queries=row keys=column
+#include "matrix/scores.wgsl" queries=row keys=column together=KEYS
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value

@@ -30,7 +30,7 @@ enable wgpu_cooperative_matrix;
 #endif
 #include "memory/row_stats.wgsl" access=read
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl" queries=row keys=column
+#include "matrix/scores.wgsl" queries=row keys=column together=KEYS
 #include "memory/read.wgsl" tensor=query
 #include "memory/read.wgsl" tensor=key
 #include "memory/read.wgsl" tensor=value
@@ -374,6 +374,10 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
                     x[r][c][e] = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
                     sum[held_row(e)] += x[r][c][e];
                 }
+#if DROPOUT
+                let i = i32(row0 + own_row + r * M);
+                x[r][c] = what_is_kept(x[r][c], kept_lane(at, i, j0 + i32(c * M), c, lane));
+#endif
             }
             for (var h = 0u; h < LANE_ROWS; h++) {
                 l[r][h] = fma(l[r][h], shrink[r][h], sum[h]);

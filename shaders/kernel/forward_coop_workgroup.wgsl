@@ -32,7 +32,7 @@ enable wgpu_cooperative_matrix;
 const SUM_BLOCKS = SUBGROUPS * ROW_MATRICES;
 const HALF_BLOCKS = SUM_BLOCKS;
 #include "matrix/exchange.wgsl" columns=KEYS
-#include "matrix/scores.wgsl" queries=row keys=column
+#include "matrix/scores.wgsl" queries=row keys=column together=KEYS
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value
 
@@ -218,6 +218,10 @@ fn forward(
                     x[r][c][e] = exp2(fma(x[r][c][e], factor, -m[r]));
                     l[r] += x[r][c][e];
                 }
+#if DROPOUT
+                let i = i32(row0 + (own_block + r) * M);
+                x[r][c] = what_is_kept(x[r][c], kept_lane(at, i, j0 + i32(c * M), c, lane));
+#endif
                 put_elements(x[r][c], own_block + r, c, lane);
             }
         }

@@ -6,7 +6,7 @@
 //         m' = max(m, rowmax S)
 //         P = exp(S - m')                           ROWS x KEYS; computed as exp2((s - m') · factor)
 //         l = exp(m - m') l + rowsum P
-//         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V; with TILE_SUMS, P V is summed apart first
+//         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V; with DROPOUT only what is kept of P; with TILE_SUMS, P V is summed apart first
 //         with FOLDS, after each FOLD_TILES tiles but the last:  out = shrunk out + O,  O = 0
 //     out = O / l (with FOLDS the shrunk out is added to O first),  lse = m + ln l
 //
@@ -62,6 +62,9 @@ var<workgroup> shrinks: array<f32, ROWS>;
 
 // Scores lie as vectors of four rows of a key.
 #include "tile/scores.wgsl" vectors=TR count4=ROWS4 others=PIECES other_count4=KEYS4 at=K_AT
+#if DROPOUT
+#include "tile/dropout.wgsl" rows=ROWS keys=KEYS
+#endif
 #include "tile/outer.wgsl" result=output vectors=TR columns=TV stride=P_STRIDE lines=VALUE_KEYS from=0u at=V_AT
 
 // How much each thread loads to registers before it stores it in workgroup memory: of a chunk of Q and of K vectors of four columns, each
@@ -242,6 +245,9 @@ fn forward(
     for (var n = 0; n < visited.count; n++) {
         let j0 = tile(visited, n);
         let j1 = u32(tile(visited, n + 1));
+#if DROPOUT
+        find_kept(at, row0, u32(j0), thread);
+#endif
         // S = Q K^T
         var s = Scores();
         for (var d0 = 0u; d0 < HEAD_DIM; d0 += CHUNK) {
@@ -326,6 +332,10 @@ fn forward(
             for (var c = 0u; c < TC; c++) {
                 s[c][r] = exp2((s[c][r] - new_max) * factor);
                 sum += s[c][r];
+#if DROPOUT
+                let i = vec4u(row0 + 4u * (r * THREADS_Y + ty)) + vec4u(0u, 1u, 2u, 3u);
+                s[c][r] = select(vec4f(), s[c][r], kept4_of(row0, u32(j0), i, vec4u(u32(j0) + c * THREADS_X + tx)));
+#endif
             }
             l[r] = fma(l[r], shrink[r], sum);
         }

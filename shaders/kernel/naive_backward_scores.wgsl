@@ -40,7 +40,12 @@ fn scores_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) 
         // The larger of the two, which is the score: no compiler makes the product and the difference one fma, which would not
         // round the score as the forward pass did.
         let p = exp_difference(max(x.score, MASKED), row_stats(row).x);
+#if DROPOUT
+        let factor = select(0.0, problem.dropout_scale, is_kept(at, i, j));
+        p_and_ds = vec2f(p * factor, p * (sum4(dp) * factor - row_stats(row).y) * x.slope);
+#else
         p_and_ds = vec2f(p, p * (sum4(dp) - row_stats(row).y) * x.slope);
+#endif
     }
     scores[row * problem.seqlen_k + j] = p_and_ds;
 }

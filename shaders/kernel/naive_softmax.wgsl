@@ -47,6 +47,9 @@ fn softmax(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index)
 
     for (var j = thread; j < problem.seqlen_k; j += 64u) {
         scores[start + j] = exp_difference(scores[start + j], m) * row.inverse;
+#if DROPOUT
+        scores[start + j] = select(0.0, scores[start + j], is_kept(at, i, j));
+#endif
     }
 #if LSE
     if thread == 0u {

@@ -118,6 +118,10 @@
                     x[r][c][e] = p;
                     l[r][held_row(e)] += p;
                 }
+#if DROPOUT
+                let i = i32(row0 + own_row + r * M);
+                x[r][c] = what_is_kept(x[r][c], kept_lane(at, i, j0 + i32(c * M), c, lane));
+#endif
             }
         }
 

@@ -1,7 +1,7 @@
 //! Host side of `shaders/kernel/backward_fused_tile.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, workgroups_by_keys};
-use super::{Access, Pass, Rounds, Slot, backward_delta, backward_switches, bindings};
+use super::{Access, Pass, Rounds, Slot, backward_delta, backward_switches, bindings, dropout_bytes};
 use crate::Problem;
 use crate::specialize::Specialization;
 use crate::tune::FusedTile;
@@ -49,7 +49,8 @@ fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
         },
         bindings(problem, &[DKDV_BINDINGS, &[(Slot::GradQuery, Access::ReadWrite)]].concat()),
         tile.threads(),
-        tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+        tile.workgroup_bytes(shape.head_dim, shape.head_dim_v)
+            + dropout_bytes(problem, tile.step, tile.own, tile.threads()),
         workgroups_by_keys(problem, tile.block_keys),
     )
     .with_rounds(Rounds {

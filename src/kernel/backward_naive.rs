@@ -1,6 +1,6 @@
 //! Host side of `shaders/kernel/naive_backward_*.wgsl`.
 
-use super::{Access, Part, Pass, Slot, backward_switches, bindings};
+use super::{Access, Part, Pass, Slot, backward_switches, bindings, without_dropout};
 use crate::Problem;
 use crate::specialize::Specialization;
 
@@ -14,11 +14,12 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let (group, seqlen_k) = (shape.group() as u64, shape.seqlen_k as u64);
     let [head_dim, head_dim_v] = [shape.head_dim, shape.head_dim_v].map(u64::from);
     let pass = |file, entry, used: &[(Slot, Access)], workgroups| {
+        let on = backward_switches(problem, 4);
         Pass::new(
             Specialization {
                 file,
                 entry,
-                switches: backward_switches(problem, 4),
+                switches: if entry == "scores_of" { on } else { without_dropout(on) },
                 constants: vec![("HEAD_DIM", shape.head_dim), ("HEAD_DIM_V", shape.head_dim_v)],
             },
             bindings(problem, used)
@@ -46,6 +47,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
                 (Slot::AlibiSlopes, Access::Read),
                 (Slot::Workspace, Access::ReadWrite),
                 (Slot::WorkspaceScores, Access::ReadWrite),
+                (Slot::RngState, Access::Read),
             ],
             Box::new(move |part| [seqlen_k.div_ceil(16), part.row_count().div_ceil(16), heads(part)]),
         ),

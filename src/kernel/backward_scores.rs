@@ -1,7 +1,7 @@
 //! Host side of `shaders/kernel/backward_scores_tile.wgsl` and of `shaders/kernel/backward_heads.wgsl`, which run after the kernels for dq, dk
 //! and dv: the gradients of the bias, of ALiBi's slopes and of the sinks.
 
-use super::{Access, Part, Pass, Slot, backward_switches, bindings};
+use super::{Access, Part, Pass, Slot, backward_switches, bindings, dropout_bytes};
 use crate::problem::{Alibi, ScoreLayout};
 use crate::specialize::Specialization;
 use crate::tune::BackwardTile;
@@ -75,13 +75,17 @@ fn tiles(problem: &Problem, tile: BackwardTile, bias: Option<&ScoreLayout>) -> P
         (Slot::Bias, Access::Read),
         (Slot::Mask, Access::Read),
         (Slot::AlibiSlopes, Access::Read),
+        (Slot::RngState, Access::Read),
     ];
     used.push((if bias.is_some() { Slot::GradBias } else { Slot::WorkspaceRowSums }, Access::ReadWrite));
     Pass::new(
         Specialization { file: "kernel/backward_scores_tile.wgsl", entry: "scores", switches: on, constants },
         bindings(problem, &used),
         tile.threads(),
-        tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+        tile.workgroup_bytes(shape.head_dim, shape.head_dim_v)
+            + dropout_bytes(problem, tile.own, tile.step, tile.threads())
+            // Whether a tile may count.
+            + 4,
         Box::new(move |part: &Part| {
             let some = |shared: bool, count: u64| if shared { 1 } else { count };
             [

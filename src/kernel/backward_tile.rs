@@ -1,6 +1,6 @@
 //! Host side of `shaders/kernel/backward_dkdv_tile.wgsl` and `shaders/kernel/backward_dq_tile.wgsl`.
 
-use super::{Access, Part, Pass, Slot, Workgroups, backward_switches, bindings};
+use super::{Access, Part, Pass, Slot, Workgroups, backward_switches, bindings, dropout_bytes};
 use crate::specialize::Specialization;
 use crate::tune::BackwardTile;
 use crate::{ElementType, Problem};
@@ -17,6 +17,7 @@ pub(crate) const DKDV_BINDINGS: &[(Slot, Access)] = &[
     (Slot::AlibiSlopes, Access::Read),
     (Slot::GradKey, Access::ReadWrite),
     (Slot::GradValue, Access::ReadWrite),
+    (Slot::RngState, Access::Read),
 ];
 
 /// What the gradient of queries binds, on any kernel.
@@ -30,6 +31,7 @@ pub(crate) const DQ_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Mask, Access::Read),
     (Slot::AlibiSlopes, Access::Read),
     (Slot::GradQuery, Access::ReadWrite),
+    (Slot::RngState, Access::Read),
 ];
 
 /// Workgroups of a kernel that owns so many keys, and of one that owns so many rows.
@@ -51,9 +53,15 @@ fn has_step_sums(problem: &Problem, tile: BackwardTile) -> bool {
     problem.element_type == ElementType::F32 && registers <= 32
 }
 
+/// Workgroup memory that dropout takes in each of the two kernels.
+pub(crate) fn dropout_bytes_of(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) -> [u32; 2] {
+    [dropout_bytes(problem, dkdv.step, dkdv.own, dkdv.threads()), dropout_bytes(problem, dq.own, dq.step, dq.threads())]
+}
+
 pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) -> Vec<Pass> {
     let shape = problem.shape;
-    let pass = |file, entry, tile: BackwardTile, used, workgroups| {
+    let of_dropout = dropout_bytes_of(problem, dkdv, dq);
+    let pass = |file, entry, tile: BackwardTile, used, dropout_bytes, workgroups| {
         let mut on = backward_switches(problem, 4);
         if tile.written_out {
             on.push("UNROLL");
@@ -80,12 +88,19 @@ pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) ->
             },
             bindings(problem, used),
             tile.threads(),
-            tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+            tile.workgroup_bytes(shape.head_dim, shape.head_dim_v) + dropout_bytes,
             workgroups,
         )
     };
     vec![
-        pass("kernel/backward_dkdv_tile.wgsl", "dkdv", dkdv, DKDV_BINDINGS, workgroups_by_keys(problem, dkdv.own)),
-        pass("kernel/backward_dq_tile.wgsl", "dq", dq, DQ_BINDINGS, workgroups_by_rows(dq.own)),
+        pass(
+            "kernel/backward_dkdv_tile.wgsl",
+            "dkdv",
+            dkdv,
+            DKDV_BINDINGS,
+            of_dropout[0],
+            workgroups_by_keys(problem, dkdv.own),
+        ),
+        pass("kernel/backward_dq_tile.wgsl", "dq", dq, DQ_BINDINGS, of_dropout[1], workgroups_by_rows(dq.own)),
     ]
 }

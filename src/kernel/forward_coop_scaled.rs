@@ -40,7 +40,7 @@ pub(crate) fn ranges(problem: &Problem, backward: bool) -> [Pass; 2] {
     const HEADS: u32 = 32;
     let tensors = if backward { &Tensor::BACKWARD[..] } else { &Tensor::FORWARD };
     let mut on = switches_of(problem, tensors, 4);
-    on.retain(|name| *name != "LSE" && !GIVEN.contains(name));
+    on.retain(|name| !["LSE", "DROPOUT"].contains(name) && !GIVEN.contains(name));
     on.extend(backward.then_some("GRADIENTS"));
     let shares = shares(problem);
     let specialization = |file, entry, switches, threads| Specialization {
@@ -138,6 +138,7 @@ fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &Matrix
                 (Slot::Out, Access::ReadWrite),
                 (Slot::Lse, Access::ReadWrite),
                 (Slot::Workspace, Access::Read),
+                (Slot::RngState, Access::Read),
                 (Slot::Bias, Access::Read),
                 (Slot::Mask, Access::Read),
                 (Slot::AlibiSlopes, Access::Read),

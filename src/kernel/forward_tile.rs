@@ -1,6 +1,6 @@
 //! Host side of `shaders/kernel/forward_tile.wgsl`.
 
-use super::{FORWARD_BINDINGS, Part, Pass, bindings, switches};
+use super::{FORWARD_BINDINGS, Part, Pass, bindings, dropout_bytes, switches};
 use crate::specialize::Specialization;
 use crate::tune::Tile;
 use crate::{ElementType, Problem};
@@ -77,7 +77,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
         },
         bindings(problem, FORWARD_BINDINGS),
         tile.threads(),
-        tile.workgroup_bytes(shape.head_dim_v),
+        tile.workgroup_bytes(shape.head_dim_v) + dropout_bytes(problem, tile.rows, tile.keys, tile.threads()),
         Box::new(move |part: &Part| {
             [part.row_count().div_ceil(tile.rows as u64), part.head_count(), part.batch_count()]
         }),

@@ -20,7 +20,7 @@ pub(crate) use part::{Cut, Part};
 pub(crate) use pass::{Access, Module, Pass, Rounds, Slot, Workgroups, check_limits};
 
 use crate::problem::{Probe, Tensor};
-use crate::{ElementType, Problem};
+use crate::{ElementType, Problem, tune};
 
 /// What a forward pass in one dispatch binds.
 pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
@@ -31,6 +31,7 @@ pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Lse, Access::ReadWrite),
     (Slot::SeqlensQ, Access::Read),
     (Slot::SeqlensK, Access::Read),
+    (Slot::RngState, Access::Read),
     (Slot::Bias, Access::Read),
     (Slot::Mask, Access::Read),
     (Slot::AlibiSlopes, Access::Read),
@@ -61,6 +62,12 @@ pub(crate) const GIVEN: [&str; 9] =
 pub(crate) fn without_scores(mut switches: Vec<&'static str>) -> Vec<&'static str> {
     const OF_SCORES: [&str; 5] = ["SOFTCAP", "SHAPED", "SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"];
     switches.retain(|name| !OF_SCORES.contains(name) && !GIVEN.contains(name));
+    switches
+}
+
+/// `switches`, less dropout: for a kernel that has no probabilities.
+pub(crate) fn without_dropout(mut switches: Vec<&'static str>) -> Vec<&'static str> {
+    switches.retain(|&name| name != "DROPOUT");
     switches
 }
 
@@ -114,10 +121,16 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
         (problem.seqlens_q, "QUERY_LENGTHS"),
         (problem.seqlens_k, "SEQLENS_K"),
         (problem.lse, "LSE"),
+        (problem.dropout_in_use().is_some(), "DROPOUT"),
     ];
     on.extend(flags.iter().filter(|(set, _)| *set).map(|(_, name)| name));
     on.extend(problem.probe.map(Probe::switch));
     on
+}
+
+/// Workgroup memory that dropout takes in the tile kernels, for a tile of so many rows and keys.
+pub(crate) fn dropout_bytes(problem: &Problem, rows: u32, keys: u32, threads: u32) -> u32 {
+    problem.dropout_in_use().map_or(0, |_| tune::dropout_bytes(rows, keys, threads))
 }
 
 /// `bindings`, less those of buffers that the problem does without.
@@ -126,6 +139,7 @@ pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(S
         Slot::Lse => problem.lse,
         Slot::SeqlensQ => problem.seqlens_q,
         Slot::SeqlensK => problem.seqlens_k,
+        Slot::RngState => problem.dropout_in_use().is_some(),
         Slot::Bias => problem.bias.is_some(),
         Slot::Mask => problem.mask.is_some(),
         Slot::AlibiSlopes => problem.alibi.is_some(),

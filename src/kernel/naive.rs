@@ -1,6 +1,6 @@
 //! Host side of `shaders/kernel/naive_*.wgsl`.
 
-use super::{Access, Part, Pass, Slot, bindings, switches, without_scores};
+use super::{Access, Part, Pass, Slot, bindings, switches, without_dropout, without_scores};
 use crate::Problem;
 use crate::specialize::Specialization;
 
@@ -25,7 +25,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let (seqlen_k, head_dim_v) = (shape.seqlen_k as u64, shape.head_dim_v as u64);
     let pass = |file, entry, constants, used: &[(Slot, Access)], threads, workgroup_bytes, workgroups| {
         let on = switches(problem, 4);
-        let on = if entry == "softmax" { without_scores(on) } else { on };
+        let on = if entry == "softmax" { without_scores(on) } else { without_dropout(on) };
         Pass::new(
             Specialization { file, entry, switches: on, constants },
             bindings(problem, used),
@@ -58,7 +58,12 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
             "kernel/naive_softmax.wgsl",
             "softmax",
             vec![],
-            &[(Slot::Lse, Access::ReadWrite), (Slot::Sinks, Access::Read), (Slot::Workspace, Access::ReadWrite)],
+            &[
+                (Slot::Lse, Access::ReadWrite),
+                (Slot::Sinks, Access::Read),
+                (Slot::RngState, Access::Read),
+                (Slot::Workspace, Access::ReadWrite),
+            ],
             64,
             256,
             Box::new(move |part| [part.row_count(), 1, heads(part)]),

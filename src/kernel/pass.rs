@@ -40,6 +40,8 @@ pub(crate) enum Slot {
     GradAlibiSlopes = 25,
     /// A number of each row for gradients of what a head has, at the workspace's end.
     WorkspaceRowSums = 26,
+    /// Seed and offset of dropout. The one that is bound as a uniform, so that it takes none of a stage's storage buffers.
+    RngState = 27,
     /// The buffers of the user's mods, in the order of their text. The numbers are those of src/mods/, from `FIRST_BINDING` on.
     ModBuffer0 = 40,
     ModBuffer1 = 41,
@@ -68,6 +70,11 @@ impl Slot {
         Slot::MOD_BUFFERS.contains(&self)
     }
 
+    /// Whether it is bound as a uniform.
+    pub(crate) const fn is_uniform(self) -> bool {
+        matches!(self, Slot::RngState)
+    }
+
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Slot::Query => "query",
@@ -84,6 +91,7 @@ impl Slot {
             | Slot::WorkspaceRowSums => "workspace",
             Slot::PartOut => "part_out",
             Slot::PartLse => "part_lse",
+            Slot::RngState => "rng_state",
             Slot::GradOut => "grad_out",
             Slot::GradLse => "grad_lse",
             Slot::GradQuery => "grad_query",
@@ -251,7 +259,8 @@ pub(crate) type Workgroups = Box<dyn Fn(&Part) -> [u64; 3]>;
 /// An error if a pass needs more than the device's limits allow.
 pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limits) -> Result<(), Error> {
     for pass in passes {
-        let storage_buffers = pass.bindings.len() as u32;
+        let uniforms = pass.bindings.iter().filter(|(slot, _)| slot.is_uniform()).count() as u32;
+        let storage_buffers = pass.bindings.len() as u32 - uniforms;
         let inputs: Vec<_> = pass.bindings.iter().map(|&(slot, _)| slot).filter(|slot| slot.is_extra()).collect();
         let found = limits.max_storage_buffers_per_shader_stage;
         // It is these inputs that are too many, if it would do without them.
@@ -269,7 +278,7 @@ pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limit
             ("max_compute_workgroup_size_z", 1, limits.max_compute_workgroup_size_z),
             ("max_compute_workgroups_per_dimension", 1, limits.max_compute_workgroups_per_dimension),
             ("max_storage_buffers_per_shader_stage", storage_buffers, limits.max_storage_buffers_per_shader_stage),
-            ("max_uniform_buffers_per_shader_stage", 1, limits.max_uniform_buffers_per_shader_stage),
+            ("max_uniform_buffers_per_shader_stage", 1 + uniforms, limits.max_uniform_buffers_per_shader_stage),
             ("max_bindings_per_bind_group", bindings, limits.max_bindings_per_bind_group),
             ("max_bind_groups", 1, limits.max_bind_groups),
         ];

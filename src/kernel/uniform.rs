@@ -1,6 +1,6 @@
 //! The numbers a launch is told: `struct Problem` of `shaders/attention/problem.wgsl`.
 
-use crate::{Alibi, Causal, Problem};
+use crate::{Alibi, Causal, Problem, dropout};
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
@@ -60,6 +60,9 @@ pub(crate) struct ProblemUniform {
     pub bias_column: u32,
     pub mask_column: u32,
     pub slopes_batch: u32,
+    pub heads_q: u32,
+    pub dropout_kept: u32,
+    pub dropout_scale: f32,
 }
 
 /// An open side of a window: past every key, and far enough from the ends of i32 that adding a position cannot wrap.
@@ -80,6 +83,9 @@ impl ProblemUniform {
             scale: problem.effective_scale(),
             softcap: problem.softcap.unwrap_or(0.0),
             heads_first: problem.rows_grow() as u32,
+            heads_q: problem.shape.heads_q,
+            dropout_kept: problem.dropout.map_or(256, dropout::kept_of_256),
+            dropout_scale: problem.dropout.map_or(1.0, dropout::scale),
             slopes_batch: if problem.alibi == Some(Alibi::PerBatchAndHead) { problem.shape.heads_q } else { 0 },
             ..Default::default()
         }

@@ -121,6 +121,8 @@ enum Placeholder {
     Get(u32),
     /// Returns its first parameter with elements replaced by the others.
     Set,
+    /// Returns the product of its parameters, of 64 bits: naga's WGSL has no such multiplication.
+    MulWide,
     /// Returns the bits of its parameter, two u32, as four f16: naga's WGSL has no such bitcast.
     Bits,
 }
@@ -145,6 +147,17 @@ fn placeholders(module: &naga::Module, elements: u32) -> Result<HashMap<&str, Pl
                 return refuse("it must take one vec2<u32> and return a vec4<f16>");
             }
             found.insert(name, Placeholder::Bits);
+            continue;
+        }
+        if name == "coop_mul_wide" {
+            let word = TypeInner::Scalar(Scalar::U32);
+            let takes = function.arguments.iter().map(|argument| inner(argument.ty)).collect::<Vec<_>>();
+            let gives = function.result.as_ref().map(|result| inner(result.ty));
+            let is_pair = |ty: &TypeInner| matches!(ty, TypeInner::Struct { members, .. } if members.len() == 2 && members.iter().all(|member| *inner(member.ty) == word));
+            if takes != [&word, &word] || !gives.is_some_and(is_pair) {
+                return refuse("it must take two u32 and return a struct of two u32");
+            }
+            found.insert(name, Placeholder::MulWide);
             continue;
         }
         let is_set = name.starts_with("coop_set");
@@ -196,6 +209,7 @@ mod op {
     pub const FUNCTION_END: u32 = 56;
     pub const COMPOSITE_EXTRACT: u32 = 81;
     pub const COMPOSITE_INSERT: u32 = 82;
+    pub const U_MUL_EXTENDED: u32 = 151;
     pub const U_LESS_THAN: u32 = 176;
     pub const LOOP_MERGE: u32 = 246;
     pub const BRANCH_CONDITIONAL: u32 = 250;
@@ -279,6 +293,11 @@ fn fill_placeholders(spirv: &[u32], placeholders: &HashMap<&str, Placeholder>) -
                         let halves = fresh();
                         push(&mut words, op::BITCAST, &[*result_type, halves, value]);
                         value = halves;
+                    }
+                    Placeholder::MulWide => {
+                        let product = fresh();
+                        push(&mut words, op::U_MUL_EXTENDED, &[*result_type, product, value, parameters[1]]);
+                        value = product;
                     }
                     Placeholder::Set => {
                         for (&scalar, index) in parameters[1..].iter().zip(0..) {

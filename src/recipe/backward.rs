@@ -1,6 +1,6 @@
 //! The kernel of the backward pass.
 
-use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, first};
+use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, first, with_room};
 use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
@@ -117,17 +117,25 @@ pub(super) fn recipe(
 
 /// The tile of the kernel for gradients of what is added to scores: that of dq, which has the same two products.
 fn scores_tile(problem: &Problem, facts: &Facts) -> Result<BackwardTile, Error> {
-    let [_, tile] = tune::backward_tiles(problem.shape.head_dim, problem.shape.head_dim_v, &facts.limits);
+    let [_, tile] = tiles_of(problem, &facts.limits);
     tile.validate()?;
     Ok(tile)
 }
 
+/// The tiles for the gradients of keys and values and for that of queries, with room for dropout.
+fn tiles_of(problem: &Problem, limits: &wgpu::Limits) -> [BackwardTile; 2] {
+    let (head_dim, head_dim_v) = (problem.shape.head_dim, problem.shape.head_dim_v);
+    let larger = |[a, b]: [u32; 2]| a.max(b);
+    let used = |tiles: &[BackwardTile; 2]| larger(tiles.map(|tile| tile.workgroup_bytes(head_dim, head_dim_v)));
+    let dropout = |&[dkdv, dq]: &[BackwardTile; 2]| larger(backward_tile::dropout_bytes_of(problem, dkdv, dq));
+    with_room(limits, |limits| tune::backward_tiles(head_dim, head_dim_v, limits), used, dropout)
+}
+
 /// The tile kernels, of which each computes the scores.
 fn two_kernels(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Vec<Pass>, Error> {
-    let shape = &problem.shape;
     let [dkdv, dq] = match options.backward_tile {
         Some(tile) => [tile; 2],
-        None => tune::backward_tiles(shape.head_dim, shape.head_dim_v, &facts.limits),
+        None => tiles_of(problem, &facts.limits),
     };
     dkdv.validate()?;
     dq.validate()?;

@@ -45,6 +45,24 @@ pub(super) fn first(asked: Option<Kernel>, candidates: impl FnOnce() -> Vec<Cand
     }
 }
 
+/// What the table gives for these limits. Where a tile takes `used` bytes of workgroup memory and dropout takes `more` than is left, it is what
+/// the table gives for limits that leave room.
+pub(super) fn with_room<T>(
+    limits: &wgpu::Limits,
+    table: impl Fn(&wgpu::Limits) -> T,
+    used: impl Fn(&T) -> u32,
+    more: impl Fn(&T) -> u32,
+) -> T {
+    let tile = table(limits);
+    let memory = limits.max_compute_workgroup_storage_size;
+    let more = more(&tile);
+    if used(&tile).saturating_add(more) <= memory {
+        return tile;
+    }
+    let max_compute_workgroup_storage_size = memory.saturating_sub(more);
+    table(&wgpu::Limits { max_compute_workgroup_storage_size, ..limits.clone() })
+}
+
 /// Why a plan takes the tile kernel.
 pub(super) const ANYWHERE: &str = "it runs on every device and computes every problem";
 /// Why a plan takes the naive kernel.

@@ -1,10 +1,10 @@
 //! The kernel of the forward pass.
 
-use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, Workspaces, first};
+use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, Workspaces, first, with_room};
 use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
-use crate::kernel::{Cut, Part, Slot, check_limits, decode, forward_coop_scaled, forward_tile, naive};
+use crate::kernel::{Cut, Part, Slot, check_limits, decode, dropout_bytes, forward_coop_scaled, forward_tile, naive};
 use crate::loops;
 use crate::names::{ElementType, Kernel};
 use crate::options::PlanOptions;
@@ -17,18 +17,19 @@ fn candidates(problem: &Problem, facts: &Facts, options: &PlanOptions, coop: &Re
     let many_queries = if not_coop.is_none() { Kernel::Coop } else { Kernel::Tile };
     let tile = tile_of(problem, facts, options);
     let loops_end = tile.validate().is_ok() && tile_loops(problem, facts, tile).is_err();
+    let has_dropout = problem.dropout_in_use().is_some();
     let candidate = |kernel, takes, reason| Candidate { kernel, takes, reason };
     vec![
         candidate(Kernel::Naive, options.backward.is_none() && naive::suits(problem), SHORT_SEQUENCES),
         candidate(
             Kernel::Decode,
-            decode::pays(problem, many_queries) && decode_fits(problem, facts, options),
+            !has_dropout && decode::pays(problem, many_queries) && decode_fits(problem, facts, options),
             "few queries: they share a tile, and splits of the keys fill the device",
         ),
         candidate(Kernel::Coop, not_coop.is_none(), coop::reason(problem.element_type)),
         candidate(
             Kernel::Decode,
-            problem.gradients.is_none() && loops_end && decode_fits(problem, facts, options),
+            !has_dropout && problem.gradients.is_none() && loops_end && decode_fits(problem, facts, options),
             "the driver ends long loops: splits of the keys make them shorter",
         ),
         candidate(Kernel::Tile, true, not_coop.unwrap_or(ANYWHERE)),
@@ -50,8 +51,10 @@ fn too_wide(problem: &Problem) -> Option<&'static str> {
 }
 
 fn tile_of(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Tile {
-    let table = || tune::tile(problem.shape.head_dim, problem.shape.head_dim_v, &facts.limits);
-    options.tile.unwrap_or_else(table)
+    let table = |limits: &_| tune::tile(problem.shape.head_dim, problem.shape.head_dim_v, limits);
+    let used = |tile: &Tile| tile.workgroup_bytes(problem.shape.head_dim_v);
+    let dropout = |tile: &Tile| dropout_bytes(problem, tile.rows, tile.keys, tile.threads());
+    options.tile.unwrap_or_else(|| with_room(&facts.limits, table, used, dropout))
 }
 
 /// An error if the driver ends the tile kernel's loops.
@@ -111,6 +114,10 @@ fn of_coop(problem: &Problem, coop: Coop) -> Recipe {
 }
 
 fn of_decode(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Recipe, Error> {
+    if problem.dropout_in_use().is_some() {
+        let (kernel, element_type) = (Kernel::Decode, problem.element_type);
+        return Err(Error::Unsupported { kernel, element_type, why: "it has no dropout; the other kernels do" });
+    }
     let shape = &problem.shape;
     let limits = &facts.limits;
     let rows = shape.group() as u64 * shape.seqlen_q as u64;

@@ -69,7 +69,7 @@ struct Scored<N> {
 
 /// What a query and a key that it sees have in common in the backward pass.
 struct PairGradient<N> {
-    /// The probability, rounded.
+    /// The probability after dropout, rounded.
     p: N,
     /// The loss' gradient in q·k.
     ddot: N,
@@ -251,18 +251,28 @@ impl<N: Real> Attention<'_, N> {
             && (self.problem.mods.as_ref()).is_none_or(|mods| mods.keep(self.position(pair), self.extras.mod_buffers))
     }
 
+    /// What dropout multiplies a probability by: 0 if it drops it.
+    fn dropout(&self, Pair { b, h, i, j }: Pair) -> N {
+        let factor =
+            self.extras.dropout.map_or(1.0, |dropout| match dropout.keeps(self.problem.shape.heads_q, [b, h, i, j]) {
+                true => dropout.scale(),
+                false => 0.0,
+            });
+        N::of(factor.into())
+    }
+
     /// One row of the forward pass, at batch entry, query head and position `[b, h, i]`: o and lse.
     pub fn forward_row<T: Copy + Into<f64>>(&self, [query, key, value]: [&[T]; 3], at: [u32; 3]) -> (Vec<N>, N) {
         let s = &self.problem.shape;
         let [b, h, i] = at;
         let q = row(query, self.query_number(at), s.head_dim);
-        // The scores that count, with the rows of their keys.
+        // The scores that count, with the rows of their keys and the factors of dropout.
         let mut scores = vec![];
         for j in 0..s.seqlen_k {
             let pair = Pair { b, h, i, j };
             if self.keep(pair) {
                 let n = self.key_number([b, h / s.group(), j]);
-                scores.push((n, self.scored(dot(q, row(key, n, s.head_dim)), pair).score));
+                scores.push((n, self.dropout(pair), self.scored(dot(q, row(key, n, s.head_dim)), pair).score));
             }
         }
         let mut out = vec![N::of(0.0); s.head_dim_v as usize];
@@ -271,11 +281,11 @@ impl<N: Real> Attention<'_, N> {
         if scores.is_empty() {
             return (out, sink.unwrap_or(least));
         }
-        let in_denominator = || scores.iter().map(|&(_, score)| score).chain(sink);
+        let in_denominator = || scores.iter().map(|&(_, _, score)| score).chain(sink);
         let max = in_denominator().fold(least, |max, score| if score > max { score } else { max });
         let sum: N = in_denominator().map(|score| (score - max).exp()).sum();
-        for (n, score) in scores {
-            let p = (self.round)((score - max).exp() / sum);
+        for (n, factor, score) in scores {
+            let p = (self.round)((score - max).exp() / sum * factor);
             add(&mut out, p, row(value, n, s.head_dim_v));
         }
         (out.into_iter().map(self.round).collect(), max + sum.ln())
@@ -377,11 +387,11 @@ impl<N: Real> Attention<'_, N> {
         })
     }
 
-    /// With `s = score(q·k)` (FlashAttention, Dao et al. 2022, section B.2):
+    /// With `s = score(q·k)` and `r`, the factor of dropout (FlashAttention, Dao et al. 2022, sections B.2 and B.4):
     ///
     /// ```text
-    /// p_ij = exp(s_ij − lse_i),   dp_ij = do_i · v_j,   ds_ij = p_ij (dp_ij − delta_i)
-    /// dv_j = Σ_i p_ij do_i,   dq_i = Σ_j score'_ij ds_ij k_j,   dk_j = Σ_i score'_ij ds_ij q_i
+    /// p_ij = exp(s_ij − lse_i),   dp_ij = do_i · v_j,   ds_ij = p_ij (r_ij dp_ij − delta_i)
+    /// dv_j = Σ_i r_ij p_ij do_i,   dq_i = Σ_j score'_ij ds_ij k_j,   dk_j = Σ_i score'_ij ds_ij q_i
     /// ```
     fn pair_gradient<T: Copy + Into<f64>>(
         &self,
@@ -393,11 +403,12 @@ impl<N: Real> Attention<'_, N> {
         let s = &self.problem.shape;
         let Scored { score, slope } = self.scored(dot(row(query, n, s.head_dim), row(key, m, s.head_dim)), pair);
         let p = (score - lse).exp();
-        let dp: N = dot(row(grad_out, n, s.head_dim_v), row(value, m, s.head_dim_v));
+        let kept = self.dropout(pair);
+        let dp = kept * dot(row(grad_out, n, s.head_dim_v), row(value, m, s.head_dim_v));
         let factor = p * slope * self.scale();
         let both = dp.into().abs() + delta.into().abs();
         PairGradient {
-            p: (self.round)(p),
+            p: (self.round)(p * kept),
             ddot: (self.round)(p * (dp - delta) * slope) * self.scale(),
             size: factor.into() * both,
             dscore: (self.round)(p * (dp - delta)),

@@ -118,7 +118,7 @@ pub fn delta<T: Copy + Into<f64>, O: Copy + Into<f64>>(
 mod tests {
     use super::super::definition::Pair;
     use super::*;
-    use crate::{Alibi, Bias, Causal, ElementType, ScoreLayout, Shape};
+    use crate::{Alibi, Bias, Causal, Dropout, ElementType, ScoreLayout, Shape};
 
     fn dot(x: &[f64], y: &[f64]) -> f64 {
         x.iter().zip(y).map(|(x, y)| x * y).sum()
@@ -217,15 +217,18 @@ mod tests {
         let [nq, nk, nv, no] = [2 * 4 * 4 * 3, 2 * 2 * 5 * 3, 2 * 2 * 5 * 2, 2 * 4 * 4 * 2];
         let grad_out = numbers(no, 1.3);
         let grad_lse: Vec<f32> = numbers(no / 2, 2.9).into_iter().map(|x| x as f32).collect();
-        for (problem, lengths) in cases {
+        let dropout = Dropout { probability: 0.4, seed: 5, offset: 3 };
+        let cases = cases.iter().flat_map(|case| [None, Some(dropout)].map(|dropout| (case, dropout)));
+        for ((problem, lengths), dropout) in cases {
+            let extras = Extras::from(*lengths).dropout(dropout);
             let mut inputs = [numbers(nq, 0.7), numbers(nk, 1.9), numbers(nv, 2.3)];
             let loss = |[q, k, v]: &[Vec<f64>; 3]| {
-                let result = forward(&problem, q, k, v, lengths);
+                let result = forward(problem, q, k, v, extras);
                 let of_lse = result.lse.iter().zip(&grad_lse).filter(|(x, _)| x.is_finite());
                 dot(&result.out, &grad_out) + of_lse.map(|(x, &g)| x * g as f64).sum::<f64>()
             };
             let [q, k, v] = &inputs;
-            let found = backward(&problem, [q, k, v, &grad_out], Some(&grad_lse), lengths);
+            let found = backward(problem, [q, k, v, &grad_out], Some(&grad_lse), extras);
             let found = [found.query, found.key, found.value];
             for n in 0..3 {
                 for place in 0..found[n].len() {

@@ -1,6 +1,6 @@
 //! What the reference takes and gives.
 
-use crate::Problem;
+use crate::{Dropout, Problem};
 
 /// What the forward pass computes.
 #[derive(Clone, Debug, PartialEq)]
@@ -54,6 +54,8 @@ pub struct Extras<'a> {
     pub seqlens_q: Option<&'a [i32]>,
     /// Valid keys, `[batch]`.
     pub seqlens_k: Option<&'a [i32]>,
+    /// Dropout, whatever the problem's [`dropout`](Problem::dropout) is.
+    pub dropout: Option<Dropout>,
     /// The bias, where the problem's layout of it says.
     pub bias: Option<&'a [f32]>,
     /// The boolean mask, likewise.
@@ -83,6 +85,12 @@ impl<'a> Extras<'a> {
     /// Valid keys, `[batch]`.
     pub fn seqlens_k(mut self, seqlens_k: impl Into<Option<&'a [i32]>>) -> Self {
         self.seqlens_k = seqlens_k.into();
+        self
+    }
+
+    /// Dropout.
+    pub fn dropout(mut self, dropout: impl Into<Option<Dropout>>) -> Self {
+        self.dropout = dropout.into();
         self
     }
 

@@ -15,6 +15,7 @@ pub(crate) use decode::FULL_DEVICE;
 pub use decode::{DecodeTile, decode_splits, decode_tile};
 pub(crate) use fused::MOST_ROUNDS;
 pub use fused::{FusedTile, fused_tile};
+pub(crate) use tile::dropout_bytes;
 pub use tile::{Tile, tile};
 
 /// A device's limits, for the tests of the tables.

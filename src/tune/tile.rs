@@ -137,6 +137,14 @@ pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
     fitted(TILES.iter().find(|row| suits(row)).unwrap_or(&TILES[TILES.len() - 1]))
 }
 
+/// Bytes of the bits of dropout for a tile of so many rows and keys. The same sums as in `shaders/tile/dropout.wgsl`.
+pub(crate) const fn dropout_bytes(rows: u32, keys: u32, threads: u32) -> u32 {
+    let calls = 32
+        * ((rows + 14) / 16 + !rows.is_multiple_of(16) as u32)
+        * ((keys + 30) / 32 + !keys.is_multiple_of(32) as u32);
+    if calls >= 2 * threads { 2 * calls } else { 4 * calls }
+}
+
 /// Vectors of four in the gaps between the columns of a chunk, as in `shaders/tile/columns.wgsl`.
 pub(super) const fn gaps(chunk: u32) -> u32 {
     let chunk4 = chunk / 4;

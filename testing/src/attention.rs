@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferUsages};
 use wgpu_flash_attention::{
-    BackwardBuffers, Causal, Context, Error, ForwardBuffers, Kernel, Plan, PlanOptions, Problem, Shape,
+    BackwardBuffers, Causal, Context, Dropout, Error, ForwardBuffers, Kernel, Plan, PlanOptions, Problem, Shape,
 };
 
 use crate::buffers::Number;
@@ -43,6 +43,8 @@ pub struct DeviceAttention<T> {
     /// Bytes of a tensor; the three of a buffer begin at multiples of `step`.
     bytes: u64,
     step: u64,
+    /// Of the next forward pass.
+    dropout: Option<Dropout>,
     blocks: Vec<Saved>,
     grad_out: wgpu::Buffer,
     /// dq, dk and dv.
@@ -57,12 +59,20 @@ struct Saved {
     inputs: wgpu::Buffer,
     out: wgpu::Buffer,
     lse: wgpu::Buffer,
+    rng_state: wgpu::Buffer,
 }
 
 impl<T: Number> DeviceAttention<T> {
-    /// For this many blocks of causal self-attention; `kernel` is that of both passes.
-    pub fn new(context: &Context, shape: Shape, layers: usize, kernel: Option<Kernel>) -> Result<Self, Error> {
-        let problem = Problem::new(shape, T::TYPE).bnhd().causal(Causal::BottomRight).with_gradients();
+    /// For this many blocks of causal self-attention; `kernel` is that of both passes. With dropout each forward pass draws other numbers.
+    pub fn new(
+        context: &Context,
+        shape: Shape,
+        layers: usize,
+        kernel: Option<Kernel>,
+        dropout: Option<Dropout>,
+    ) -> Result<Self, Error> {
+        let mut problem = Problem::new(shape, T::TYPE).bnhd().causal(Causal::BottomRight).with_gradients();
+        problem.dropout = dropout.map(|dropout| dropout.probability);
         let plan = context.plan_with(&problem, &PlanOptions::default().kernel(kernel).backward(kernel))?;
         let bytes = shape.rows() * shape.head_dim as u64 * T::TYPE.bytes();
         let step = bytes.next_multiple_of(context.device().limits().min_storage_buffer_offset_alignment as u64);
@@ -71,9 +81,11 @@ impl<T: Number> DeviceAttention<T> {
                 inputs: buffer(context, "q, k and v", 3 * step)?,
                 out: buffer(context, "o", bytes)?,
                 lse: buffer(context, "lse", shape.rows() * 4)?,
+                rng_state: context.upload(&[0; 16])?,
             })
         };
         Ok(DeviceAttention {
+            dropout,
             blocks: (0..layers).map(saved).collect::<Result<_, Error>>()?,
             grad_out: buffer(context, "do", bytes)?,
             gradients: buffer(context, "dq, dk and dv", 3 * step)?,
@@ -114,12 +126,18 @@ impl<T: Number, R: Real> Attention<R> for DeviceAttention<T> {
         key: &Matrix<R>,
         value: &Matrix<R>,
     ) -> Result<Matrix<R>, Error> {
-        let Saved { inputs, out, lse } = &self.blocks[block];
+        let Saved { inputs, out, lse, rng_state } = &self.blocks[block];
+        if let Some(dropout) = &mut self.dropout {
+            self.context.queue().write_buffer(rng_state, 0, &dropout.rng_state());
+            *dropout = dropout.next(&self.plan.problem().shape);
+        }
         for (n, tensor) in (0..).zip([query, key, value]) {
             write::<T>(&self.context, inputs, n * self.step, tensor, 1.0);
         }
         let [q, k, v] = self.thirds(inputs);
-        let buffers = ForwardBuffers::new(q, k, v, out).lse(lse).workspace(self.workspace.as_ref());
+        let rng_state = self.dropout.is_some().then_some(rng_state);
+        let buffers =
+            ForwardBuffers::new(q, k, v, out).lse(lse).rng_state(rng_state).workspace(self.workspace.as_ref());
         self.submit(|encoder| self.plan.forward(encoder, &buffers))?;
         Ok(matrix::<T, R>(&self.context.download(out, 0, self.bytes)?, query.dim(), 1.0))
     }
@@ -132,9 +150,10 @@ impl<T: Number, R: Real> Differentiable<R> for DeviceAttention<T> {
         let largest = grad_out.iter().fold(0.0, |largest: f64, &x| largest.max(x.into().abs()));
         let factor = if largest > 0.0 { (-largest.log2().floor()).exp2() } else { 1.0 };
         write::<T>(&self.context, &self.grad_out, 0, grad_out, factor);
-        let Saved { inputs, out, lse } = &self.blocks[block];
+        let Saved { inputs, out, lse, rng_state } = &self.blocks[block];
         let [q, k, v] = self.thirds(inputs);
-        let forward = ForwardBuffers::new(q, k, v, out).lse(lse);
+        let rng_state = self.dropout.is_some().then_some(rng_state);
+        let forward = ForwardBuffers::new(q, k, v, out).lse(lse).rng_state(rng_state);
         let buffers = BackwardBuffers::new(&forward, &self.grad_out, self.thirds(&self.gradients))
             .workspace(self.backward_workspace.as_ref());
         self.submit(|encoder| self.plan.backward(encoder, &buffers))?;

@@ -2,7 +2,7 @@
 
 use fastrand::Rng;
 use wgpu_flash_attention::{
-    Alibi, Bias, Causal, ElementType, Layout, Mods, Probe, Problem, ScoreLayout, Shape, Tensor,
+    Alibi, Bias, Causal, Dropout, ElementType, Layout, Mods, Probe, Problem, ScoreLayout, Shape, Tensor,
 };
 
 use crate::{Extras, Prepared};
@@ -57,6 +57,13 @@ impl Case {
         {
             bias.element_type = element_type;
         }
+        self
+    }
+
+    /// Dropout, with a seed and an offset that need more than 32 bits, and an offset that needs a 33rd one from the first heads on.
+    pub fn dropout(mut self, probability: f32) -> Self {
+        self.problem = self.problem.with_dropout(probability);
+        self.extras.dropout = Some(Dropout { probability, seed: 0x1234_5678_9abc_def1, offset: (7 << 32) - 45 });
         self
     }
 

@@ -164,6 +164,20 @@ pub fn cases() -> Vec<(String, Case)> {
         ("sinks, padded, no lse", three().sinks().no_lse().seqlens_q(&[5, 19, 12]).seqlens(&[5, 0, 33])),
         ("sinks, one query", case(3, [4, 2], [1, 140], [16, 12]).sinks().seqlens(&[140, 0, 33])),
         ("sinks, no keys", case(2, [2, 1], [5, 0], [16, 12]).sinks()),
+        // Dropout
+        ("dropout", wide().dropout(0.3)),
+        ("dropout, causal", tall().dropout(0.1).causal(BottomRight)),
+        ("dropout, window, several tiles", case(1, [2, 1], [150, 131], [16, 12]).dropout(0.5).window(60, 25)),
+        ("dropout, padded, several tiles", padded().dropout(0.2).causal(BottomRight)),
+        ("dropout, grouped heads, odd strides", case(2, [6, 2], [45, 51], [7, 5]).odd().dropout(0.6)),
+        ("dropout, one query", case(2, [4, 2], [1, 140], [16, 12]).dropout(0.25)),
+        ("dropout of nearly all", square().dropout(0.97)),
+        ("dropout, softcap, scale below 0", wide().dropout(0.4).softcap(2.0).scale(-1.5)),
+        ("dropout, huge scores", tall().dropout(0.3).scale(1.0).integers(40)),
+        ("dropout, no keys", case(2, [2, 1], [5, 0], [16, 12]).dropout(0.5)),
+        ("dropout, bias, sinks", wide().dropout(0.3).bias([1, 2, 37, 70]).sinks()),
+        ("dropout, mask", wide().dropout(0.3).mask([2, 1, 1, 70])),
+        ("dropout, ALiBi", wide().dropout(0.3).alibi(Alibi::PerHead).causal(BottomRight)),
         // Several at once
         ("all options", three().odd().seqlens(&[7, 40, 23]).causal(BottomRight).window(11, -1).softcap(3.0).scale(0.4)),
         (
@@ -181,6 +195,7 @@ pub fn many_inputs() -> Vec<(String, Case)> {
     let all = [
         ("mask and bias", wide().mask([2, 1, 1, 70]).bias([1, 4, 37, 70])),
         ("ALiBi, bias, softcap", wide().alibi(Alibi::PerHead).bias([1, 1, 37, 70]).softcap(2.0)),
+        ("dropout, ALiBi, bias", wide().dropout(0.3).alibi(Alibi::PerHead).bias([2, 4, 1, 70])),
         (
             "all inputs",
             wide().alibi(Alibi::PerBatchAndHead).bias([2, 1, 37, 70]).mask([1, 4, 37, 1]).seqlens_q(&[20, 37]),

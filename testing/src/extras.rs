@@ -1,6 +1,6 @@
 //! What a problem has besides q, k and v, on the host and on the device.
 
-use wgpu_flash_attention::{Context, ElementType, ForwardBuffers, Problem, reference, wgpu};
+use wgpu_flash_attention::{Context, Dropout, ElementType, ForwardBuffers, Problem, reference, wgpu};
 
 use crate::memory::to_bits;
 
@@ -21,6 +21,7 @@ pub struct Extras {
     pub sinks: Option<Vec<f32>>,
     /// What the buffers of the problem's mods hold, by name.
     pub mod_buffers: Vec<(String, Vec<u8>)>,
+    pub dropout: Option<Dropout>,
 }
 
 impl Extras {
@@ -33,6 +34,7 @@ impl Extras {
             .alibi_slopes(self.alibi_slopes.as_deref())
             .sinks(self.sinks.as_deref())
             .mod_buffers(&self.mod_buffers)
+            .dropout(self.dropout)
     }
 
     /// On the device, for a problem with them.
@@ -51,6 +53,7 @@ impl Extras {
             mask: upload(context, "mask", &mask)?,
             alibi_slopes: upload(context, "alibi_slopes", &self.alibi_slopes)?,
             sinks: upload(context, "sinks", &self.sinks)?,
+            rng_state: upload(context, "rng_state", &self.dropout.map(|dropout| dropout.rng_state().to_vec()))?,
         })
     }
 }
@@ -84,6 +87,7 @@ pub struct DeviceExtras {
     alibi_slopes: Option<wgpu::Buffer>,
     sinks: Option<wgpu::Buffer>,
     mod_buffers: Vec<(String, wgpu::Buffer)>,
+    rng_state: Option<wgpu::Buffer>,
 }
 
 impl DeviceExtras {
@@ -99,5 +103,6 @@ impl DeviceExtras {
             .mask(self.mask.as_ref())
             .alibi_slopes(self.alibi_slopes.as_ref())
             .sinks(self.sinks.as_ref())
+            .rng_state(self.rng_state.as_ref())
     }
 }

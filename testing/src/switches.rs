@@ -70,7 +70,7 @@ fn pairs(switches: usize) -> impl Iterator<Item = Pair> {
 type Switch = fn(Problem) -> Problem;
 
 /// The switches of both passes. A new one is a line here.
-const BOTH: [Switch; 10] = [
+const BOTH: [Switch; 11] = [
     // Rows that do not lie in whole vectors.
     |problem| {
         let layout = problem.layout(Tensor::Query).at(1);
@@ -92,6 +92,7 @@ const BOTH: [Switch; 10] = [
     },
     |problem| problem.with_alibi(Alibi::PerHead),
     Problem::with_sinks,
+    |problem| problem.with_dropout(0.25),
 ];
 
 /// Adds functions of a user's to those that the problem has.
