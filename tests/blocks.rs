@@ -502,7 +502,10 @@ fn lists_of_masks_serve_every_pass() {
         let named = [(name.to_string(), case)];
         let ways = every_kernel(ElementType::F32, naive(), tile());
         check_all(&cases::prepare(named.clone(), ElementType::F32), &ways);
-        let ways = every_kernel(ElementType::F32, backward(Kernel::Naive), backward(Kernel::Tile));
+        let mut ways = every_kernel(ElementType::F32, backward(Kernel::Naive), backward(Kernel::Tile));
+        // WebGPU's eight storage buffers are too few for the gradients of keys and values with lists and a buffer of mods.
+        ways.retain(|(way, ..)| name != "documents" || !way.contains("WebGPU"));
+        ways.push(("two kernels", full(), two_kernels()));
         backward::check_all(&backward::prepare(named, ElementType::F32, Ask::default()), &ways);
     }
 }

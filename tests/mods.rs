@@ -293,7 +293,8 @@ fn mods_are_what_is_built_in() {
             let plan = full().plan_with(&prepared.problem, &backward(Kernel::Naive)).unwrap();
             prepared.run(full(), &plan, 0).unwrap()
         });
-        assert!(x == y, "{name}: other bits of gradients by the naive kernel");
+        // dq, dk and dv; the library's ALiBi has a gradient of its own.
+        assert!(x[..3] == y[..3], "{name}: other bits of gradients by the naive kernel");
         check_all(&[(name.to_string(), user)], &[("tile", full(), tile()), ("decode", full(), decode(2))]);
     }
 }
