@@ -14,5 +14,5 @@ mod exact;
 pub mod rounded;
 mod values;
 
-pub use exact::{backward, backward_key_row, backward_query_row, delta, forward, forward_row};
+pub use exact::{backward, backward_key_row, backward_query_row, backward_shared_rows, delta, forward, forward_row};
 pub use values::{Backward, Extras, Forward, Summed};
