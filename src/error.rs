@@ -92,6 +92,18 @@ pub enum Error {
         /// What the device allows.
         limit: u64,
     },
+    /// A merge with sinks whose rows are not those of whole heads.
+    #[error(
+        "rows is {rows}; with sinks it must be a multiple of the {heads} heads times {queries} queries, both at least 1"
+    )]
+    MergeRows {
+        /// Rows given.
+        rows: u32,
+        /// Heads given.
+        heads: u32,
+        /// Queries given.
+        queries: u32,
+    },
     /// The device's limits would cut the problem into too many parts.
     #[error(
         "the device's limits (max_compute_workgroups_per_dimension, max_storage_buffer_binding_size) would split the problem \
@@ -221,6 +233,9 @@ pub enum Error {
         /// The lengths.
         argument: &'static str,
     },
+    /// `attn_mask` and `is_causal` together, which PyTorch refuses too.
+    #[error("attn_mask and is_causal are both set; make the causal mask a part of attn_mask, or leave one of them out")]
+    CausalWithMask,
     /// A host slice whose length is not the product of its shape.
     #[error("{argument} has {found} elements; its shape {shape:?} needs {needed}")]
     SliceLength {

@@ -9,7 +9,7 @@ use crate::error::{Error, NoMatrices};
 use crate::forward::ForwardBuffers;
 use crate::matrices::{MATRIX_FEATURES, passthrough};
 use crate::names::ElementType;
-use crate::problem::{Causal, Problem, Shape};
+use crate::problem::{Bias, Causal, Problem, ScoreLayout, Shape};
 use crate::{faults, transfer};
 
 /// An element type that host slices can have.
@@ -36,7 +36,7 @@ impl Element for half::bf16 {
 }
 
 /// A contiguous host tensor `[batch, heads, positions, dim]`. Plain data that stays as it is.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HostTensor<'a, T> {
     /// The elements, the last index fastest.
     pub data: &'a [T],
@@ -44,10 +44,38 @@ pub struct HostTensor<'a, T> {
     pub shape: [usize; 4],
 }
 
+/// PyTorch's `attn_mask`: a tensor `[B, Hq, Nq, Nk]`, of which each size may be 1 instead, for all.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum AttnMask<'a> {
+    /// A key takes part where this is true.
+    Bool(HostTensor<'a, bool>),
+    /// Added to the scores, whatever the type of q, k and v. −∞ and numbers below −1e30 mask.
+    F32(HostTensor<'a, f32>),
+    /// Added to the scores of tensors in f16.
+    F16(HostTensor<'a, half::f16>),
+    /// Added to the scores of tensors in bf16.
+    BF16(HostTensor<'a, half::bf16>),
+}
+
+impl AttnMask<'_> {
+    /// Its shape, its elements, and how many they are.
+    fn parts(&self) -> ([usize; 4], &[u8], usize) {
+        match self {
+            AttnMask::Bool(mask) => (mask.shape, bytemuck::cast_slice(mask.data), mask.data.len()),
+            AttnMask::F32(mask) => (mask.shape, bytemuck::cast_slice(mask.data), mask.data.len()),
+            AttnMask::F16(mask) => (mask.shape, bytemuck::cast_slice(mask.data), mask.data.len()),
+            AttnMask::BF16(mask) => (mask.shape, bytemuck::cast_slice(mask.data), mask.data.len()),
+        }
+    }
+}
+
 /// The options of PyTorch's `scaled_dot_product_attention` that this crate has.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
-pub struct SdpaOptions {
+pub struct SdpaOptions<'a> {
+    /// What is added to the scores, or which of them count. As in PyTorch not together with `is_causal`.
+    pub attn_mask: Option<AttnMask<'a>>,
     /// Query `i` sees keys `j ≤ i`: PyTorch's causal mask, aligned to the top left.
     pub is_causal: bool,
     /// Factor of the scores; `None` is `1/√dim`.
@@ -57,7 +85,13 @@ pub struct SdpaOptions {
 }
 
 /// Each method sets the field of its name.
-impl SdpaOptions {
+impl<'a> SdpaOptions<'a> {
+    /// What is added to the scores, or which of them count.
+    pub fn attn_mask(mut self, attn_mask: impl Into<Option<AttnMask<'a>>>) -> Self {
+        self.attn_mask = attn_mask.into();
+        self
+    }
+
     /// PyTorch's causal mask, aligned to the top left.
     pub const fn is_causal(mut self, is_causal: bool) -> Self {
         self.is_causal = is_causal;
@@ -191,7 +225,7 @@ impl Context {
         query: HostTensor<'_, T>,
         key: HostTensor<'_, T>,
         value: HostTensor<'_, T>,
-        options: &SdpaOptions,
+        options: &SdpaOptions<'_>,
     ) -> Result<Vec<T>, Error> {
         let submit = || self.submit_sdpa(query, key, value, options);
         match faults::caught(self.device(), "attention", submit)? {
@@ -207,7 +241,7 @@ impl Context {
         query: HostTensor<'_, T>,
         key: HostTensor<'_, T>,
         value: HostTensor<'_, T>,
-        options: &SdpaOptions,
+        options: &SdpaOptions<'_>,
     ) -> Result<Vec<T>, Error> {
         let submit = || self.submit_sdpa(query, key, value, options);
         match faults::caught_async(self.device(), "attention", submit).await? {
@@ -222,7 +256,7 @@ impl Context {
         query: HostTensor<'_, T>,
         key: HostTensor<'_, T>,
         value: HostTensor<'_, T>,
-        options: &SdpaOptions,
+        options: &SdpaOptions<'_>,
     ) -> Result<Option<(wgpu::Buffer, u64)>, Error> {
         let problem = sdpa_problem(&query, &key, &value, options)?;
         let plan = self.plan(&problem)?;
@@ -232,18 +266,30 @@ impl Context {
         }
         let limit = self.limits().max_buffer_size;
         let bytes = |data: &[T]| size_of_val(data) as u64;
-        let sizes =
-            [("query", bytes(query.data)), ("key", bytes(key.data)), ("value", bytes(value.data)), ("out", out_bytes)];
+        let mask = options.attn_mask.as_ref().map(|mask| mask.parts().1);
+        let sizes = [
+            ("query", bytes(query.data)),
+            ("key", bytes(key.data)),
+            ("value", bytes(value.data)),
+            ("attn_mask", mask.map_or(0, |mask| mask.len() as u64)),
+            ("out", out_bytes),
+        ];
         if let Some(&(argument, bytes)) = sizes.iter().find(|(_, bytes)| *bytes > limit) {
             return Err(Error::BindingTooLarge { argument, bytes, limit });
         }
         let upload = |data: &[T]| self.upload(bytemuck::cast_slice(data));
         let (q, k, v) = (upload(query.data)?, upload(key.data)?, upload(value.data)?);
         let usage = BufferUsages::STORAGE | BufferUsages::COPY_SRC;
+        let mask = mask.map(|mask| self.upload(mask)).transpose()?;
         let out = faults::buffer(self.device(), "out", out_bytes.next_multiple_of(4), usage)?;
         let workspace = plan.create_workspace()?;
         let mut encoder = self.device().create_command_encoder(&Default::default());
-        let buffers = ForwardBuffers::new(&q, &k, &v, &out).workspace(workspace.as_ref());
+        let mut buffers = ForwardBuffers::new(&q, &k, &v, &out).workspace(workspace.as_ref());
+        if problem.mask.is_some() {
+            buffers = buffers.mask(mask.as_ref());
+        } else {
+            buffers = buffers.bias(mask.as_ref());
+        }
         plan.forward(&mut encoder, &buffers)?;
         self.queue().submit([encoder.finish()]);
         Ok(Some((out, out_bytes)))
@@ -303,7 +349,7 @@ fn sdpa_problem<T: Element>(
     query: &HostTensor<'_, T>,
     key: &HostTensor<'_, T>,
     value: &HostTensor<'_, T>,
-    options: &SdpaOptions,
+    options: &SdpaOptions<'_>,
 ) -> Result<Problem, Error> {
     for (argument, tensor) in [("query", query), ("key", key), ("value", value)] {
         let needed = tensor.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
@@ -340,5 +386,26 @@ fn sdpa_problem<T: Element>(
     let mut problem = Problem::new(shape, T::TYPE);
     problem.scale = options.scale;
     problem.causal = options.is_causal.then_some(Causal::TopLeft);
-    Ok(problem)
+    let Some(mask) = &options.attn_mask else { return Ok(problem) };
+    if options.is_causal {
+        return Err(Error::CausalWithMask);
+    }
+    let (found, _, elements) = mask.parts();
+    let needed = found.iter().try_fold(1usize, |n, &d| n.checked_mul(d));
+    if needed != Some(elements) {
+        let needed = needed.unwrap_or(usize::MAX);
+        return Err(Error::SliceLength { argument: "attn_mask", shape: found, needed, found: elements });
+    }
+    let all = [q[0], q[1], q[2], k[2]];
+    if found.iter().zip(all).any(|(&size, all)| size != 1 && size != all) {
+        let expected = "each size must be 1 or that of [batch, query heads, queries, keys]";
+        return Err(Error::HostShape { argument: "attn_mask", found, expected });
+    }
+    let layout = ScoreLayout::contiguous(found.map(|n| n as u32));
+    Ok(match mask {
+        AttnMask::Bool(_) => problem.with_mask(layout),
+        AttnMask::F32(_) => problem.with_bias(Bias::new(ElementType::F32, layout)),
+        AttnMask::F16(_) => problem.with_bias(Bias::new(ElementType::F16, layout)),
+        AttnMask::BF16(_) => problem.with_bias(Bias::new(ElementType::BF16, layout)),
+    })
 }

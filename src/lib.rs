@@ -152,7 +152,7 @@ pub use bind::{BoundPass, ToBinding, ToOptionalBinding};
 pub use context::Context;
 pub use error::{Error, NoMatrices};
 pub use forward::ForwardBuffers;
-pub use host::{Element, HeadlessOptions, HostTensor, SdpaOptions};
+pub use host::{AttnMask, Element, HeadlessOptions, HostTensor, SdpaOptions};
 pub use matrices::MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES;
 #[doc(hidden)]
 pub use merge::merge_module;

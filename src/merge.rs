@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use wgpu::BufferBinding;
 
-use crate::bind::{Argument, BoundPass, Launch, ToBinding, bind_launch, check_buffers};
+use crate::bind::{Argument, BoundPass, Launch, ToBinding, ToOptionalBinding, bind_launch, check_buffers};
 use crate::context::Context;
 use crate::error::Error;
 use crate::faults;
@@ -48,6 +48,8 @@ pub struct MergeProblem {
     pub head_dim_v: u32,
     /// Type of o, of the parts and of the result. lse is f32.
     pub element_type: ElementType,
+    /// Of a merge with sinks: query heads, and queries of each. Row `r` is then of head `r / queries % heads`.
+    pub sinks: Option<[u32; 2]>,
 }
 
 /// The buffers of a merge. What [`ForwardBuffers`](crate::ForwardBuffers) says of usages and offsets holds here too.
@@ -62,6 +64,8 @@ pub struct MergeBuffers<'a> {
     pub out: BufferBinding<'a>,
     /// The merged lse, f32 `[rows]`; not where a part is.
     pub lse: BufferBinding<'a>,
+    /// The sinks, f32 `[heads]`; given exactly when the merge has them.
+    pub sinks: Option<BufferBinding<'a>>,
 }
 
 /// A merge on a device. Made by [`Context::plan_merge`]; used any number of times.
@@ -82,18 +86,32 @@ impl<'a> MergeBuffers<'a> {
             part_lse: part_lse.to_binding(),
             out: out.to_binding(),
             lse: lse.to_binding(),
+            sinks: None,
         }
+    }
+
+    /// The sinks, of a merge with them.
+    pub fn sinks(mut self, sinks: impl ToOptionalBinding<'a>) -> Self {
+        self.sinks = sinks.to_optional_binding();
+        self
     }
 }
 
 impl MergeProblem {
     /// So many parts, each with so many rows of o.
     pub const fn new(parts: u32, rows: u32, head_dim_v: u32, element_type: ElementType) -> Self {
-        MergeProblem { parts, rows, head_dim_v, element_type }
+        MergeProblem { parts, rows, head_dim_v, element_type, sinks: None }
+    }
+
+    /// Adds a sink to each row, as [`Problem::sinks`](crate::Problem::sinks) does. The parts are results without sinks: a sink
+    /// counts once. Rows are those of o `[batch, heads, queries, head_dim_v]`.
+    pub const fn with_sinks(mut self, heads: u32, queries: u32) -> Self {
+        self.sinks = Some([heads, queries]);
+        self
     }
 
     fn pass(&self) -> Pass {
-        decode::merge(self.parts, self.head_dim_v, self.element_type)
+        decode::merge(self.parts, self.head_dim_v, self.element_type, self.sinks.is_some())
     }
 
     /// Bytes of o of one part.
@@ -101,8 +119,8 @@ impl MergeProblem {
         self.rows as u64 * self.head_dim_v as u64 * self.element_type.bytes()
     }
 
-    /// What each buffer needs: o and lse of the parts, o and lse of the result.
-    fn bytes(&self) -> Result<[(Slot, u64); 4], Error> {
+    /// What each buffer needs: o and lse of the parts, o and lse of the result, sinks.
+    fn bytes(&self) -> Result<[(Slot, u64); 5], Error> {
         let parts = |bytes: u64| bytes.checked_mul(self.parts as u64).and_then(|n| n.checked_next_multiple_of(4));
         let overflow = |slot: Slot| Error::LayoutOverflow { argument: slot.name() };
         let part_out = parts(self.out_bytes()).ok_or(overflow(Slot::PartOut))?;
@@ -112,6 +130,7 @@ impl MergeProblem {
             (Slot::PartLse, part_lse),
             (Slot::Out, self.out_bytes().next_multiple_of(4)),
             (Slot::Lse, 4 * self.rows as u64),
+            (Slot::Sinks, self.sinks.map_or(0, |[heads, _]| 4 * heads as u64)),
         ])
     }
 }
@@ -131,6 +150,11 @@ impl Context {
     fn new_merge_plan(&self, problem: &MergeProblem) -> Result<MergePlan, Error> {
         if !(1..=MAX_HEAD_DIM).contains(&problem.head_dim_v) {
             return Err(Error::HeadDim { argument: "head_dim_v", found: problem.head_dim_v });
+        }
+        if let Some([heads, queries]) = problem.sinks
+            && (heads == 0 || queries == 0 || !(problem.rows as u64).is_multiple_of(heads as u64 * queries as u64))
+        {
+            return Err(Error::MergeRows { rows: problem.rows, heads, queries });
         }
         let limits = self.limits();
         // The shader counts elements in u32.
@@ -156,11 +180,19 @@ impl Context {
             work: None,
         };
         if problem.rows > 0 {
+            // Rows are numbered through all batch entries and heads.
+            let [heads, queries] = problem.sinks.unwrap_or([1, problem.rows]);
+            let numbered = |element: u32| TensorUniform {
+                base: 0,
+                batch: heads.wrapping_mul(queries).wrapping_mul(element),
+                head: queries.wrapping_mul(element),
+                row: element,
+            };
             let uniform = ProblemUniform {
-                out: TensorUniform { row: problem.head_dim_v, ..Default::default() },
-                lse: TensorUniform { row: 1, ..Default::default() },
-                row_end: problem.rows,
-                heads: 1,
+                out: numbered(problem.head_dim_v),
+                lse: numbered(1),
+                row_end: queries,
+                heads,
                 group: 1,
                 splits: problem.parts,
                 split_rows: problem.rows,
@@ -170,7 +202,12 @@ impl Context {
             pipeline.build()?;
             let launch = Launch {
                 pipeline,
-                ranges: ranges.map(|(slot, bytes)| (slot, 0, bytes)).to_vec(),
+                ranges: pass
+                    .bindings
+                    .iter()
+                    .filter_map(|&(slot, _)| ranges.iter().find(|(s, _)| *s == slot))
+                    .map(|&(slot, bytes)| (slot, 0, bytes))
+                    .collect(),
                 uniform_offset: 0,
                 workgroups: workgroups.map(|n| n as u32),
             };
@@ -189,7 +226,13 @@ impl MergePlan {
     /// Records the merge into the caller's encoder. Submits nothing and allocates no buffer; on an error nothing has
     /// been recorded.
     pub fn merge(&self, encoder: &mut wgpu::CommandEncoder, buffers: &MergeBuffers<'_>) -> Result<(), Error> {
-        let given = [&buffers.part_out, &buffers.part_lse, &buffers.out, &buffers.lse];
+        let given = [
+            Some(&buffers.part_out),
+            Some(&buffers.part_lse),
+            Some(&buffers.out),
+            Some(&buffers.lse),
+            buffers.sinks.as_ref(),
+        ];
         let needed = self.problem.bytes()?;
         let all: Vec<_> = needed
             .iter()
@@ -197,7 +240,7 @@ impl MergePlan {
             .map(|(&(slot, bytes), binding)| {
                 let output = matches!(slot, Slot::Out | Slot::Lse);
                 let access = if output { Access::ReadWrite } else { Access::Read };
-                Argument::bytes(slot, access, Some(binding), bytes, true)
+                Argument::bytes(slot, access, binding, bytes, slot != Slot::Sinks || self.problem.sinks.is_some())
             })
             .collect();
         let slots = check_buffers(&all, self.offset_alignment)?;

@@ -406,7 +406,7 @@ pub struct Problem {
     /// Values outside `0 ..= seqlen_k` act as the nearest of the two.
     pub seqlens_k: bool,
     /// Whether a buffer of query lengths is given: `i32 [batch]`, each at most `seqlen_q`. Queries from a length on are padding:
-    /// what they hold does not matter, not even NaN. Their o is 0, their lse −∞, their dq 0, and they add nothing to any gradient. Bottom-right masks and windows count
+    /// what they hold does not matter, not even NaN. Their o is 0, their lse −∞ (with sinks the sink), their dq 0, and they add nothing to any gradient. Bottom-right masks and windows count
     /// from the length instead of `seqlen_q`. Values outside `0 ..= seqlen_q` act as the nearest of the two.
     pub seqlens_q: bool,
     /// Whether the logarithm of the softmax's denominator is written: f32 `[batch, heads_q, seqlen_q]`, contiguous.

@@ -222,7 +222,12 @@ type Partial = (Vec<f32>, Vec<f32>);
 /// Merges on the device.
 fn merged(context: &Context, element_type: ElementType, head_dim_v: u32, parts: &[&Partial]) -> Partial {
     let rows = parts.first().map_or(3, |(_, lse)| lse.len()) as u32;
-    let problem = MergeProblem::new(parts.len() as u32, rows, head_dim_v, element_type);
+    merge(context, &MergeProblem::new(parts.len() as u32, rows, head_dim_v, element_type), parts, None)
+}
+
+/// Merges on the device, with sinks if the problem has them.
+fn merge(context: &Context, problem: &MergeProblem, parts: &[&Partial], sinks: Option<&[f32]>) -> Partial {
+    let MergeProblem { element_type, head_dim_v, rows, .. } = *problem;
     let bytes = element_type.bytes() as usize;
     let encode = |x: f32| to_bits(element_type, x).to_le_bytes().into_iter().take(bytes);
     let out: Vec<u8> = parts.iter().flat_map(|(out, _)| out.iter().copied().flat_map(encode)).collect();
@@ -233,9 +238,10 @@ fn merged(context: &Context, element_type: ElementType, head_dim_v: u32, parts: 
         context.upload(&vec![0xff; elements * bytes]).unwrap(),
         context.upload(&vec![0xff; rows as usize * 4]).unwrap(),
     );
-    let plan = context.plan_merge(&problem).unwrap();
+    let plan = context.plan_merge(problem).unwrap();
+    let sinks = sinks.map(|sinks| context.upload(bytemuck::cast_slice(sinks)).unwrap());
     let mut encoder = context.device().create_command_encoder(&Default::default());
-    let buffers = MergeBuffers::new([&part_out, &part_lse], [&out, &lse]);
+    let buffers = MergeBuffers::new([&part_out, &part_lse], [&out, &lse]).sinks(sinks.as_ref());
     plan.merge(&mut encoder, &buffers).unwrap();
     context.queue().submit([encoder.finish()]);
     let out = context.download(&out, 0, out.size()).unwrap();
@@ -316,6 +322,31 @@ fn merge_of_splits_is_attention_over_all_keys() {
             }
         }
     }
+}
+
+/// A sink joins once, when the parts are merged.
+#[test]
+fn sinks_join_in_the_merge() {
+    for element_type in TYPES {
+        let (parts, all) = partials(element_type, [16, 12], &[0, 13, 40]);
+        let sinks = [0.75, 4.5];
+        // Two batch entries of two heads with five queries.
+        let problem = MergeProblem::new(2, 20, 12, element_type).with_sinks(2, 5);
+        let (out, lse) = merge(full(), &problem, &parts.iter().collect::<Vec<_>>(), Some(&sinks));
+        let with_sink = |row: usize| {
+            let (lse, sink) = (all.lse[row], f64::from(sinks[row / 5 % 2]));
+            lse.max(sink) + (-(lse - sink).abs()).exp().ln_1p()
+        };
+        let of_lse = largest(&lse, (0..20).map(with_sink));
+        let expected = all.out.iter().enumerate().map(|(n, x)| x * (all.lse[n / 12] - with_sink(n / 12)).exp());
+        let of_out = largest(&out, expected);
+        assert!(
+            of_out <= 2.0 * rounding(element_type) + 1e-6 && of_lse <= 1e-5,
+            "{element_type}: {of_out:e} {of_lse:e}"
+        );
+    }
+    let refused = full().plan_merge(&MergeProblem::new(2, 21, 12, ElementType::F32).with_sinks(2, 5)).unwrap_err();
+    assert_eq!(refused, Error::MergeRows { rows: 21, heads: 2, queries: 5 });
 }
 
 #[test]

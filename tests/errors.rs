@@ -5,7 +5,7 @@ use flash_attention_testing::*;
 use wgpu_flash_attention::tune::{BackwardTile, Tile};
 use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferSize, BufferUsages, ErrorFilter};
 use wgpu_flash_attention::{
-    BackwardBuffers, Context, ElementType, Error, ForwardBuffers, HeadlessOptions, Kernel, Layout, MergeProblem,
+    Alibi, BackwardBuffers, Context, ElementType, Error, ForwardBuffers, HeadlessOptions, Kernel, Layout, MergeProblem,
     PlanOptions, Problem, Shape, Tensor,
 };
 
@@ -606,4 +606,64 @@ fn the_problem_itself_is_fine() {
         let case = case(2, [4, 2], [6, 10], [8, 4]).seqlens(&[10, 7]);
         case.element_type(ElementType::F32).prepare().check(full(), &options).unwrap();
     }
+}
+
+/// The buffers of what scores are given: each may be missing, unexpected, too short or where an output is.
+#[test]
+fn buffers_of_what_scores_are_given() {
+    let context = full();
+    // A bias [1, 4, 6, 10], a mask [2, 1, 1, 10].
+    let problem = case(2, [4, 2], [6, 10], [8, 4])
+        .bias([1, 4, 6, 10])
+        .mask([2, 1, 1, 10])
+        .alibi(Alibi::PerBatchAndHead)
+        .sinks()
+        .problem
+        .with_grad_bias()
+        .with_grad_sinks()
+        .with_grad_alibi_slopes();
+    let buffer = |bytes: usize| context.upload(&vec![0; bytes]).unwrap();
+    let [q, k, v, o] = [1536, 1280, 640, 768].map(buffer);
+    let (lse, bias, mask, slopes, sinks) = (buffer(192), buffer(960), buffer(20), buffer(32), buffer(16));
+    let plan = context.plan_with(&problem, &tile().backward(Kernel::Tile)).unwrap();
+    let workspace = plan.create_backward_workspace().unwrap();
+    let good =
+        ForwardBuffers::new(&q, &k, &v, &o).lse(&lse).bias(&bias).mask(&mask).alibi_slopes(&slopes).sinks(&sinks);
+    let forward = |buffers: ForwardBuffers<'_>| {
+        plan.forward(&mut context.device().create_command_encoder(&Default::default()), &buffers)
+    };
+    assert_eq!(forward(good.clone()), Ok(()));
+    let missing = |argument, bytes| Err(Error::BufferMissing { argument, bytes });
+    assert_eq!(forward(good.clone().bias(None::<&wgpu::Buffer>)), missing("bias", 960));
+    assert_eq!(forward(good.clone().mask(None::<&wgpu::Buffer>)), missing("mask", 20));
+    assert_eq!(forward(good.clone().alibi_slopes(None::<&wgpu::Buffer>)), missing("alibi_slopes", 32));
+    assert_eq!(forward(good.clone().sinks(None::<&wgpu::Buffer>)), missing("sinks", 16));
+    let short = |argument, needed, found| Err(Error::BufferTooSmall { argument, needed, found });
+    assert_eq!(forward(good.clone().bias(first(&bias, 956))), short("bias", 960, 956));
+    assert_eq!(forward(good.clone().mask(first(&mask, 16))), short("mask", 20, 16));
+    let aliased = |output, other| Err(Error::BufferAliased { output, other });
+    assert_eq!(forward(good.clone().bias(&o)), short("bias", 960, 768));
+    assert_eq!(forward(good.clone().mask(&o)), aliased("out", "mask"));
+    let plain = context.plan(&case(2, [4, 2], [6, 10], [8, 4]).problem).unwrap();
+    for (buffers, argument) in [
+        (ForwardBuffers::new(&q, &k, &v, &o).lse(&lse).bias(&bias), "bias"),
+        (ForwardBuffers::new(&q, &k, &v, &o).lse(&lse).mask(&mask), "mask"),
+        (ForwardBuffers::new(&q, &k, &v, &o).lse(&lse).alibi_slopes(&slopes), "alibi_slopes"),
+        (ForwardBuffers::new(&q, &k, &v, &o).lse(&lse).sinks(&sinks), "sinks"),
+    ] {
+        let mut encoder = context.device().create_command_encoder(&Default::default());
+        assert_eq!(plain.forward(&mut encoder, &buffers), Err(Error::BufferUnexpected { argument }));
+    }
+
+    let [dq, dk, dv, grad_out] = [1536, 1280, 640, 768].map(buffer);
+    let (dbias, dsinks, dslopes) = (buffer(960), buffer(16), buffer(32));
+    let backward = |change: &dyn for<'a> Fn(BackwardBuffers<'a>) -> BackwardBuffers<'a>| {
+        let buffers = BackwardBuffers::new(&good, &grad_out, [&dq, &dk, &dv]).workspace(workspace.as_ref());
+        let buffers = buffers.grad_bias(&dbias).grad_sinks(&dsinks).grad_alibi_slopes(&dslopes);
+        plan.backward(&mut context.device().create_command_encoder(&Default::default()), &change(buffers))
+    };
+    assert_eq!(backward(&|b| b), Ok(()));
+    assert_eq!(backward(&|b| b.grad_bias(None::<&wgpu::Buffer>)), missing("grad_bias", 960));
+    assert_eq!(backward(&|b| b.grad_sinks(None::<&wgpu::Buffer>)), missing("grad_sinks", 16));
+    assert_eq!(backward(&|b| b.grad_alibi_slopes(None::<&wgpu::Buffer>)), missing("grad_alibi_slopes", 32));
 }

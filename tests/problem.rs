@@ -2,7 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
-use wgpu_flash_attention::{Causal, ElementType, Layout, Problem, Shape, Tensor};
+use wgpu_flash_attention::{
+    Alibi, Bias, Causal, ElementType, Error, Layout, Problem, ScoreLayout, Shape, Tensor, alibi_slopes,
+};
 
 const TENSORS: [Tensor; 8] = [
     Tensor::Query,
@@ -77,6 +79,7 @@ fn layouts_follow_the_shape() {
 #[test]
 fn problems_are_keys_of_a_map() {
     let mut plans = HashMap::new();
+    let bias = Bias::new(ElementType::F32, ScoreLayout::contiguous([2, 4, 6, 9]));
     let all = [
         problem(),
         problem().causal(Causal::TopLeft),
@@ -93,6 +96,16 @@ fn problems_are_keys_of_a_map() {
         problem().with_gradients(),
         problem().with_grad_lse(),
         problem().accumulate(),
+        problem().with_bias(bias),
+        problem().with_bias(Bias::new(ElementType::F16, bias.layout)),
+        problem().with_bias(Bias::new(ElementType::F32, bias.layout.at(1))),
+        problem().with_bias(bias).with_grad_bias(),
+        problem().with_mask(bias.layout),
+        problem().with_alibi(Alibi::PerHead),
+        problem().with_alibi(Alibi::PerBatchAndHead),
+        problem().with_alibi(Alibi::PerHead).with_grad_alibi_slopes(),
+        problem().with_sinks(),
+        problem().with_sinks().with_grad_sinks(),
         problem().bnhd(),
         problem().with_layout(Tensor::Query, Layout::bhnd(4, 6, 8).at(1)),
         problem().with_layout(Tensor::GradQuery, Layout::bhnd(4, 6, 8).at(1)),
@@ -123,4 +136,56 @@ fn shapes_that_no_plan_takes_can_be_asked_about() {
         let _ = (problem.key_interval(max, max), problem.effective_scale(), layouts(&problem));
         assert!(problem.validate().is_err());
     }
+}
+
+/// The slopes of the paper for 8 heads, and of its code for 12, of which the last four are those of 16 heads at odd places.
+#[test]
+fn slopes_of_alibi() {
+    assert_eq!(alibi_slopes(0), []);
+    assert_eq!(alibi_slopes(1), [1.0 / 256.0]);
+    assert_eq!(alibi_slopes(8), [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]);
+    let of_12 = [&alibi_slopes(8)[..], &[0.70710677, 0.35355338, 0.17677669, 0.088388346]].concat();
+    assert_eq!(alibi_slopes(12), of_12);
+}
+
+#[test]
+fn what_is_wrong_with_what_scores_are_given() {
+    let layout = ScoreLayout::contiguous([2, 4, 6, 9]);
+    assert_eq!(layout, ScoreLayout { offset: 0, batch: 216, head: 54, row: 9, column: 1 });
+    assert_eq!(ScoreLayout::contiguous([2, 1, 6, 1]), ScoreLayout { offset: 0, batch: 6, head: 0, row: 1, column: 0 });
+    let bias = |layout| problem().with_bias(Bias::new(ElementType::F32, layout));
+    for (problem, expected, named) in [
+        (problem().with_grad_bias(), Error::GradientOfNothing { argument: "bias" }, "no bias"),
+        (problem().with_grad_sinks(), Error::GradientOfNothing { argument: "sinks" }, "no sinks"),
+        (problem().with_grad_alibi_slopes(), Error::GradientOfNothing { argument: "alibi_slopes" }, "no alibi_slopes"),
+        (
+            problem().with_bias(Bias::new(ElementType::F16, layout)),
+            Error::BiasType { found: ElementType::F16, problem: ElementType::F32 },
+            "must be f32",
+        ),
+        (bias(ScoreLayout { batch: u64::MAX, ..layout }), Error::LayoutOverflow { argument: "bias" }, "bias"),
+        (bias(layout.at(u64::MAX)), Error::LayoutOverflow { argument: "bias" }, "bias"),
+        (
+            problem().with_mask(ScoreLayout { column: u64::MAX / 4, ..layout }),
+            Error::LayoutOverflow { argument: "mask" },
+            "mask",
+        ),
+        (
+            bias(ScoreLayout { row: 8, ..layout }).with_grad_bias(),
+            Error::OutputOverlap { argument: "grad_bias" },
+            "grad_bias",
+        ),
+        (
+            bias(ScoreLayout { head: 53, ..layout }).with_grad_bias(),
+            Error::OutputOverlap { argument: "grad_bias" },
+            "grad_bias",
+        ),
+    ] {
+        let error = problem.validate().unwrap_err();
+        assert_eq!(error, expected);
+        assert!(error.to_string().contains(named), "{error}");
+    }
+    // Inputs may overlap themselves, and a gradient is one where its bias broadcasts.
+    bias(ScoreLayout { row: 8, ..layout }).validate().unwrap();
+    bias(ScoreLayout { head: 0, ..layout }).with_grad_bias().validate().unwrap();
 }

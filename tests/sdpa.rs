@@ -2,7 +2,10 @@
 
 use flash_attention_testing::{full, with_limits};
 use half::{bf16, f16};
-use wgpu_flash_attention::{Causal, Element, Error, HostTensor, Problem, SdpaOptions, Shape, reference};
+use wgpu_flash_attention::{
+    AttnMask, Bias, Causal, Element, ElementType, Error, HostTensor, Problem, ScoreLayout, SdpaOptions, Shape,
+    reference,
+};
 
 fn random<T>(len: usize, seed: u64, round: impl Fn(f32) -> T) -> Vec<T> {
     let mut rng = fastrand::Rng::with_seed(seed);
@@ -32,7 +35,26 @@ fn check<T: Element + Into<f64> + PartialEq + std::fmt::Debug>(
     let mut problem = Problem::new(shape, T::TYPE);
     problem.scale = options.scale;
     problem.causal = options.is_causal.then_some(Causal::TopLeft);
-    let expected = reference::forward(&problem, &q, &k, &v, None).out;
+    let layout = |shape: [usize; 4]| ScoreLayout::contiguous(shape.map(|n| n as u32));
+    let mut extras = reference::Extras::default();
+    let floats: Vec<f32>;
+    match options.attn_mask {
+        Some(AttnMask::Bool(mask)) => {
+            problem.mask = Some(layout(mask.shape));
+            extras = extras.mask(mask.data);
+        }
+        Some(AttnMask::F32(mask)) => {
+            problem.bias = Some(Bias::new(ElementType::F32, layout(mask.shape)));
+            extras = extras.bias(mask.data);
+        }
+        Some(AttnMask::F16(mask)) => {
+            problem.bias = Some(Bias::new(ElementType::F16, layout(mask.shape)));
+            floats = mask.data.iter().map(|x| x.to_f32()).collect();
+            extras = extras.bias(&floats[..]);
+        }
+        _ => {}
+    }
+    let expected = reference::forward(&problem, &q, &k, &v, extras).out;
 
     let tensors = || {
         let query = HostTensor { data: &q[..], shape: q_shape };
@@ -50,7 +72,7 @@ fn check<T: Element + Into<f64> + PartialEq + std::fmt::Debug>(
     }
 }
 
-fn plain() -> SdpaOptions {
+fn plain() -> SdpaOptions<'static> {
     SdpaOptions::default()
 }
 
@@ -85,6 +107,51 @@ fn grouped_heads() {
     let gqa = plain().enable_gqa(true);
     check([2, 6, 9, 8], [2, 2, 23, 8], gqa, |x| x, 2e-6);
     check([2, 2, 9, 8], [2, 2, 23, 8], gqa, |x| x, 2e-6);
+}
+
+#[test]
+fn masks() {
+    let (q, v) = ([2, 3, 17, 20], [2, 3, 29, 12]);
+    for shape in [[2, 3, 17, 29], [1, 1, 17, 29], [2, 1, 1, 29], [1, 3, 17, 1]] {
+        let elements = shape.iter().product();
+        let mut rng = fastrand::Rng::with_seed(5);
+        let bools: Vec<bool> = (0..elements).map(|_| rng.u32(0..3) > 0).collect();
+        let mask = AttnMask::Bool(HostTensor { data: &bools, shape });
+        check(q, v, plain().attn_mask(mask), |x| x, 2e-6);
+        // -inf masks.
+        let number = |_| if rng.u32(0..8) == 0 { f32::NEG_INFINITY } else { rng.f32() };
+        let floats: Vec<f32> = (0..elements).map(number).collect();
+        let mask = AttnMask::F32(HostTensor { data: &floats, shape });
+        check(q, v, plain().attn_mask(mask), |x| x, 2e-6);
+        check(q, v, plain().attn_mask(mask), bf16::from_f32, 1.01 / 256.0);
+        let halves: Vec<f16> = floats.iter().map(|&x| f16::from_f32(x)).collect();
+        check(
+            q,
+            v,
+            plain().attn_mask(AttnMask::F16(HostTensor { data: &halves, shape })),
+            f16::from_f32,
+            1.01 / 2048.0,
+        );
+    }
+}
+
+#[test]
+fn masks_that_do_not_go_with_the_tensors() {
+    let data = [0f32; 2 * 3 * 4 * 8];
+    let tensor = HostTensor { data: &data[..], shape: [2, 3, 4, 8] };
+    let error =
+        |options: SdpaOptions| full().scaled_dot_product_attention(tensor, tensor, tensor, &options).unwrap_err();
+    let floats = [0f32; 96];
+    let mask = |shape: [usize; 4]| AttnMask::F32(HostTensor { data: &floats[..shape.iter().product()], shape });
+    assert_eq!(error(plain().attn_mask(mask([1, 1, 4, 4])).is_causal(true)), Error::CausalWithMask);
+    let wrong = error(plain().attn_mask(mask([1, 2, 4, 4])));
+    assert!(matches!(wrong, Error::HostShape { argument: "attn_mask", .. }), "{wrong}");
+    let short = AttnMask::F32(HostTensor { data: &floats[..3], shape: [1, 1, 4, 4] });
+    assert!(matches!(error(plain().attn_mask(short)), Error::SliceLength { argument: "attn_mask", needed: 16, .. }));
+    let halves = [f16::ZERO; 16];
+    let of_type = AttnMask::F16(HostTensor { data: &halves, shape: [1, 1, 4, 4] });
+    let error = error(plain().attn_mask(of_type));
+    assert_eq!(error, Error::BiasType { found: ElementType::F16, problem: ElementType::F32 });
 }
 
 #[test]

@@ -331,8 +331,10 @@ fn merge() {
     for element_type in [ElementType::F32, ElementType::F16, ElementType::BF16] {
         for head_dim_v in [1, 7, 12, 64, 128, 255, 256] {
             for parts in [1, 2, 5, 100] {
-                let planned = merge_module(&MergeProblem::new(parts, 10, head_dim_v, element_type));
-                check(&planned, &wgpu::Limits::default());
+                let problem = MergeProblem::new(parts, 10, head_dim_v, element_type);
+                for problem in [problem, problem.with_sinks(2, 5)] {
+                    check(&merge_module(&problem), &wgpu::Limits::default());
+                }
             }
         }
     }

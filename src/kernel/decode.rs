@@ -99,7 +99,7 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
 }
 
 /// The public merge, of so many partial results.
-pub(crate) fn merge(parts: u32, head_dim_v: u32, element_type: ElementType) -> Pass {
+pub(crate) fn merge(parts: u32, head_dim_v: u32, element_type: ElementType, sinks: bool) -> Pass {
     let aligned = head_dim_v.is_multiple_of(4);
     let mut on = vec!["MERGE", "LSE", element_type.switch()];
     if aligned {
@@ -108,12 +108,14 @@ pub(crate) fn merge(parts: u32, head_dim_v: u32, element_type: ElementType) -> P
     if aligned && element_type != ElementType::F32 {
         on.push("PACKED");
     }
-    let used = vec![
+    on.extend(sinks.then_some("SINKS"));
+    let mut used = vec![
         (Slot::PartOut, Access::Read),
         (Slot::PartLse, Access::Read),
         (Slot::Out, Access::ReadWrite),
         (Slot::Lse, Access::ReadWrite),
     ];
+    used.extend(sinks.then_some((Slot::Sinks, Access::Read)));
     combine(on, used, parts, head_dim_v)
 }
 

@@ -135,7 +135,7 @@ pub fn delta<T: Copy + Into<f64>, O: Copy + Into<f64>>(
 mod tests {
     use super::super::definition::Pair;
     use super::*;
-    use crate::{Causal, ElementType, Shape};
+    use crate::{Alibi, Bias, Causal, ElementType, ScoreLayout, Shape};
 
     fn dot(x: &[f64], y: &[f64]) -> f64 {
         x.iter().zip(y).map(|(x, y)| x * y).sum()
@@ -255,6 +255,72 @@ mod tests {
                     inputs[n][place] = kept;
                     let error = (found[n][place] - slope).abs();
                     assert!(error < 1e-8, "{problem:?}: gradient {n} at {place} is {}, not {slope}", found[n][place]);
+                }
+            }
+        }
+    }
+
+    /// The gradients of the bias, the sinks and ALiBi's slopes, and those of q, k and v beside them.
+    #[test]
+    fn gradients_of_what_scores_share_are_slopes_too() {
+        let shape = Shape { heads_q: 4, heads_kv: 2, seqlen_k: 5, head_dim_v: 2, ..Shape::square(2, 4, 4, 3) };
+        let plain = Problem::new(shape, ElementType::F32).softcap(1.5).with_sinks();
+        let plain = plain.with_grad_lse().with_grad_sinks();
+        let [nq, nk, nv, no] = [2 * 4 * 4 * 3, 2 * 2 * 5 * 3, 2 * 2 * 5 * 2, 2 * 4 * 4 * 2];
+        let [q, k, v, grad_out] = [(nq, 0.7), (nk, 1.9), (nv, 2.3), (no, 1.3)].map(|(n, seed)| numbers(n, seed));
+        let grad_lse: Vec<f32> = numbers(no / 2, 2.9).into_iter().map(|x| x as f32).collect();
+        // Of each element a multiple of an eighth, so that a step of 2^-10 is exact in f32.
+        let eighths = |n: usize, seed: f64| -> Vec<f32> {
+            numbers(n, seed).into_iter().map(|x| (x * 8.0).round() as f32 / 8.0).collect()
+        };
+        let alibis = [Alibi::PerHead, Alibi::PerBatchAndHead];
+        let sizes = [[2, 4, 4, 5], [1, 4, 4, 1], [2, 1, 1, 5], [1, 1, 1, 1]];
+        for (alibi, sizes) in alibis.into_iter().flat_map(|alibi| sizes.map(|sizes| (alibi, sizes))) {
+            let bias = Bias::new(ElementType::F32, ScoreLayout::contiguous(sizes));
+            let problem = plain.clone().with_bias(bias).with_alibi(alibi).with_grad_bias().with_grad_alibi_slopes();
+            let problem = problem.causal(Causal::BottomRight);
+            let slopes = if alibi == Alibi::PerHead { 4 } else { 8 };
+            let mut given =
+                [eighths(sizes.iter().product::<u32>() as usize, 0.9), eighths(4, 2.1), eighths(slopes, 0.4)];
+            // Masks, and no sink.
+            given[1][2] = f32::NEG_INFINITY;
+            if sizes == [2, 4, 4, 5] {
+                given[0][7] = f32::NEG_INFINITY;
+                given[0][20] = -1e31;
+            }
+            fn extras([bias, sinks, slopes]: &[Vec<f32>; 3]) -> Extras<'_> {
+                let lengths = Extras::default().seqlens_q(&[4, 3][..]).seqlens_k(&[5, 2][..]);
+                lengths.bias(&bias[..]).sinks(&sinks[..]).alibi_slopes(&slopes[..])
+            }
+            let loss = |given: &[Vec<f32>; 3]| {
+                let result = forward(&problem, &q, &k, &v, extras(given));
+                // Of four rows a head, the second batch entry has three queries.
+                let counts = |&(n, _): &(usize, _)| n < 16 || n % 4 < 3;
+                let of_lse = result.lse.iter().zip(&grad_lse).enumerate().filter(counts).map(|(_, both)| both);
+                let of_lse = of_lse.filter(|(x, _)| x.is_finite());
+                dot(&result.out, &grad_out) + of_lse.map(|(x, &g)| x * g as f64).sum::<f64>()
+            };
+            let found = backward(&problem, [&q, &k, &v, &grad_out], Some(&grad_lse), extras(&given));
+            let found = [found.bias, found.sinks, found.alibi_slopes].map(|gradient| gradient.unwrap().values);
+            for n in 0..3 {
+                for place in 0..found[n].len() {
+                    let kept = given[n][place];
+                    if kept < -1e30 {
+                        assert_eq!(found[n][place], 0.0);
+                        continue;
+                    }
+                    let step = 1.0 / 1024.0;
+                    given[n][place] = kept + step;
+                    let above = loss(&given);
+                    given[n][place] = kept - step;
+                    let slope = (above - loss(&given)) / (2.0 * f64::from(step));
+                    given[n][place] = kept;
+                    let error = (found[n][place] - slope).abs();
+                    assert!(
+                        error < 3e-5,
+                        "{alibi:?} {sizes:?}: gradient {n} at {place} is {}, not {slope}",
+                        found[n][place]
+                    );
                 }
             }
         }

@@ -6,7 +6,7 @@
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::ElementType::{self, BF16, F16, F32};
 use wgpu_flash_attention::tune::{BackwardTile, FusedTile};
-use wgpu_flash_attention::{Kernel, PlanOptions};
+use wgpu_flash_attention::{Alibi, Kernel, PlanOptions};
 
 use flash_attention_testing::backward::{Ask, backward, fused};
 use flash_attention_testing::{Case, case, naive, tile, tiled};
@@ -65,7 +65,14 @@ fn forward_entries() -> Vec<Entry> {
     let written_out = tiled(32, 32, (8, 8), 16, 16);
     add(FULL, "tile, written out", written_out, F32, "bottom-right", plain().causal(BottomRight));
 
+    let biased = || grouped().bias([2, 1, 37, 170]).sinks();
+    add(FEW, "tile", tile(), F32, "bias, sinks", biased());
+    add(FULL, "tile", tile(), BF16, "bias, sinks", biased());
+    add(FULL, "tile", tile(), F32, "mask", plain().mask([1, 2, 70, 290]));
+    add(FULL, "tile", tile(), F32, "ALiBi, padded", padded().alibi(Alibi::PerHead));
+
     let one = || case(2, [4, 1], [1, 600], [16, 12]);
+    add(FULL, "decode", decode(2), F32, "mask, sinks", one().mask([2, 1, 1, 600]).sinks());
     add(FEW, "decode", decode(2), F32, "two splits", one());
     add(FULL, "decode", decode(1), F32, "one split, window", one().window(400, 0));
     add(FULL, "decode", decode(2), F32, "lengths", one().seqlens(&[600, 333]).causal(BottomRight));
@@ -108,6 +115,12 @@ fn backward_entries() -> Vec<Entry> {
     add(FEW, "backward tile", tile, BF16, "bottom-right", none, square().causal(BottomRight));
     let written_out = backward_written_out();
     add(FULL, "backward tile, written out", written_out, F32, "bottom-right", none, square().causal(BottomRight));
+
+    let biased = || square().bias([1, 2, 150, 170]);
+    add(FEW, "backward tile", tile, F32, "bias", none, biased());
+    add(FULL, "backward tile", tile, F16, "bias of all rows, sinks, padded", both, square().bias([1, 2, 1, 170]).sinks().seqlens(&[141]));
+    add(FULL, "backward tile", tile, F32, "ALiBi, padded", none, square().alibi(Alibi::PerHead).seqlens_q(&[130]).seqlens(&[141]));
+    add(FULL, "backward tile", tile, F32, "mask", none, square().mask([1, 1, 150, 170]));
 
     let by_keys = fused([64, 32], 8, 8, 16, [64, 32]);
     add(FULL, "backward fused", by_keys, F32, "a tile a block, bottom-right", none, square().causal(BottomRight));
