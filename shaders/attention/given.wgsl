@@ -9,11 +9,11 @@
 fn bias_of(at: Sequence, i: i32, j: i32) -> f32 {
     let place = place_of_score(problem.bias, problem.bias_column, at, i, j);
 #if BIAS_F16
-    let half = bias[place / 2u] >> (16u * (place & 1u)) & 0xffffu;
+    let half = (bias[place / 2u] >> (16u * (place & 1u))) & 0xffffu;
     return select(unpack2x16float(half).x, MASKED, half == 0xfc00u);
 #else
 #if BIAS_BF16
-    let bits = bias[place / 2u] >> (16u * (place & 1u)) << 16u;
+    let bits = (bias[place / 2u] >> (16u * (place & 1u))) << 16u;
 #else
     let bits = bias[place];
 #endif
@@ -28,7 +28,7 @@ fn bias_of(at: Sequence, i: i32, j: i32) -> f32 {
 
 fn mask_of(at: Sequence, i: i32, j: i32) -> bool {
     let place = place_of_score(problem.mask, problem.mask_column, at, i, j);
-    return (mask[place / 4u] >> (8u * (place & 3u)) & 0xffu) != 0u;
+    return ((mask[place / 4u] >> (8u * (place & 3u))) & 0xffu) != 0u;
 }
 #endif
 

@@ -43,19 +43,6 @@
 #include "tile/load.wgsl" tensor=value count=STEP columns=TV
 #include "tile/load.wgsl" tensor=grad_out count=OWN columns=TV
 
-var<workgroup> lengths: vec2i;
-
-// The sequence of a batch entry and a head of this launch, whose lengths all threads have from one: a browser does not take a number from a
-// buffer that may be written as the same for all threads, and lengths bound loops with barriers. Has barriers.
-fn sequence_of_all(batch: u32, head: u32, thread: u32) -> Sequence {
-    let at = sequence(batch, head);
-    if thread == 0u {
-        lengths = vec2i(at.queries, at.keys);
-    }
-    let of_all = workgroupUniformLoad(&lengths);
-    return Sequence(at.batch, at.head, at.head_kv, of_all.x, of_all.y);
-}
-
 // G of rows i0 .. i0 + OWN and keys j0 .. j0 + STEP, 0 where a score does not count. Has barriers.
 fn score_gradients(at: Sequence, i0: u32, j0: u32, thread: u32) -> Scores {
     let tx = thread_x(thread);
@@ -94,12 +81,19 @@ fn score_gradients(at: Sequence, i0: u32, j0: u32, thread: u32) -> Scores {
     return gradients;
 }
 
+// Whether some score of a tile may count, as one thread finds it for all: a browser does not take a number from a buffer that may be
+// written, which lengths may come from, as the same for all threads.
+var<workgroup> may_count: u32;
+
 // Adds the gradients of one tile of scores to the sums, if some of them may count. Has barriers.
 fn add_tile(sums: ptr<function, Scores>, at: Sequence, i0: u32, j0: u32, thread: u32) {
     let i1 = min(i0 + OWN, problem.seqlen_q);
     let first = key_interval(at, i32(i0)).x;
     let end = key_interval(at, i32(i1) - 1).y;
-    if i32(j0) < end && i32(j0 + STEP) > first {
+    if thread == 0u {
+        may_count = u32(i32(j0) < end && i32(j0 + STEP) > first);
+    }
+    if workgroupUniformLoad(&may_count) == 1u {
         let gradients = score_gradients(at, i0, j0, thread);
         for (var r = 0u; r < TR; r++) {
             for (var c = 0u; c < TC4; c++) {
@@ -188,7 +182,7 @@ fn scores(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) 
     let key_end = select(j0 + 1u, problem.seqlen_k, SHARED_KEYS == 1u);
     for (var b = b0; b < b0 + batches; b++) {
         for (var h = h0; h < h0 + all_heads; h++) {
-            let at = sequence_of_all(b, h, thread);
+            let at = sequence(b, h);
             for (var i = i0; i < row_end; i += OWN) {
                 for (var j = j0; j < key_end; j += STEP) {
                     add_tile(&sums, at, i, j, thread);

@@ -81,7 +81,8 @@ fn tiles(problem: &Problem, tile: BackwardTile, bias: Option<&ScoreLayout>) -> P
         Specialization { file: "kernel/backward_scores_tile.wgsl", entry: "scores", switches: on, constants },
         bindings(problem, &used),
         tile.threads(),
-        tile.workgroup_bytes(shape.head_dim, shape.head_dim_v),
+        // And whether a tile may count.
+        tile.workgroup_bytes(shape.head_dim, shape.head_dim_v) + 4,
         Box::new(move |part: &Part| {
             let some = |shared: bool, count: u64| if shared { 1 } else { count };
             [
