@@ -522,8 +522,9 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
                 _ if args.dtype.is_some() || dtype == query.dtype => element_type,
                 _ => {
                     let q = query.dtype;
+                    let or = if q == Dtype::F32 { "BOOL or F32".into() } else { format!("BOOL, F32 or {q}") };
                     return Err(format!(
-                        "q is {q} and attn_mask is {dtype}; it must be BOOL, F32 or {q}; --dtype converts them to one type"
+                        "q is {q} and attn_mask is {dtype}; it must be {or}; --dtype converts them to one type"
                     ));
                 }
             };

@@ -751,6 +751,8 @@ fn run(mut args: Args) -> Result<bool> {
     // The yardstick first: naive in f32.
     args.dtype.sort();
     args.kernels.sort();
+    args.feature.sort();
+    args.feature.dedup();
     refuse_idle(&args)?;
     if args.csv.is_some() && args.csv == args.plot {
         return Err("--csv and --plot name one file".into());
