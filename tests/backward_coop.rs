@@ -68,14 +68,14 @@ fn named<const N: usize>(cases: [(&str, Case); N]) -> [(String, Case); N] {
 fn all_cases() {
     let Some(context) = context() else { return };
     let ways = [("coop", &context, usual(&context))];
-    check_all(&prepare(cases(), ElementType::F16, Ask::default()), &in_forms(ElementType::F16, &ways));
+    check_all(&prepare(plain_cases(), ElementType::F16, Ask::default()), &in_forms(ElementType::F16, &ways));
 }
 
 #[test]
 fn all_cases_scaled() {
     let Some(context) = context() else { return };
     for (element_type, most) in [(ElementType::F32, 0), (ElementType::BF16, 10)] {
-        let all = cases();
+        let all = plain_cases();
         let ways = [("coop", &context, usual(&context))];
         let count = all.len();
         let taken = taken(&context, all, element_type, Ask::default());

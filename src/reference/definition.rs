@@ -127,7 +127,8 @@ impl<N: Real> Attention<'_, N> {
             dv.append(of_value);
         }
         let terms = [&dq, &dk, &dv].map(|gradient| gradient.squares.sqrt());
-        let [bias, sinks, alibi_slopes] = self.shared_gradients(tensors, [lse, delta]);
+        let all: Vec<_> = rows(s.batch, s.heads_q, s.seqlen_q).collect();
+        let [bias, sinks, alibi_slopes] = self.shared_gradients(tensors, [lse, delta], &all);
         let [query, key, value] = [dq, dk, dv].map(|gradient| gradient.values.into_iter().map(Into::into).collect());
         Backward { query, key, value, terms, bias, sinks, alibi_slopes }
     }
@@ -338,17 +339,18 @@ impl<N: Real> Attention<'_, N> {
         [dk, dv]
     }
 
-    /// The gradients of the bias, of the sinks and of ALiBi's slopes, of those that the problem asks for: sums over all scores that share
-    /// an element.
+    /// What rows of queries `[b, h, i]` add to the gradients of the bias, of the sinks and of ALiBi's slopes, of those that the problem asks
+    /// for. They are sums over all scores that share an element.
     ///
     /// ```text
     /// dbias = Σ p_ij (dp_ij − delta_i),   dslope = − Σ |i + keys − queries − j| p_ij (dp_ij − delta_i),
     /// dsink = − Σ exp(sink − lse_i) delta_i
     /// ```
-    fn shared_gradients<T: Copy + Into<f64>>(
+    pub fn shared_gradients<T: Copy + Into<f64>>(
         &self,
         tensors: Tensors<'_, T>,
         [lse, delta]: [&[N]; 2],
+        rows: &[[u32; 3]],
     ) -> [Option<Summed>; 3] {
         let (problem, s) = (self.problem, &self.problem.shape);
         let asked = problem.gradients.unwrap_or_default();
@@ -358,7 +360,7 @@ impl<N: Real> Attention<'_, N> {
         let mut bias = sums(asked.bias, self.extras.bias);
         let mut sinks = sums(asked.sinks, self.extras.sinks);
         let mut slopes = sums(asked.alibi_slopes, self.extras.alibi_slopes);
-        for [b, h, i] in rows(s.batch, s.heads_q, s.seqlen_q) {
+        for &[b, h, i] in rows {
             let n = self.query_number([b, h, i]);
             if let (Some(sums), Some(sink)) = (&mut sinks, self.sink(h))
                 && i < self.extras.lengths(problem, b).0

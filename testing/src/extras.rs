@@ -1,6 +1,8 @@
 //! What a problem has besides q, k and v, on the host and on the device.
 
-use wgpu_flash_attention::{BlockMask, Context, Dropout, ElementType, ForwardBuffers, Problem, reference, wgpu};
+use wgpu_flash_attention::{
+    BlockMask, Context, Dropout, ElementType, ForwardBuffers, Problem, ScoreLayout, reference, wgpu,
+};
 
 use crate::memory::to_bits;
 
@@ -62,10 +64,20 @@ impl Extras {
     }
 }
 
+/// One more than the place of the last element of what lies so, 0 if it has none.
+pub fn score_elements(problem: &Problem, layout: &ScoreLayout) -> u64 {
+    let s = &problem.shape;
+    let sizes = [s.batch, s.heads_q, s.seqlen_q, s.seqlen_k];
+    if sizes.contains(&0) { 0 } else { layout.place(sizes.map(|n| n - 1)) + 1 }
+}
+
 /// In memory, in whole words.
 pub fn bytes_of(element_type: ElementType, numbers: &[f32]) -> Vec<u8> {
-    let bytes = element_type.bytes() as usize;
-    in_words(numbers.iter().flat_map(|&x| to_bits(element_type, x).to_le_bytes()[..bytes].to_vec()).collect())
+    let bits = numbers.iter().map(|&x| to_bits(element_type, x));
+    in_words(match element_type {
+        ElementType::F32 => bits.flat_map(u32::to_le_bytes).collect(),
+        _ => bits.flat_map(|bits| (bits as u16).to_le_bytes()).collect(),
+    })
 }
 
 fn in_words(mut bytes: Vec<u8>) -> Vec<u8> {
