@@ -2,7 +2,7 @@
 //! backward kernels, in all element types. Says so where there is no such device.
 
 use flash_attention_testing::backward::{Ask, PreparedBackward, backward, check_all, prepare};
-use flash_attention_testing::cases::cases;
+use flash_attention_testing::cases::plain_cases;
 use flash_attention_testing::coop::{
     WGSL_FORMATS, check_wgsl, context, dims_of, in_forms, is_software, known_matrices, matrix_size, small_device,
     spirv_error, validator, workgroup_bytes,
