@@ -7,21 +7,21 @@ use std::process::ExitCode;
 use clap::{Parser, ValueEnum};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use wgpu_flash_attention::reference::accept::{self, Bound, Errors};
-use wgpu_flash_attention::reference::{Forward, rounded};
+use wgpu_flash_attention::reference::accept::{self, Bound, Errors, Verdict};
+use wgpu_flash_attention::reference::{Backward, Forward, rounded};
 use wgpu_flash_attention::{
-    BoundPass, Causal, Context, ElementType, HeadlessOptions, Kernel, MAX_SEQLEN, PlanOptions, Problem, Shape,
-    reference,
+    Alibi, Bias, BoundPass, Causal, Context, ElementType, HeadlessOptions, Kernel, MAX_SEQLEN, PlanOptions, Problem,
+    ScoreLayout, Shape, alibi_slopes, reference,
 };
 
-use flash_attention_testing::Extras;
 use flash_attention_testing::buffers::{
-    GradientBuffers, Inputs, Number, Outputs, Tensors, Upstream, adapter_name, bind,
+    GradientBuffers, Inputs, Number, Outputs, SHARED, Shared, Tensors, Upstream, adapter_name, bind, shared_buffers,
 };
 use flash_attention_testing::output::OutputFile;
 use flash_attention_testing::sample::{Expected, GRADIENTS, sample_rows};
 use flash_attention_testing::terminal::{Form, Progress, cut, first_few, harmless, quoted, quoted_list};
 use flash_attention_testing::timing::{clock, measure, pass_times};
+use flash_attention_testing::{Extras, bytes_of};
 
 /// What stops the command, in one line.
 type Result<T> = std::result::Result<T, String>;
@@ -32,8 +32,10 @@ const FIXTURE: &[u8] = include_bytes!("../tests/data/minilm_layer5.safetensors")
 /// Attention on a safetensors file.
 ///
 /// Reads q [B,Hq,Nq,D], k [B,Hkv,Nk,D] and v [B,Hkv,Nk,Dv] in F32, F16 or BF16 and, if they are there, seqlens_k [B]
-/// and seqlens_q [B] in I32 or I64: how many keys and queries of each batch entry count. Where the file also holds the expected o [B,Hq,Nq,Dv] or
-/// lse [B,Hq,Nq], compares with them; with --backward also with dq, dk and dv. A tensor of any other name is refused, since
+/// and seqlens_q [B] in I32 or I64: how many keys and queries of each batch entry count; attn_mask [B,Hq,Nq,Nk], of which each
+/// size may be 1: in BOOL, of which true takes part, or in F32 or the type of q, which is added to the scores; alibi_slopes [Hq] or
+/// [B,Hq] in F32; sinks [Hq] in F32. Where the file also holds the expected o [B,Hq,Nq,Dv] or
+/// lse [B,Hq,Nq], compares with them; with --backward also with dq, dk and dv, and dbias, dsinks and dalibi_slopes. A tensor of any other name is refused, since
 /// a result that leaves it out would answer another question.
 #[derive(Parser)]
 #[command(
@@ -45,14 +47,14 @@ struct Args {
     /// The file; without it, one layer of all-MiniLM-L6-v2 on three short texts
     input: Option<PathBuf>,
     /// Computes gradients too: reads do [B,Hq,Nq,Dv], that of o, and, if there is one, dlse [B,Hq,Nq], that of lse; gives dq,
-    /// dk and dv
+    /// dk and dv, and of what the file has dbias, of a float attn_mask, dsinks and dalibi_slopes
     #[arg(long)]
     backward: bool,
     /// Writes o and lse, and gradients, to this file
     #[arg(short, value_name = "OUTPUT.safetensors")]
     output: Option<PathBuf>,
-    /// The order of the dimensions of q, k, v and do, and of o and the gradients: batch, heads, positions, dim, or batch,
-    /// positions, heads, dim as flash-attention has them. lse and dlse are [B,Hq,Nq] in both
+    /// The order of the dimensions of q, k, v and do, and of o and their gradients: batch, heads, positions, dim, or batch,
+    /// positions, heads, dim as flash-attention has them. lse and dlse are [B,Hq,Nq] in both, attn_mask is [B,Hq,Nq,Nk]
     #[arg(long, value_enum, default_value = "bhnd")]
     layout: Order,
     /// Leaves this tensor of the file out; may be repeated
@@ -64,7 +66,7 @@ struct Args {
     /// What computes: a kernel, or the reference in f64 on the host
     #[arg(long, value_enum, default_value = "auto")]
     kernel: KernelName,
-    /// Converts q, k, v and do to this type first; o and gradients get it too [default: the file's]
+    /// Converts q, k, v and do to this type first, and an attn_mask in F16 or BF16; o and gradients get it too [default: the file's]
     #[arg(long, value_enum)]
     dtype: Option<Type>,
     /// Masks keys after the query, counted from the last or from the first query and key
@@ -79,6 +81,9 @@ struct Args {
     /// Scores become softcap · tanh(score / softcap)
     #[arg(long, allow_negative_numbers = true)]
     softcap: Option<f32>,
+    /// Adds ALiBi's terms with the slopes of its paper: scores become score - slope · |i + Nk - Nq - j|
+    #[arg(long)]
+    alibi: bool,
     /// Where the coop kernel keeps scores and probabilities; without it, the faster of what the device allows
     #[arg(long, value_enum)]
     coop_form: Option<Form>,
@@ -170,7 +175,26 @@ fn parse_window(text: &str) -> Result<Window> {
 }
 
 /// What the file may hold.
-const NAMES: [&str; 12] = ["q", "k", "v", "seqlens_k", "seqlens_q", "o", "lse", "do", "dlse", "dq", "dk", "dv"];
+const NAMES: [&str; 18] = [
+    "q",
+    "k",
+    "v",
+    "seqlens_k",
+    "seqlens_q",
+    "attn_mask",
+    "alibi_slopes",
+    "sinks",
+    "o",
+    "lse",
+    "do",
+    "dlse",
+    "dq",
+    "dk",
+    "dv",
+    "dbias",
+    "dsinks",
+    "dalibi_slopes",
+];
 
 /// An error if the file holds what nothing here computes with. An attention mask that nobody looks at, or lengths under a
 /// name with a typing error, would give results that look right.
@@ -289,6 +313,65 @@ impl<'a> Source<'a> {
         Ok(Some(values.into_iter().map(|length| length as i32).collect()))
     }
 
+    /// attn_mask, if the file has one.
+    fn attn_mask(&self, shape: &Shape) -> Result<Option<AttnMask>> {
+        let Some(view) = self.tensor("attn_mask") else {
+            return Ok(None);
+        };
+        let full = [shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k];
+        let found = view.shape();
+        if found.len() != 4 || found.iter().zip(full).any(|(&n, full)| n != 1 && n != full as usize) {
+            let [b, h, q, k] = full;
+            return Err(format!(
+                "attn_mask has shape {}; q and k need [{b}, {h}, {q}, {k}] (batch, query heads, queries, keys), or 1 in place \
+                 of any of these sizes",
+                list_of(found)
+            ));
+        }
+        let mut sizes = full;
+        sizes.iter_mut().zip(found).for_each(|(size, &n)| *size = n as u32);
+        let values = match view.dtype() {
+            Dtype::BOOL => match view.data().iter().find(|&&byte| byte > 1) {
+                None => MaskValues::Bool(view.data().iter().map(|&byte| byte == 1).collect()),
+                Some(byte) => return Err(format!("attn_mask is BOOL and holds a byte of {byte}; each must be 0 or 1")),
+            },
+            Dtype::F32 | Dtype::F16 | Dtype::BF16 => {
+                let Floats { values, dtype, .. } = self.floats("attn_mask")?;
+                MaskValues::Float(values, dtype)
+            }
+            other => return Err(format!("attn_mask is {other}; it must be BOOL, F32, F16 or BF16")),
+        };
+        Ok(Some(AttnMask { sizes, values }))
+    }
+
+    /// Numbers in F32, if the file has any of this name, which are to have one of these shapes.
+    fn f32s(&self, name: &str, shapes: &[&[u32]]) -> Result<Option<Floats>> {
+        let Some(view) = self.tensor(name) else {
+            return Ok(None);
+        };
+        if view.dtype() != Dtype::F32 {
+            return Err(format!("{name} is {}; it must be F32", view.dtype()));
+        }
+        let shape: Vec<u32> = view.shape().iter().map(|&n| u32::try_from(n).unwrap_or(u32::MAX)).collect();
+        if !shapes.contains(&&shape[..]) {
+            let needed: Vec<_> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
+            return Err(format!("{name} has shape {}; q needs {}", list_of(view.shape()), needed.join(" or ")));
+        }
+        self.floats(name).map(Some)
+    }
+
+    /// The expected gradient of an input that has the shape `of`, if the file has it; an error if it has no such input.
+    fn expected_shared(&self, name: &str, of: Option<&[usize]>, input: &str) -> Result<Option<Vec<f64>>> {
+        match (self.tensor(name), of) {
+            (None, _) => Ok(None),
+            (Some(_), None) => Err(format!("{name} is the gradient of {input}, which the file does not hold")),
+            (Some(view), Some(of)) if view.shape() != of => {
+                Err(format!("the expected {name} has shape {}; {input} needs {of:?}", list_of(view.shape())))
+            }
+            (Some(_), Some(_)) => self.floats(name).map(|tensor| Some(tensor.values)),
+        }
+    }
+
     /// An expected result, if the file has it.
     fn expected(&self, name: &str, sizes: &[u32]) -> Result<Option<Vec<f64>>> {
         if self.tensor(name).is_none() {
@@ -302,6 +385,19 @@ impl<'a> Source<'a> {
 /// The shape of a tensor of a file, which may have any number of dimensions.
 fn list_of(shape: &[usize]) -> String {
     format!("[{}]", first_few(shape))
+}
+
+/// attn_mask of the file; sizes are batch, query heads, queries, keys.
+struct AttnMask {
+    sizes: [u32; 4],
+    values: MaskValues,
+}
+
+enum MaskValues {
+    /// Whether a score takes part.
+    Bool(Vec<bool>),
+    /// What is added to a score.
+    Float(Vec<f64>, Dtype),
 }
 
 struct Floats {
@@ -322,6 +418,8 @@ struct Task {
     key: Vec<f64>,
     value: Vec<f64>,
     extras: Extras,
+    /// The sizes of attn_mask: batch, query heads, queries, keys.
+    mask_sizes: [u32; 4],
     out: Option<Vec<f64>>,
     lse: Option<Vec<f64>>,
     backward: Option<BackwardTask>,
@@ -332,6 +430,8 @@ struct BackwardTask {
     grad_lse: Option<Vec<f64>>,
     /// dq, dk and dv.
     expected: [Option<Vec<f64>>; 3],
+    /// dbias, dsinks and dalibi_slopes.
+    shared: [Option<Vec<f64>>; 3],
 }
 
 fn read_backward(source: &Source<'_>, q: &[u32; 4], k: &[u32; 4], v: &[u32; 4]) -> Result<BackwardTask> {
@@ -343,6 +443,7 @@ fn read_backward(source: &Source<'_>, q: &[u32; 4], k: &[u32; 4], v: &[u32; 4]) 
         grad_out,
         grad_lse: grad_lse.map(|tensor| tensor.values),
         expected: [source.expected(name_q, q)?, source.expected(name_k, k)?, source.expected(name_v, v)?],
+        shared: [None, None, None],
     })
 }
 
@@ -367,7 +468,7 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
         };
         return Err(format!("k and v have {} heads and q has {}; theirs must divide q's; {hint}", k[1], q[1]));
     }
-    let backward = args.backward.then(|| read_backward(&source, &q, &k, &v)).transpose()?;
+    let mut backward = args.backward.then(|| read_backward(&source, &q, &k, &v)).transpose()?;
     if let (Some(backward), None) = (&backward, args.dtype) {
         let (q, grad_out) = (query.dtype, backward.grad_out.dtype);
         if grad_out != q {
@@ -405,8 +506,73 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
         Diagonal::BottomRight => Causal::BottomRight,
         Diagonal::TopLeft => Causal::TopLeft,
     });
-    if let Some(backward) = &backward {
+    let mut extras = Extras { seqlens_q, seqlens_k, ..Default::default() };
+    let attn_mask = source.attn_mask(&shape)?;
+    let mask_sizes = attn_mask.as_ref().map_or([0; 4], |mask| mask.sizes);
+    let layout = ScoreLayout::contiguous(mask_sizes);
+    match attn_mask.map(|mask| mask.values) {
+        None => {}
+        Some(MaskValues::Bool(values)) => {
+            problem = problem.with_mask(layout);
+            extras.mask = Some(values);
+        }
+        Some(MaskValues::Float(values, dtype)) => {
+            let bias_type = match dtype {
+                Dtype::F32 => ElementType::F32,
+                _ if args.dtype.is_some() || dtype == query.dtype => element_type,
+                _ => {
+                    let q = query.dtype;
+                    let or = if q == Dtype::F32 { "BOOL or F32".into() } else { format!("BOOL, F32 or {q}") };
+                    return Err(format!(
+                        "q is {q} and attn_mask is {dtype}; it must be {or}; --dtype converts them to one type"
+                    ));
+                }
+            };
+            problem = problem.with_bias(Bias::new(bias_type, layout));
+            if !args.allow_non_finite {
+                refuse_bias(&values, bias_type, mask_sizes)?;
+            }
+            extras.bias = Some(values.into_iter().map(|x| rounded(bias_type, x) as f32).collect());
+        }
+    }
+    let slopes = source.f32s("alibi_slopes", &[&q[1..2], &q[..2]])?;
+    let sinks = source.f32s("sinks", &[&q[1..2]])?;
+    if slopes.is_some() && args.alibi {
+        return Err("the file holds alibi_slopes and --alibi takes those of the paper; --ignore alibi_slopes leaves the file's out".into());
+    }
+    if !args.allow_non_finite {
+        for (name, values, may_be_none) in [("alibi_slopes", &slopes, false), ("sinks", &sinks, true)] {
+            let values = values.iter().flat_map(|tensor| tensor.values.iter().enumerate());
+            // A sink of −∞ is none.
+            let mut bad = values.filter(|&(_, &x)| !(x.is_finite() || may_be_none && x == f64::NEG_INFINITY));
+            if let Some((n, x)) = bad.next() {
+                return Err(format!(
+                    "{name} holds {x:?}, element {n}; --allow-non-finite goes on, with results of which nothing is promised"
+                ));
+            }
+        }
+    }
+    let f32s = |tensor: &Floats| -> Vec<f32> { tensor.values.iter().map(|&x| x as f32).collect() };
+    extras.sinks = sinks.as_ref().map(f32s);
+    extras.alibi_slopes = if args.alibi { Some(alibi_slopes(shape.heads_q)) } else { slopes.as_ref().map(f32s) };
+    problem.sinks = sinks.is_some();
+    problem.alibi = extras.alibi_slopes.as_ref().map(|_| match &slopes {
+        Some(tensor) if tensor.shape.len() == 2 => Alibi::PerBatchAndHead,
+        _ => Alibi::PerHead,
+    });
+    if let Some(backward) = &mut backward {
         problem = if backward.grad_lse.is_some() { problem.with_grad_lse() } else { problem.with_gradients() };
+        if let Some(gradients) = &mut problem.gradients {
+            gradients.bias = problem.bias.is_some();
+            (gradients.sinks, gradients.alibi_slopes) = (sinks.is_some(), slopes.is_some());
+        }
+        let of_mask = problem.bias.map(|_| mask_sizes.map(|n| n as usize));
+        let shape = |tensor: &'_ Option<Floats>| tensor.as_ref().map(|tensor| tensor.shape.clone());
+        backward.shared = [
+            source.expected_shared("dbias", of_mask.as_ref().map(|sizes| &sizes[..]), "an attn_mask that is added")?,
+            source.expected_shared("dsinks", shape(&sinks).as_deref(), "sinks")?,
+            source.expected_shared("dalibi_slopes", shape(&slopes).as_deref(), "alibi_slopes")?,
+        ];
     }
     problem.validate().map_err(|error| error.to_string())?;
     let task = Task {
@@ -417,7 +583,8 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
         query: query.values,
         key: key.values,
         value: value.values,
-        extras: Extras { seqlens_q, seqlens_k, ..Default::default() },
+        extras,
+        mask_sizes,
         backward,
     };
     if !args.allow_non_finite {
@@ -468,6 +635,30 @@ fn refuse_non_finite(task: &Task) -> Result<()> {
     Ok(())
 }
 
+/// An error if a bias holds what is neither a number nor a mask.
+fn refuse_bias(values: &[f64], element_type: ElementType, sizes: [u32; 4]) -> Result<()> {
+    let mut bad = NonFinite::default();
+    for (n, &value) in values.iter().enumerate() {
+        // Lower ones mask, −∞ too.
+        if !(rounded(element_type, value).is_finite() || value < -1e30) {
+            bad.add(n, value);
+        }
+    }
+    if bad.count == 0 {
+        return Ok(());
+    }
+    let which = match bad.value.is_finite() {
+        true => format!("values too large for {element_type}"),
+        false => "values that are NaN or +infinity".into(),
+    };
+    let (count, value, at) = (bad.count, bad.value, place(sizes, bad.first));
+    Err(format!(
+        "attn_mask holds {which}: {count} of {}, the first is {value:?} at {at:?}; --allow-non-finite goes on, with results \
+         of which nothing is promised",
+        values.len()
+    ))
+}
+
 /// As the kernels get it.
 fn rounded(element_type: ElementType, value: f64) -> f64 {
     match element_type {
@@ -506,6 +697,7 @@ struct Results<T> {
     lse: Vec<f32>,
     /// dq, dk and dv.
     gradients: Option<[Vec<T>; 3]>,
+    shared: Shared,
 }
 
 /// Computes, prints what there is to say about it, writes the output. Whether the result is as expected.
@@ -547,14 +739,20 @@ fn on_host<T: Number>(problem: &Problem, tensors: &Tensors<T>, upstream: Option<
     let Tensors { query, key, value, extras } = tensors;
     let rounded = |values: Vec<f64>| -> Vec<T> { values.into_iter().map(|x| T::nearest(x as f32)).collect() };
     let result = reference::forward(problem, query, key, value, extras.borrow());
+    let mut shared = [None, None, None];
     let gradients = upstream.map(|upstream| {
         let all = [&query[..], key, value, &upstream.out];
         let result = reference::backward(problem, all, upstream.lse.as_deref(), extras.borrow());
+        let summed = [result.bias, result.sinks, result.alibi_slopes];
+        for ((shared, summed), of) in shared.iter_mut().zip(summed).zip(shared_buffers(problem)) {
+            let nearest = |x: f64| of.map_or(x as f32, |(element_type, _)| self::rounded(element_type, x) as f32);
+            *shared = summed.map(|summed| summed.values.into_iter().map(nearest).collect());
+        }
         [result.query, result.key, result.value].map(rounded)
     });
     say("time", format!("{:.3} ms", start.elapsed().as_secs_f64() * 1e3));
     let lse = result.lse.iter().map(|&x| x as f32).collect();
-    Results { out: rounded(result.out), lse, gradients }
+    Results { out: rounded(result.out), lse, gradients, shared }
 }
 
 fn on_device<T: Number>(
@@ -600,13 +798,14 @@ fn on_device<T: Number>(
         Ok(())
     };
     time("forward", &bound)?;
-    let mut results = Results { out, lse, gradients: None };
+    let mut results = Results { out, lse, gradients: None, shared: [None, None, None] };
     if let Some(upstream) = upstream {
         let computing = progress("computing gradients on the device");
         let gradients = GradientBuffers::poisoned(&context, &plan, upstream)?;
         let bound = [gradients.bind(&plan, &inputs, &outputs).map_err(words)?];
         pass_times(&context, &bound, 1, 1).map_err(words)?;
         results.gradients = Some(gradients.read(&context, problem).map_err(words)?);
+        results.shared = gradients.read_shared(&context, problem).map_err(words)?;
         drop(computing);
         time("backward", &bound)?;
     }
@@ -615,12 +814,13 @@ fn on_device<T: Number>(
 
 fn write<T: Number>(mut output: OutputFile, task: &Task, results: &Results<T>) -> Result<()> {
     let s = &task.problem.shape;
-    let dtype = match T::TYPE {
-        ElementType::F32 => Dtype::F32,
-        ElementType::F16 => Dtype::F16,
-        ElementType::BF16 => Dtype::BF16,
-        other => return Err(format!("no type of {other} is known to safetensors")),
+    let dtype_of = |element_type| match element_type {
+        ElementType::F32 => Ok(Dtype::F32),
+        ElementType::F16 => Ok(Dtype::F16),
+        ElementType::BF16 => Ok(Dtype::BF16),
+        other => Err(format!("no type of {other} is known to safetensors")),
     };
+    let dtype = dtype_of(T::TYPE)?;
     let rows = [s.batch, s.heads_q, s.seqlen_q];
     let keys = [s.batch, s.heads_kv, s.seqlen_k];
     let mut named = vec![("o", &results.out, rows, s.head_dim_v)];
@@ -636,6 +836,16 @@ fn write<T: Number>(mut output: OutputFile, task: &Task, results: &Results<T>) -
         let in_memory = [b, h, n, dim].map(|n| n as usize);
         let values = task.order.reorder(values.clone(), in_memory);
         all.push((name, dtype, task.order.of(in_memory).to_vec(), bytemuck::cast_slice(&values).to_vec()));
+    }
+    let of_slopes: &[u32] = if task.problem.alibi == Some(Alibi::PerBatchAndHead) { &rows[..2] } else { &rows[1..2] };
+    let shapes = [&task.mask_sizes[..], &rows[1..2], of_slopes];
+    for (n, values) in results.shared.iter().enumerate() {
+        let (Some(values), Some((element_type, elements))) = (values, shared_buffers(&task.problem)[n]) else {
+            continue;
+        };
+        let mut bytes = bytes_of(element_type, values);
+        bytes.truncate((elements * element_type.bytes()) as usize);
+        all.push((SHARED[n], dtype_of(element_type)?, sizes(shapes[n]), bytes));
     }
     all.insert(1, ("lse", Dtype::F32, sizes(&rows), bytemuck::cast_slice(&results.lse).to_vec()));
     let path = output.path().display().to_string();
@@ -688,6 +898,7 @@ fn compare<T: Number>(
             let verdict = expected.map(|expected| expected.judge(found[n].iter().copied()));
             verdicts.extend(verdict.map(|verdict| (GRADIENTS[n], verdict)));
         }
+        verdicts.extend(judge_shared(task, backward, tensors, upstream, &results.shared));
     }
     drop(comparing);
     for (name, verdict) in &verdicts {
@@ -703,8 +914,14 @@ fn compare<T: Number>(
         return false;
     }
     if verdicts.is_empty() {
-        let all: &[&str] = if results.gradients.is_some() { &["o", "lse", "dq", "dk", "dv"] } else { &["o", "lse"] };
-        println!("DONE: the file holds no expected {}, so nothing was compared", list(all, "or"));
+        let mut all = vec!["o", "lse"];
+        if results.gradients.is_some() {
+            all.extend(GRADIENTS);
+            all.extend(
+                SHARED.into_iter().zip(&results.shared).filter(|(_, found)| found.is_some()).map(|(name, _)| name),
+            );
+        }
+        println!("DONE: the file holds no expected {}, so nothing was compared", list(&all, "or"));
     } else if verdicts.iter().all(|(_, verdict)| verdict.holds) {
         println!("PASS: {}: what the file expects", names(true));
     } else {
@@ -726,6 +943,11 @@ fn not_finite<T: Number>(results: &Results<T>) -> bool {
     let mut undefined = of("o", &results.out, |x| !x.is_finite());
     undefined |= of("lse", &results.lse, |x| !x.is_finite() && x != f64::NEG_INFINITY);
     for (name, values) in GRADIENTS.iter().zip(results.gradients.iter().flatten()) {
+        of(name, values, f64::is_infinite);
+        undefined |= of(name, values, f64::is_nan);
+    }
+    for (name, values) in SHARED.iter().zip(&results.shared) {
+        let values = values.as_deref().unwrap_or_default();
         of(name, values, f64::is_infinite);
         undefined |= of(name, values, f64::is_nan);
     }
@@ -767,6 +989,41 @@ fn expected_gradients<T: Number>(
         values.map(|values| Expected::new(values.clone(), exact, plain))
     };
     [expected(query, &exact.query, dq), expected(key, &exact.key, dk), expected(value, &exact.value, dv)]
+}
+
+/// Judges those of dbias, dsinks and dalibi_slopes that the file has.
+fn judge_shared<T: Number>(
+    task: &Task,
+    backward: &BackwardTask,
+    tensors: &Tensors<T>,
+    upstream: &Upstream<T>,
+    found: &Shared,
+) -> Vec<(&'static str, Verdict)> {
+    if backward.shared.iter().all(Option::is_none) {
+        return vec![];
+    }
+    let (lse, extras) = (upstream.lse.as_deref(), task.extras.borrow());
+    let given = [&task.query[..], &task.key, &task.value, &backward.grad_out.values];
+    let exact = reference::backward(&task.problem, given, lse, extras);
+    let converted = [&tensors.query[..], &tensors.key, &tensors.value, &upstream.out];
+    // What it costs to convert the tensors to the type, where they are not in it.
+    let of_converted =
+        (T::TYPE != ElementType::F32).then(|| reference::backward(&task.problem, converted, lse, extras));
+    let sums = |of: &Backward| [of.bias.clone(), of.sinks.clone(), of.alibi_slopes.clone()];
+    let (exact, of_converted) = (sums(&exact), of_converted.as_ref().map(sums).unwrap_or_default());
+    let mut verdicts = vec![];
+    for (n, name) in SHARED.into_iter().enumerate() {
+        let (Some(expected), Some(found), Some(exact)) = (&backward.shared[n], &found[n], &exact[n]) else { continue };
+        let cost = of_converted[n].as_ref().map_or(0.0, |of_converted| {
+            Errors::of_sums(of_converted.values.iter().copied(), &exact.values, exact.terms).relative
+        });
+        let bound = match Bound::shared(T::TYPE) {
+            Bound::Relative(most) => Bound::Relative(most + cost),
+            bound => bound,
+        };
+        verdicts.push((name, bound.judge(Errors::of_sums(found.iter().copied(), expected, exact.terms))));
+    }
+    verdicts
 }
 
 /// The plain computation in type `T`.
@@ -837,6 +1094,22 @@ fn run(args: &Args) -> Result<bool> {
     dims("q", "queries", [s.batch, s.heads_q, s.seqlen_q, s.head_dim]);
     dims("k", "keys", [s.batch, s.heads_kv, s.seqlen_k, s.head_dim]);
     dims("v", "keys", [s.batch, s.heads_kv, s.seqlen_k, s.head_dim_v]);
+    let [b, h, q, k] = task.mask_sizes;
+    let of_mask = format!("batch {b}, heads {h}, queries {q}, keys {k}");
+    match (&task.problem.mask, &task.problem.bias) {
+        (Some(_), _) => say("mask", format!("attn_mask, true takes part: {of_mask}")),
+        (_, Some(bias)) => say("bias", format!("attn_mask, added in {}: {of_mask}", bias.element_type)),
+        (None, None) => {}
+    }
+    match (task.problem.alibi, args.alibi) {
+        (None, _) => {}
+        (Some(_), true) => say("ALiBi", "the slopes of its paper"),
+        (Some(Alibi::PerBatchAndHead), false) => say("ALiBi", "alibi_slopes, one for each batch entry and head"),
+        (Some(_), false) => say("ALiBi", "alibi_slopes, one a head"),
+    }
+    if task.problem.sinks {
+        say("sinks", "one a head");
+    }
     match task.problem.element_type {
         ElementType::F32 => attend::<f32>(args, &task),
         ElementType::F16 => attend::<half::f16>(args, &task),

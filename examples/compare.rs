@@ -10,12 +10,13 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use wgpu_flash_attention::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use wgpu_flash_attention::{
-    Causal, Context, CoopForm, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, Shape,
+    Alibi, Bias, Causal, Context, CoopForm, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, ScoreLayout,
+    Shape, alibi_slopes,
 };
 
 use flash_attention_testing::Extras;
 use flash_attention_testing::buffers::{
-    GradientBuffers, Inputs, Number, Outputs, Tensors, Upstream, adapter_name, bind, random,
+    GradientBuffers, Inputs, Number, Outputs, Shared, Tensors, Upstream, adapter_name, bind, random, shared_buffers,
 };
 use flash_attention_testing::output::OutputFile;
 use flash_attention_testing::sample::{GRADIENTS, GradientSample, Sample, sample_rows};
@@ -43,6 +44,10 @@ struct Args {
     /// The forward pass, the backward pass over its output, or one after the other
     #[arg(long, value_enum, value_delimiter = ',', default_value = "fwd")]
     op: Vec<Op>,
+    /// Times each kernel with this too, beside the same kernel without; may be several. A bias and a mask are [1,H,NQ,N], the bias
+    /// in the element type or in f32; ALiBi has its paper's slopes, softcap is 30. Backward passes give the gradients of bias and sinks
+    #[arg(long, value_enum, value_delimiter = ',')]
+    feature: Vec<Feature>,
     /// Kernels to time; coop opens the device with cooperative matrices, which wgpu calls experimental
     #[arg(long, value_enum, value_delimiter = ',', default_value = "naive,tile")]
     kernels: Vec<KernelName>,
@@ -125,6 +130,60 @@ impl From<Type> for ElementType {
             Type::F16 => ElementType::F16,
             Type::Bf16 => ElementType::BF16,
         }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+enum Feature {
+    Bias,
+    BiasF32,
+    Mask,
+    Alibi,
+    Sinks,
+    Softcap,
+}
+
+impl Feature {
+    fn name(self) -> &'static str {
+        match self {
+            Feature::Bias => "bias",
+            Feature::BiasF32 => "bias-f32",
+            Feature::Mask => "mask",
+            Feature::Alibi => "alibi",
+            Feature::Sinks => "sinks",
+            Feature::Softcap => "softcap",
+        }
+    }
+
+    /// The problem with it, and what it then has besides q, k and v.
+    fn add_to(self, mut problem: Problem) -> (Problem, Extras) {
+        let s = problem.shape;
+        let sizes = [1, s.heads_q, s.seqlen_q, s.seqlen_k];
+        let scores: usize = sizes.iter().map(|&n| n as usize).product();
+        let mut extras = Extras::default();
+        match self {
+            Feature::Bias | Feature::BiasF32 => {
+                let ty = if self == Feature::BiasF32 { ElementType::F32 } else { problem.element_type };
+                problem = problem.with_bias(Bias::new(ty, ScoreLayout::contiguous(sizes)));
+                // Exact in every type.
+                extras.bias = Some(random::<f32>(scores, 5).into_iter().map(|x| (8.0 * x).round() / 8.0).collect());
+            }
+            Feature::Mask => {
+                problem = problem.with_mask(ScoreLayout::contiguous(sizes));
+                // Three in four take part.
+                extras.mask = Some(random::<f32>(scores, 5).into_iter().map(|x| x > -0.674).collect());
+            }
+            Feature::Alibi => {
+                problem = problem.with_alibi(Alibi::PerHead);
+                extras.alibi_slopes = Some(alibi_slopes(s.heads_q));
+            }
+            Feature::Sinks => {
+                problem = problem.with_sinks();
+                extras.sinks = Some(random(s.heads_q as usize, 5));
+            }
+            Feature::Softcap => problem = problem.softcap(30.0),
+        }
+        (problem, extras)
     }
 }
 
@@ -318,6 +377,7 @@ struct Figure {
     name: String,
     op: Op,
     problem: Problem,
+    feature: Option<Feature>,
     time: Time,
     extra_bytes: u64,
 }
@@ -377,59 +437,68 @@ impl Report {
         (!std::io::stderr().is_terminal()).then(|| Progress::of("compare", what))
     }
 
-    fn line(name: &str, op: Op, problem: &Problem, rest: &str) -> String {
+    fn line(name: &str, op: Op, problem: &Problem, feature: Option<Feature>, rest: &str) -> String {
         let causal = if problem.causal.is_some() { "causal" } else { "" };
+        let feature = feature.map_or("", Feature::name);
         let (ty, shape) = (problem.element_type.to_string(), label(&problem.shape));
-        format!("{name:<44} {op:<16} {ty:<5} {shape:<18} {causal:<7} {rest}")
+        format!("{name:<44} {op:<16} {ty:<5} {shape:<18} {causal:<7} {feature:<8} {rest}")
     }
 
     fn header(&self) {
         let line = format!(
-            "{:<44} {:<16} {:<5} {:<18} {:<7} {:>10} {:>10} {:>9} {:>9} {:>12} {:>10}",
+            "{:<44} {:<16} {:<5} {:<18} {:<7} {:<8} {:>10} {:>10} {:>9} {:>9} {:>12} {:>10} {:>12}",
             "kernel",
             "op",
             "dtype",
             "B,H,N,D",
+            "",
             "",
             "median ms",
             "min ms",
             "TFLOP/s",
             "K, V GB/s",
             "extra memory",
-            "speed-up"
+            "speed-up",
+            "over without"
         );
         self.bar.suspend(|| println!("{line}"));
     }
 
     /// A kernel without a figure, and why.
-    fn refuse(&mut self, name: &str, op: Op, problem: &Problem, reason: &str) {
-        self.bar.suspend(|| println!("{}", Self::line(name, op, problem, reason)));
+    fn refuse(&mut self, name: &str, op: Op, problem: &Problem, feature: Option<Feature>, reason: &str) {
+        self.bar.suspend(|| println!("{}", Self::line(name, op, problem, feature, reason)));
     }
 
     fn add(&mut self, figure: Figure) -> Result<()> {
-        let Figure { name, op, problem, time, extra_bytes } = &figure;
-        let yardstick = self.figures.iter().chain([&figure]).find(|other| {
-            let p = &other.problem;
-            (other.name.as_str(), other.op) == ("naive", *op)
-                && p.element_type == ElementType::F32
-                && (p.shape, p.causal) == (problem.shape, problem.causal)
-        });
+        let Figure { name, op, problem, feature, time, extra_bytes } = &figure;
+        let find = |name: &str, element_type: ElementType, feature: Option<Feature>| {
+            self.figures.iter().chain([&figure]).find(|other| {
+                let p = &other.problem;
+                (other.name.as_str(), other.op, other.feature) == (name, *op, feature)
+                    && (p.element_type, p.shape, p.causal) == (element_type, problem.shape, problem.causal)
+            })
+        };
+        let yardstick = find("naive", ElementType::F32, *feature);
+        let without = feature.and_then(|_| find(name, problem.element_type, None));
+        let over_without =
+            |decimals: usize| without.map(|other| format!("{:.decimals$}", time.median / other.time.median));
         let speed_up = yardstick.map_or("-".into(), |naive| format!("{:.2}", naive.time.median / time.median));
         let bandwidth = |decimals: usize| figure.gigabytes_per_second().map(|x| format!("{x:.decimals$}"));
         let rest = format!(
-            "{:>10.4} {:>10.4} {:>9.4} {:>9} {:>8.3} MiB {speed_up:>10}",
+            "{:>10.4} {:>10.4} {:>9.4} {:>9} {:>8.3} MiB {speed_up:>10} {:>12}",
             time.median * 1e3,
             time.min * 1e3,
             figure.teraflops(),
             bandwidth(1).unwrap_or("-".into()),
             *extra_bytes as f64 / 1_048_576.0,
+            over_without(3).unwrap_or("-".into()),
         );
-        self.bar.suspend(|| println!("{}", Self::line(name, *op, problem, &rest)));
+        self.bar.suspend(|| println!("{}", Self::line(name, *op, problem, *feature, &rest)));
         if let Some(csv) = &mut self.csv {
             let s = &problem.shape;
             writeln!(
                 csv,
-                "{name},{op},{},{},{},{},{},{},{},{:.6},{:.6},{},{}",
+                "{name},{op},{},{},{},{},{},{},{},{:.6},{:.6},{},{},{},{}",
                 problem.element_type,
                 s.batch,
                 s.heads_q,
@@ -440,7 +509,9 @@ impl Report {
                 time.median * 1e3,
                 figure.teraflops(),
                 s.seqlen_k,
-                bandwidth(3).unwrap_or_default()
+                bandwidth(3).unwrap_or_default(),
+                feature.map_or("", Feature::name),
+                over_without(6).unwrap_or_default()
             )?;
         }
         self.figures.push(figure);
@@ -482,12 +553,11 @@ fn refuse_idle(args: &Args) -> std::result::Result<(), String> {
     }
 }
 
-/// What every kernel is given, and what its outputs are checked with.
-struct Subject<'a, T> {
-    /// Bytes of what every kernel is given.
-    given: u64,
-    inputs: &'a Inputs,
-    upstream: &'a Upstream<T>,
+/// A problem, what every kernel is given of it, and what its outputs are checked with.
+struct Subject {
+    problem: Problem,
+    feature: Option<Feature>,
+    inputs: Inputs,
     sample: Sample,
     /// Where the operations need it.
     gradients: Option<GradientSample>,
@@ -498,10 +568,13 @@ fn compare_one<T: Number>(
     context: &Context,
     candidate: Candidate,
     op: Op,
-    problem: &Problem,
-    subject: &Subject<'_, T>,
+    subject: &Subject,
+    upstream: &Upstream<T>,
+    // Bytes of what all kernels are given.
+    given: u64,
     report: &mut Report,
 ) -> Result<()> {
+    let feature = subject.feature;
     let name = candidate.to_string();
     let options = PlanOptions::default()
         .kernel(candidate.kernel)
@@ -514,24 +587,26 @@ fn compare_one<T: Number>(
         .backward(candidate.kernel)
         .backward_tile(candidate.backward_tile)
         .fused_tile(candidate.fused_tile);
-    let problem = match op {
-        Op::Forward => problem.clone(),
-        Op::Backward | Op::Both => problem.clone().with_gradients(),
-    };
+    let mut problem = subject.problem.clone();
+    if op == Op::Forward {
+        problem.gradients = None;
+    }
     let plan = match context.plan_with(&problem, &options) {
         Ok(plan) => plan,
         Err(error) => {
-            report.refuse(&name, op, &problem, &format!("refused: {error}"));
+            report.refuse(&name, op, &problem, feature, &format!("refused: {error}"));
             return Ok(());
         }
     };
-    let mut taken = subject.given + output_bytes(&problem) + plan.workspace_bytes();
+    let mut taken = given + output_bytes(&problem) + plan.workspace_bytes();
     if op != Op::Forward {
+        let shared = shared_buffers(&problem).into_iter().flatten();
+        taken += shared.map(|(element_type, n)| n * element_type.bytes()).sum::<u64>();
         taken += input_bytes(&problem) + plan.backward_workspace_bytes();
     }
     report.most_bytes = report.most_bytes.max(taken);
     let outputs = Outputs::poisoned(context, &plan)?;
-    let mut bound = vec![bind(&plan, subject.inputs, &outputs)?];
+    let mut bound = vec![bind(&plan, &subject.inputs, &outputs)?];
     pass_times(context, &bound, 1, 1)?;
     let (out, lse) = outputs.read::<T>(context, &problem)?;
     let mut checked = check(&subject.sample, &problem, &out, &lse);
@@ -540,10 +615,11 @@ fn compare_one<T: Number>(
         extra_bytes += plan.workspace_bytes();
     }
     if let (Ok(()), Some(sample), true) = (&checked, &subject.gradients, op != Op::Forward) {
-        let gradients = GradientBuffers::poisoned(context, &plan, subject.upstream)?;
-        let backward = [gradients.bind(&plan, subject.inputs, &outputs)?];
+        let gradients = GradientBuffers::poisoned(context, &plan, upstream)?;
+        let backward = [gradients.bind(&plan, &subject.inputs, &outputs)?];
         pass_times(context, &backward, 1, 1)?;
-        checked = check_gradients(sample, &problem, &gradients.read::<T>(context, &problem)?);
+        let found = gradients.read::<T>(context, &problem)?;
+        checked = check_gradients(sample, &problem, &found, &gradients.read_shared(context, &problem)?);
         extra_bytes += plan.backward_workspace_bytes();
         if op == Op::Backward {
             bound.clear();
@@ -551,12 +627,12 @@ fn compare_one<T: Number>(
         bound.extend(backward);
     }
     if let Err(wrong) = checked {
-        report.refuse(&name, op, &problem, &wrong);
+        report.refuse(&name, op, &problem, feature, &wrong);
         report.all_right = false;
         return Ok(());
     }
     let time = measure(context, &bound)?;
-    report.add(Figure { name, op, problem, time, extra_bytes })
+    report.add(Figure { name, op, problem, feature, time, extra_bytes })
 }
 
 /// Of q, k and v, and so of their gradients.
@@ -567,19 +643,31 @@ fn input_bytes(problem: &Problem) -> u64 {
     elements * problem.element_type.bytes()
 }
 
+/// Of bias, mask, slopes and sinks.
+fn extra_bytes(problem: &Problem, extras: &Extras) -> u64 {
+    fn count<T>(values: &Option<Vec<T>>) -> u64 {
+        values.as_ref().map_or(0, |values| values.len() as u64)
+    }
+    let bias = problem.bias.map_or(0, |bias| bias.element_type.bytes());
+    bias * count(&extras.bias) + count(&extras.mask) + 4 * (count(&extras.alibi_slopes) + count(&extras.sinks))
+}
+
 /// Of o and lse.
 fn output_bytes(problem: &Problem) -> u64 {
     problem.shape.rows() * (problem.shape.head_dim_v as u64 * problem.element_type.bytes() + 4)
 }
 
-/// What is wrong with dq, dk and dv, if anything.
+/// What is wrong with the gradients, if anything.
 fn check_gradients<T: Number>(
     sample: &GradientSample,
     problem: &Problem,
     found: &[Vec<T>; 3],
+    shared: &Shared,
 ) -> std::result::Result<(), String> {
-    let verdicts = sample.judge(problem, found).map_err(|wrong| format!("WRONG: {wrong}"))?;
-    let broken = GRADIENTS.iter().zip(verdicts).find(|(_, verdict)| !verdict.holds);
+    let wrong = |wrong| format!("WRONG: {wrong}");
+    let verdicts = GRADIENTS.into_iter().zip(sample.judge(problem, found).map_err(wrong)?);
+    let shared = sample.judge_shared(problem, shared).map_err(wrong)?;
+    let broken = verdicts.chain(shared).find(|(_, verdict)| !verdict.holds);
     broken.map_or(Ok(()), |(name, verdict)| Err(format!("WRONG: {name}: {verdict}")))
 }
 
@@ -607,35 +695,52 @@ fn compare_all<T: Number>(
     let making = report.progress("making random inputs".into());
     let elements =
         |heads: u32, rows: u32| shape.batch as usize * heads as usize * rows as usize * shape.head_dim as usize;
-    let tensors = Tensors::<T> {
+    let mut tensors = Tensors::<T> {
         query: random(elements(shape.heads_q, shape.seqlen_q), 1),
         key: random(elements(shape.heads_kv, shape.seqlen_k), 2),
         value: random(elements(shape.heads_kv, shape.seqlen_k), 3),
         extras: Extras::default(),
     };
-    let inputs = Inputs::upload(context, &problem, &tensors)?;
     let upstream = Upstream { out: random(elements(shape.heads_q, shape.seqlen_q), 4), lse: None };
     drop(making);
     for &causal in masks {
-        let mut problem = problem.clone();
-        problem.causal = causal;
-        let checking = report.progress(format!("computing rows of {} in f64, to check with", label(&shape)));
-        report.bar.set_message(format!("rows of {} in f64, to check with", label(&shape)));
-        let rows = sample_rows([shape.batch, shape.heads_q, shape.seqlen_q], SAMPLES);
-        let sample = Sample::of(&problem, &tensors, rows.clone());
-        let keys = sample_rows([shape.batch, shape.heads_kv, shape.seqlen_k], SAMPLES);
-        let gradients = needed.then(|| GradientSample::of(context, &problem, &tensors, &upstream, rows, keys));
-        let gradients = gradients.transpose()?;
-        drop(checking);
-        let given = input_bytes(&problem) + size_of_val(&upstream.out[..]) as u64;
-        let subject = Subject { given, inputs: &inputs, upstream: &upstream, sample, gradients };
+        let mut without = problem.clone();
+        without.causal = causal;
+        if needed {
+            without = without.with_gradients();
+        }
+        let (mut subjects, mut given) = (vec![], size_of_val(&upstream.out[..]) as u64);
+        for feature in [None].into_iter().chain(args.feature.iter().copied().map(Some)) {
+            let name = feature.map_or(String::new(), |feature| format!(" with {}", feature.name()));
+            let checking = report.progress(format!("computing rows of {}{name} in f64, to check with", label(&shape)));
+            report.bar.set_message(format!("rows of {}{name} in f64, to check with", label(&shape)));
+            let (mut problem, extras) = match feature {
+                None => (without.clone(), Extras::default()),
+                Some(feature) => feature.add_to(without.clone()),
+            };
+            if let Some(gradients) = &mut problem.gradients {
+                (gradients.bias, gradients.sinks) = (problem.bias.is_some(), problem.sinks);
+            }
+            tensors.extras = extras;
+            let inputs = Inputs::upload(context, &problem, &tensors)?;
+            given += input_bytes(&problem) + extra_bytes(&problem, &tensors.extras);
+            let rows = sample_rows([shape.batch, shape.heads_q, shape.seqlen_q], SAMPLES);
+            let sample = Sample::of(&problem, &tensors, rows.clone());
+            let keys = sample_rows([shape.batch, shape.heads_kv, shape.seqlen_k], SAMPLES);
+            let gradients = needed.then(|| GradientSample::of(context, &problem, &tensors, &upstream, rows, keys));
+            subjects.push(Subject { problem, feature, inputs, sample, gradients: gradients.transpose()? });
+            drop(checking);
+        }
         for &op in &args.op {
             for candidate in candidates(args, op) {
-                let what = format!("{candidate} {op} {} {}", T::TYPE, label(&shape));
-                report.bar.set_message(what.clone());
-                let _progress = report.progress(what);
-                compare_one(context, candidate, op, &problem, &subject, report)?;
-                report.bar.inc(1);
+                for subject in &subjects {
+                    let feature = subject.feature.map_or("", Feature::name);
+                    let what = format!("{candidate} {op} {} {} {feature}", T::TYPE, label(&shape));
+                    report.bar.set_message(what.clone());
+                    let _progress = report.progress(what);
+                    compare_one(context, candidate, op, subject, &upstream, given, report)?;
+                    report.bar.inc(1);
+                }
             }
         }
     }
@@ -646,6 +751,8 @@ fn run(mut args: Args) -> Result<bool> {
     // The yardstick first: naive in f32.
     args.dtype.sort();
     args.kernels.sort();
+    args.feature.sort();
+    args.feature.dedup();
     refuse_idle(&args)?;
     if args.csv.is_some() && args.csv == args.plot {
         return Err("--csv and --plot name one file".into());
@@ -662,15 +769,18 @@ fn run(mut args: Args) -> Result<bool> {
         Masks::Both => &[None, Some(Causal::BottomRight)],
     };
     let candidates: usize = args.op.iter().map(|&op| candidates(&args, op).len()).sum();
-    let count = args.shapes.len() * args.dtype.len() * masks.len() * candidates;
+    let count = args.shapes.len() * args.dtype.len() * masks.len() * candidates * (1 + args.feature.len());
     let bar = ProgressBar::new(count as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}")?);
     if let Some(csv) = &mut csv {
-        writeln!(csv, "kernel,op,dtype,B,H,Hkv,N,D,causal,median_ms,TFLOPS,Nk,GBps")?;
+        writeln!(csv, "kernel,op,dtype,B,H,Hkv,N,D,causal,median_ms,TFLOPS,Nk,GBps,feature,over_without")?;
     }
     let mut report = Report { bar, csv, most_bytes: 0, figures: vec![], all_right: true };
     println!("adapter: {}", adapter_name(&context));
-    println!("times: {}; speed-up: over naive in f32 on the same op and shape", clock(&context));
+    println!(
+        "times: {}; speed-up: over naive in f32 on the same op and shape; over without: time over that of the same kernel without the feature",
+        clock(&context)
+    );
     report.header();
     let measured = compare_shapes(&context, &args, masks, &mut report);
     report.bar.finish_and_clear();
@@ -711,6 +821,9 @@ fn series(figures: &[Figure], value: impl Fn(&Figure) -> f64) -> Vec<Series> {
     for figure in figures {
         let causal = if figure.problem.causal.is_some() { ", causal" } else { "" };
         let mut name = format!("{} {}{causal}", figure.name, figure.problem.element_type);
+        if let Some(feature) = figure.feature {
+            name = format!("{name}, {}", feature.name());
+        }
         if common_op(figures).is_none() {
             name = format!("{name}, {}", figure.op);
         }

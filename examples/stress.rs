@@ -8,20 +8,20 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use half::{bf16, f16};
 use wgpu_flash_attention::{
-    Causal, Context, CoopForm, ElementType, Error, HeadlessOptions, Kernel, Layout, Plan, PlanOptions, Problem, Shape,
-    Tensor, wgpu,
+    Alibi, Bias, Causal, Context, CoopForm, ElementType, Error, HeadlessOptions, Kernel, Layout, Plan, PlanOptions,
+    Problem, ScoreLayout, Shape, Tensor, wgpu,
 };
 
 use fastrand::Rng;
-use flash_attention_testing::Extras;
 use flash_attention_testing::buffers::{
-    GradientBuffers, Inputs, Number, Outputs, Tensors, Upstream, adapter_name, bind, place, random,
+    GradientBuffers, Inputs, Number, Outputs, Shared, Tensors, Upstream, adapter_name, bind, place, random,
 };
-use flash_attention_testing::sample::{GRADIENTS, GradientSample, Sample, sample_rows};
+use flash_attention_testing::sample::{GRADIENTS, GradientSample, Sample, affordable_whole, sample_rows};
 use flash_attention_testing::timing::pass_times;
+use flash_attention_testing::{Extras, score_elements};
 use wgpu_flash_attention::reference::accept::Verdict;
 
-/// Random shapes, options, strides and element types, through every kernel that takes them, forward and backward, against
+/// Random shapes, options, biases, masks, slopes, sinks, strides and element types, through every kernel that takes them, forward and backward, against
 /// the oracle in f64.
 /// Case n is made from seed + n alone.
 #[derive(Parser)]
@@ -102,6 +102,48 @@ fn random_problem(rng: &mut Rng, most: u32, element_type: ElementType) -> Proble
     problem
 }
 
+/// Bias, mask, ALiBi and sinks, each or not.
+fn add_extras(rng: &mut Rng, problem: &mut Problem, extras: &mut Extras) {
+    let s = problem.shape;
+    // Each size is 1 or full.
+    let layout = |rng: &mut Rng| {
+        let sizes = [s.batch, s.heads_q, s.seqlen_q, s.seqlen_k].map(|n| if once_in(rng, 2) { 1 } else { n });
+        ScoreLayout::contiguous(sizes).at(rng.u64(0..=3))
+    };
+    if once_in(rng, 3) {
+        let element_type = if once_in(rng, 2) { ElementType::F32 } else { problem.element_type };
+        let bias = Bias::new(element_type, layout(rng));
+        let numbers = |rng: &mut Rng| match rng.u32(0..16) {
+            0 => f32::NEG_INFINITY,
+            1 => f32::MIN,
+            // Exact in every type.
+            _ => rng.i32(-32..32) as f32 / 8.0,
+        };
+        extras.bias = Some((0..score_elements(problem, &bias.layout)).map(|_| numbers(rng)).collect());
+        problem.bias = Some(bias);
+    }
+    if once_in(rng, 4) {
+        let layout = layout(rng);
+        extras.mask = Some((0..score_elements(problem, &layout)).map(|_| !once_in(rng, 4)).collect());
+        problem.mask = Some(layout);
+    }
+    if once_in(rng, 4) {
+        let (alibi, heads) = match once_in(rng, 2) {
+            true => (Alibi::PerHead, s.heads_q),
+            false => (Alibi::PerBatchAndHead, s.batch * s.heads_q),
+        };
+        // Of both signs. Terms stay below 20, and lse with them, whose rounding gradients have.
+        let most = 20.0 / (s.seqlen_q + s.seqlen_k) as f32;
+        extras.alibi_slopes = Some((0..heads).map(|_| most * (1.5 * rng.f32() - 0.5)).collect());
+        problem.alibi = Some(alibi);
+    }
+    if once_in(rng, 4) {
+        let sink = |rng: &mut Rng| if once_in(rng, 6) { f32::NEG_INFINITY } else { 8.0 * rng.f32() - 4.0 };
+        extras.sinks = Some((0..s.heads_q).map(|_| sink(rng)).collect());
+        problem.sinks = true;
+    }
+}
+
 /// A contiguous tensor in another layout, NaN in the gaps and in rows from `count(batch entry)` on.
 fn lay_out<T: Number>(
     data: &[T],
@@ -132,29 +174,37 @@ fn run_backward<T: Number>(
     inputs: &Inputs,
     upstream: &Upstream<T>,
     sample: &GradientSample,
-) -> Result<[Verdict; 3], String> {
+) -> Result<Vec<(&'static str, Verdict)>, String> {
     let words = |error: Error| error.to_string();
     let outputs = Outputs::poisoned(context, plan)?;
     pass_times(context, &[bind(plan, inputs, &outputs).map_err(words)?], 1, 1).map_err(words)?;
-    let run = || -> Result<[Vec<T>; 3], String> {
+    let run = || -> Result<([Vec<T>; 3], Shared), String> {
         let gradients = GradientBuffers::poisoned(context, plan, upstream)?;
         let bound = gradients.bind(plan, inputs, &outputs).map_err(words)?;
         pass_times(context, &[bound], 1, 1).map_err(words)?;
-        gradients.read(context, plan.problem()).map_err(words)
+        let (tensors, shared) =
+            (gradients.read(context, plan.problem()), gradients.read_shared(context, plan.problem()));
+        Ok((tensors.map_err(words)?, shared.map_err(words)?))
     };
     let [first, second] = [run()?, run()?];
-    let bytes = |all: &[Vec<T>; 3]| all.each_ref().map(|values| bytemuck::cast_slice::<T, u8>(values).to_vec());
+    let bytes = |(tensors, shared): &([Vec<T>; 3], Shared)| {
+        let shared = shared.iter().flatten().map(|values| bytemuck::cast_slice::<f32, u8>(values));
+        let tensors = tensors.iter().map(|values| bytemuck::cast_slice::<T, u8>(values));
+        tensors.chain(shared).map(<[u8]>::to_vec).collect::<Vec<_>>()
+    };
     if bytes(&first) != bytes(&second) {
         return Err("two backward runs gave different bits".into());
     }
-    sample.judge(plan.problem(), &first)
+    let (tensors, shared) = first;
+    let verdicts = GRADIENTS.into_iter().zip(sample.judge(plan.problem(), &tensors)?);
+    Ok(verdicts.chain(sample.judge_shared(plan.problem(), &shared)?).collect())
 }
 
 fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Result<(), String> {
     let software = context.device().adapter_info().device_type == wgpu::DeviceType::Cpu;
     let mut rng = Rng::with_seed(seed);
     let large = once_in(&mut rng, 4);
-    let problem = random_problem(
+    let mut problem = random_problem(
         &mut rng,
         if software {
             100
@@ -165,11 +215,15 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
         },
         T::TYPE,
     );
-    let s = &problem.shape;
+    let shape = problem.shape;
+    let s = &shape;
     let mut some = |all: u32| (0..s.batch).map(|_| rng.u32(0..=all) as i32).collect::<Vec<_>>();
     let keys = problem.seqlens_k.then(|| some(s.seqlen_k));
     let queries = problem.seqlens_q.then(|| some(s.seqlen_q));
-    let extras = Extras { seqlens_q: queries, seqlens_k: keys, ..Default::default() };
+    let mut extras = Extras { seqlens_q: queries, seqlens_k: keys, ..Default::default() };
+    add_extras(&mut rng, &mut problem, &mut extras);
+    // Of the others nobody reads so many.
+    let lengths = [&extras.seqlens_q, &extras.seqlens_k].map(Option::clone);
     let valid = |b: u32| extras.borrow().lengths(&problem, b);
     let q = [s.batch, s.heads_q, s.seqlen_q, s.head_dim];
     let [k, v] = [s.head_dim, s.head_dim_v].map(|dim| [s.batch, s.heads_kv, s.seqlen_k, dim]);
@@ -204,6 +258,13 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     if of_lse {
         with_gradients = with_gradients.with_grad_lse();
     }
+    if let Some(gradients) = &mut with_gradients.gradients {
+        // Those that the oracle computes in a moment, in most cases.
+        let (whole, mut ask) = (affordable_whole(s), || !once_in(&mut rng, 4));
+        gradients.sinks = problem.sinks && ask();
+        gradients.alibi_slopes = problem.alibi.is_some() && whole && ask();
+        gradients.bias = problem.bias.is_some_and(|bias| whole || bias.layout.row > 0) && ask();
+    }
     let o = [s.batch, s.heads_q, s.seqlen_q, s.head_dim_v];
     let grad_lse = of_lse.then(|| (0..s.rows()).map(|_| 2.0 * rng.f32() - 1.0).collect());
     let upstream = Upstream { out: tensor(o, 4), lse: grad_lse };
@@ -216,7 +277,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     let affordable_keys = (20_000_000 / group_rows).clamp(32, 512) / 4;
     let keys = sample_rows([s.batch, s.heads_kv, s.seqlen_k], affordable_keys);
     let sample = GradientSample::of(context, &with_gradients, &tensors, &upstream, queries, keys)
-        .map_err(|what| format!("seed {seed}: {what}\n{problem:?}\n{extras:?}"))?;
+        .map_err(|what| format!("seed {seed}: {what}\n{problem:?}\n{lengths:?}"))?;
 
     let mut kernels = vec![(Kernel::Tile, None)];
     kernels.extend((s.rows() * s.seqlen_k as u64 <= 1 << 20).then_some((Kernel::Naive, None)));
@@ -224,7 +285,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     kernels.extend([CoopForm::Registers, CoopForm::WorkgroupMemory].map(|form| (Kernel::Coop, Some(form))));
     for (kernel, coop_form) in kernels {
         let name = coop_form.map_or(kernel.to_string(), |form| format!("{kernel} {form}"));
-        let failed = |what: String| format!("seed {seed}: {name}: {what}\n{problem:?}\n{extras:?}");
+        let failed = |what: String| format!("seed {seed}: {name}: {what}\n{problem:?}\n{lengths:?}");
         let options = PlanOptions::default().kernel(kernel).coop_form(coop_form);
         let plan = match context.plan_with(&problem, &options) {
             Err(Error::Unsupported { .. }) => continue,
@@ -258,7 +319,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
         };
         let verdicts = run_backward(context, &plan, &inputs, &upstream_laid_out, &sample)
             .map_err(|what| failed(format!("{what}\n{with_gradients:?}")))?;
-        for (what, verdict) in GRADIENTS.into_iter().zip(verdicts) {
+        for (what, verdict) in verdicts {
             if !verdict.holds {
                 return Err(failed(format!("{what}: {verdict}\n{with_gradients:?}")));
             }
@@ -288,7 +349,7 @@ fn run(args: &Args) -> Result<bool, Box<dyn std::error::Error>> {
     };
     println!("{} cases, seeds {} to {}, {:.0} s", seed - args.seed, args.seed, seed - 1, start.elapsed().as_secs_f64());
     for (name, (count, worst)) in &totals {
-        println!("{name:<38} {count:>6} runs, each twice; worst error {worst:.2} of what is allowed");
+        println!("{name:<48} {count:>6} runs, each twice; worst error {worst:.2} of what is allowed");
     }
     match &failure {
         None => println!("PASS"),

@@ -2,7 +2,7 @@
 
 use wgpu::BufferBinding;
 
-use crate::bind::{Argument, BoundPass, ToBinding, ToOptionalBinding, check_buffers};
+use crate::bind::{Argument, BoundPass, ToBinding, ToOptionalBinding, check_buffers, mod_buffers};
 use crate::error::Error;
 use crate::forward::ForwardBuffers;
 use crate::kernel::{Access, Slot};
@@ -75,6 +75,8 @@ pub struct BackwardBuffers<'a> {
     /// The gradient of ALiBi's slopes, f32, with their shape; given exactly when
     /// [`Gradients::alibi_slopes`](crate::Gradients::alibi_slopes) is set.
     pub grad_alibi_slopes: Option<BufferBinding<'a>>,
+    /// The buffers of the problem's mods, by name.
+    pub(crate) mod_buffers: Vec<(&'a str, BufferBinding<'a>)>,
     /// At least [`Plan::backward_workspace_bytes`], in a buffer of its own; not needed where that is 0.
     pub workspace: Option<BufferBinding<'a>>,
 }
@@ -101,6 +103,7 @@ impl<'a> BackwardBuffers<'a> {
             alibi_slopes,
             sinks,
             rng_state,
+            mod_buffers,
             workspace: _,
         } = forward.clone();
         BackwardBuffers {
@@ -122,6 +125,7 @@ impl<'a> BackwardBuffers<'a> {
             mask,
             alibi_slopes,
             sinks,
+            mod_buffers,
             grad_bias: None,
             grad_sinks: None,
             grad_alibi_slopes: None,
@@ -186,7 +190,7 @@ impl Plan {
         let grad_lse = if gradients.lse { rows } else { 0 };
         let input = |slot, binding, tensor| Argument::tensor(slot, Access::Read, binding, problem, tensor);
         let output = |slot, binding, tensor| Argument::tensor(slot, Access::ReadWrite, binding, problem, tensor);
-        let all = [
+        let mut all = vec![
             input(Slot::Query, &buffers.query, Tensor::Query),
             input(Slot::Key, &buffers.key, Tensor::Key),
             input(Slot::Value, &buffers.value, Tensor::Value),
@@ -233,6 +237,7 @@ impl Plan {
                 true,
             ),
         ];
+        all.extend(mod_buffers(problem.mods.as_ref(), &buffers.mod_buffers, &self.device.limits())?);
         let slots = check_buffers(&all, self.offset_alignments)?;
         BoundPass::new(&self.device, || schedule.bind(&self.device, &slots))
     }

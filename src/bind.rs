@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use wgpu::{BindGroupEntry, BindingResource, BufferBinding, BufferUsages};
 
-use crate::error::Error;
+use crate::error::{Error, ModBufferFault};
 use crate::faults;
 use crate::kernel::uniform::ProblemUniform;
 use crate::kernel::{Access, Slot};
+use crate::mods::Mods;
 use crate::overlap::Region;
 use crate::pipelines::{LazyPipeline, Pipeline};
 use crate::problem::{Problem, ScoreLayout, Tensor};
@@ -88,6 +89,9 @@ impl BoundPass {
         }
     }
 }
+
+/// In the place of a size: all that the caller gives.
+pub(crate) const WHOLE: u64 = u64::MAX;
 
 /// One dispatch.
 #[derive(Debug)]
@@ -196,6 +200,52 @@ impl OffsetAlignments {
     }
 }
 
+/// The bytes that are bound.
+fn bytes_of(binding: &BufferBinding<'_>) -> u64 {
+    let rest = binding.buffer.size().saturating_sub(binding.offset);
+    binding.size.map_or(rest, |size| rest.min(size.get()))
+}
+
+/// The buffers of the problem's mods, checked but for what they overlap.
+pub(crate) fn mod_buffers<'b, 'a>(
+    mods: Option<&Mods>,
+    given: &'b [(&'a str, BufferBinding<'a>)],
+    limits: &wgpu::Limits,
+) -> Result<Vec<Argument<'b, 'a>>, Error> {
+    let wrong = |name: &str, fault| Err(Error::ModBuffer { name: name.into(), fault });
+    let names: Vec<&str> = mods.iter().flat_map(|mods| mods.buffers()).collect();
+    for (n, (name, _)) in given.iter().enumerate() {
+        if !names.contains(name) {
+            let known = names.iter().map(|name| name.to_string()).collect();
+            return wrong(name, ModBufferFault::Unknown { known });
+        }
+        if given[..n].iter().any(|(before, _)| before == name) {
+            return wrong(name, ModBufferFault::Twice);
+        }
+    }
+    let mut all = vec![];
+    for (name, slot) in names.iter().zip(Slot::MOD_BUFFERS) {
+        let Some((_, binding)) = given.iter().find(|(given, _)| given == name) else {
+            return wrong(name, ModBufferFault::Missing);
+        };
+        let (found, offset, usage) = (bytes_of(binding), binding.offset, binding.buffer.usage());
+        let limit = limits.max_storage_buffer_binding_size.min(u32::MAX.into());
+        let alignment = limits.min_storage_buffer_offset_alignment as u64;
+        let fault = match found {
+            _ if !usage.contains(BufferUsages::STORAGE) => Some(ModBufferFault::Usage { found: usage }),
+            _ if !offset.is_multiple_of(alignment) => Some(ModBufferFault::Offset { offset, alignment }),
+            0..4 => Some(ModBufferFault::TooSmall { found }),
+            _ if found > limit => Some(ModBufferFault::TooLarge { found, limit }),
+            _ => None,
+        };
+        if let Some(fault) = fault {
+            return wrong(name, fault);
+        }
+        all.push(Argument::bytes(slot, Access::Read, Some(binding), found / 4 * 4, true));
+    }
+    Ok(all)
+}
+
 /// Checks every buffer; returns those that can be bound.
 pub(crate) fn check_buffers<'b, 'a>(
     all: &[Argument<'b, 'a>],
@@ -210,8 +260,7 @@ pub(crate) fn check_buffers<'b, 'a>(
             Some(binding) if needed > 0 => binding,
             _ => continue,
         };
-        let rest = binding.buffer.size().saturating_sub(binding.offset);
-        let found = binding.size.map_or(rest, |size| rest.min(size.get()));
+        let found = bytes_of(binding);
         let needed_usage = if slot.is_uniform() { BufferUsages::UNIFORM } else { BufferUsages::STORAGE };
         if !binding.buffer.usage().contains(needed_usage) {
             return Err(Error::BufferUsage { argument, found: binding.buffer.usage(), needed: needed_usage });
@@ -277,6 +326,10 @@ pub(crate) fn bind_launch(
     };
     for &(slot, start, size) in &launch.ranges {
         let given = given(slot);
+        let size = match given {
+            Some(given) if size == WHOLE => bytes_of(given) / 4 * 4,
+            _ => size,
+        };
         // A tensor without elements is never read; wgpu wants something bound all the same.
         let resource = match (given, wgpu::BufferSize::new(size)) {
             (Some(given), Some(size)) => {

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use wgpu::BufferBinding;
 
 use crate::bind::{
-    Argument, BoundPass, Launch, OffsetAlignments, ToBinding, ToOptionalBinding, bind_launch, check_buffers,
+    Argument, BoundPass, Launch, OffsetAlignments, ToBinding, ToOptionalBinding, WHOLE, bind_launch, check_buffers,
+    mod_buffers,
 };
 use crate::context::Context;
 use crate::error::Error;
@@ -31,14 +32,14 @@ pub enum BlockSource {
         /// Whether there are lists of full blocks.
         full: bool,
     },
-    /// The problem's own masks, its lengths and its boolean mask included (but not a bias that masks): a block is listed if some score of it counts, and full if all do and it is not cut short. Lists
+    /// The problem's own masks, its lengths, its boolean mask and its `mask_mod` included (but not a bias that masks): a block is listed if some score of it counts, and full if all do and it is not cut short. Lists
     /// that batch entries or heads share have a block if one of them needs it, and have it as full if it is for all. Nothing as large
     /// as the scores is kept. The passes that use the lists apply the masks as well, so their results are those without lists.
     Masks,
 }
 
 /// Makes the packed block lists of a problem on the device. Made by [`Context::plan_blocks`]; used any number of times. The lists are needed anew only
-/// when what they are made from changes: [`BlockSource::Masks`] depends on lengths and the boolean mask, not on q, k and v.
+/// when what they are made from changes: [`BlockSource::Masks`] depends on lengths, the boolean mask and the buffers of mods, not on q, k and v.
 ///
 /// ```
 /// use wgpu_flash_attention::{BlockBuffers, BlockLists, BlockSource, Causal, Context, Error, Problem, wgpu};
@@ -80,6 +81,8 @@ pub struct BlockBuffers<'a> {
     pub seqlens_k: Option<BufferBinding<'a>>,
     /// The boolean mask, likewise.
     pub mask: Option<BufferBinding<'a>>,
+    /// Of each buffer of the problem's mods its name and where it lies, likewise.
+    pub(crate) mod_buffers: Vec<(&'a str, BufferBinding<'a>)>,
 }
 
 impl<'a> BlockBuffers<'a> {
@@ -92,6 +95,7 @@ impl<'a> BlockBuffers<'a> {
             seqlens_q: None,
             seqlens_k: None,
             mask: None,
+            mod_buffers: vec![],
         }
     }
 
@@ -116,6 +120,13 @@ impl<'a> BlockBuffers<'a> {
     /// Key lengths.
     pub fn seqlens_k(mut self, seqlens_k: impl ToOptionalBinding<'a>) -> Self {
         self.seqlens_k = seqlens_k.to_optional_binding();
+        self
+    }
+
+    /// A buffer of the problem's [`Mods`](crate::Mods), by its name in their text: for [`BlockSource::Masks`] of a problem with mods each of them.
+    #[cfg(feature = "mods")]
+    pub fn mod_buffer(mut self, name: &'a str, buffer: impl ToBinding<'a>) -> Self {
+        self.mod_buffers.push((name, buffer.to_binding()));
         self
     }
 
@@ -188,8 +199,9 @@ impl Context {
             let pipeline = Arc::new(LazyPipeline::new(self.pipelines(), pass));
             pipeline.build()?;
             // The boolean mask lies where the problem's layout says, all else from the first byte on.
-            let range = |slot| match of_problem.iter().find(|&&(s, ..)| s == slot && slot == Slot::Mask) {
+            let range = |slot: Slot| match of_problem.iter().find(|&&(s, ..)| s == slot && slot == Slot::Mask) {
                 Some(&range) => range,
+                None if slot.is_whole() => (slot, 0, WHOLE),
                 None => (slot, 0, ranges.iter().find(|(s, _)| *s == slot).map_or(0, |&(_, bytes)| bytes)),
             };
             launches.push(Launch {
@@ -262,6 +274,8 @@ impl BlockPlan {
             .collect();
         let scores = self.problem.mask_scores().filter(|_| !has_lists);
         all.push(Argument::scores(Slot::Mask, Access::Read, buffers.mask.as_ref(), &self.problem, scores));
+        let mods = self.problem.mods.as_ref().filter(|_| !has_lists);
+        all.extend(mod_buffers(mods, &buffers.mod_buffers, &self.device.limits())?);
         let slots = check_buffers(&all, self.offset_alignments)?;
         let Some((launches, uniforms)) = &self.work else {
             return Ok(());

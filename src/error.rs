@@ -314,6 +314,14 @@ pub enum Error {
         /// What it collides with.
         other: &'static str,
     },
+    /// Something is wrong with a buffer of the problem's mods.
+    #[error("the mods' buffer {name} {fault}")]
+    ModBuffer {
+        /// Its name in the mods' text.
+        name: String,
+        /// What is wrong.
+        fault: ModBufferFault,
+    },
     /// Lengths in a buffer with an output, in a browser.
     #[error("{argument} shares a buffer with an output, which browsers do not take; give it a buffer of its own")]
     LengthsShared {
@@ -413,6 +421,58 @@ pub enum Error {
         /// What was to be made.
         what: &'static str,
     },
+}
+
+/// What is wrong with a buffer of the problem's mods.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModBufferFault {
+    /// It was not given.
+    #[error("is missing; give it with mod_buffer of the pass' buffers")]
+    Missing,
+    /// The text declares no such buffer.
+    #[error("was given, but the problem's mods declare {}", declared(.known))]
+    Unknown {
+        /// Those that it declares.
+        known: Vec<String>,
+    },
+    /// It was given twice.
+    #[error("was given twice; give it once")]
+    Twice,
+    /// It has no element.
+    #[error("has {found} bytes from its offset; it needs at least 4, one element")]
+    TooSmall {
+        /// Bytes of the binding.
+        found: u64,
+    },
+    /// More is bound than the device binds.
+    #[error("has {found} bytes from its offset; the device binds at most {limit} (max_storage_buffer_binding_size)")]
+    TooLarge {
+        /// Bytes of the binding.
+        found: u64,
+        /// What the device allows.
+        limit: u64,
+    },
+    /// It lacks a usage.
+    #[error("was created with {}; it needs BufferUsages::STORAGE", usages(*found))]
+    Usage {
+        /// The usages it has.
+        found: wgpu::BufferUsages,
+    },
+    /// It begins where the device cannot bind.
+    #[error(
+        "is bound at byte {offset}; the device binds at multiples of {alignment} (min_storage_buffer_offset_alignment)"
+    )]
+    Offset {
+        /// Bytes given.
+        offset: u64,
+        /// Bytes required to divide it.
+        alignment: u64,
+    },
+}
+
+fn declared(known: &[String]) -> String {
+    if known.is_empty() { "no buffer".into() } else { known.join(", ") }
 }
 
 /// Why kernels cannot use a device's cooperative matrices.

@@ -2,7 +2,7 @@
 
 use wgpu::BufferBinding;
 
-use crate::bind::{Argument, BoundPass, ToBinding, ToOptionalBinding, check_buffers};
+use crate::bind::{Argument, BoundPass, ToBinding, ToOptionalBinding, check_buffers, mod_buffers};
 use crate::error::Error;
 use crate::kernel::{Access, Slot};
 use crate::plan::Plan;
@@ -57,6 +57,8 @@ pub struct ForwardBuffers<'a> {
     pub alibi_slopes: Option<BufferBinding<'a>>,
     /// The sinks, f32 `[heads_q]`; given exactly when the problem has them.
     pub sinks: Option<BufferBinding<'a>>,
+    /// The buffers of the problem's mods, by name.
+    pub(crate) mod_buffers: Vec<(&'a str, BufferBinding<'a>)>,
     /// At least [`Plan::workspace_bytes`], in a buffer of its own; not needed where that is 0.
     pub workspace: Option<BufferBinding<'a>>,
 }
@@ -83,6 +85,7 @@ impl<'a> ForwardBuffers<'a> {
             mask: None,
             alibi_slopes: None,
             sinks: None,
+            mod_buffers: vec![],
             workspace: None,
         }
     }
@@ -141,6 +144,14 @@ impl<'a> ForwardBuffers<'a> {
         self
     }
 
+    /// A buffer of the problem's [`Mods`](crate::Mods), by its name in their text; every buffer that they declare is given once. It may be of any size
+    /// from one element on: an index past its end reads its last element. Only mods read it, and it has no gradient.
+    #[cfg(feature = "mods")]
+    pub fn mod_buffer(mut self, name: &'a str, buffer: impl ToBinding<'a>) -> Self {
+        self.mod_buffers.push((name, buffer.to_binding()));
+        self
+    }
+
     /// The workspace, as [`Plan::create_workspace`] makes it.
     pub fn workspace(mut self, workspace: impl ToOptionalBinding<'a>) -> Self {
         self.workspace = workspace.to_optional_binding();
@@ -167,7 +178,7 @@ impl Plan {
     fn check<'b, 'a>(&self, buffers: &'b ForwardBuffers<'a>) -> Result<Vec<(Slot, &'b BufferBinding<'a>)>, Error> {
         let problem = &self.problem;
         let lse = if problem.lse { 4 * problem.shape.rows() } else { 0 };
-        let all = [
+        let mut all = vec![
             Argument::tensor(Slot::Query, Access::Read, &buffers.query, problem, Tensor::Query),
             Argument::tensor(Slot::Key, Access::Read, &buffers.key, problem, Tensor::Key),
             Argument::tensor(Slot::Value, Access::Read, &buffers.value, problem, Tensor::Value),
@@ -190,6 +201,7 @@ impl Plan {
                 true,
             ),
         ];
+        all.extend(mod_buffers(problem.mods.as_ref(), &buffers.mod_buffers, &self.device.limits())?);
         check_buffers(&all, self.offset_alignments)
     }
 }

@@ -4,7 +4,8 @@
 //! FlashAttention does, so memory beyond the tensors does not grow with the square of the length. All kernels but those
 //! on cooperative matrices have a form within WebGPU's default limits and need no device feature. Queries may have more heads
 //! than keys, every tensor any strides with a contiguous last dimension; masks are causal (either diagonal), sliding
-//! windows and lengths of keys and queries by batch entry.
+//! windows, lengths of keys and queries by batch entry, and boolean masks. Scores may be capped softly and have a bias or ALiBi's terms added; heads
+//! may have sinks.
 //!
 //! With host slices, as PyTorch's function of the same name:
 //!
@@ -53,20 +54,25 @@
 //!
 //! | subject | convention |
 //! |---|---|
-//! | order of operations | `s = scale · q·k`, then softcap `c · tanh(s / c)`, then masks, then softmax |
+//! | order of operations | `s = scale · q·k`, then softcap `c · tanh(s / c)`, then `score_mod`, then ALiBi and bias, then masks, then the sink in the denominator, then softmax, then dropout |
 //! | scale | `1/sqrt(D)` by default; from −10³⁰ to 10³⁰, 0 included |
 //! | softcap | none by default; from 10⁻³⁰ to 10³⁰ |
 //! | grouped heads | `kv_head = q_head / (Hq / Hkv)`; `Hkv` divides `Hq` |
+//! | [mods](Problem::with_mods) | `score_mod` and `mask_mod` of your own, in WGSL; the derivative is derived |
+//! | [bias](Problem::bias) | `[B, Hq, Nq, Nk]`, each size 1 or full, by strides; f32 or the element type; −∞ and what is below −10³⁰ masks |
+//! | [boolean mask](Problem::mask) | `[B, Hq, Nq, Nk]`, likewise; one byte each: a key takes part where it is not 0 |
+//! | [ALiBi](Alibi) | `s − slope · abs(i + Nk − Nq − j)`; [`alibi_slopes`] has the slopes of the paper |
+//! | [sinks](Problem::sinks) | `[Hq]`, f32: one more score in the denominator, neither scaled nor capped |
 //! | causal | [bottom-right](Causal::BottomRight), `j ≤ i + Nk − Nq`, as flash-attention, or [top-left](Causal::TopLeft), `j ≤ i`, as PyTorch |
 //! | window | inclusive, from `i + Nk − Nq − left` to `i + Nk − Nq + right`, each side optional |
 //! | key lengths, query lengths | how many keys, and queries, of each batch entry count; the bottom-right diagonal and the window use them for `Nk` and `Nq` |
 //! | dropout | after the softmax, on probabilities; FlashAttention-2's mask of a seed and an offset, bit for bit ([`Dropout`]). lse is not affected, sinks are not dropped. The decode kernel has none |
 //! | block lists | scores count in listed blocks of queries and keys only, where every other mask lets them ([`BlockLists`]); as FlexAttention's `BlockMask` |
-//! | lse | natural logarithm, f32; includes scale, softcap and masks |
-//! | a query that sees no key | o = 0, lse = −∞, every gradient through it 0; never NaN |
+//! | lse | natural logarithm, f32; includes scale, softcap, bias, ALiBi, masks and sink |
+//! | a query that sees no key | o = 0, lse = −∞ (or its sink), every gradient through it 0 (but that of its sink by lse); never NaN |
 //! | `B`, `Nq` or `Nk` of 0 | allowed: the right, possibly zero, result |
 //! | element types | q, k, v and o in one of f32, f16, bf16; products, softmax and lse in f32. On cooperative matrices f16 is multiplied: f32 as two parts of 11 bits, bf16 scaled |
-//! | gradients | in the element type, their sums in f32; those of k and v summed over the query heads that share them; written or, on request, added |
+//! | gradients | in the element type, their sums in f32; those of k and v summed over the query heads that share them; written or, on request, added; those of bias, sinks and slopes on request |
 //! | the same input twice | the same bits, of gradients too |
 //!
 //! # Limits
@@ -137,6 +143,11 @@ mod loops;
 #[doc(hidden)]
 pub mod matrices;
 mod merge;
+#[cfg(feature = "mods")]
+mod mods;
+#[cfg(not(feature = "mods"))]
+#[path = "mods_off.rs"]
+mod mods;
 mod names;
 mod options;
 mod overlap;
@@ -163,13 +174,15 @@ pub use blocks::lists::BlockLists;
 pub use blocks::pattern::BlockPattern;
 pub use context::Context;
 pub use dropout::Dropout;
-pub use error::{Error, NoMatrices};
+pub use error::{Error, ModBufferFault, NoMatrices};
 pub use forward::ForwardBuffers;
 pub use host::{AttnMask, Element, HeadlessOptions, HostTensor, SdpaOptions};
 pub use matrices::MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES;
 #[doc(hidden)]
 pub use merge::merge_module;
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};
+#[cfg(feature = "mods")]
+pub use mods::{ModError, Mods};
 pub use names::{CoopForm, ElementType, Kernel, MAX_HEAD_DIM, MAX_SEQLEN};
 pub use options::PlanOptions;
 pub use plan::Plan;

@@ -4,6 +4,7 @@ use std::hash::{Hash, Hasher};
 
 use crate::blocks::lists::{BlockLists, Packing};
 use crate::error::Error;
+use crate::mods::Mods;
 use crate::names::{ElementType, MAX_HEAD_DIM, MAX_SEQLEN};
 use crate::overlap::Region;
 
@@ -418,6 +419,11 @@ pub struct Problem {
     /// given with each pass ([`ForwardBuffers::rng_state`](crate::ForwardBuffers::rng_state)); [`Dropout`](crate::Dropout) says what they mean. 0 is no
     /// dropout: the state may be given then, and nothing looks at it.
     pub dropout: Option<f32>,
+    /// What the user makes of scores, and which of them count, in WGSL.
+    #[cfg(feature = "mods")]
+    pub mods: Option<Mods>,
+    #[cfg(not(feature = "mods"))]
+    pub(crate) mods: Option<Mods>,
     /// What is needed for [`Plan::backward`](crate::Plan::backward); `None` plans the forward pass alone.
     pub gradients: Option<Gradients>,
     /// Whether tensors without a layout of their own are `[batch, position, head, dim]`.
@@ -496,6 +502,7 @@ impl Problem {
             alibi: None,
             mask: None,
             sinks: false,
+            mods: None,
             causal: None,
             window_left: None,
             window_right: None,
@@ -522,6 +529,7 @@ impl Problem {
             alibi,
             mask,
             sinks,
+            mods,
             causal,
             window_left,
             window_right,
@@ -536,7 +544,7 @@ impl Problem {
             probe,
         } = self.clone();
         let numbers = [scale, softcap, dropout].map(|x| x.map(f32::to_bits));
-        let scores = (bias, alibi, mask, sinks);
+        let scores = (bias, alibi, mask, sinks, mods);
         let masks = (causal, window_left, window_right, blocks);
         (shape, element_type, numbers, scores, masks, (seqlens_q, seqlens_k), lse, gradients, (bnhd, layouts, probe))
     }
@@ -740,6 +748,23 @@ impl Problem {
             gradients.accumulate = true;
         }
         self
+    }
+
+    /// Changes and masks scores by functions that the user wrote.
+    #[cfg(feature = "mods")]
+    pub fn with_mods(mut self, mods: Mods) -> Self {
+        self.mods = Some(mods);
+        self
+    }
+
+    /// Whether the user changes scores.
+    pub(crate) fn has_score_mod(&self) -> bool {
+        self.mods.as_ref().is_some_and(Mods::has_score_mod)
+    }
+
+    /// Whether the user masks scores.
+    pub(crate) fn has_mask_mod(&self) -> bool {
+        self.mods.as_ref().is_some_and(Mods::has_mask_mod)
     }
 
     /// Computes a variant that only tests need.

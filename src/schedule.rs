@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::bind::{Launch, Step, bind_launch};
+use crate::bind::{Launch, Step, WHOLE, bind_launch};
 use crate::error::Error;
 use crate::faults;
 use crate::kernel::uniform::ProblemUniform;
@@ -105,7 +105,10 @@ impl Schedule {
                 if workgroups.contains(&0) {
                     continue;
                 }
-                let bound = |slot| ranges.iter().copied().find(|&(s, _, _)| s == slot);
+                let bound = |slot: Slot| match slot.is_whole() {
+                    true => Some((slot, 0, WHOLE)),
+                    false => ranges.iter().copied().find(|&(s, _, _)| s == slot),
+                };
                 schedule.launches.extend((0..pass.rounds.map_or(1, |all| all.count)).map(|round| Launch {
                     pipeline: pipeline.clone(),
                     ranges: pass.bindings.iter().filter_map(|&(slot, _)| bound(slot)).collect(),

@@ -19,6 +19,7 @@ const FILES: &[(&str, &str)] = files![
     "attention/finish.wgsl",
     "attention/given.wgsl",
     "attention/keep.wgsl",
+    "attention/mods.wgsl",
     "attention/probe.wgsl",
     "attention/problem.wgsl",
     "attention/score.wgsl",

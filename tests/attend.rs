@@ -5,7 +5,7 @@ use std::process::{Command, Output};
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use wgpu_flash_attention::{Causal, ElementType, Problem, Shape, reference};
+use wgpu_flash_attention::{Alibi, Bias, Causal, ElementType, Problem, ScoreLayout, Shape, alibi_slopes, reference};
 
 const FIXTURE: &[u8] = include_bytes!("data/minilm_layer5.safetensors");
 
@@ -230,6 +230,288 @@ fn gradients_that_cancel_pass() {
     }
 }
 
+/// What a file has besides q, k and v, each for `File::SHAPE`, and the problem with it.
+struct Feature {
+    name: &'static str,
+    problem: Problem,
+    /// For the reference.
+    extras: Extras,
+    /// The tensor's type, shape and bytes.
+    tensor: (Dtype, Vec<usize>, Vec<u8>),
+    gradient: Option<&'static str>,
+}
+
+#[derive(Clone, Default)]
+struct Extras {
+    bias: Option<Vec<f32>>,
+    mask: Option<Vec<bool>>,
+    alibi_slopes: Option<Vec<f32>>,
+    sinks: Option<Vec<f32>>,
+}
+
+impl Extras {
+    fn borrow(&self) -> reference::Extras<'_> {
+        reference::Extras::default()
+            .bias(self.bias.as_deref())
+            .mask(self.mask.as_deref())
+            .alibi_slopes(self.alibi_slopes.as_deref())
+            .sinks(self.sinks.as_deref())
+    }
+}
+
+fn features() -> Vec<Feature> {
+    let problem = Problem::new(File::SHAPE, ElementType::F32).with_gradients();
+    let bytes = |values: &[f32]| bytemuck::cast_slice(values).to_vec();
+    let mut all = vec![];
+    for sizes in [[2, 4, 3, 5], [1, 4, 1, 5], [2, 1, 3, 1]] {
+        let shape = sizes.map(|n| n as usize);
+        let mut bias = values(shape.iter().product(), 1.7);
+        (bias[1], bias[2]) = (f32::NEG_INFINITY, f32::MIN);
+        let layout = ScoreLayout::contiguous(sizes);
+        let mut problem = problem.clone().with_bias(Bias::new(ElementType::F32, layout));
+        problem.gradients.as_mut().unwrap().bias = true;
+        let tensor = (Dtype::F32, shape.to_vec(), bytes(&bias));
+        let extras = Extras { bias: Some(bias), ..Default::default() };
+        all.push(Feature { name: "attn_mask", problem: problem.clone(), extras, tensor, gradient: Some("dbias") });
+        let mask: Vec<bool> = (0..shape.iter().product()).map(|n| n % 3 != 1).collect();
+        let tensor = (Dtype::BOOL, shape.to_vec(), mask.iter().map(|&x| x.into()).collect());
+        let extras = Extras { mask: Some(mask), ..Default::default() };
+        let problem = Problem::new(File::SHAPE, ElementType::F32).with_gradients().with_mask(layout);
+        all.push(Feature { name: "attn_mask", problem, extras, tensor, gradient: None });
+    }
+    for (alibi, shape) in [(Alibi::PerHead, &[4][..]), (Alibi::PerBatchAndHead, &[2, 4])] {
+        let slopes = values(shape.iter().product(), 0.9);
+        let mut problem = problem.clone().with_alibi(alibi);
+        problem.gradients.as_mut().unwrap().alibi_slopes = true;
+        let tensor = (Dtype::F32, shape.to_vec(), bytes(&slopes));
+        let extras = Extras { alibi_slopes: Some(slopes), ..Default::default() };
+        all.push(Feature { name: "alibi_slopes", problem, extras, tensor, gradient: Some("dalibi_slopes") });
+    }
+    let sinks = [2.5, f32::NEG_INFINITY, -1.25, 0.5];
+    let mut problem = problem.with_sinks();
+    problem.gradients.as_mut().unwrap().sinks = true;
+    let extras = Extras { sinks: Some(sinks.to_vec()), ..Default::default() };
+    let tensor = (Dtype::F32, vec![4], bytes(&sinks));
+    all.push(Feature { name: "sinks", problem, extras, tensor, gradient: Some("dsinks") });
+    all
+}
+
+/// A file with the results of a problem, and do and dlse.
+fn with_results(file: File, problem: &Problem, extras: &Extras) -> File {
+    let [q, k, v] = [values(192, 0.7), values(160, 1.1), values(120, 1.9)];
+    let (grad_out, grad_lse) = (values(144, 2.3), values(24, 2.9));
+    let forward = reference::forward(problem, &q, &k, &v, extras.borrow());
+    let result = reference::backward(problem, [&q, &k, &v, &grad_out], Some(&grad_lse), extras.borrow());
+    let f32s = |values: &[f64]| -> Vec<f32> { values.iter().map(|&x| x as f32).collect() };
+    file.with("do", &[2, 4, 3, 6], &grad_out)
+        .with("dlse", &[2, 4, 3], &grad_lse)
+        .with("o", &[2, 4, 3, 6], &f32s(&forward.out))
+        .with("lse", &[2, 4, 3], &f32s(&forward.lse))
+        .with("dq", &[2, 4, 3, 8], &f32s(&result.query))
+        .with("dk", &[2, 2, 5, 8], &f32s(&result.key))
+        .with("dv", &[2, 2, 5, 6], &f32s(&result.value))
+}
+
+/// Each reaches the kernels of both passes, and so does its gradient.
+#[test]
+fn biases_masks_slopes_and_sinks_reach_the_kernels() {
+    for (n, feature) in features().into_iter().enumerate() {
+        let Feature { name, problem, extras, tensor: (dtype, shape, bytes), gradient } = feature;
+        let file = with_results(File::new(), &problem, &extras);
+        // Without it the results are others.
+        let text = expect(&[&file.save("feature-without"), "--backward", "--kernel", "reference"], 1);
+        assert!(text.contains("FAIL: o, lse, dq, dk and dv:"), "{name} {shape:?}: {text}");
+
+        let mut file = file.put(name, dtype, &shape, &bytes);
+        let mut pass = "PASS: o, lse, dq, dk and dv:".to_string();
+        if let Some(gradient) = gradient {
+            let [q, k, v, grad_out] = [values(192, 0.7), values(160, 1.1), values(120, 1.9), values(144, 2.3)];
+            let grad_lse = values(24, 2.9);
+            let all = [&q[..], &k, &v, &grad_out];
+            let result = reference::backward(&problem, all, Some(&grad_lse), extras.borrow());
+            let summed = [result.bias, result.sinks, result.alibi_slopes].into_iter().flatten().next().unwrap();
+            let summed: Vec<f32> = summed.values.iter().map(|&x| x as f32).collect();
+            assert!(summed.iter().any(|&x| x.abs() > 0.1), "{gradient} is hardly there: {summed:?}");
+            file = file.with(gradient, &shape, &summed);
+            pass = format!("PASS: o, lse, dq, dk, dv and {gradient}:");
+            let mut wrong = summed.clone();
+            wrong[0] += 0.1;
+            let wrong = file.clone().with(gradient, &shape, &wrong).save("feature-wrong");
+            for dtype in ["f32", "f16"] {
+                let text = expect(&[&wrong, "--backward", "--dtype", dtype], 1);
+                assert!(text.contains(&format!("FAIL: {gradient}:")), "{text}");
+            }
+        }
+        let path = file.save("feature");
+        for (kernel, dtype) in [("naive", "f32"), ("tile", "f32"), ("tile", "f16"), ("reference", "bf16")] {
+            let output = temporary("feature-out");
+            let args = [&path, "--kernel", kernel, "--dtype", dtype, "--backward", "-o", output.to_str().unwrap()];
+            let text = expect(&args, 0);
+            assert!(text.contains(&pass), "{name} {shape:?}, {kernel}, {dtype}: {text}");
+            let written = std::fs::read(output).unwrap();
+            let names = SafeTensors::deserialize(&written).unwrap().len();
+            assert_eq!(names, 5 + usize::from(gradient.is_some()), "{name}");
+            if let Some(gradient) = gradient {
+                assert_eq!(shape_and_type(&written, gradient), (shape.clone(), Dtype::F32));
+            }
+        }
+        if n % 3 == 0 {
+            expect(&[&path, "--kernel", "decode"], 0);
+        }
+    }
+}
+
+#[test]
+fn a_bias_in_the_type_of_q_has_its_gradient_in_that_type() {
+    let halves = |values: Vec<f32>| -> Vec<u8> {
+        bytemuck::cast_slice(&values.into_iter().map(half::f16::from_f32).collect::<Vec<_>>()).to_vec()
+    };
+    let file = File::new()
+        .put("q", Dtype::F16, &[2, 4, 3, 8], &halves(values(192, 0.7)))
+        .put("k", Dtype::F16, &[2, 2, 5, 8], &halves(values(160, 1.1)))
+        .put("v", Dtype::F16, &[2, 2, 5, 6], &halves(values(120, 1.9)))
+        .put("do", Dtype::F16, &[2, 4, 3, 6], &halves(values(144, 2.3)))
+        .put("attn_mask", Dtype::F16, &[1, 4, 3, 5], &halves(values(60, 1.3)));
+    let path = file.save("half-bias");
+    for (options, written) in
+        [(&[][..], Dtype::F16), (&["--dtype", "f32"], Dtype::F32), (&["--dtype", "bf16"], Dtype::BF16)]
+    {
+        for kernel in ["tile", "reference"] {
+            let output = temporary("half-bias-out");
+            let out = output.to_str().unwrap();
+            let text = expect(&[&[&path, "--backward", "--kernel", kernel, "-o", out], options].concat(), 0);
+            assert!(text.contains("batch 1, heads 4, queries 3, keys 5"), "{text}");
+            let bytes = std::fs::read(&output).unwrap();
+            assert_eq!(shape_and_type(&bytes, "dbias"), (vec![1, 4, 3, 5], written));
+            // What is written serves as what is expected.
+            let file_out = SafeTensors::deserialize(&bytes).unwrap();
+            let again = file.clone().put("dbias", written, &[1, 4, 3, 5], file_out.tensor("dbias").unwrap().data());
+            let text = expect(&[&[&again.save("half-bias-again"), "--backward"], options].concat(), 0);
+            assert!(text.contains("PASS: dbias:"), "{text}");
+        }
+    }
+    // An f32 bias goes with every type and stays f32.
+    let file = file.with("attn_mask", &[1, 4, 3, 5], &values(60, 1.3));
+    let output = temporary("half-bias-out");
+    expect(&[&file.save("half-and-f32"), "--backward", "-o", output.to_str().unwrap()], 0);
+    assert_eq!(shape_and_type(&std::fs::read(output).unwrap(), "dbias"), (vec![1, 4, 3, 5], Dtype::F32));
+}
+
+#[test]
+fn slopes_of_the_paper_are_an_option() {
+    let problem = Problem::new(File::SHAPE, ElementType::F32).with_alibi(Alibi::PerHead);
+    let slopes = alibi_slopes(4);
+    let extras = Extras { alibi_slopes: Some(slopes.clone()), ..Default::default() };
+    let file = with_results(File::new(), &problem, &extras);
+    let path = file.save("alibi");
+    for kernel in ["naive", "tile", "reference"] {
+        let output = temporary("alibi-out");
+        let args = [&path, "--alibi", "--backward", "--kernel", kernel, "-o", output.to_str().unwrap()];
+        assert!(expect(&args, 0).contains("PASS: o, lse, dq, dk and dv:"));
+        // They are no input of the file's, so they have no gradient.
+        assert_eq!(SafeTensors::deserialize(&std::fs::read(output).unwrap()).unwrap().len(), 5);
+    }
+    expect(&[&path], 1);
+    let both = file.with("alibi_slopes", &[4], &slopes).save("alibi-twice");
+    expect(&[&both], 0);
+    expect_refusal(&[&both, "--alibi"], &["alibi_slopes", "--alibi", "--ignore alibi_slopes"]);
+    expect(&[&both, "--alibi", "--ignore", "alibi_slopes"], 0);
+}
+
+#[test]
+fn bad_biases_masks_slopes_and_sinks_are_refused_in_one_line() {
+    let nothing = |dtype: Dtype, n: usize| (dtype, vec![0u8; n]);
+    let with = |name, shape: &[usize], (dtype, bytes): (Dtype, Vec<u8>)| File::new().put(name, dtype, shape, &bytes);
+    let mask = |shape: &[usize]| {
+        let n = shape.iter().product();
+        with("attn_mask", shape, (Dtype::BOOL, vec![1; n]))
+    };
+    let bias = |n: usize, value: f32| {
+        let mut bias = values(15, 1.0);
+        bias[n] = value;
+        File::new().with("attn_mask", &[1, 1, 3, 5], &bias)
+    };
+    let needs = "[2, 4, 3, 5] (batch, query heads, queries, keys), or 1";
+    let cases: &[(&str, File, &[&str])] = &[
+        ("mask-rank", mask(&[3, 5]), &["attn_mask has shape [3, 5]", needs]),
+        ("mask-keys", mask(&[1, 1, 3, 4]), &["attn_mask has shape [1, 1, 3, 4]", needs]),
+        ("mask-heads", mask(&[2, 2, 3, 5]), &["attn_mask has shape [2, 2, 3, 5]", needs]),
+        ("mask-order", mask(&[2, 3, 4, 5]), &["attn_mask has shape [2, 3, 4, 5]", needs]),
+        ("mask-bytes", with("attn_mask", &[1, 1, 3, 5], (Dtype::BOOL, vec![7; 15])), &["holds a byte of 7", "0 or 1"]),
+        (
+            "mask-integers",
+            with("attn_mask", &[1, 1, 3, 5], nothing(Dtype::I32, 60)),
+            &["attn_mask is I32", "BOOL, F32, F16 or BF16"],
+        ),
+        ("mask-doubles", with("attn_mask", &[1, 1, 3, 5], nothing(Dtype::F64, 120)), &["attn_mask is F64"]),
+        (
+            "mask-half",
+            with("attn_mask", &[1, 1, 3, 5], nothing(Dtype::F16, 30)),
+            &["q is F32 and attn_mask is F16", "BOOL or F32", "--dtype"],
+        ),
+        ("bias-nan", bias(7, f32::NAN), &["attn_mask holds", "1 of 15", "NaN at [0, 0, 1, 2]", "--allow-non-finite"]),
+        ("bias-inf", bias(14, f32::INFINITY), &["attn_mask holds", "inf at [0, 0, 2, 4]"]),
+        (
+            "slopes-shape",
+            File::new().with("alibi_slopes", &[2], &[1.0; 2]),
+            &["alibi_slopes has shape [2]", "[4] or [2, 4]"],
+        ),
+        ("slopes-rank", File::new().with("alibi_slopes", &[1, 4], &[1.0; 4]), &["alibi_slopes has shape [1, 4]"]),
+        ("slopes-type", with("alibi_slopes", &[4], nothing(Dtype::F16, 8)), &["alibi_slopes is F16", "F32"]),
+        (
+            "slopes-nan",
+            File::new().with("alibi_slopes", &[4], &[1.0, f32::NAN, 0.0, 0.0]),
+            &["alibi_slopes holds NaN, element 1"],
+        ),
+        ("sinks-shape", File::new().with("sinks", &[2, 4], &[1.0; 8]), &["sinks has shape [2, 4]", "[4]"]),
+        ("sinks-type", with("sinks", &[4], nothing(Dtype::BF16, 8)), &["sinks is BF16", "F32"]),
+        (
+            "sinks-inf",
+            File::new().with("sinks", &[4], &[0.0, 0.0, f32::INFINITY, 0.0]),
+            &["sinks holds inf, element 2"],
+        ),
+    ];
+    for (name, file, words) in cases {
+        let path = file.save(&format!("bad-{name}"));
+        expect_refusal(&[&path], words);
+        // What is ignored is not looked at.
+        let tensor =
+            ["attn_mask", "alibi_slopes", "sinks"].into_iter().find(|tensor| file.0.iter().any(|(n, ..)| n == tensor));
+        expect(&[&path, "--ignore", tensor.unwrap(), "--kernel", "reference"], 0);
+    }
+
+    // Expected gradients of what is not there, or of another shape.
+    let gradients = || File::new().with("do", &[2, 4, 3, 6], &values(144, 2.3));
+    let cases: &[(&str, File, &[&str])] = &[
+        (
+            "dbias-of-nothing",
+            gradients().with("dbias", &[1, 1, 3, 5], &[0.0; 15]),
+            &["dbias", "attn_mask that is added"],
+        ),
+        (
+            "dbias-of-mask",
+            gradients().put("attn_mask", Dtype::BOOL, &[1, 1, 3, 5], &[1; 15]).with("dbias", &[1, 1, 3, 5], &[0.0; 15]),
+            &["dbias", "attn_mask that is added"],
+        ),
+        ("dsinks-of-nothing", gradients().with("dsinks", &[4], &[0.0; 4]), &["dsinks is the gradient of sinks"]),
+        (
+            "dalibi_slopes-of-nothing",
+            gradients().with("dalibi_slopes", &[4], &[0.0; 4]),
+            &["dalibi_slopes is the gradient of alibi_slopes"],
+        ),
+        (
+            "dbias-shape",
+            gradients().with("attn_mask", &[1, 1, 3, 5], &[0.0; 15]).with("dbias", &[1, 4, 3, 5], &[0.0; 60]),
+            &["expected dbias has shape [1, 4, 3, 5]", "[1, 1, 3, 5]"],
+        ),
+    ];
+    for (name, file, words) in cases {
+        let path = file.save(&format!("bad-{name}"));
+        expect_refusal(&[&path, "--backward"], words);
+        expect(&[&path, "--kernel", "reference"], 0);
+    }
+}
+
 #[test]
 fn gradients_are_written_in_the_computing_type() {
     let file = File::new().with("do", &[2, 4, 3, 6], &values(144, 2.3)).save("backward-written");
@@ -442,11 +724,11 @@ fn options_out_of_range_are_refused_in_one_line() {
 
 #[test]
 fn tensors_that_nothing_computes_with_are_refused() {
-    let file = || File::new().with("attn_mask", &[3, 5], &values(15, 1.0)).put("seqlen_k", Dtype::I32, &[2], &[1; 8]);
+    let file = || File::new().with("attn_bias", &[3, 5], &values(15, 1.0)).put("seqlen_k", Dtype::I32, &[2], &[1; 8]);
     let path = file().save("unknown");
-    expect_refusal(&[&path], &["tensors that attend does not know: \"attn_mask\", \"seqlen_k\"", "--ignore"]);
-    expect_refusal(&[&path, "--ignore", "attn_mask"], &["a tensor that", "\"seqlen_k\""]);
-    let text = expect(&[&path, "--ignore", "attn_mask", "--ignore", "seqlen_k", "--kernel", "reference"], 0);
+    expect_refusal(&[&path], &["tensors that attend does not know: \"attn_bias\", \"seqlen_k\"", "--ignore"]);
+    expect_refusal(&[&path, "--ignore", "attn_bias"], &["a tensor that", "\"seqlen_k\""]);
+    let text = expect(&[&path, "--ignore", "attn_bias", "--ignore", "seqlen_k", "--kernel", "reference"], 0);
     assert!(text.contains("nothing was compared"), "{text}");
     expect_refusal(&[&path, "--ignore", "mask"], &["--ignore names \"mask\"", "does not hold"]);
     expect_refusal(&[&path, "--ignore", "q"], &["--ignore names q", "needed"]);

@@ -2,7 +2,7 @@
 //! backward kernels, in all element types. Says so where there is no such device.
 
 use flash_attention_testing::backward::{Ask, PreparedBackward, backward, check_all, prepare};
-use flash_attention_testing::cases::cases;
+use flash_attention_testing::cases::plain_cases;
 use flash_attention_testing::coop::{
     WGSL_FORMATS, check_wgsl, context, dims_of, in_forms, is_software, known_matrices, matrix_size, small_device,
     spirv_error, validator, workgroup_bytes,
@@ -68,14 +68,14 @@ fn named<const N: usize>(cases: [(&str, Case); N]) -> [(String, Case); N] {
 fn all_cases() {
     let Some(context) = context() else { return };
     let ways = [("coop", &context, usual(&context))];
-    check_all(&prepare(cases(), ElementType::F16, Ask::default()), &in_forms(ElementType::F16, &ways));
+    check_all(&prepare(plain_cases(), ElementType::F16, Ask::default()), &in_forms(ElementType::F16, &ways));
 }
 
 #[test]
 fn all_cases_scaled() {
     let Some(context) = context() else { return };
     for (element_type, most) in [(ElementType::F32, 0), (ElementType::BF16, 10)] {
-        let all = cases();
+        let all = plain_cases();
         let ways = [("coop", &context, usual(&context))];
         let count = all.len();
         let taken = taken(&context, all, element_type, Ask::default());

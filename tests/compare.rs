@@ -40,6 +40,36 @@ fn it_says_what_it_allocates_and_writes_what_it_measured() {
     assert!(std::fs::read_to_string(plot).unwrap().contains("<polyline"));
 }
 
+/// Each is checked, and timed beside the same kernel without it.
+#[test]
+fn features_are_timed_beside_the_kernel_without_them() {
+    let csv = temporary("features.csv");
+    let features = ["bias", "bias-f32", "mask", "alibi", "sinks", "softcap"];
+    let list = features.join(",");
+    let options = ["--feature", &list, "--kernels", "tile", "--dtype", "f16", "--op", "fwd,bwd"];
+    let output = compare(&[&options[..], &["--shapes", "2,2/1,48,16", "--csv", csv.to_str().unwrap()]].concat());
+    let out = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{out}{}", text(&output.stderr));
+    let csv = std::fs::read_to_string(csv).unwrap();
+    let titles: Vec<_> = csv.lines().next().unwrap().split(',').collect();
+    let column = |line: &str, name: &str| {
+        let n = titles.iter().position(|&title| title == name).unwrap();
+        line.split(',').nth(n).unwrap().to_string()
+    };
+    for op in ["forward", "backward"] {
+        let time = |line: &str| column(line, "median_ms").parse::<f64>().unwrap();
+        let lines: Vec<_> = csv.lines().skip(1).filter(|line| column(line, "op") == op).collect();
+        let found: Vec<_> = lines.iter().map(|line| column(line, "feature")).collect();
+        assert_eq!(found, [&[""], &features[..]].concat());
+        assert_eq!(column(lines[0], "over_without"), "");
+        for line in &lines[1..] {
+            let ratio: f64 = column(line, "over_without").parse().unwrap();
+            // Times have six decimals.
+            assert!((ratio - time(line) / time(lines[0])).abs() < 0.01 * ratio, "{csv}");
+        }
+    }
+}
+
 #[test]
 fn options_that_nothing_would_look_at_are_refused() {
     let tile = ["--tile", "64,64,8,16,32,32,0"];

@@ -1,7 +1,7 @@
 //! The cooperative-matrix kernel on a device that has such matrices (`scripts/vulkan --coop cargo test` has one): the
 //! cases of the other kernels. Says so where there is no such device.
 
-use flash_attention_testing::cases::{cases, prepare};
+use flash_attention_testing::cases::{plain_cases, prepare};
 use flash_attention_testing::coop::{
     WGSL_FORMATS, check_wgsl, context, dims_of, in_form, in_forms, is_software, known_matrices, matrix_size,
     small_device, spirv_error, validator, workgroup_bytes,
@@ -41,7 +41,7 @@ fn usual(context: &Context) -> PlanOptions {
 fn all_cases() {
     let Some(context) = context() else { return };
     for element_type in TYPES {
-        let all: Vec<_> = cases().into_iter().filter(|(name, _)| !is_alike(name)).collect();
+        let all: Vec<_> = plain_cases().into_iter().filter(|(name, _)| !is_alike(name)).collect();
         check_all(&prepare(all, element_type), &in_forms(element_type, &[("coop", &context, usual(&context))]));
     }
 }
@@ -56,7 +56,7 @@ fn is_alike(name: &str) -> bool {
 fn values_that_are_alike() {
     let Some(context) = context() else { return };
     for element_type in TYPES {
-        let alike: Vec<_> = cases().into_iter().filter(|(name, _)| is_alike(name)).collect();
+        let alike: Vec<_> = plain_cases().into_iter().filter(|(name, _)| is_alike(name)).collect();
         let ways = in_forms(element_type, &[("coop", &context, tiled(1, 1, 32, 1))]);
         check_all(&prepare(alike, element_type), &ways);
     }

@@ -5,6 +5,7 @@
 #include "attention/sequence.wgsl"
 #include "attention/probe.wgsl"
 #include "attention/given.wgsl"
+#include "attention/mods.wgsl"
 #include "attention/score.wgsl"
 #include "attention/blocks.wgsl"
 #include "attention/keep.wgsl"

@@ -8,7 +8,7 @@
 // Nothing here trusts the numbers in the buffer: they are clamped, so that wrong ones are no reads past its end.
 
 #if BLOCKS
-@group(0) @binding(40) var<storage, read> blocks: array<u32>;
+@group(0) @binding(28) var<storage, read> blocks: array<u32>;
 
 // The entries of a row of blocks, or of a column: where they begin, how many of them are full, how many there are, and the last place that an
 // entry may have.

@@ -1,5 +1,5 @@
 // Which scores count. Rows i and keys j are positions in the sequence.
-// Needs: sequence.wgsl, blocks.wgsl, given.wgsl. Gives: keep, keep4, all_count; key_interval and row_interval for tiles.wgsl.
+// Needs: sequence.wgsl, blocks.wgsl, given.wgsl, mods.wgsl. Gives: keep, keep4, all_count; key_interval and row_interval for tiles.wgsl.
 
 // The keys that the causal mask, the window and the lengths leave row i, if it is a query: from x to before y. As i grows, neither bound
 // falls.
@@ -38,11 +38,14 @@ fn keep(at: Sequence, i: i32, j: i32) -> bool {
         return false;
     }
 #endif
+    var counts = j >= interval.x && j < interval.y;
 #if MASK
-    return j >= interval.x && j < interval.y && mask_of(at, i, j);
-#else
-    return j >= interval.x && j < interval.y;
+    counts = counts && mask_of(at, i, j);
 #endif
+#if MASK_MOD
+    counts = counts && mods_keep(mod_position(at, i, j));
+#endif
+    return counts;
 }
 
 fn keep4(at: Sequence, i: vec4i, j: vec4i) -> vec4<bool> {
@@ -58,7 +61,7 @@ fn all_count(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
 #if BLOCKS_BY_PAIR
     return false;
 #else
-#if MASK
+#if ANY_MASK
     return false;
 #else
 #if QUERY_LENGTHS

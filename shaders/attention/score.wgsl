@@ -1,6 +1,6 @@
-// What a score is: scale · q·k, then softcap · tanh(score / softcap), then plus bias and ALiBi. Kernels ask with the score's place in the
+// What a score is: scale · q·k, then softcap · tanh(score / softcap), then the user's score_mod, then plus bias and ALiBi. Kernels ask with the score's place in the
 // problem. A score whose bias masks it is MASKED.
-// Needs: softmax.wgsl, sequence.wgsl, given.wgsl. Gives: scored, scored4, score_unit, score_factor, exponent_bound.
+// Needs: softmax.wgsl, sequence.wgsl, given.wgsl, mods.wgsl. Gives: scored, scored4, score_unit, score_factor, exponent_bound.
 //
 // Unless SHAPED, a score is a positive factor times the product q·k, and kernels may hold products instead of scores. Then score_unit()
 // times a product is a score, and score_factor() times a product is an exponent of 2. With SHAPED kernels hold scores.
@@ -16,6 +16,11 @@ fn scored(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
 #if SOFTCAP
     let t = tanh_exact(x.score / problem.softcap);
     x = Scored(problem.softcap * t, 1.0 - t * t);
+#endif
+#if SCORE_MOD
+    // The score and its slope.
+    let of_user = mods_score(x.score, mod_position(at, i, j));
+    x = Scored(of_user.x, x.slope * of_user.y);
 #endif
 #if ALIBI
     x.score -= slope_of(at) * f32(abs(i + at.keys - at.queries - j));
@@ -54,11 +59,15 @@ fn score_factor() -> f32 {
 
 // A bound on exponents of 2, score · log2(e), where no product q·k exceeds `largest`, less what is added to scores. It is at most 3e37.
 fn exponent_bound(largest: f32) -> f32 {
+#if ANY_SIZE
+    return 3.0e37;
+#else
 #if SOFTCAP
     return problem.softcap * LOG2_E;
 #else
     let factor = abs(problem.scale) * LOG2_E;
     return factor * min(largest, 3.0e37 / max(factor, 1.0));
+#endif
 #endif
 }
 

@@ -136,7 +136,7 @@ fn key_tiles(at: Sequence, i0: i32, i1: i32, size: u32) -> Tiles {
     all.y = select(all.y, all.x, i1 > at.queries);
     some = select(some, vec2i(), i0 >= at.queries);
 #endif
-#if MASK
+#if ANY_MASK
     all.y = all.x;
 #endif
 #if BLOCKS
@@ -160,7 +160,7 @@ fn row_tiles(at: Sequence, j0: i32, j1: i32, size: u32) -> Tiles {
         min(at.queries, zero + j0 + problem.window_left + 1),
     );
     all.y = select(all.y, all.x, j1 > at.keys);
-#if MASK
+#if ANY_MASK
     all.y = all.x;
 #endif
 #if BLOCKS

@@ -5,12 +5,12 @@
 // clamped to the first or the last one. Gives the kinds, as attention/blocks.wgsl describes them.
 #include "attention/problem.wgsl"
 
-@group(0) @binding(40) var<storage, read_write> blocks: array<atomic<u32>>;
-@group(0) @binding(41) var<storage, read> kv_num_blocks: array<i32>;
-@group(0) @binding(42) var<storage, read> kv_indices: array<i32>;
+@group(0) @binding(28) var<storage, read_write> blocks: array<atomic<u32>>;
+@group(0) @binding(29) var<storage, read> kv_num_blocks: array<i32>;
+@group(0) @binding(30) var<storage, read> kv_indices: array<i32>;
 #if FULL_LISTS
-@group(0) @binding(43) var<storage, read> full_kv_num_blocks: array<i32>;
-@group(0) @binding(44) var<storage, read> full_kv_indices: array<i32>;
+@group(0) @binding(31) var<storage, read> full_kv_num_blocks: array<i32>;
+@group(0) @binding(32) var<storage, read> full_kv_indices: array<i32>;
 #endif
 
 @compute @workgroup_size(THREADS)

@@ -6,7 +6,7 @@
 // Needs what keep.wgsl needs. Gives the kinds, as attention/blocks.wgsl describes them.
 #include "attention/attention.wgsl"
 
-@group(0) @binding(40) var<storage, read_write> blocks: array<u32>;
+@group(0) @binding(28) var<storage, read_write> blocks: array<u32>;
 
 // A bit for each block: does some score of it count, and does some not.
 var<workgroup> some: atomic<u32>;

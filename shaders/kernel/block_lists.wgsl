@@ -7,7 +7,7 @@
 // Needs the kinds. Gives the rest of the list, as attention/blocks.wgsl describes it.
 #include "attention/problem.wgsl"
 
-@group(0) @binding(40) var<storage, read_write> blocks: array<u32>;
+@group(0) @binding(28) var<storage, read_write> blocks: array<u32>;
 
 // Of each thread, the entries of its lines.
 var<workgroup> entries_of: array<u32, THREADS>;

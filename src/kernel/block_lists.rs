@@ -47,7 +47,8 @@ pub(crate) fn of_mask(problem: &Problem, packing: Packing) -> [Pass; 2] {
         THREADS,
         8,
         Box::new(move |_: &Part| [packing.row_words(), packing.down.into(), packing.list_count()]),
-    );
+    )
+    .with_mods(problem.mods.as_ref());
     [kinds, lists(packing)]
 }
 

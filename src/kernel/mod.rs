@@ -57,7 +57,8 @@ pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
 }
 
 /// The switches of what is given of each score.
-pub(crate) const GIVEN: [&str; 5] = ["BIAS", "BIAS_F16", "BIAS_BF16", "ALIBI", "MASK"];
+pub(crate) const GIVEN: [&str; 9] =
+    ["BIAS", "BIAS_F16", "BIAS_BF16", "ALIBI", "MASK", "ANY_MASK", "MODS", "SCORE_MOD", "MASK_MOD"];
 
 /// `switches`, less those of what a score is and whether it counts: for a kernel that ends rows.
 pub(crate) fn without_scores(mut switches: Vec<&'static str>) -> Vec<&'static str> {
@@ -109,7 +110,8 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
     let shaped = problem.softcap.is_some()
         || problem.effective_scale() < TINY_SCALE
         || problem.bias.is_some()
-        || problem.alibi.is_some();
+        || problem.alibi.is_some()
+        || problem.has_score_mod();
     let bias_is = |ty| problem.bias.is_some_and(|bias| bias.element_type == ty);
     let mut on = vec![problem.element_type.switch()];
     let flags = [
@@ -124,6 +126,13 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
         (bias_is(ElementType::BF16), "BIAS_BF16"),
         (problem.alibi.is_some(), "ALIBI"),
         (problem.mask.is_some(), "MASK"),
+        // Any score may be masked, wherever it is.
+        (problem.mask.is_some() || problem.has_mask_mod(), "ANY_MASK"),
+        (problem.mods.is_some(), "MODS"),
+        (problem.has_score_mod(), "SCORE_MOD"),
+        (problem.has_mask_mod(), "MASK_MOD"),
+        // Nothing is known of how large scores are.
+        (problem.has_score_mod(), "ANY_SIZE"),
         (problem.sinks, "SINKS"),
         (problem.seqlens_q, "SEQLENS_Q"),
         (problem.seqlens_q, "QUERY_LENGTHS"),
@@ -156,5 +165,9 @@ pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(S
         Slot::GradLse => problem.gradients.is_some_and(|gradients| gradients.lse),
         _ => true,
     };
-    bindings.iter().copied().filter(|&(slot, _)| used(slot)).collect()
+    // Kernels that ask about scores. A kernel that takes a mask is one.
+    let asks = bindings.iter().any(|&(slot, _)| slot == Slot::Mask);
+    let of_mods = problem.mods.iter().flat_map(|mods| Slot::MOD_BUFFERS.into_iter().zip(mods.buffers()));
+    let of_mods = of_mods.filter(|_| asks).map(|(slot, _)| (slot, Access::Read));
+    bindings.iter().copied().filter(|&(slot, _)| used(slot)).chain(of_mods).collect()
 }

@@ -3,8 +3,9 @@
 use super::part::Part;
 use super::uniform::ProblemUniform;
 use crate::error::Error;
+use crate::mods::{MOST_BUFFERS, Mods};
 use crate::names::Kernel;
-use crate::specialize::{Specialization, SpecializeError};
+use crate::specialize::{Source, Specialization, SpecializeError};
 
 /// What a binding holds. The number is its place in every shader's group 0; the uniform is at 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,12 +32,12 @@ pub(crate) enum Slot {
     /// How large the numbers of each head are, at the workspace's end.
     WorkspaceSizes = 18,
     /// Packed lists of blocks.
-    Blocks = 40,
+    Blocks = 28,
     /// Lists of blocks as FlexAttention has them.
-    KvNumBlocks = 41,
-    KvIndices = 42,
-    FullKvNumBlocks = 43,
-    FullKvIndices = 44,
+    KvNumBlocks = 29,
+    KvIndices = 30,
+    FullKvNumBlocks = 31,
+    FullKvIndices = 32,
     Bias = 19,
     Mask = 20,
     AlibiSlopes = 21,
@@ -48,12 +49,37 @@ pub(crate) enum Slot {
     WorkspaceRowSums = 26,
     /// Seed and offset of dropout. The one that is bound as a uniform, so that it takes none of a stage's storage buffers.
     RngState = 27,
+    /// The buffers of the user's mods, in the order of their text. The numbers are those of src/mods/, from `FIRST_BINDING` on.
+    ModBuffer0 = 40,
+    ModBuffer1 = 41,
+    ModBuffer2 = 42,
+    ModBuffer3 = 43,
+    ModBuffer4 = 44,
+    ModBuffer5 = 45,
+    ModBuffer6 = 46,
+    ModBuffer7 = 47,
 }
 
 impl Slot {
     /// Whether it is bound as a uniform.
     pub(crate) const fn is_uniform(self) -> bool {
         matches!(self, Slot::RngState)
+    }
+
+    pub(crate) const MOD_BUFFERS: [Slot; MOST_BUFFERS] = [
+        Slot::ModBuffer0,
+        Slot::ModBuffer1,
+        Slot::ModBuffer2,
+        Slot::ModBuffer3,
+        Slot::ModBuffer4,
+        Slot::ModBuffer5,
+        Slot::ModBuffer6,
+        Slot::ModBuffer7,
+    ];
+
+    /// Whether it is bound as the caller gives it, whatever its size.
+    pub(crate) fn is_whole(self) -> bool {
+        Slot::MOD_BUFFERS.contains(&self)
     }
 
     pub(crate) const fn name(self) -> &'static str {
@@ -90,13 +116,21 @@ impl Slot {
             Slot::GradBias => "grad_bias",
             Slot::GradSinks => "grad_sinks",
             Slot::GradAlibiSlopes => "grad_alibi_slopes",
+            Slot::ModBuffer0 => "mod_buffers[0]",
+            Slot::ModBuffer1 => "mod_buffers[1]",
+            Slot::ModBuffer2 => "mod_buffers[2]",
+            Slot::ModBuffer3 => "mod_buffers[3]",
+            Slot::ModBuffer4 => "mod_buffers[4]",
+            Slot::ModBuffer5 => "mod_buffers[5]",
+            Slot::ModBuffer6 => "mod_buffers[6]",
+            Slot::ModBuffer7 => "mod_buffers[7]",
         }
     }
 }
 
 impl Slot {
     /// Whether it is an input that a problem may do without.
-    const fn is_extra(self) -> bool {
+    fn is_extra(self) -> bool {
         matches!(
             self,
             Slot::SeqlensQ
@@ -107,7 +141,7 @@ impl Slot {
                 | Slot::AlibiSlopes
                 | Slot::Sinks
                 | Slot::GradLse
-        )
+        ) || self.is_whole()
     }
 }
 
@@ -123,6 +157,8 @@ pub(crate) struct Pass {
     pub bindings: Vec<(Slot, Access)>,
     /// Whether the module has placeholders for `src/matrices/spirv.rs` to fill.
     pub element_access: bool,
+    /// What a score is and whether it counts, by the user.
+    pub mods: Option<Mods>,
     /// For a kernel that is dispatched several times in a row, each time for other blocks.
     pub rounds: Option<Rounds>,
     pub threads: u32,
@@ -139,12 +175,27 @@ impl Pass {
         workgroup_bytes: u32,
         workgroups: Workgroups,
     ) -> Self {
-        Pass { specialization, bindings, element_access: false, rounds: None, threads, workgroup_bytes, workgroups }
+        Pass {
+            specialization,
+            bindings,
+            element_access: false,
+            mods: None,
+            rounds: None,
+            threads,
+            workgroup_bytes,
+            workgroups,
+        }
     }
 
     /// Whether the module has placeholders for access to the elements of matrices.
     pub(crate) fn with_element_access(self, element_access: bool) -> Self {
         Pass { element_access, ..self }
+    }
+
+    /// With what the user wrote, if the module calls it.
+    pub(crate) fn with_mods(self, mods: Option<&Mods>) -> Self {
+        let calls = self.specialization.switches.contains(&"MODS");
+        Pass { mods: mods.filter(|_| calls).cloned(), ..self }
     }
 
     /// Dispatched once for each round of blocks.
@@ -158,6 +209,7 @@ impl Pass {
             specialization: self.specialization.clone(),
             bindings: self.bindings.clone(),
             element_access: self.element_access,
+            mods: self.mods.clone(),
         }
     }
 
@@ -173,6 +225,7 @@ pub(crate) struct Module {
     pub specialization: Specialization,
     pub bindings: Vec<(Slot, Access)>,
     pub element_access: bool,
+    pub mods: Option<Mods>,
 }
 
 impl Module {
@@ -193,9 +246,16 @@ impl Module {
         module
     }
 
+    /// Its WGSL, with all inputs as inputs.
+    pub(crate) fn source(&self) -> Result<Source, SpecializeError> {
+        let mut source = self.specialization.source()?;
+        source.text.extend(self.mods.iter().map(Mods::printed));
+        Ok(source)
+    }
+
     /// Its WGSL.
     pub(crate) fn text(&self) -> Result<String, SpecializeError> {
-        let mut text = self.specialization.source()?.text;
+        let mut text = self.source()?.text;
         for (slot, _) in self.bindings.iter().filter(|(_, access)| *access == Access::ReadWrite) {
             let declared = |access: &str| format!("@binding({}) var<storage, {access}>", *slot as u32);
             text = text.replace(&declared("read"), &declared("read_write"));

@@ -18,9 +18,13 @@ pub(crate) struct Recipes {
 /// How a problem is computed on a device that allows this.
 pub(crate) fn recipes(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Recipes, Error> {
     problem.validate()?;
-    let forward = forward::recipe(problem, facts, options)?;
+    let with_mods = |recipe: Recipe| {
+        let passes = recipe.passes.into_iter().map(|pass| pass.with_mods(problem.mods.as_ref())).collect();
+        Recipe { passes, ..recipe }
+    };
+    let forward = with_mods(forward::recipe(problem, facts, options)?);
     let backward = match problem.gradients {
-        Some(_) => Some(backward::recipe(problem, facts, options, forward.kernel)?),
+        Some(_) => Some(with_mods(backward::recipe(problem, facts, options, forward.kernel)?)),
         None => None,
     };
     check_options(options, &forward, backward.as_ref())?;

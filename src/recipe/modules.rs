@@ -3,10 +3,10 @@
 use super::choose::recipes;
 use crate::error::Error;
 use crate::facts::Facts;
-use crate::kernel::Pass;
+use crate::kernel::{Module, Pass};
 use crate::options::PlanOptions;
 use crate::problem::Problem;
-use crate::specialize::Specialization;
+use crate::specialize::{Source, Specialization, SpecializeError};
 
 /// A module that a plan compiles, and what the plan takes it to need.
 #[derive(Clone, Debug)]
@@ -24,6 +24,7 @@ pub struct PlannedModule {
     pub workgroup_bytes: u32,
     /// Whether it is of the backward pass.
     pub is_backward: bool,
+    module: Module,
 }
 
 impl PlannedModule {
@@ -35,7 +36,13 @@ impl PlannedModule {
             threads: pass.threads,
             workgroup_bytes: pass.workgroup_bytes,
             is_backward,
+            module: pass.module(),
         }
+    }
+
+    /// Its WGSL, with what the user wrote.
+    pub fn source(&self) -> Result<Source, SpecializeError> {
+        self.module.source()
     }
 }
 

@@ -127,7 +127,8 @@ impl<N: Real> Attention<'_, N> {
             dv.append(of_value);
         }
         let terms = [&dq, &dk, &dv].map(|gradient| gradient.squares.sqrt());
-        let [bias, sinks, alibi_slopes] = self.shared_gradients(tensors, [lse, delta]);
+        let all: Vec<_> = rows(s.batch, s.heads_q, s.seqlen_q).collect();
+        let [bias, sinks, alibi_slopes] = self.shared_gradients(tensors, [lse, delta], &all);
         let [query, key, value] = [dq, dk, dv].map(|gradient| gradient.values.into_iter().map(Into::into).collect());
         Backward { query, key, value, terms, bias, sinks, alibi_slopes }
     }
@@ -159,13 +160,17 @@ impl<N: Real> Attention<'_, N> {
         (b as usize * s.heads_kv as usize + h as usize) * s.seqlen_k as usize + j as usize
     }
 
-    /// What a score is: `scale · dot`, then `softcap · tanh(s / softcap)`, then ALiBi, then the bias.
+    /// What a score is: `scale · dot`, then `softcap · tanh(s / softcap)`, then `score_mod`, then ALiBi, then the bias.
     fn scored(&self, dot: N, pair: Pair) -> Scored<N> {
         let mut x = Scored { score: self.scale() * dot, slope: N::of(1.0) };
         if let Some(cap) = self.problem.softcap {
             let cap = N::of(cap.into());
             let tanh = (x.score / cap).tanh();
             x = Scored { score: cap * tanh, slope: N::of(1.0) - tanh * tanh };
+        }
+        if let Some(mods) = self.problem.mods.as_ref().filter(|mods| mods.has_score_mod()) {
+            let [score, slope] = mods.score(x.score.into(), self.position(pair), self.extras.mod_buffers);
+            x = Scored { score: N::of(score), slope: x.slope * N::of(slope) };
         }
         if self.problem.alibi.is_some() {
             x.score += N::of(self.slope(pair.b, pair.h).into()) * N::of(-self.distance(pair));
@@ -174,6 +179,12 @@ impl<N: Real> Attention<'_, N> {
             x.score += N::of(bias.into());
         }
         x
+    }
+
+    /// The numbers of a `Position`.
+    fn position(&self, Pair { b, h, i, j }: Pair) -> [u32; 6] {
+        let (queries, keys) = self.extras.lengths(self.problem, b);
+        [b, h, i, j, queries, keys]
     }
 
     /// The slope of ALiBi of a head.
@@ -241,6 +252,7 @@ impl<N: Real> Attention<'_, N> {
             && causal
             && self.problem.window_left.is_none_or(|left| j >= diagonal - left as i64)
             && self.problem.window_right.is_none_or(|right| j <= diagonal + right as i64)
+            && (self.problem.mods.as_ref()).is_none_or(|mods| mods.keep(self.position(pair), self.extras.mod_buffers))
     }
 
     /// What dropout multiplies a probability by: 0 if it drops it.
@@ -327,17 +339,18 @@ impl<N: Real> Attention<'_, N> {
         [dk, dv]
     }
 
-    /// The gradients of the bias, of the sinks and of ALiBi's slopes, of those that the problem asks for: sums over all scores that share
-    /// an element.
+    /// What rows of queries `[b, h, i]` add to the gradients of the bias, of the sinks and of ALiBi's slopes, of those that the problem asks
+    /// for. They are sums over all scores that share an element.
     ///
     /// ```text
     /// dbias = Σ p_ij (dp_ij − delta_i),   dslope = − Σ |i + keys − queries − j| p_ij (dp_ij − delta_i),
     /// dsink = − Σ exp(sink − lse_i) delta_i
     /// ```
-    fn shared_gradients<T: Copy + Into<f64>>(
+    pub fn shared_gradients<T: Copy + Into<f64>>(
         &self,
         tensors: Tensors<'_, T>,
         [lse, delta]: [&[N]; 2],
+        rows: &[[u32; 3]],
     ) -> [Option<Summed>; 3] {
         let (problem, s) = (self.problem, &self.problem.shape);
         let asked = problem.gradients.unwrap_or_default();
@@ -347,7 +360,7 @@ impl<N: Real> Attention<'_, N> {
         let mut bias = sums(asked.bias, self.extras.bias);
         let mut sinks = sums(asked.sinks, self.extras.sinks);
         let mut slopes = sums(asked.alibi_slopes, self.extras.alibi_slopes);
-        for [b, h, i] in rows(s.batch, s.heads_q, s.seqlen_q) {
+        for &[b, h, i] in rows {
             let n = self.query_number([b, h, i]);
             if let (Some(sums), Some(sink)) = (&mut sinks, self.sink(h))
                 && i < self.extras.lengths(problem, b).0

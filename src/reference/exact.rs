@@ -1,7 +1,7 @@
 //! Attention in f64.
 
 use super::definition::{Attention, row};
-use super::values::{Backward, Extras, Forward};
+use super::values::{Backward, Extras, Forward, Summed};
 use crate::Problem;
 
 fn exact<'a>(problem: &'a Problem, extras: Extras<'a>) -> Attention<'a, f64> {
@@ -99,6 +99,23 @@ pub fn backward_key_row<'a, T: Copy + Into<f64>>(
 ) -> (Vec<f64>, Vec<f64>) {
     let [dk, dv] = exact(problem, extras.into()).key_gradients(tensors, [lse, delta], at);
     (dk.values, dv.values)
+}
+
+/// What rows of queries, each at batch entry, query head and position `[b, h, i]`, add to the gradients of the bias, of the sinks and of ALiBi's
+/// slopes, of those that the problem asks for. All rows add up to what [`backward`] gives of them.
+///
+/// `lse` and [`delta()`] are those of every query, as for [`backward_key_row`].
+///
+/// # Panics
+/// If a slice is shorter than the problem's shape says.
+pub fn backward_shared_rows<'a, T: Copy + Into<f64>>(
+    problem: &Problem,
+    tensors: [&[T]; 4],
+    [lse, delta]: [&[f64]; 2],
+    extras: impl Into<Extras<'a>>,
+    rows: &[[u32; 3]],
+) -> [Option<Summed>; 3] {
+    exact(problem, extras.into()).shared_gradients(tensors, [lse, delta], rows)
 }
 
 /// `do · o − dlse` of each row, `[batch, heads_q, seqlen_q]`: what the backward pass needs of o.

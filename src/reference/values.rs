@@ -66,6 +66,8 @@ pub struct Extras<'a> {
     pub alibi_slopes: Option<&'a [f32]>,
     /// The sinks, `[heads_q]`.
     pub sinks: Option<&'a [f32]>,
+    /// What the buffers of the problem's mods hold, by name: f32, i32 or u32, four bytes each, the lowest first.
+    pub mod_buffers: &'a [(String, Vec<u8>)],
 }
 
 impl<'a> From<Option<&'a [i32]>> for Extras<'a> {
@@ -132,6 +134,12 @@ impl<'a> Extras<'a> {
     /// The sinks.
     pub fn sinks(mut self, sinks: impl Into<Option<&'a [f32]>>) -> Self {
         self.sinks = sinks.into();
+        self
+    }
+
+    /// The buffers of the problem's mods.
+    pub fn mod_buffers(mut self, mod_buffers: &'a [(String, Vec<u8>)]) -> Self {
+        self.mod_buffers = mod_buffers;
         self
     }
 

@@ -2,10 +2,11 @@
 
 use fastrand::Rng;
 use wgpu_flash_attention::{
-    BackwardBuffers, BoundPass, Context, Element, Error, ForwardBuffers, Layout, Plan, Problem, wgpu,
+    Alibi, BackwardBuffers, BoundPass, Context, Element, ElementType, Error, ForwardBuffers, Layout, Plan, Problem,
+    wgpu,
 };
 
-use crate::{DeviceExtras, Extras};
+use crate::{DeviceExtras, Extras, from_bits, score_elements};
 
 /// The adapter in words.
 pub fn adapter_name(context: &Context) -> String {
@@ -147,22 +148,51 @@ fn forward_buffers<'a>(inputs: &'a Inputs, outputs: &'a Outputs) -> ForwardBuffe
     inputs.extras.add_to(buffers)
 }
 
-/// The buffers of a backward pass that its forward pass has no use for; dq, dk and dv are filled with NaN.
+/// The gradients that are sums over scores which share an element.
+pub const SHARED: [&str; 3] = ["dbias", "dsinks", "dalibi_slopes"];
+
+/// Those that a problem asks for, in this order. That of the bias lies as the bias does.
+pub type Shared = [Option<Vec<f32>>; 3];
+
+/// Of each that the problem asks for, its type in memory and how many elements its buffer has.
+pub fn shared_buffers(problem: &Problem) -> [Option<(ElementType, u64)>; 3] {
+    let (asked, s) = (problem.gradients.unwrap_or_default(), &problem.shape);
+    let bias = problem.bias.filter(|_| asked.bias);
+    let slopes = problem.alibi.filter(|_| asked.alibi_slopes).map(|alibi| match alibi {
+        Alibi::PerBatchAndHead => s.batch as u64 * s.heads_q as u64,
+        _ => s.heads_q.into(),
+    });
+    [
+        bias.map(|bias| (bias.element_type, score_elements(problem, &bias.layout))),
+        asked.sinks.then_some((ElementType::F32, s.heads_q.into())),
+        slopes.map(|slopes| (ElementType::F32, slopes)),
+    ]
+}
+
+/// The buffers of a backward pass that its forward pass has no use for; gradients are filled with NaN.
 pub struct GradientBuffers {
     out: wgpu::Buffer,
     lse: Option<wgpu::Buffer>,
     /// dq, dk, dv.
     results: [wgpu::Buffer; 3],
+    /// In the order of [`SHARED`].
+    shared: [Option<wgpu::Buffer>; 3],
     workspace: Option<wgpu::Buffer>,
 }
 
 impl GradientBuffers {
     pub fn poisoned<T: Number>(context: &Context, plan: &Plan, upstream: &Upstream<T>) -> Result<Self, String> {
         let [query, key, value] = gradient_bytes(plan.problem());
+        let mut shared = [None, None, None];
+        for ((buffer, of), name) in shared.iter_mut().zip(shared_buffers(plan.problem())).zip(SHARED) {
+            let bytes = |(element_type, n): (ElementType, u64)| (n * element_type.bytes()).next_multiple_of(4).max(4);
+            *buffer = of.map(|of| poisoned(context, name, bytes(of))).transpose()?;
+        }
         Ok(GradientBuffers {
             out: upload(context, "do", &upstream.out)?,
             lse: upstream.lse.as_deref().map(|lse| upload(context, "dlse", lse)).transpose()?,
             results: [poisoned(context, "dq", query)?, poisoned(context, "dk", key)?, poisoned(context, "dv", value)?],
+            shared,
             workspace: plan.create_backward_workspace().map_err(|error| error.to_string())?,
         })
     }
@@ -171,6 +201,8 @@ impl GradientBuffers {
     pub fn bind(&self, plan: &Plan, inputs: &Inputs, outputs: &Outputs) -> Result<BoundPass, Error> {
         let forward = forward_buffers(inputs, outputs);
         let buffers = BackwardBuffers::new(&forward, &self.out, self.results.each_ref());
+        let [bias, sinks, slopes] = self.shared.each_ref().map(Option::as_ref);
+        let buffers = buffers.grad_bias(bias).grad_sinks(sinks).grad_alibi_slopes(slopes);
         plan.bind_backward(&buffers.grad_lse(self.lse.as_ref()).workspace(self.workspace.as_ref()))
     }
 
@@ -181,6 +213,23 @@ impl GradientBuffers {
             if bytes > 0 {
                 *values = bytemuck::pod_collect_to_vec(&context.download(buffer, 0, bytes)?);
             }
+        }
+        Ok(all)
+    }
+
+    /// The other gradients that the problem asks for.
+    pub fn read_shared(&self, context: &Context, problem: &Problem) -> Result<Shared, Error> {
+        let mut all = [None, None, None];
+        for ((values, buffer), of) in all.iter_mut().zip(&self.shared).zip(shared_buffers(problem)) {
+            let (Some(buffer), Some((element_type, elements))) = (buffer, of) else { continue };
+            let size = element_type.bytes() as usize;
+            let bytes = context.download(buffer, 0, (elements * size as u64).next_multiple_of(4).max(4))?;
+            let number = |bytes: &[u8]| {
+                let mut word = [0; 4];
+                word[..size].copy_from_slice(bytes);
+                from_bits(element_type, u32::from_le_bytes(word))
+            };
+            *values = Some(bytes.chunks_exact(size).take(elements as usize).map(number).collect());
         }
         Ok(all)
     }

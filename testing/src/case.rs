@@ -2,11 +2,11 @@
 
 use fastrand::Rng;
 use wgpu_flash_attention::{
-    Alibi, Bias, BlockIndices, BlockLists, BlockMask, Causal, Dropout, ElementType, Layout, Probe, Problem,
+    Alibi, Bias, BlockIndices, BlockLists, BlockMask, Causal, Dropout, ElementType, Layout, Mods, Probe, Problem,
     ScoreLayout, Shape, Tensor,
 };
 
-use crate::{Extras, Prepared};
+use crate::{Extras, Prepared, score_elements};
 
 /// What q and k hold; v is random in either case.
 #[derive(Clone, Copy, Debug)]
@@ -88,7 +88,8 @@ impl Case {
             _ => rng.i32(-32..32) as f32 / 8.0,
         };
         let mut rng = Rng::with_seed(0xb1a5);
-        self.extras.bias = Some((0..self.elements(&layout)).map(|_| numbers(&mut rng)).collect());
+        self.extras.bias =
+            Some((0..score_elements(&self.problem, &layout).max(1)).map(|_| numbers(&mut rng)).collect());
         self.problem.bias = Some(Bias::new(ElementType::F32, layout));
         self
     }
@@ -101,16 +102,10 @@ impl Case {
     /// A mask that lies so.
     pub fn mask_at(mut self, layout: ScoreLayout) -> Self {
         let mut rng = Rng::with_seed(0x3a5c);
-        self.extras.mask = Some((0..self.elements(&layout)).map(|_| rng.u32(0..4) > 0).collect());
+        self.extras.mask =
+            Some((0..score_elements(&self.problem, &layout).max(1)).map(|_| rng.u32(0..4) > 0).collect());
         self.problem.mask = Some(layout);
         self
-    }
-
-    /// One more than the place of the last element of what lies so.
-    fn elements(&self, layout: &ScoreLayout) -> u64 {
-        let s = &self.problem.shape;
-        let last = |n: u32| n.saturating_sub(1);
-        layout.place([last(s.batch), last(s.heads_q), last(s.seqlen_q), last(s.seqlen_k)]) + 1
     }
 
     /// ALiBi with slopes of both signs.
@@ -127,6 +122,15 @@ impl Case {
         let of_head = |n: u32| if n == 2 { f32::NEG_INFINITY } else { 1.5 * n as f32 - 0.75 };
         self.extras.sinks = Some((0..self.problem.shape.heads_q).map(of_head).collect());
         self.problem.sinks = true;
+        self
+    }
+
+    /// What a user wrote, and what its buffers hold, four bytes a number.
+    pub fn mods<T: bytemuck::Pod>(mut self, text: &str, buffers: &[(&str, &[T])]) -> Self {
+        let mods = Mods::parse(text).unwrap_or_else(|error| panic!("{error}\n{text}"));
+        self.problem = self.problem.with_mods(mods);
+        let owned = |(name, numbers): &(&str, &[T])| (name.to_string(), bytemuck::cast_slice(numbers).to_vec());
+        self.extras.mod_buffers = buffers.iter().map(owned).collect();
         self
     }
 

@@ -2,7 +2,7 @@
 
 use crate::{Case, Prepared, case};
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
-use wgpu_flash_attention::{Alibi, ElementType, ScoreLayout};
+use wgpu_flash_attention::{Alibi, ElementType, Problem, ScoreLayout};
 
 /// Head dims: of queries and keys, and of values.
 const DIMS: &[[u32; 2]] = &[
@@ -187,6 +187,16 @@ pub fn cases() -> Vec<(String, Case)> {
         ("all options, no lse", three().bnhd().no_lse().seqlens(&[40, 11, 0]).causal(TopLeft).softcap(5.0).scale(-0.2)),
     ];
     all.into_iter().map(|(name, case)| (name.to_string(), case)).collect()
+}
+
+/// Those of [`cases`] without bias, boolean mask, ALiBi, sinks and dropout: on matrices, which a processor takes long to compile for,
+/// `tests/seams.rs` has each of these.
+pub fn plain_cases() -> Vec<(String, Case)> {
+    let is_plain = |problem: &Problem| {
+        let given = problem.bias.is_some() || problem.mask.is_some() || problem.alibi.is_some() || problem.sinks;
+        !given && problem.dropout.is_none()
+    };
+    cases().into_iter().filter(|(_, case)| is_plain(&case.problem)).collect()
 }
 
 /// Cases with more inputs than kernels can bind within WebGPU's limits.

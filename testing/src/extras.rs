@@ -1,6 +1,8 @@
 //! What a problem has besides q, k and v, on the host and on the device.
 
-use wgpu_flash_attention::{BlockMask, Context, Dropout, ElementType, ForwardBuffers, Problem, reference, wgpu};
+use wgpu_flash_attention::{
+    BlockMask, Context, Dropout, ElementType, ForwardBuffers, Problem, ScoreLayout, reference, wgpu,
+};
 
 use crate::memory::to_bits;
 
@@ -22,6 +24,8 @@ pub struct Extras {
     /// The sinks of the heads.
     pub sinks: Option<Vec<f32>>,
     pub dropout: Option<Dropout>,
+    /// What the buffers of the problem's mods hold, by name.
+    pub mod_buffers: Vec<(String, Vec<u8>)>,
 }
 
 impl Extras {
@@ -35,13 +39,19 @@ impl Extras {
             .alibi_slopes(self.alibi_slopes.as_deref())
             .sinks(self.sinks.as_deref())
             .dropout(self.dropout)
+            .mod_buffers(&self.mod_buffers)
     }
 
     /// On the device, for a problem with them.
     pub fn upload(&self, context: &Context, problem: &Problem) -> Result<DeviceExtras, String> {
         let bias = self.bias.as_ref().zip(problem.bias).map(|(bias, of)| bytes_of(of.element_type, bias));
         let mask = self.mask.as_ref().map(|mask| in_words(mask.iter().map(|&x| u8::from(x)).collect()));
+        let mod_buffers = self.mod_buffers.iter().map(|(name, contents)| {
+            let buffer = context.upload(contents).map_err(|error| format!("{name}: {error}"))?;
+            Ok((name.clone(), buffer))
+        });
         Ok(DeviceExtras {
+            mod_buffers: mod_buffers.collect::<Result<_, String>>()?,
             seqlens_q: upload(context, "seqlens_q", &self.seqlens_q)?,
             seqlens_k: upload(context, "seqlens_k", &self.seqlens_k)?,
             blocks: upload(context, "blocks", &self.blocks.as_ref().map(|(_, mask)| mask.bytes().to_vec()))?,
@@ -54,10 +64,20 @@ impl Extras {
     }
 }
 
+/// One more than the place of the last element of what lies so, 0 if it has none.
+pub fn score_elements(problem: &Problem, layout: &ScoreLayout) -> u64 {
+    let s = &problem.shape;
+    let sizes = [s.batch, s.heads_q, s.seqlen_q, s.seqlen_k];
+    if sizes.contains(&0) { 0 } else { layout.place(sizes.map(|n| n - 1)) + 1 }
+}
+
 /// In memory, in whole words.
 pub fn bytes_of(element_type: ElementType, numbers: &[f32]) -> Vec<u8> {
-    let bytes = element_type.bytes() as usize;
-    in_words(numbers.iter().flat_map(|&x| to_bits(element_type, x).to_le_bytes()[..bytes].to_vec()).collect())
+    let bits = numbers.iter().map(|&x| to_bits(element_type, x));
+    in_words(match element_type {
+        ElementType::F32 => bits.flat_map(u32::to_le_bytes).collect(),
+        _ => bits.flat_map(|bits| (bits as u16).to_le_bytes()).collect(),
+    })
 }
 
 fn in_words(mut bytes: Vec<u8>) -> Vec<u8> {
@@ -84,12 +104,16 @@ pub struct DeviceExtras {
     alibi_slopes: Option<wgpu::Buffer>,
     sinks: Option<wgpu::Buffer>,
     rng_state: Option<wgpu::Buffer>,
+    mod_buffers: Vec<(String, wgpu::Buffer)>,
 }
 
 impl DeviceExtras {
     /// The buffers of a forward pass, with these.
     pub fn add_to<'a>(&'a self, buffers: ForwardBuffers<'a>) -> ForwardBuffers<'a> {
-        buffers
+        let with_mods = |buffers: ForwardBuffers<'a>, (name, buffer): &'a (String, _)| buffers.mod_buffer(name, buffer);
+        self.mod_buffers
+            .iter()
+            .fold(buffers, with_mods)
             .blocks(self.blocks.as_ref())
             .seqlens_q(self.seqlens_q.as_ref())
             .seqlens_k(self.seqlens_k.as_ref())

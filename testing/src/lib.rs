@@ -44,7 +44,7 @@ pub mod transformer;
 pub use case::{Case, Inputs, case};
 #[cfg(not(target_arch = "wasm32"))]
 pub use devices::{every_kernel, full, webgpu, with_features, with_limits};
-pub use extras::{DeviceExtras, Extras};
+pub use extras::{DeviceExtras, Extras, bytes_of, score_elements};
 #[cfg(not(target_arch = "wasm32"))]
 pub use forward::check_all;
 pub use forward::{Bits, Prepared, TYPES, naive, tile, tiled};

@@ -1,10 +1,13 @@
 //! Rows of large tensors, and what they should be: the oracle would take hours for all of them.
 
+use wgpu_flash_attention::reference::Summed;
 use wgpu_flash_attention::reference::accept::{self, Bound, Errors, Verdict};
 use wgpu_flash_attention::reference::rounded::{self, Gradient};
-use wgpu_flash_attention::{Bias, Context, ElementType, Error, Kernel, PlanOptions, Problem, Tensor, reference};
+use wgpu_flash_attention::{
+    Bias, Context, ElementType, Error, Gradients, Kernel, PlanOptions, Problem, Shape, Tensor, reference,
+};
 
-use crate::buffers::{Inputs, Number, Outputs, Tensors, Upstream, bind, place};
+use crate::buffers::{Inputs, Number, Outputs, SHARED, Shared, Tensors, Upstream, bind, place};
 use crate::timing::pass_times;
 
 /// Rows of o and lse as they should be.
@@ -62,17 +65,36 @@ impl Expected {
 
 pub const GRADIENTS: [&str; 3] = ["dq", "dk", "dv"];
 
-/// Rows of dq, dk and dv as they should be.
+/// Elements of a gradient that scores share, as they should be.
+struct SharedSample {
+    places: Vec<usize>,
+    expected: Vec<f64>,
+    terms: f64,
+}
+
+/// Scores times dimensions that the oracle computes in a moment.
+const AFFORDABLE: u64 = 400_000_000;
+
+/// Whether [`GradientSample::of`] can compute what every score adds to.
+pub fn affordable_whole(shape: &Shape) -> bool {
+    shape.rows() * shape.seqlen_k as u64 * (shape.head_dim + shape.head_dim_v) as u64 <= AFFORDABLE
+}
+
+/// Rows of dq, dk and dv as they should be, and elements of the gradients of bias, sinks and slopes, of those that the problem asks for.
 pub struct GradientSample {
     queries: Vec<[u32; 3]>,
     keys: Vec<[u32; 3]>,
     expected: [Expected; 3],
+    shared: [Option<SharedSample>; 3],
 }
 
 impl GradientSample {
     /// Rows of dq by the oracle alone. Rows of dk and dv depend on o and lse of every query, which would take the oracle
     /// N² D: they come from a forward pass by the tile kernel in f32 on the same values, checked on the rows of dq. They are
     /// not those that the kernel in question is given, whose o is rounded to its type.
+    ///
+    /// The gradients of bias, sinks and slopes likewise: whole if [`affordable_whole`], else those of sinks whole, of a bias with rows of
+    /// its own some rows, and an error for others.
     pub fn of<T: Number>(
         context: &Context,
         problem: &Problem,
@@ -115,13 +137,14 @@ impl GradientSample {
             dv.extend(of_value);
         }
 
+        let shared = shared_samples(problem, all, [&lse_f64, &delta], extras)?;
         let out: Vec<T> = out.into_iter().map(T::nearest).collect();
         let rows = rounded::Rows::new(problem, &upstream.out, &out, &lse, upstream.lse.as_deref());
         let plain_dq = rounded::backward_query_rows(problem, all, &rows, extras, &queries);
         let [plain_dk, plain_dv] = rounded::backward_key_rows(problem, all, &rows, extras, &keys);
         let expected = |exact: Vec<f64>, plain| Expected::new(exact.clone(), &exact, plain);
         let expected = [expected(dq, plain_dq), expected(dk, plain_dk), expected(dv, plain_dv)];
-        Ok(GradientSample { queries, keys, expected })
+        Ok(GradientSample { queries, keys, expected, shared })
     }
 
     /// Judges dq, dk and dv, laid out as the problem says, without gaps.
@@ -142,6 +165,74 @@ impl GradientSample {
             judge(2, Tensor::GradValue, &self.keys, s.head_dim_v),
         ])
     }
+
+    /// Judges the other gradients that the problem asks for.
+    pub fn judge_shared(&self, problem: &Problem, found: &Shared) -> Result<Vec<(&'static str, Verdict)>, String> {
+        let mut verdicts = vec![];
+        for ((sample, found), name) in self.shared.iter().zip(found).zip(SHARED) {
+            let (Some(sample), Some(found)) = (sample, found) else { continue };
+            let SharedSample { places, expected, terms } = sample;
+            // A bias has no gaps but one before it.
+            let gap = problem.bias.filter(|_| name == SHARED[0]).map_or(0, |bias| bias.layout.offset as usize);
+            if found.iter().skip(gap).any(|x| x.is_nan()) {
+                return Err(format!("{name}: some elements were not written or are NaN"));
+            }
+            let errors = Errors::of_sums(places.iter().map(|&place| found[place]), expected, *terms);
+            verdicts.push((name, Bound::shared(problem.element_type).judge(errors)));
+        }
+        Ok(verdicts)
+    }
+}
+
+/// See [`GradientSample::of`].
+fn shared_samples<T: Number>(
+    problem: &Problem,
+    tensors: [&[T]; 4],
+    rows: [&[f64]; 2],
+    extras: reference::Extras,
+) -> Result<[Option<SharedSample>; 3], String> {
+    let s = &problem.shape;
+    let asked = problem.gradients.unwrap_or_default();
+    let all = sample_rows([s.batch, s.heads_q, s.seqlen_q], u64::MAX);
+    // Of the bias and the slopes, whose sums are over scores.
+    let some: Vec<[u32; 3]> = match problem.bias {
+        _ if affordable_whole(s) => all.clone(),
+        Some(bias) if bias.layout.row > 0 && !asked.alibi_slopes => {
+            // Of all batch entries, and of all heads where they share the rows.
+            let (heads, sharing) = if bias.layout.head == 0 { (1, s.heads_q) } else { (s.heads_q, 1) };
+            let of = |h: u32, i: u32| (0..s.batch).flat_map(move |b| (h..h + sharing).map(move |h| [b, h, i]));
+            sample_rows([1, heads, s.seqlen_q], 16).into_iter().flat_map(|[_, h, i]| of(h, i)).collect()
+        }
+        _ if asked.bias || asked.alibi_slopes => {
+            return Err("the gradients of slopes, and of a bias that all rows share, are too large to check".into());
+        }
+        _ => vec![],
+    };
+    let only = |change: fn(&mut Gradients)| {
+        let mut problem = problem.clone();
+        problem.gradients.iter_mut().for_each(change);
+        problem
+    };
+    let of_scores = only(|gradients| gradients.sinks = false);
+    let of_rows = only(|gradients| (gradients.bias, gradients.alibi_slopes) = (false, false));
+    let [bias, _, slopes] = reference::backward_shared_rows(&of_scores, tensors, rows, extras, &some);
+    let [_, sinks, _] = reference::backward_shared_rows(&of_rows, tensors, rows, extras, &all);
+    let mut of_bias: Vec<usize> = match problem.bias.filter(|_| asked.bias) {
+        None => vec![],
+        Some(Bias { layout, .. }) => {
+            let row = |&[b, h, i]: &[u32; 3]| (0..s.seqlen_k).map(move |j| layout.place([b, h, i, j]) as usize);
+            some.iter().flat_map(row).collect()
+        }
+    };
+    of_bias.sort();
+    of_bias.dedup();
+    let places = [of_bias, (0..s.heads_q as usize).collect(), (0..(s.batch * s.heads_q) as usize).collect()];
+    let mut samples = places.into_iter().zip([bias, sinks, slopes]).map(|(mut places, sums)| {
+        let Summed { values, terms, .. } = sums?;
+        places.retain(|&place| place < values.len());
+        Some(SharedSample { expected: places.iter().map(|&place| values[place]).collect(), places, terms })
+    });
+    Ok([0, 1, 2].map(|_| samples.next().flatten()))
 }
 
 /// At most `count` rows of so many, from the first to the last; the step is no multiple of the length, so positions differ

@@ -4,7 +4,7 @@
 //! that it is enough when each pair of switches is off and off, off and on, on and off, on and on somewhere: eight problems
 //! for five switches, some dozen for twenty.
 
-use wgpu_flash_attention::{Alibi, Bias, BlockLists, ElementType, Problem, ScoreLayout, Shape, Tensor};
+use wgpu_flash_attention::{Alibi, Bias, BlockLists, ElementType, Mods, Problem, ScoreLayout, Shape, Tensor};
 
 /// Rows of switches, in which each pair of switches has each of its four values in some row.
 ///
@@ -70,7 +70,7 @@ fn pairs(switches: usize) -> impl Iterator<Item = Pair> {
 type Switch = fn(Problem) -> Problem;
 
 /// The switches of both passes. A new one is a line here.
-const BOTH: [Switch; 10] = [
+const BOTH: [Switch; 12] = [
     // Rows that do not lie in whole vectors.
     |problem| {
         let layout = problem.layout(Tensor::Query).at(1);
@@ -81,6 +81,8 @@ const BOTH: [Switch; 10] = [
     Problem::with_seqlens_q,
     // A multiple of every tile of the tables and of the tests.
     |problem| problem.with_blocks(BlockLists::new().size(768, 768)),
+    |problem| mods(problem, "fn score_mod(score: f32, at: Position) -> f32 { return score * tanh(f32(at.i)); }"),
+    |problem| mods(problem, "fn mask_mod(at: Position) -> bool { return at.j % 3u != 1u; }"),
     |problem| {
         let s = problem.shape;
         let layout = ScoreLayout::contiguous([s.batch, s.heads_q, s.seqlen_q, s.seqlen_k]);
@@ -94,6 +96,13 @@ const BOTH: [Switch; 10] = [
     Problem::with_sinks,
     |problem| problem.with_dropout(0.25),
 ];
+
+/// Adds functions of a user's to those that the problem has.
+fn mods(problem: Problem, text: &str) -> Problem {
+    let before = problem.mods.as_ref().map_or("", Mods::text);
+    let all = Mods::parse(&(before.to_string() + text)).unwrap();
+    problem.with_mods(all)
+}
 
 /// Those of a forward pass besides.
 const FORWARD: [Switch; 1] = [Problem::with_lse];

@@ -22,6 +22,25 @@ pub struct Entry {
     pub few: bool,
 }
 
+/// What a user may write: a buffer with an index past its end, a function, a loop, branches, a mask that leaves rows without keys.
+const MODS: &str = "
+    var<storage, read> table: array<f32>;
+    fn squash(x: f32, power: u32) -> f32 {
+        var y = x;
+        for (var n = 0u; n < power; n++) {
+            y = y / (1.0 + 0.3 * abs(y));
+            if abs(y) < 0.25 { break; }
+        }
+        return y;
+    }
+    fn score_mod(score: f32, at: Position) -> f32 {
+        if at.j > at.i + 20u { return max(score, -0.5) - 0.5 * sin(score); }
+        let both = vec2f(squash(score, 1u + at.h), tanh(0.5 * score));
+        return dot(both, vec2f(0.75, 2.0)) + table[at.j];
+    }
+    fn mask_mod(at: Position) -> bool { return at.i % 5u != 3u && (at.i + at.j) % 3u != 0u; }
+";
+
 const FEW: bool = true;
 const FULL: bool = false;
 
@@ -71,6 +90,9 @@ fn forward_entries() -> Vec<Entry> {
     add(FULL, "tile", tile(), F32, "mask", plain().mask([1, 2, 70, 290]));
     add(FULL, "tile", tile(), F32, "ALiBi, padded", padded().alibi(Alibi::PerHead));
 
+    let table: &[f32] = &[0.5, -0.25, 1.0];
+    add(FEW, "tile", tile(), F32, "mods", plain().mods(MODS, &[("table", table)]));
+
     let one = || case(2, [4, 1], [1, 600], [16, 12]);
     add(FULL, "decode", decode(2), F32, "mask, sinks", one().mask([2, 1, 1, 600]).sinks());
     add(FEW, "decode", decode(2), F32, "two splits", one());
@@ -78,6 +100,7 @@ fn forward_entries() -> Vec<Entry> {
     add(FULL, "decode", decode(2), F32, "lengths", one().seqlens(&[600, 333]).causal(BottomRight));
     add(FULL, "decode", decode(2), F16, "odd head dims and strides", case(2, [2, 1], [3, 500], [7, 5]).odd());
     add(FULL, "decode", decode(2), BF16, "softcap", one().softcap(3.0));
+    add(FULL, "decode", decode(2), F16, "mods", one().mods(MODS, &[("table", table)]));
     all
 }
 
@@ -118,9 +141,28 @@ fn backward_entries() -> Vec<Entry> {
 
     let biased = || square().bias([1, 2, 150, 170]);
     add(FEW, "backward tile", tile, F32, "bias", none, biased());
-    add(FULL, "backward tile", tile, F16, "bias of all rows, sinks, padded", both, square().bias([1, 2, 1, 170]).sinks().seqlens(&[141]));
-    add(FULL, "backward tile", tile, F32, "ALiBi, padded", none, square().alibi(Alibi::PerHead).seqlens_q(&[130]).seqlens(&[141]));
+    add(
+        FULL,
+        "backward tile",
+        tile,
+        F16,
+        "bias of all rows, sinks, padded",
+        both,
+        square().bias([1, 2, 1, 170]).sinks().seqlens(&[141]),
+    );
+    add(
+        FULL,
+        "backward tile",
+        tile,
+        F32,
+        "ALiBi, padded",
+        none,
+        square().alibi(Alibi::PerHead).seqlens_q(&[130]).seqlens(&[141]),
+    );
     add(FULL, "backward tile", tile, F32, "mask", none, square().mask([1, 1, 150, 170]));
+
+    let table: &[f32] = &[0.5, -0.25, 1.0];
+    add(FEW, "backward tile", tile, F32, "mods", none, square().mods(MODS, &[("table", table)]));
 
     let by_keys = fused([64, 32], 8, 8, 16, [64, 32]);
     add(FULL, "backward fused", by_keys, F32, "a tile a block, bottom-right", none, square().causal(BottomRight));

@@ -1,0 +1,122 @@
+//! What is wrong with texts, their names, and when they are equal.
+
+use super::{Mods, parse};
+
+/// Where the error is, and a word of it.
+#[test]
+fn errors_say_where_and_why() {
+    let mask = "fn mask_mod(at: Position) -> bool { return true; }\n";
+    let score = |body: &str| format!("fn score_mod(score: f32, at: Position) -> f32 {{\n{body}\n}}");
+    let kept = |body: &str| format!("fn mask_mod(at: Position) -> bool {{\n{body}\nreturn true;\n}}");
+    for (text, [line, column], word) in [
+        (String::new(), [1, 1], "neither"),
+        ("fn other() -> f32 { return 1.0; }".into(), [1, 1], "neither"),
+        ("fn mask_mod(at: Position) -> f32 { return 1.0; }".into(), [1, 1], "mask_mod must be"),
+        ("\n  fn score_mod(score: f32) -> f32 { return 1.0; }".into(), [2, 3], "score_mod must be"),
+        ("fn score_mod(at: Position, score: f32) -> f32 { return 1.0; }".into(), [1, 1], "score_mod must be"),
+        ("fn mask_mod(at: Position) { }".into(), [1, 1], "mask_mod must be"),
+        (mask.to_string() + "fn score_mod_slope(score: f32, at: Position) -> f32 { return 1.0; }", [2, 1], "missing"),
+        (score("return scor;"), [2, 8], "scor"),
+        (score("return score + 1u;"), [2, 8], ""),
+        (score("return at.row;"), [2, 11], "row"),
+        (score("return 1.0"), [3, 1], "expected"),
+        (score("return score;") + "\nfn f(", [4, 6], "expected"),
+        ("struct Position { i: u32 }\n".to_string() + mask, [1, 8], "redefinition"),
+        ("é".to_string() + mask, [1, 1], ""),
+        (mask.to_string() + "var<private> x: f32;", [2, 1], "variables of mods"),
+        (mask.to_string() + "var<workgroup> x: f32;", [2, 1], "variables of mods"),
+        (mask.to_string() + "var<uniform> x: vec4f;", [2, 1], "variables of mods"),
+        (mask.to_string() + "var<storage, read_write> x: array<f32>;", [2, 1], "do not write"),
+        (mask.to_string() + "@group(0) @binding(1) var<storage, read> x: array<f32>;", [2, 23], "by name"),
+        (mask.to_string() + "var<storage, read> x: array<vec2f>;", [2, 1], "array<f32>"),
+        (mask.to_string() + "var<storage, read> x: array<f32, 4>;", [2, 1], "array<f32>"),
+        (mask.to_string() + "var<storage, read> x: u32;", [2, 1], "array<f32>"),
+        (mask.to_string() + "override x: f32 = 1.0;", [2, 1], "override"),
+        (mask.to_string() + "@compute @workgroup_size(1) fn main() { let x = 1.0 + 2.0; }", [2, 49], "entry point"),
+        (mask.to_string() + "enable f16;", [2, 1], ""),
+        (kept("var x = 1lf;"), [2, 1], "f64"),
+        (kept("workgroupBarrier();"), [2, 1], "wait"),
+        (kept("storageBarrier();"), [2, 1], "wait"),
+        (kept("discard;"), [2, 1], "discard"),
+        (kept("let x = dpdx(1.0);"), [2, 9], "pixels"),
+        (kept("let x = modf(1.5 + f32(at.i));"), [2, 9], "modf"),
+        (kept("let x = frexp(1.5 + f32(at.i));"), [2, 9], "frexp"),
+        (kept("let x = pack2x16float(vec2f(f32(at.i)));"), [2, 9], "packing"),
+        (kept("let x = refract(vec3f(f32(at.i)), vec3f(1.0), 0.5);"), [2, 9], "refract"),
+        ("fn f(n: u32) -> u32 { return f(n); }\n".to_string() + mask, [1, 4], "recursive"),
+        (score("return bitcast<f32>(bitcast<u32>(score));"), [2, 21], "score_mod_slope"),
+        (score("return reflect(vec2f(score), vec2f(1.0)).x;"), [2, 8], "reflect"),
+        (score("return faceForward(vec2f(score), vec2f(1.0), vec2f(1.0)).x;"), [2, 8], "faceForward"),
+        (score("let a = array<f32, 2>(score, 1.0); return a[0];"), [2, 9], "array"),
+        (score("var a: array<f32, 2>; a[1] = score; return a[at.i];"), [2, 1], "array"),
+        (score("return (mat2x2f(score, 1.0, 1.0, 1.0) * vec2f(1.0)).x;"), [2, 9], "matrix"),
+        (
+            "fn f(p: ptr<function, f32>) { *p = 1.0; }\n".to_string() + &score("var x = score; f(&x); return x;"),
+            [3, 16],
+            "pointer",
+        ),
+        (
+            "fn f(p: ptr<function, f32>, x: f32) { *p = x; }\n".to_string()
+                + &score("var x = 1.0; f(&x, score); return x;"),
+            [1, 39],
+            "pointer",
+        ),
+    ] {
+        let error = match Mods::parse(&text) {
+            Ok(mods) => panic!("no error: {text}\n{}", mods.printed()),
+            Err(error) => error,
+        };
+        assert_eq!([error.line, error.column], [line, column], "{error}: {text}");
+        assert!(error.what.contains(word), "{error} does not say {word:?}: {text}");
+    }
+    let buffers: String = (0..9).map(|n| format!("var<storage, read> x{n}: array<f32>;\n")).collect();
+    let error = Mods::parse(&(buffers + mask)).unwrap_err();
+    assert_eq!((error.line, error.what.contains("at most 8")), (9, true), "{error}");
+    // Functions that call the one before twice.
+    let mut text = "fn f0(x: f32) -> f32 { return x; }\n".to_string();
+    (1..30).for_each(|n| text += &format!("fn f{n}(x: f32) -> f32 {{ return f{m}(x) + f{m}(x); }}\n", m = n - 1));
+    let error = Mods::parse(&(text + &score("return f29(score);"))).unwrap_err();
+    assert!(error.what.contains("calls") || error.what.contains("4096"), "{error}");
+}
+
+/// No name of the text is one of ours.
+#[test]
+fn names_do_not_clash() {
+    let text = "
+        const LOG2_E = 1.5;
+        struct Scored { keep: f32 }
+        var<storage, read> problem: array<f32>;
+        fn keep(at: f32) -> Scored { let score_mod_dual = at; var mods_score = score_mod_dual; mods_score *= 2.0; return Scored(mods_score); }
+        fn sequence(user_score_mod: f32) -> f32 { return user_score_mod * LOG2_E; }
+        fn score_mod_dual(x1: f32) -> f32 { var x = x1; return x; }
+        fn mods_keep() -> bool { return true; }
+        fn score_mod(score: f32, at: Position) -> f32 {
+            return score_mod_dual(sequence(score)) + keep(problem[at.i]).keep;
+        }
+        fn mask_mod(at: Position) -> bool { return mods_keep(); }
+    ";
+    let mods = parse(text);
+    let of_ours = ["mods_score", "mods_keep"];
+    for line in mods.printed().lines() {
+        for word in ["fn ", "struct ", "const ", "read> "] {
+            if let Some((before, name)) = line.split_once(word) {
+                let top = before.is_empty() || before.starts_with('@');
+                let name = name.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or("");
+                assert!(!top || name.starts_with("user_") || of_ours.contains(&name), "{line}");
+            }
+        }
+    }
+    for line in ["fn mods_score(", "fn mods_keep(", "struct user_Position {"] {
+        assert_eq!(mods.printed().lines().filter(|l| l.starts_with(line)).count(), 1, "{line}: {}", mods.printed());
+    }
+}
+
+#[test]
+fn equal_texts_are_equal() {
+    use std::collections::HashSet;
+    let text = "fn mask_mod(at: Position) -> bool { return at.i == at.j; }";
+    let other = "fn mask_mod(at: Position) -> bool { return at.i != at.j; }";
+    let all: HashSet<_> = [parse(text), parse(text), parse(other)].into();
+    assert_eq!(all.len(), 2);
+    assert!(format!("{:?}", parse(text)).contains("mask_mod"));
+}
