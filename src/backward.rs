@@ -57,6 +57,8 @@ pub struct BackwardBuffers<'a> {
     pub seqlens_k: Option<BufferBinding<'a>>,
     /// Seed and offset of dropout, which must be those of the forward pass; given exactly when the problem has `dropout`.
     pub rng_state: Option<BufferBinding<'a>>,
+    /// Packed block lists; given exactly when the problem has `blocks`.
+    pub blocks: Option<BufferBinding<'a>>,
     /// The bias; given exactly when the problem has one.
     pub bias: Option<BufferBinding<'a>>,
     /// The boolean mask, one byte for each score; given exactly when the problem has one.
@@ -95,12 +97,13 @@ impl<'a> BackwardBuffers<'a> {
             lse,
             seqlens_q,
             seqlens_k,
+            blocks,
             bias,
             mask,
             alibi_slopes,
             sinks,
-            mod_buffers,
             rng_state,
+            mod_buffers,
             workspace: _,
         } = forward.clone();
         BackwardBuffers {
@@ -117,6 +120,7 @@ impl<'a> BackwardBuffers<'a> {
             seqlens_q,
             seqlens_k,
             rng_state,
+            blocks,
             bias,
             mask,
             alibi_slopes,
@@ -197,6 +201,7 @@ impl Plan {
             Argument::lengths(Slot::SeqlensQ, buffers.seqlens_q.as_ref(), problem, problem.seqlens_q),
             Argument::lengths(Slot::SeqlensK, buffers.seqlens_k.as_ref(), problem, problem.seqlens_k),
             Argument::rng_state(buffers.rng_state.as_ref(), problem),
+            Argument::blocks(buffers.blocks.as_ref(), problem),
             output(Slot::GradQuery, &buffers.grad_query, Tensor::GradQuery),
             output(Slot::GradKey, &buffers.grad_key, Tensor::GradKey),
             output(Slot::GradValue, &buffers.grad_value, Tensor::GradValue),

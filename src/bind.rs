@@ -140,6 +140,11 @@ impl<'b, 'a> Argument<'b, 'a> {
         Argument { slot, access, given, needed, region: Region::bytes(needed), has }
     }
 
+    /// The packed block lists.
+    pub(crate) fn blocks(given: Option<&'b BufferBinding<'a>>, problem: &Problem) -> Self {
+        Argument::bytes(Slot::Blocks, Access::Read, given, problem.blocks_bytes(), problem.blocks.is_some())
+    }
+
     /// One that has an element for each score.
     pub(crate) fn scores(
         slot: Slot,
@@ -343,10 +348,10 @@ pub(crate) fn bind_launch(
         there.is_some() && written.clone().any(|output| buffer(output) == there)
     });
     let shared: Vec<_> = shared.collect();
-    // A browser does not take a number from a buffer that may be written as the same for a whole workgroup. Lengths must be, since
-    // they bound loops with barriers.
-    let lengths = shared.iter().find(|slot| [Slot::SeqlensQ, Slot::SeqlensK].contains(slot));
-    match lengths {
+    // A browser does not take a number from a buffer that may be written as the same for a whole workgroup. Lengths and block lists must
+    // be, since they bound loops with barriers.
+    let bounds = shared.iter().find(|slot| [Slot::SeqlensQ, Slot::SeqlensK, Slot::Blocks].contains(slot));
+    match bounds {
         Some(slot) if device.adapter_info().backend == wgpu::Backend::BrowserWebGpu => {
             return Err(Error::LengthsShared { argument: slot.name() });
         }

@@ -35,6 +35,78 @@ pub enum Error {
         /// The value given.
         found: u32,
     },
+    /// The size of a block of the problem's block lists is out of range.
+    #[error("{argument} is {found}; it must be from 1 to {MAX_SEQLEN}")]
+    BlockSize {
+        /// `blocks.queries` or `blocks.keys`.
+        argument: &'static str,
+        /// What the problem has.
+        found: u32,
+    },
+    /// Blocks do not divide into the tiles of a kernel.
+    #[error(
+        "blocks of {} queries by {} keys do not divide into the {kernel} kernel's tiles of {} by {}{}; take blocks that are multiples of \
+         the tile, as those of 128 by 128 are, or the naive kernel, which takes any",
+        block[0], block[1], tile[0], tile[1], if *backward { " in the backward pass" } else { "" }
+    )]
+    BlockTile {
+        /// The kernel.
+        kernel: Kernel,
+        /// Whether it is the tile of the backward pass.
+        backward: bool,
+        /// Queries and keys of a block.
+        block: [u32; 2],
+        /// Queries and keys of the kernel's smallest tile on this device, or of that which was asked for.
+        tile: [u32; 2],
+    },
+    /// Lists of blocks are to be made for a problem that has none.
+    #[error("the problem has no block lists; give it some by Problem::with_blocks")]
+    BlocksMissing,
+    /// An array of blocks has not as many elements as its shape says.
+    #[error(
+        "{argument} has {found} elements; {needed} are needed, by the shape that BlockMask and Problem::block_counts tell"
+    )]
+    BlockArray {
+        /// Its name.
+        argument: &'static str,
+        /// The elements of its shape.
+        needed: u64,
+        /// The elements given.
+        found: usize,
+    },
+    /// A row of blocks lists too many, or fewer than none.
+    #[error("{argument} has {found} blocks in row {row}; a row may have from 0 to {most} (BlockLists::columns)")]
+    BlockCount {
+        /// The array's name.
+        argument: &'static str,
+        /// The row of blocks, counted over all batch entries and heads that have lists.
+        row: usize,
+        /// What it lists.
+        found: i64,
+        /// The most that it may list.
+        most: u32,
+    },
+    /// A row of blocks lists one that is not there, or lists one twice.
+    #[error(
+        "{argument} has block {found} in row {row}{}",
+        if *duplicate { ", which lists it already; list each block once".into() }
+        else if *blocks == 0 { "; there are no blocks of keys".into() } else { format!("; blocks are 0 to {}", blocks - 1) }
+    )]
+    BlockIndex {
+        /// The array's name.
+        argument: &'static str,
+        /// The row of blocks, counted over all batch entries and heads that have lists.
+        row: usize,
+        /// The number listed.
+        found: i32,
+        /// How many blocks of keys there are.
+        blocks: u32,
+        /// Whether the row lists it already, in this array or in the other one.
+        duplicate: bool,
+    },
+    /// Lists with a bound on the blocks of a row are to be made from masks.
+    #[error("blocks.columns is {0}, but how many blocks of a row masks leave is not known beforehand; leave it None")]
+    BlockColumns(u32),
     /// The scale is NaN, or beyond ±1e30.
     #[error("scale is {0:?}; it must be from -1e30 to 1e30")]
     Scale(f32),

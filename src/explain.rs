@@ -48,6 +48,9 @@ impl Display for Plan {
         if let Some(splits) = self.splits {
             writeln!(f, "splits of the keys: {splits}")?;
         }
+        if let Some(blocks) = p.blocks {
+            writeln!(f, "block lists: blocks of {} queries by {} keys", blocks.queries, blocks.keys)?;
+        }
         let vector = if self.kernel() == Kernel::Coop && p.element_type == ElementType::F16 { 8 } else { 4 };
         let aligned = p.is_aligned(&Tensor::FORWARD, vector);
         writeln!(f, "access: {}", if aligned { "whole vectors" } else { "element by element" })?;

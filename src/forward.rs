@@ -47,6 +47,8 @@ pub struct ForwardBuffers<'a> {
     /// problem has [`dropout`](crate::Problem::dropout). It is read as a uniform: it needs `BufferUsages::UNIFORM`, an offset that is a
     /// multiple of the device's `min_uniform_buffer_offset_alignment`, and a buffer without outputs. It is read when the pass runs.
     pub rng_state: Option<BufferBinding<'a>>,
+    /// Packed block lists, [`Problem::blocks_bytes`](crate::Problem::blocks_bytes); given exactly when the problem has `blocks`.
+    pub blocks: Option<BufferBinding<'a>>,
     /// The bias; given exactly when the problem has one.
     pub bias: Option<BufferBinding<'a>>,
     /// The boolean mask, one byte for each score; given exactly when the problem has one.
@@ -78,6 +80,7 @@ impl<'a> ForwardBuffers<'a> {
             seqlens_q: None,
             seqlens_k: None,
             rng_state: None,
+            blocks: None,
             bias: None,
             mask: None,
             alibi_slopes: None,
@@ -108,6 +111,12 @@ impl<'a> ForwardBuffers<'a> {
     /// Seed and offset of dropout, of a problem with it.
     pub fn rng_state(mut self, rng_state: impl ToOptionalBinding<'a>) -> Self {
         self.rng_state = rng_state.to_optional_binding();
+        self
+    }
+
+    /// Packed block lists, of a problem with them.
+    pub fn blocks(mut self, blocks: impl ToOptionalBinding<'a>) -> Self {
+        self.blocks = blocks.to_optional_binding();
         self
     }
 
@@ -178,6 +187,7 @@ impl Plan {
             Argument::lengths(Slot::SeqlensQ, buffers.seqlens_q.as_ref(), problem, problem.seqlens_q),
             Argument::lengths(Slot::SeqlensK, buffers.seqlens_k.as_ref(), problem, problem.seqlens_k),
             Argument::rng_state(buffers.rng_state.as_ref(), problem),
+            Argument::blocks(buffers.blocks.as_ref(), problem),
             Argument::scores(Slot::Bias, Access::Read, buffers.bias.as_ref(), problem, problem.bias_scores()),
             Argument::scores(Slot::Mask, Access::Read, buffers.mask.as_ref(), problem, problem.mask_scores()),
             Argument::of_heads(Slot::AlibiSlopes, Access::Read, buffers.alibi_slopes.as_ref(), problem.slope_count()),

@@ -61,6 +61,7 @@
 //! | window | inclusive, from `i + Nk − Nq − left` to `i + Nk − Nq + right`, each side optional |
 //! | key lengths, query lengths | how many keys, and queries, of each batch entry count; the bottom-right diagonal and the window use them for `Nk` and `Nq` |
 //! | dropout | after the softmax, on probabilities; FlashAttention-2's mask of a seed and an offset, bit for bit ([`Dropout`]). lse is not affected, sinks are not dropped. The decode kernel has none |
+//! | block lists | scores count in listed blocks of queries and keys only, where every other mask lets them ([`BlockLists`]); as FlexAttention's `BlockMask` |
 //! | lse | natural logarithm, f32; includes scale, softcap and masks |
 //! | a query that sees no key | o = 0, lse = −∞, every gradient through it 0; never NaN |
 //! | `B`, `Nq` or `Nk` of 0 | allowed: the right, possibly zero, result |
@@ -74,7 +75,7 @@
 //! - Work that exceeds a binding or a dispatch limit of the device is split, down to a tile of rows of one head. The keys of a head, and
 //!   its values, must each lie within one binding (`max_storage_buffer_binding_size`). Of gradients, all that heads sharing a key-value
 //!   head read and write must: q, o and their gradients.
-//! - There is no boolean mask, additive bias, ALiBi, sink, packed or paged sequence or block-sparse mask.
+//! - There is no packed or paged sequence.
 //! - Inputs must be finite where they count: WGSL leaves NaN and infinity undefined. How large scores and values may be is at [`Kernel`].
 //! - Offsets of bindings are multiples of the device's `min_storage_buffer_offset_alignment`; finer ones go into [`Layout`].
 //!
@@ -119,6 +120,9 @@
 
 mod backward;
 mod bind;
+mod block_mask;
+mod block_plan;
+mod blocks;
 mod context;
 mod dropout;
 mod error;
@@ -156,6 +160,12 @@ pub mod tune;
 
 pub use backward::BackwardBuffers;
 pub use bind::{BoundPass, ToBinding, ToOptionalBinding};
+pub use block_mask::{BlockIndices, BlockMask};
+#[doc(hidden)]
+pub use block_plan::block_modules;
+pub use block_plan::{BlockBuffers, BlockPlan, BlockSource};
+pub use blocks::lists::BlockLists;
+pub use blocks::pattern::BlockPattern;
 pub use context::Context;
 pub use dropout::Dropout;
 pub use error::{Error, ModBufferFault, NoMatrices};

@@ -2,6 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 
+use crate::blocks::lists::{BlockLists, Packing};
 use crate::error::Error;
 use crate::mods::Mods;
 use crate::names::{ElementType, MAX_HEAD_DIM, MAX_SEQLEN};
@@ -410,17 +411,19 @@ pub struct Problem {
     /// what they hold does not matter, not even NaN. Their o is 0, their lse −∞ (with sinks the sink), their dq 0, and they add nothing to any gradient. Bottom-right masks and windows count
     /// from the length instead of `seqlen_q`. Values outside `0 ..= seqlen_q` act as the nearest of the two.
     pub seqlens_q: bool,
+    /// Which blocks of scores count, if not all: block-sparse attention. A buffer of the packed lists is given then.
+    pub blocks: Option<BlockLists>,
     /// Whether the logarithm of the softmax's denominator is written: f32 `[batch, heads_q, seqlen_q]`, contiguous.
     pub lse: bool,
+    /// How likely it is that dropout drops a probability, after the softmax; from 0 to below 1. lse is not affected. Seed and offset are
+    /// given with each pass ([`ForwardBuffers::rng_state`](crate::ForwardBuffers::rng_state)); [`Dropout`](crate::Dropout) says what they mean. 0 is no
+    /// dropout: the state may be given then, and nothing looks at it.
+    pub dropout: Option<f32>,
     /// What the user makes of scores, and which of them count, in WGSL.
     #[cfg(feature = "mods")]
     pub mods: Option<Mods>,
     #[cfg(not(feature = "mods"))]
     pub(crate) mods: Option<Mods>,
-    /// How likely it is that dropout drops a probability, after the softmax; from 0 to below 1. lse is not affected. Seed and offset are
-    /// given with each pass ([`ForwardBuffers::rng_state`](crate::ForwardBuffers::rng_state)); [`Dropout`](crate::Dropout) says what they mean. 0 is no
-    /// dropout: the state may be given then, and nothing looks at it.
-    pub dropout: Option<f32>,
     /// What is needed for [`Plan::backward`](crate::Plan::backward); `None` plans the forward pass alone.
     pub gradients: Option<Gradients>,
     /// Whether tensors without a layout of their own are `[batch, position, head, dim]`.
@@ -505,6 +508,7 @@ impl Problem {
             window_right: None,
             seqlens_q: false,
             seqlens_k: false,
+            blocks: None,
             lse: false,
             dropout: None,
             gradients: None,
@@ -531,6 +535,7 @@ impl Problem {
             window_right,
             seqlens_q,
             seqlens_k,
+            blocks,
             lse,
             dropout,
             gradients,
@@ -540,7 +545,7 @@ impl Problem {
         } = self.clone();
         let numbers = [scale, softcap, dropout].map(|x| x.map(f32::to_bits));
         let scores = (bias, alibi, mask, sinks, mods);
-        let masks = (causal, window_left, window_right);
+        let masks = (causal, window_left, window_right, blocks);
         (shape, element_type, numbers, scores, masks, (seqlens_q, seqlens_k), lse, gradients, (bnhd, layouts, probe))
     }
 
@@ -649,6 +654,30 @@ impl Problem {
     /// The probability of dropout, if any can be dropped.
     pub(crate) fn dropout_in_use(&self) -> Option<f32> {
         self.dropout.filter(|&probability| probability > 0.0)
+    }
+
+    /// Expects a buffer of block lists, packed: by [`BlockMask`](crate::BlockMask) on the host or
+    /// [`Context::plan_blocks`](crate::Context::plan_blocks) on the device.
+    pub const fn with_blocks(mut self, blocks: BlockLists) -> Self {
+        self.blocks = Some(blocks);
+        self
+    }
+
+    /// How many blocks there are, `[B|1, Hq|1, R, C]`: batch entries and heads that have lists of their own, blocks down the queries and across the
+    /// keys. All 0 without block lists.
+    pub fn block_counts(&self) -> [u32; 4] {
+        self.packing().map_or([0; 4], |packing| [packing.batch, packing.heads, packing.down, packing.across])
+    }
+
+    /// Bytes of the packed block lists; 0 without.
+    pub fn blocks_bytes(&self) -> u64 {
+        self.packing().map_or(0, |packing| packing.bytes())
+    }
+
+    /// How the block lists lie in their buffer.
+    pub(crate) fn packing(&self) -> Option<Packing> {
+        let s = &self.shape;
+        Some(self.blocks?.packing([s.batch, s.heads_q, s.seqlen_q, s.seqlen_k]))
     }
 
     /// Whether queries or keys have lengths.
@@ -803,6 +832,13 @@ impl Problem {
         }
         if let Some(probability) = self.dropout.filter(|x| !(0.0..1.0).contains(x)) {
             return Err(Error::Dropout(probability));
+        }
+        if let Some(blocks) = &self.blocks {
+            for (argument, found) in [("blocks.queries", blocks.queries), ("blocks.keys", blocks.keys)] {
+                if !(1..=MAX_SEQLEN).contains(&found) {
+                    return Err(Error::BlockSize { argument, found });
+                }
+            }
         }
         if self.gradients.is_some() && !self.lse {
             return Err(Error::GradientsWithoutLse);

@@ -14,6 +14,7 @@ macro_rules! files {
 /// Every shader file, by its path under `shaders/`.
 const FILES: &[(&str, &str)] = files![
     "attention/attention.wgsl",
+    "attention/blocks.wgsl",
     "attention/dropout.wgsl",
     "attention/finish.wgsl",
     "attention/given.wgsl",
@@ -37,6 +38,9 @@ const FILES: &[(&str, &str)] = files![
     "kernel/backward_fused_tile.wgsl",
     "kernel/backward_heads.wgsl",
     "kernel/backward_scores_tile.wgsl",
+    "kernel/block_kinds_of_lists.wgsl",
+    "kernel/block_kinds_of_mask.wgsl",
+    "kernel/block_lists.wgsl",
     "kernel/coop_ranges.wgsl",
     "kernel/coop_sizes.wgsl",
     "kernel/decode_combine.wgsl",

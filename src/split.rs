@@ -130,6 +130,9 @@ pub(crate) fn bind_part(problem: &Problem, part: &Part, bounds: &Bounds, backwar
     if problem.dropout_in_use().is_some() {
         ranges.push((Slot::RngState, 0, 16));
     }
+    if problem.blocks.is_some() {
+        ranges.push((Slot::Blocks, 0, problem.blocks_bytes()));
+    }
     let heads = part.heads.len() as u32;
     let rows = part.rows.len() as u32;
     let of_part = TensorUniform { base: 0, batch: heads.wrapping_mul(rows), head: rows, row: 1 };
@@ -212,6 +215,7 @@ mod tests {
     use super::*;
     use crate::facts::Facts;
     use crate::kernel::naive;
+    use crate::kernel::uniform::BlocksUniform;
     use crate::names::{ElementType, Kernel};
     use crate::options::PlanOptions;
     use crate::problem::Shape;
@@ -241,8 +245,10 @@ mod tests {
         let module = naga::front::wgsl::parse_str(&text).unwrap();
         let tensor = fields!(TensorUniform: base, batch, head, row);
         assert_eq!(members(&module, "Tensor"), (tensor, size_of::<TensorUniform>()));
+        let blocks = fields!(BlocksUniform: queries, keys, batch, head, down, across, entries, columns);
+        assert_eq!(members(&module, "Blocks"), (blocks, size_of::<BlocksUniform>()));
         let all = fields!(
-            ProblemUniform: query, key, value, out, lse, grad_out, grad_query, grad_key, grad_value, rows, bias, mask, seqlen_q, seqlen_k, row_begin,
+            ProblemUniform: query, key, value, out, lse, grad_out, grad_query, grad_key, grad_value, rows, blocks, bias, mask, seqlen_q, seqlen_k, row_begin,
             row_end, batch_begin, head_begin, heads, batches, group, window_left, window_right, top_left, scale, softcap, splits,
             split_rows, heads_first, block_keys, block_rows, round, lengths_at, ranges_at,
             bias_column, mask_column, slopes_batch, heads_q, dropout_kept, dropout_scale

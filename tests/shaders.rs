@@ -16,8 +16,8 @@ use wgpu_flash_attention::matrices::{MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::specialize::{Source, Specialization};
 use wgpu_flash_attention::tune::{backward_tiles, decode_tile, fused_tile};
 use wgpu_flash_attention::{
-    Alibi, Bias, ElementType, Error, Kernel, MergeProblem, PlanOptions, PlannedModule, Probe, Problem, ScoreLayout,
-    Shape, Tensor, merge_module, modules, wgpu,
+    Alibi, Bias, BlockLists, BlockSource, ElementType, Error, Kernel, MergeProblem, PlanOptions, PlannedModule, Probe,
+    Problem, ScoreLayout, Shape, Tensor, block_modules, merge_module, modules, wgpu,
 };
 
 const DIMS: &[[u32; 2]] = &[
@@ -120,9 +120,9 @@ fn validate(planned: &PlannedModule) -> (Module, ModuleInfo) {
         let line = error.location(&source.text).map(|location| location.line_number);
         panic!("{}: {}", place(specialization, &source, line), error.emit_to_string(&source.text))
     });
-    // The same where inputs are in a buffer with outputs, if the lengths among them say how often loops with barriers go round:
+    // The same where inputs are in a buffer with outputs, if the lengths or the block lists among them say how often loops with barriers go round:
     // what may be written counts as different in each invocation.
-    if !specialization.switches.contains(&"SEQLENS_K") {
+    if !["SEQLENS_K", "BLOCKS"].iter().any(|name| specialization.switches.contains(name)) {
         return (module, info);
     }
     let shared = source.text.replace("var<storage, read>", "var<storage, read_write>");
@@ -199,7 +199,10 @@ impl Seen {
             // WebGPU has eight storage buffers. One is left for a bias, say, where scores are computed from q (1) and k (2). The kernel that
             // computes all gradients at once has none left; plans take two kernels instead.
             let PlannedModule { specialization, bindings, .. } = planned;
-            let given = bindings.iter().filter(|number| (19..=22).contains(*number)).count();
+            let given = bindings
+                .iter()
+                .filter(|number| (19..=22).contains(*number) || **number == 28 || **number >= 40)
+                .count();
             // 0 and 27 are uniforms.
             let storage = bindings.iter().filter(|&&number| number > 0 && number != 27).count() - given;
             let has_scores = bindings.contains(&1) && bindings.contains(&2);
@@ -297,7 +300,9 @@ fn backward_with_48_kib() {
 fn fused_backward_with_48_kib() {
     let limits = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() };
     let (mut seen, facts) = (Seen::default(), Facts::with_limits(limits.clone()));
-    for problem in problems_with_gradients().into_iter().filter(|p| p.element_type == ElementType::F32) {
+    for mut problem in problems_with_gradients().into_iter().filter(|p| p.element_type == ElementType::F32) {
+        // It takes no block lists.
+        problem.blocks = None;
         let Shape { head_dim, head_dim_v, .. } = problem.shape;
         for uneven in [false, true] {
             let Some(tile) = fused_tile(&Shape { batch: 200, ..problem.shape }, uneven, &limits) else {
@@ -315,7 +320,9 @@ fn fused_backward_with_48_kib() {
 #[test]
 fn decode_within_the_default_limits() {
     let mut seen = Seen::default();
-    for problem in problems() {
+    for mut problem in problems() {
+        // It takes no block lists.
+        problem.blocks = None;
         for (rows, splits, lanes) in
             [(1, 3, None), (7, 64, None), (1, 64, Some(32)), (7, 3, Some(16)), (7, 3, Some(64))]
         {
@@ -328,6 +335,18 @@ fn decode_within_the_default_limits() {
         }
     }
     assert!(seen.0.len() >= 300, "only {} modules", seen.0.len());
+}
+
+#[test]
+fn block_lists() {
+    for mut problem in problems().into_iter().chain([Problem::new(Shape::square(2, 2, 8, 16), ElementType::F32)]) {
+        problem.blocks = Some(BlockLists::new());
+        for source in [BlockSource::Masks, BlockSource::Lists { full: true }, BlockSource::Lists { full: false }] {
+            for planned in block_modules(&problem, source).unwrap() {
+                check(&planned, &wgpu::Limits::default());
+            }
+        }
+    }
 }
 
 #[test]

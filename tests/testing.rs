@@ -32,9 +32,15 @@ fn rows_of_switches_are_few() {
 fn switches_are_those_of_problems() {
     let shape = Shape::square(2, 2, 8, 16);
     let both = |p: &Problem| {
-        let given = [p.bias.is_some(), p.mask.is_some(), p.alibi.is_some(), p.sinks];
-        [vec![p.layout(Tensor::Query).offset == 1, p.softcap.is_some(), p.seqlens_k, p.seqlens_q], given.into()]
-            .concat()
+        let modded = |name: &str| p.mods.as_ref().is_some_and(|mods| mods.text().contains(name));
+        let mods = [p.blocks.is_some(), modded("score_mod"), modded("mask_mod")];
+        let given = [p.bias.is_some(), p.mask.is_some(), p.alibi.is_some(), p.sinks, p.dropout.is_some()];
+        [
+            vec![p.layout(Tensor::Query).offset == 1, p.softcap.is_some(), p.seqlens_k, p.seqlens_q],
+            mods.into(),
+            given.into(),
+        ]
+        .concat()
     };
     let forward = |p: &Problem| [both(p), vec![p.lse]].concat();
     let backward = |p: &Problem| {
@@ -43,8 +49,8 @@ fn switches_are_those_of_problems() {
     };
     for element_type in [ElementType::F32, ElementType::F16] {
         let found: Vec<_> = switched(shape, element_type).iter().map(forward).collect();
-        assert_eq!(found, pairwise(9));
+        assert_eq!(found, pairwise(13));
         let found: Vec<_> = switched_with_gradients(shape, element_type).iter().map(backward).collect();
-        assert_eq!(found, pairwise(10));
+        assert_eq!(found, pairwise(14));
     }
 }

@@ -7,6 +7,7 @@
 #include "attention/given.wgsl"
 #include "attention/mods.wgsl"
 #include "attention/score.wgsl"
+#include "attention/blocks.wgsl"
 #include "attention/keep.wgsl"
 #include "attention/tiles.wgsl"
 #include "attention/finish.wgsl"

@@ -1,5 +1,5 @@
 // Which scores count. Rows i and keys j are positions in the sequence.
-// Needs: sequence.wgsl, given.wgsl, mods.wgsl. Gives: keep, keep4, all_count; key_interval and row_interval for tiles.wgsl.
+// Needs: sequence.wgsl, blocks.wgsl, given.wgsl, mods.wgsl. Gives: keep, keep4, all_count; key_interval and row_interval for tiles.wgsl.
 
 // The keys that the causal mask, the window and the lengths leave row i, if it is a query: from x to before y. As i grows, neither bound
 // falls.
@@ -19,7 +19,8 @@ fn row_interval(at: Sequence, j0: i32, j1: i32) -> vec2i {
     return select(vec2i(first, end), vec2i(), j0 >= at.keys);
 }
 
-// Does key j count for row i? Either may be past the end, or below 0.
+// Does key j count for row i? Either may be past the end, or below 0. Tiles that are visited lie in listed blocks (tiles.wgsl), so that block lists
+// are asked only by kernels without tiles, with BLOCKS_BY_PAIR.
 fn keep(at: Sequence, i: i32, j: i32) -> bool {
     let interval = key_interval(at, i);
 #if QUERY_LENGTHS
@@ -29,6 +30,11 @@ fn keep(at: Sequence, i: i32, j: i32) -> bool {
 #endif
 #if PROBE_TILES
     if !probe_keep(at, i, j) {
+        return false;
+    }
+#endif
+#if BLOCKS_BY_PAIR
+    if !is_listed(at, i, j) {
         return false;
     }
 #endif
@@ -52,6 +58,9 @@ fn all_count(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
 #if PROBE_TILES
     return false;
 #else
+#if BLOCKS_BY_PAIR
+    return false;
+#else
 #if ANY_MASK
     return false;
 #else
@@ -61,6 +70,7 @@ fn all_count(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
     }
 #endif
     return j0 >= key_interval(at, i1 - 1).x && j1 <= key_interval(at, i0).y;
+#endif
 #endif
 #endif
 }

@@ -1,5 +1,5 @@
 // The problem's run-time numbers; src/kernel/uniform.rs writes the same fields in the same order.
-// Needs: nothing. Gives: Tensor, Problem, problem.
+// Needs: nothing. Gives: Tensor, Blocks, Problem, problem.
 
 // Element (batch, head, i, d) of a tensor is at base + batch · t.batch + head · t.head + i · t.row + d of its binding. batch, head and
 // i are numbers of the problem, whatever part of it a launch computes: base may be below 0, and the sum wraps.
@@ -8,6 +8,22 @@ struct Tensor {
     batch: u32,
     head: u32,
     row: u32,
+}
+
+// Lists of blocks (attention/blocks.wgsl). The list of batch entry b and head h is number b · batch + h · head.
+struct Blocks {
+    // Queries and keys of a block.
+    queries: u32,
+    keys: u32,
+    batch: u32,
+    head: u32,
+    // Blocks down the queries, and across the keys.
+    down: u32,
+    across: u32,
+    // Room for entries in each direction of a list.
+    entries: u32,
+    // Columns of the indices that lists are made from.
+    columns: u32,
 }
 
 struct Problem {
@@ -22,6 +38,7 @@ struct Problem {
     grad_value: Tensor,
     // The rows of this launch in the workspace, without gaps.
     rows: Tensor,
+    blocks: Blocks,
     // Of scores: key j of a row is `column` times j elements behind key 0.
     bias: Tensor,
     mask: Tensor,

@@ -1,6 +1,8 @@
 //! Host side of `shaders/kernel/backward_delta.wgsl`.
 
-use super::{Access, Part, Pass, Slot, backward_switches, bindings, forward_coop_scaled, without_dropout};
+use super::{
+    Access, Part, Pass, Slot, backward_switches, bindings, forward_coop_scaled, without_blocks, without_dropout,
+};
 use crate::Problem;
 use crate::specialize::Specialization;
 
@@ -19,7 +21,7 @@ pub(crate) fn pass(problem: &Problem, clear: bool) -> Pass {
     const THREADS: u32 = 256;
     const ROW_THREADS: u32 = 16;
     const ROWS: u64 = (THREADS / ROW_THREADS) as u64;
-    let mut on = without_dropout(backward_switches(problem, 4));
+    let mut on = without_blocks(without_dropout(backward_switches(problem, 4)));
     // Here they come from their own buffers.
     on.retain(|&name| name != "LENGTHS_IN_ROWS");
     on.extend(problem.has_lengths().then_some("LENGTHS"));

@@ -1,6 +1,6 @@
 //! Host side of `shaders/kernel/naive_backward_*.wgsl`.
 
-use super::{Access, Part, Pass, Slot, backward_switches, bindings, without_dropout};
+use super::{Access, Part, Pass, Slot, backward_switches, bindings, by_pair, without_blocks, without_dropout};
 use crate::Problem;
 use crate::specialize::Specialization;
 
@@ -15,6 +15,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let [head_dim, head_dim_v] = [shape.head_dim, shape.head_dim_v].map(u64::from);
     let pass = |file, entry, used: &[(Slot, Access)], workgroups| {
         let on = backward_switches(problem, 4);
+        let on = if entry == "scores_of" { by_pair(on) } else { without_blocks(on) };
         Pass::new(
             Specialization {
                 file,
@@ -48,6 +49,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
                 (Slot::Workspace, Access::ReadWrite),
                 (Slot::WorkspaceScores, Access::ReadWrite),
                 (Slot::RngState, Access::Read),
+                (Slot::Blocks, Access::Read),
             ],
             Box::new(move |part| [seqlen_k.div_ceil(16), part.row_count().div_ceil(16), heads(part)]),
         ),

@@ -1,7 +1,7 @@
 //! Host side of `shaders/kernel/backward_scores_tile.wgsl` and of `shaders/kernel/backward_heads.wgsl`, which run after the kernels for dq, dk
 //! and dv: the gradients of the bias, of ALiBi's slopes and of the sinks.
 
-use super::{Access, Part, Pass, Slot, backward_switches, bindings, dropout_bytes};
+use super::{Access, Part, Pass, Slot, backward_switches, bindings, by_pair, dropout_bytes};
 use crate::problem::{Alibi, ScoreLayout};
 use crate::specialize::Specialization;
 use crate::tune::BackwardTile;
@@ -48,7 +48,7 @@ fn tiles(problem: &Problem, tile: BackwardTile, bias: Option<&ScoreLayout>) -> P
     let shape = problem.shape;
     // A row of a head sums over its keys, as a bias does that has one key.
     let shared = bias.map_or([false, false, false, true], |layout| shared(problem, layout));
-    let mut on = backward_switches(problem, 4);
+    let mut on = by_pair(backward_switches(problem, 4));
     on.extend(tile.written_out.then_some("UNROLL"));
     on.extend(bias.map(|_| "GRAD_BIAS"));
     on.extend(problem.bias.is_some_and(|bias| bias.element_type == ElementType::F32).then_some("BIAS_WORDS"));
@@ -76,6 +76,7 @@ fn tiles(problem: &Problem, tile: BackwardTile, bias: Option<&ScoreLayout>) -> P
         (Slot::Mask, Access::Read),
         (Slot::AlibiSlopes, Access::Read),
         (Slot::RngState, Access::Read),
+        (Slot::Blocks, Access::Read),
     ];
     used.push((if bias.is_some() { Slot::GradBias } else { Slot::WorkspaceRowSums }, Access::ReadWrite));
     Pass::new(

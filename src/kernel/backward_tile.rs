@@ -18,6 +18,7 @@ pub(crate) const DKDV_BINDINGS: &[(Slot, Access)] = &[
     (Slot::GradKey, Access::ReadWrite),
     (Slot::GradValue, Access::ReadWrite),
     (Slot::RngState, Access::Read),
+    (Slot::Blocks, Access::Read),
 ];
 
 /// What the gradient of queries binds, on any kernel.
@@ -32,6 +33,7 @@ pub(crate) const DQ_BINDINGS: &[(Slot, Access)] = &[
     (Slot::AlibiSlopes, Access::Read),
     (Slot::GradQuery, Access::ReadWrite),
     (Slot::RngState, Access::Read),
+    (Slot::Blocks, Access::Read),
 ];
 
 /// Workgroups of a kernel that owns so many keys, and of one that owns so many rows.

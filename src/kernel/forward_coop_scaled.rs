@@ -2,7 +2,7 @@
 //! which run before the kernels for f32 and bf16, forward and backward.
 
 use super::forward_coop::layout_constants;
-use super::{Access, GIVEN, Part, Pass, Slot, bindings, switches, switches_of};
+use super::{Access, GIVEN, Part, Pass, Slot, bindings, switches, switches_of, without_blocks};
 use crate::matrices::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
@@ -39,7 +39,7 @@ pub(crate) fn ranges(problem: &Problem, backward: bool) -> [Pass; 2] {
     const THREADS: u32 = 256;
     const HEADS: u32 = 32;
     let tensors = if backward { &Tensor::BACKWARD[..] } else { &Tensor::FORWARD };
-    let mut on = switches_of(problem, tensors, 4);
+    let mut on = without_blocks(switches_of(problem, tensors, 4));
     on.retain(|name| !["LSE", "DROPOUT"].contains(name) && !GIVEN.contains(name));
     on.extend(backward.then_some("GRADIENTS"));
     let shares = shares(problem);
@@ -139,6 +139,7 @@ fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &Matrix
                 (Slot::Lse, Access::ReadWrite),
                 (Slot::Workspace, Access::Read),
                 (Slot::RngState, Access::Read),
+                (Slot::Blocks, Access::Read),
                 (Slot::Bias, Access::Read),
                 (Slot::Mask, Access::Read),
                 (Slot::AlibiSlopes, Access::Read),

@@ -7,6 +7,7 @@ pub(crate) mod backward_fused;
 pub(crate) mod backward_naive;
 pub(crate) mod backward_scores;
 pub(crate) mod backward_tile;
+pub(crate) mod block_lists;
 pub(crate) mod decode;
 pub(crate) mod forward_coop;
 pub(crate) mod forward_coop_scaled;
@@ -32,6 +33,7 @@ pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
     (Slot::SeqlensQ, Access::Read),
     (Slot::SeqlensK, Access::Read),
     (Slot::RngState, Access::Read),
+    (Slot::Blocks, Access::Read),
     (Slot::Bias, Access::Read),
     (Slot::Mask, Access::Read),
     (Slot::AlibiSlopes, Access::Read),
@@ -62,6 +64,20 @@ pub(crate) const GIVEN: [&str; 9] =
 pub(crate) fn without_scores(mut switches: Vec<&'static str>) -> Vec<&'static str> {
     const OF_SCORES: [&str; 5] = ["SOFTCAP", "SHAPED", "SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K"];
     switches.retain(|name| !OF_SCORES.contains(name) && !GIVEN.contains(name));
+    without_blocks(switches)
+}
+
+/// `switches`, less those of block lists: for a kernel that neither visits tiles nor asks whether a score counts.
+pub(crate) fn without_blocks(mut switches: Vec<&'static str>) -> Vec<&'static str> {
+    switches.retain(|name| !["BLOCKS", "TILES_BY_HEAD"].contains(name));
+    switches
+}
+
+/// The switches of a kernel that asks whether scores count without visiting tiles: block lists say of a pair that it does.
+pub(crate) fn by_pair(mut switches: Vec<&'static str>) -> Vec<&'static str> {
+    if switches.contains(&"BLOCKS") {
+        switches.push("BLOCKS_BY_PAIR");
+    }
     switches
 }
 
@@ -103,6 +119,8 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
         (aligned && problem.element_type != ElementType::F32, "PACKED"),
         (problem.softcap.is_some(), "SOFTCAP"),
         (shaped, "SHAPED"),
+        (problem.blocks.is_some(), "BLOCKS"),
+        (problem.probe == Some(Probe::Tiles) || problem.blocks.is_some_and(|blocks| blocks.per_head), "TILES_BY_HEAD"),
         (problem.bias.is_some(), "BIAS"),
         (bias_is(ElementType::F16), "BIAS_F16"),
         (bias_is(ElementType::BF16), "BIAS_BF16"),
@@ -116,7 +134,6 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
         // Nothing is known of how large scores are.
         (problem.has_score_mod(), "ANY_SIZE"),
         (problem.sinks, "SINKS"),
-        (problem.probe == Some(Probe::Tiles), "TILES_BY_HEAD"),
         (problem.seqlens_q, "SEQLENS_Q"),
         (problem.seqlens_q, "QUERY_LENGTHS"),
         (problem.seqlens_k, "SEQLENS_K"),
@@ -140,6 +157,7 @@ pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(S
         Slot::SeqlensQ => problem.seqlens_q,
         Slot::SeqlensK => problem.seqlens_k,
         Slot::RngState => problem.dropout_in_use().is_some(),
+        Slot::Blocks => problem.blocks.is_some(),
         Slot::Bias => problem.bias.is_some(),
         Slot::Mask => problem.mask.is_some(),
         Slot::AlibiSlopes => problem.alibi.is_some(),

@@ -1,6 +1,6 @@
 //! Host side of `shaders/kernel/naive_*.wgsl`.
 
-use super::{Access, Part, Pass, Slot, bindings, switches, without_dropout, without_scores};
+use super::{Access, Part, Pass, Slot, bindings, by_pair, switches, without_blocks, without_dropout, without_scores};
 use crate::Problem;
 use crate::specialize::Specialization;
 
@@ -25,7 +25,12 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let (seqlen_k, head_dim_v) = (shape.seqlen_k as u64, shape.head_dim_v as u64);
     let pass = |file, entry, constants, used: &[(Slot, Access)], threads, workgroup_bytes, workgroups| {
         let on = switches(problem, 4);
-        let on = if entry == "softmax" { without_scores(on) } else { without_dropout(on) };
+        // The first kernel asks of every pair whether it counts.
+        let on = match entry {
+            "scores_of" => by_pair(without_dropout(on)),
+            "softmax" => without_scores(on),
+            _ => without_blocks(without_dropout(on)),
+        };
         Pass::new(
             Specialization { file, entry, switches: on, constants },
             bindings(problem, used),
@@ -45,6 +50,7 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
                 (Slot::Key, Access::Read),
                 (Slot::SeqlensQ, Access::Read),
                 (Slot::SeqlensK, Access::Read),
+                (Slot::Blocks, Access::Read),
                 (Slot::Bias, Access::Read),
                 (Slot::Mask, Access::Read),
                 (Slot::AlibiSlopes, Access::Read),

@@ -31,6 +31,13 @@ pub(crate) enum Slot {
     SeqlensQ = 17,
     /// How large the numbers of each head are, at the workspace's end.
     WorkspaceSizes = 18,
+    /// Packed lists of blocks.
+    Blocks = 28,
+    /// Lists of blocks as FlexAttention has them.
+    KvNumBlocks = 29,
+    KvIndices = 30,
+    FullKvNumBlocks = 31,
+    FullKvIndices = 32,
     Bias = 19,
     Mask = 20,
     AlibiSlopes = 21,
@@ -54,6 +61,11 @@ pub(crate) enum Slot {
 }
 
 impl Slot {
+    /// Whether it is bound as a uniform.
+    pub(crate) const fn is_uniform(self) -> bool {
+        matches!(self, Slot::RngState)
+    }
+
     pub(crate) const MOD_BUFFERS: [Slot; MOST_BUFFERS] = [
         Slot::ModBuffer0,
         Slot::ModBuffer1,
@@ -70,11 +82,6 @@ impl Slot {
         Slot::MOD_BUFFERS.contains(&self)
     }
 
-    /// Whether it is bound as a uniform.
-    pub(crate) const fn is_uniform(self) -> bool {
-        matches!(self, Slot::RngState)
-    }
-
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Slot::Query => "query",
@@ -84,6 +91,11 @@ impl Slot {
             Slot::Lse => "lse",
             Slot::SeqlensK => "seqlens_k",
             Slot::SeqlensQ => "seqlens_q",
+            Slot::Blocks => "blocks",
+            Slot::KvNumBlocks => "kv_num_blocks",
+            Slot::KvIndices => "kv_indices",
+            Slot::FullKvNumBlocks => "full_kv_num_blocks",
+            Slot::FullKvIndices => "full_kv_indices",
             Slot::Workspace
             | Slot::WorkspaceStats
             | Slot::WorkspaceScores
@@ -121,7 +133,14 @@ impl Slot {
     fn is_extra(self) -> bool {
         matches!(
             self,
-            Slot::SeqlensQ | Slot::SeqlensK | Slot::Bias | Slot::Mask | Slot::AlibiSlopes | Slot::Sinks | Slot::GradLse
+            Slot::SeqlensQ
+                | Slot::SeqlensK
+                | Slot::Blocks
+                | Slot::Bias
+                | Slot::Mask
+                | Slot::AlibiSlopes
+                | Slot::Sinks
+                | Slot::GradLse
         ) || self.is_whole()
     }
 }

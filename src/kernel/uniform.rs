@@ -20,6 +20,40 @@ impl TensorUniform {
     }
 }
 
+/// How block lists lie in their buffer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
+pub(crate) struct BlocksUniform {
+    pub queries: u32,
+    pub keys: u32,
+    pub batch: u32,
+    pub head: u32,
+    pub down: u32,
+    pub across: u32,
+    pub entries: u32,
+    pub columns: u32,
+}
+
+impl BlocksUniform {
+    fn of(problem: &Problem) -> Self {
+        let (Some(lists), Some(packing)) = (problem.blocks, problem.packing()) else {
+            return BlocksUniform::default();
+        };
+        let [batch, head] = packing.strides(&lists);
+        BlocksUniform {
+            queries: lists.queries,
+            keys: lists.keys,
+            batch,
+            head,
+            down: packing.down,
+            across: packing.across,
+            // A buffer so large that this is cut off exceeds every binding.
+            entries: packing.entries as u32,
+            columns: packing.columns,
+        }
+    }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
 pub(crate) struct ProblemUniform {
@@ -33,6 +67,7 @@ pub(crate) struct ProblemUniform {
     pub grad_key: TensorUniform,
     pub grad_value: TensorUniform,
     pub rows: TensorUniform,
+    pub blocks: BlocksUniform,
     pub bias: TensorUniform,
     pub mask: TensorUniform,
     pub seqlen_q: u32,
@@ -74,6 +109,7 @@ impl ProblemUniform {
         let side = |width: Option<u32>| width.map_or(OPEN, |w| w.min(OPEN as u32) as i32);
         let right = side(problem.window_right);
         ProblemUniform {
+            blocks: BlocksUniform::of(problem),
             seqlen_q: problem.shape.seqlen_q,
             seqlen_k: problem.shape.seqlen_k,
             group: problem.shape.group(),

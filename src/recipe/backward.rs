@@ -1,6 +1,6 @@
 //! The kernel of the backward pass.
 
-use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, first, with_room};
+use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, block, check_blocks, first, with_room};
 use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
@@ -128,7 +128,8 @@ fn tiles_of(problem: &Problem, limits: &wgpu::Limits) -> [BackwardTile; 2] {
     let larger = |[a, b]: [u32; 2]| a.max(b);
     let used = |tiles: &[BackwardTile; 2]| larger(tiles.map(|tile| tile.workgroup_bytes(head_dim, head_dim_v)));
     let dropout = |&[dkdv, dq]: &[BackwardTile; 2]| larger(backward_tile::dropout_bytes_of(problem, dkdv, dq));
-    with_room(limits, |limits| tune::backward_tiles(head_dim, head_dim_v, limits), used, dropout)
+    let table = |limits: &_| tune::backward_tiles_in_blocks(head_dim, head_dim_v, limits, block(problem));
+    with_room(limits, table, used, dropout)
 }
 
 /// The tile kernels, of which each computes the scores.
@@ -139,6 +140,9 @@ fn two_kernels(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Resul
     };
     dkdv.validate()?;
     dq.validate()?;
+    for tile in [[dkdv.step, dkdv.own], [dq.own, dq.step]] {
+        check_blocks(Kernel::Tile, problem, tile, true)?;
+    }
     loops::check(facts.loop_iterations, Kernel::Tile, loops::of_backward_tiles(problem, [dkdv, dq]))?;
     Ok(backward_tile::passes(problem, dkdv, dq))
 }
@@ -150,6 +154,13 @@ fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -
     let has_queries = problem.shape.seqlen_q > 0;
     if let Some(tile) = options.fused_tile {
         tile.validate()?;
+        if problem.blocks.is_some() {
+            return Err(Error::Unsupported {
+                kernel: Kernel::Tile,
+                element_type: problem.element_type,
+                why: "all gradients at once are not computed by block lists",
+            });
+        }
         if !is_f32 {
             return Err(Error::Unsupported {
                 kernel: Kernel::Tile,
@@ -164,8 +175,9 @@ fn fused_tile(problem: &Problem, options: &PlanOptions, limits: &wgpu::Limits) -
         }
         return Ok(has_queries.then_some(tile));
     }
-    // A window that moves along leaves most blocks of a round empty.
-    if options.backward_tile.is_some() || !is_f32 || !has_queries || problem.window_left.is_some() {
+    // A window that moves along leaves most blocks of a round empty, and so may block lists.
+    let leaves_blocks_empty = problem.window_left.is_some() || problem.blocks.is_some();
+    if options.backward_tile.is_some() || !is_f32 || !has_queries || leaves_blocks_empty {
         return Ok(None);
     }
     let fits = |tile: &FusedTile| check_limits(Kernel::Tile, &backward_fused::passes(problem, *tile), limits).is_ok();

@@ -1,7 +1,9 @@
 //! What a kernel would run for a problem, and which of several kernels is taken.
 
+use crate::error::Error;
 use crate::kernel::{Cut, Part, Pass, Slot};
 use crate::names::{CoopForm, Kernel};
+use crate::problem::Problem;
 use crate::tune::Tile;
 
 /// What a kernel runs for each part of a problem.
@@ -24,6 +26,21 @@ pub(crate) struct Recipe {
 
 /// What a part of a problem keeps in the workspace, and how many bytes of it.
 pub(crate) type Workspaces = Box<dyn Fn(&Part) -> Vec<(Slot, u64)>>;
+
+/// Queries and keys of a block of the problem's block lists.
+pub(super) fn block(problem: &Problem) -> Option<[u32; 2]> {
+    problem.blocks.map(|blocks| [blocks.queries, blocks.keys])
+}
+
+/// An error if blocks do not divide into tiles of so many queries and keys.
+pub(super) fn check_blocks(kernel: Kernel, problem: &Problem, tile: [u32; 2], backward: bool) -> Result<(), Error> {
+    match block(problem) {
+        Some(block) if (0..2).any(|n| !block[n].is_multiple_of(tile[n])) => {
+            Err(Error::BlockTile { kernel, backward, block, tile })
+        }
+        _ => Ok(()),
+    }
+}
 
 /// A kernel that a plan may take.
 pub(super) struct Candidate {

@@ -1,6 +1,6 @@
 //! The kernels on cooperative matrices, forward and backward: their form and their tiles.
 
-use super::candidate::ANYWHERE;
+use super::candidate::{ANYWHERE, block, check_blocks};
 use crate::error::Error;
 use crate::facts::{Facts, Matrices};
 use crate::kernel::{Pass, backward_coop, check_limits, forward_coop, forward_coop_scaled};
@@ -8,7 +8,7 @@ use crate::matrices::{MatrixFormat, MatrixLayout};
 use crate::names::{CoopForm, ElementType, Kernel};
 use crate::options::PlanOptions;
 use crate::problem::Problem;
-use crate::tune::{self, CoopTile};
+use crate::tune::{self, CoopBackwardTile, CoopTile};
 
 /// Why a plan takes the coop kernel for a type.
 pub(super) const fn reason(element_type: ElementType) -> &'static str {
@@ -21,6 +21,7 @@ pub(super) const fn reason(element_type: ElementType) -> &'static str {
 
 /// Why a plan does not take it.
 const HALF_WITHOUT_ACCESS: &str = "without access to the elements of matrices the coop kernel takes f16 only";
+const BLOCKS_DO_NOT_DIVIDE: &str = "blocks of the block lists do not divide into tiles of the coop kernel";
 const LIMITS_TOO_SMALL: &str = "the device's limits are too small for the tile of the coop kernel";
 
 /// Why a form does not do.
@@ -77,6 +78,10 @@ pub(super) fn refusal(
     match coop {
         Ok(coop) => check_limits(Kernel::Coop, &coop.passes, &facts.limits).err().map(|_| LIMITS_TOO_SMALL),
         Err(Error::Unsupported { why, .. }) => Some(why),
+        Err(Error::BlockTile { backward, .. }) => {
+            let asked = if *backward { options.coop_backward_tiles.is_some() } else { options.coop_tile.is_some() };
+            (!asked).then_some(BLOCKS_DO_NOT_DIVIDE)
+        }
         // A tile that was asked for is wrong. The plan takes this kernel, and with it the error that says so.
         Err(_) => None,
     }
@@ -87,18 +92,22 @@ pub(super) fn forward(problem: &Problem, facts: &Facts, options: &PlanOptions) -
     let matrices = matrices_of(problem, facts)?;
     let (form, why, layout) = form(problem, matrices, options)?;
     let (format, shape) = (matrices.format, problem.shape);
+    let in_blocks = |tile: CoopTile| block(problem).map_or(tile, |block| tile.in_blocks(format.size, block));
+    let check = |tile: CoopTile| check_blocks(Kernel::Coop, problem, [tile.rows(format.size), tile.keys], false);
     let (tile, passes) = match (problem.element_type, form) {
         (ElementType::F16, _) => {
-            let table = || tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v);
+            let table = || in_blocks(tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v));
             let long = || long_tile(problem, form, format, &layout, &facts.limits);
             let tile = options.coop_tile.or_else(long).unwrap_or_else(table);
             tile.validate(form, format.size)?;
+            check(tile)?;
             (tile, vec![forward_coop::pass(problem, form, tile, format, &layout)])
         }
         (other, CoopForm::Registers) => {
-            let table = || tune::coop_scaled_tile(format.size, other, shape.head_dim, shape.head_dim_v);
+            let table = || in_blocks(tune::coop_scaled_tile(format.size, other, shape.head_dim, shape.head_dim_v));
             let tile = options.coop_tile.unwrap_or_else(table);
             tile.validate_scaled(format.size, format.lanes)?;
+            check(tile)?;
             (tile, forward_coop_scaled::passes(problem, tile, format, &layout))
         }
         (_, CoopForm::WorkgroupMemory) => return Err(unsupported(problem, F16_ONLY)),
@@ -112,9 +121,16 @@ pub(super) fn backward(problem: &Problem, facts: &Facts, options: &PlanOptions) 
     let (form, why, layout) = form(problem, matrices, options)?;
     let (format, shape) = (matrices.format, problem.shape);
     let widest = shape.head_dim.max(shape.head_dim_v);
+    let scaled = problem.element_type != ElementType::F16;
+    let in_blocks = |[dkdv, dq]: [CoopBackwardTile; 2]| match block(problem) {
+        Some([queries, keys]) => {
+            [dkdv.in_blocks(format.size, scaled, [keys, queries]), dq.in_blocks(format.size, scaled, [queries, keys])]
+        }
+        None => [dkdv, dq],
+    };
     let tiles = match (problem.element_type, form) {
         (ElementType::F16, _) => {
-            let table = || tune::coop_backward_tiles(form, format.size, shape.head_dim, shape.head_dim_v);
+            let table = || in_blocks(tune::coop_backward_tiles(form, format.size, shape.head_dim, shape.head_dim_v));
             let tiles = options.coop_backward_tiles.unwrap_or_else(table);
             tiles.iter().try_for_each(|tile| tile.validate(format.size))?;
             tiles
@@ -124,13 +140,18 @@ pub(super) fn backward(problem: &Problem, facts: &Facts, options: &PlanOptions) 
             return Err(unsupported(problem, why));
         }
         (other, CoopForm::Registers) => {
-            let table = || tune::coop_scaled_backward_tiles(format.size, other, shape.head_dim, shape.head_dim_v);
+            let table =
+                || in_blocks(tune::coop_scaled_backward_tiles(format.size, other, shape.head_dim, shape.head_dim_v));
             let tiles = options.coop_backward_tiles.unwrap_or_else(table);
             tiles.iter().try_for_each(|tile| tile.validate_scaled(format.size, format.lanes, widest))?;
             tiles
         }
         (_, CoopForm::WorkgroupMemory) => return Err(unsupported(problem, F16_ONLY)),
     };
+    let [dkdv, dq] = tiles;
+    let own = |tile: CoopBackwardTile| if scaled { tile.scaled_own(format.size) } else { tile.own(format.size) };
+    check_blocks(Kernel::Coop, problem, [dkdv.step, own(dkdv)], true)?;
+    check_blocks(Kernel::Coop, problem, [own(dq), dq.step], true)?;
     let passes = backward_coop::passes(problem, form, tiles, format, &layout);
     Ok(Coop { form, why, passes, rows_and_keys: None })
 }
@@ -147,7 +168,9 @@ fn long_tile(
     let tile = tune::long_coop_tile(form, format.size, shape.head_dim, shape.head_dim_v)?;
     let (first, end) = problem.key_interval(shape.seqlen_q.saturating_sub(1), shape.seqlen_k);
     let blocks = shape.seqlen_q.div_ceil(tile.rows(format.size)) as u64;
-    let suits = shape.seqlen_q.min(end.saturating_sub(first)) >= tune::LONG
+    let divides = check_blocks(Kernel::Coop, problem, [tile.rows(format.size), tile.keys], false).is_ok();
+    let suits = divides
+        && shape.seqlen_q.min(end.saturating_sub(first)) >= tune::LONG
         && blocks * shape.batch as u64 * shape.heads_q as u64 >= tune::FULL_DEVICE;
     let fits =
         || check_limits(Kernel::Coop, &[forward_coop::pass(problem, form, tile, format, layout)], limits).is_ok();

@@ -1,6 +1,8 @@
 //! The kernel of the forward pass.
 
-use super::candidate::{ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, Workspaces, first, with_room};
+use super::candidate::{
+    ANYWHERE, Candidate, Recipe, SHORT_SEQUENCES, Workspaces, block, check_blocks, first, with_room,
+};
 use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
@@ -40,7 +42,8 @@ fn candidates(problem: &Problem, facts: &Facts, options: &PlanOptions, coop: &Re
 /// the error that says what is wrong.
 fn decode_fits(problem: &Problem, facts: &Facts, options: &PlanOptions) -> bool {
     let fits = |recipe: Recipe| check_limits(Kernel::Decode, &recipe.passes, &facts.limits).is_ok();
-    options.decode_tile.is_some() || options.splits.is_some() || of_decode(problem, facts, options).is_ok_and(fits)
+    problem.blocks.is_none() && (options.decode_tile.is_some() || options.splits.is_some())
+        || of_decode(problem, facts, options).is_ok_and(fits)
 }
 
 /// Why the coop kernel is not for rows of this problem, if it is not.
@@ -51,8 +54,9 @@ fn too_wide(problem: &Problem) -> Option<&'static str> {
 }
 
 fn tile_of(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Tile {
-    let table = |limits: &_| tune::tile(problem.shape.head_dim, problem.shape.head_dim_v, limits);
-    let used = |tile: &Tile| tile.workgroup_bytes(problem.shape.head_dim_v);
+    let (shape, block) = (&problem.shape, block(problem));
+    let table = |limits: &_| tune::tile_in_blocks(shape.head_dim, shape.head_dim_v, limits, block);
+    let used = |tile: &Tile| tile.workgroup_bytes(shape.head_dim_v);
     let dropout = |tile: &Tile| dropout_bytes(problem, tile.rows, tile.keys, tile.threads());
     options.tile.unwrap_or_else(|| with_room(&facts.limits, table, used, dropout))
 }
@@ -118,6 +122,10 @@ fn of_decode(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<
         let (kernel, element_type) = (Kernel::Decode, problem.element_type);
         return Err(Error::Unsupported { kernel, element_type, why: "it has no dropout; the other kernels do" });
     }
+    if problem.blocks.is_some() {
+        let why = "its tiles have rows of several heads, of which each has block lists of its own";
+        return Err(Error::Unsupported { kernel: Kernel::Decode, element_type: problem.element_type, why });
+    }
     let shape = &problem.shape;
     let limits = &facts.limits;
     let rows = shape.group() as u64 * shape.seqlen_q as u64;
@@ -165,6 +173,7 @@ fn of_naive(problem: &Problem, facts: &Facts) -> Result<Recipe, Error> {
 fn of_tile(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Recipe, Error> {
     let tile = tile_of(problem, facts, options);
     tile.validate()?;
+    check_blocks(Kernel::Tile, problem, [tile.rows, tile.keys], false)?;
     tile_loops(problem, facts, tile)?;
     Ok(Recipe {
         passes: vec![forward_tile::pass(problem, tile)],

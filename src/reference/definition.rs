@@ -235,6 +235,9 @@ impl<N: Real> Attention<'_, N> {
         if self.problem.probe.is_some_and(|probe| !probe.keeps([h, i, j])) {
             return false;
         }
+        if !self.extras.is_listed(self.problem, [b, h, i, j]) {
+            return false;
+        }
         let (queries, keys) = self.extras.lengths(self.problem, b);
         let (i, j) = (i as i64, j as i64);
         let diagonal = i + keys as i64 - queries as i64;

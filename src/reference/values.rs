@@ -56,6 +56,8 @@ pub struct Extras<'a> {
     pub seqlens_k: Option<&'a [i32]>,
     /// Dropout, whatever the problem's [`dropout`](Problem::dropout) is.
     pub dropout: Option<Dropout>,
+    /// Which blocks are listed, of a problem with block lists, `[B|1, Hq|1, R, C]` ([`Problem::block_counts`]); `None`: all of them.
+    pub blocks: Option<&'a [bool]>,
     /// The bias, where the problem's layout of it says.
     pub bias: Option<&'a [f32]>,
     /// The boolean mask, likewise.
@@ -92,6 +94,23 @@ impl<'a> Extras<'a> {
     pub fn dropout(mut self, dropout: impl Into<Option<Dropout>>) -> Self {
         self.dropout = dropout.into();
         self
+    }
+
+    /// Which blocks are listed, `[B|1, Hq|1, R, C]`.
+    pub fn blocks(mut self, blocks: impl Into<Option<&'a [bool]>>) -> Self {
+        self.blocks = blocks.into();
+        self
+    }
+
+    /// Whether the block of query i and key j is listed, for batch entry b and query head h.
+    pub(super) fn is_listed(&self, problem: &Problem, [b, h, i, j]: [u32; 4]) -> bool {
+        let (Some(lists), Some(listed)) = (problem.blocks, self.blocks) else {
+            return true;
+        };
+        let [_, heads, down, across] = problem.block_counts().map(|n| n as usize);
+        let b = if lists.per_batch { b as usize } else { 0 };
+        let h = if lists.per_head { h as usize } else { 0 };
+        listed[((b * heads + h) * down + (i / lists.queries) as usize) * across + (j / lists.keys) as usize]
     }
 
     /// The bias.

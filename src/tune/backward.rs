@@ -62,6 +62,16 @@ impl BackwardTile {
 
 /// The tiles of the backward kernels for a problem on a device: of the gradients of keys and values, and of queries.
 pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> [BackwardTile; 2] {
+    backward_tiles_in_blocks(head_dim, head_dim_v, limits, None)
+}
+
+/// The same where blocks of so many queries and keys divide into tiles. If none of them does, the smallest.
+pub(crate) fn backward_tiles_in_blocks(
+    head_dim: u32,
+    head_dim_v: u32,
+    limits: &wgpu::Limits,
+    block: Option<[u32; 2]>,
+) -> [BackwardTile; 2] {
     let memory = limits.max_compute_workgroup_storage_size;
     let widest = head_dim.max(head_dim_v);
     let fitted = |own, step, (threads_y, threads_x), chunk: u32, block, written_out| {
@@ -83,5 +93,11 @@ pub fn backward_tiles(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> 
         // More threads, so that each has fewer columns.
         (_, _) => fitted(32, 64, (16, 16), 32, 16, false),
     };
-    [both; 2]
+    let Some([queries, keys]) = block else { return [both; 2] };
+    [[keys, queries], [queries, keys]].map(|[own, step]| {
+        match own.is_multiple_of(both.own) && step.is_multiple_of(both.step) {
+            true => both,
+            false => fitted(32, 32, (8, 8), 32, 32, false),
+        }
+    })
 }

@@ -47,6 +47,16 @@ impl CoopTile {
         8 * if tiles > rows { tiles } else { rows } + self.subgroups * (16 + 4 * size * size) + 4 * sizes
     }
 
+    /// The tile, made smaller where blocks of so many queries and keys do not divide into tiles of it, if there is a smaller one that does.
+    pub(crate) fn in_blocks(mut self, size: u32, [queries, keys]: [u32; 2]) -> Self {
+        while !queries.is_multiple_of(self.rows(size)) && self.row_matrices * self.subgroups > 1 {
+            let halved = if self.row_matrices > 1 { &mut self.row_matrices } else { &mut self.subgroups };
+            *halved /= 2;
+        }
+        self.keys = step_in_block(self.keys, size, keys);
+        self
+    }
+
     /// Checks that the tile divides as the shader needs it to.
     pub fn validate(&self, form: CoopForm, size: u32) -> Result<(), Error> {
         // Bounds the arithmetic of workgroup_bytes.
@@ -100,6 +110,11 @@ pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> C
         (CoopForm::WorkgroupMemory, _, 0..=128) => tile(4, 2, 16, 1),
         (CoopForm::WorkgroupMemory, _, _) => tile(2, 2, 16, 1),
     }
+}
+
+/// The largest step, of multiples of `unit` up to this one, that divides a block; this one if none does.
+pub(super) fn step_in_block(step: u32, unit: u32, block: u32) -> u32 {
+    (1..=step / unit).rev().map(|n| n * unit).find(|&n| block.is_multiple_of(n)).unwrap_or(step)
 }
 
 /// Queries and keys from which on plans take [`long_coop_tile`], if it gives the device enough workgroups.

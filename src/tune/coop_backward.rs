@@ -1,5 +1,6 @@
 //! The kernels on cooperative matrices, backward.
 
+use super::coop::step_in_block;
 use crate::error::Error;
 use crate::names::{CoopForm, ElementType};
 
@@ -27,6 +28,18 @@ impl CoopBackwardTile {
     /// Keys, or queries, that a workgroup owns, with matrices of `size` rows.
     pub const fn own(&self, size: u32) -> u32 {
         self.subgroups * self.matrices * size
+    }
+
+    /// The tile, made smaller where blocks of so many queries and keys, or keys and queries, that are owned and stepped over, do not divide into
+    /// tiles of it, if there is a smaller one that does. Of f32 and bf16 two subgroups own the same ones.
+    pub(crate) fn in_blocks(mut self, size: u32, scaled: bool, [own, step]: [u32; 2]) -> Self {
+        let share = 1 + scaled as u32;
+        while !own.is_multiple_of((self.own(size) / share).max(1)) && self.matrices * self.subgroups > share {
+            let halved = if self.matrices > 1 { &mut self.matrices } else { &mut self.subgroups };
+            *halved /= 2;
+        }
+        self.step = step_in_block(self.step, size, step);
+        self
     }
 
     /// Blocks of columns of gradients with rows of `dim`.

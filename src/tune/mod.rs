@@ -7,6 +7,7 @@ mod decode;
 mod fused;
 mod tile;
 
+pub(crate) use backward::backward_tiles_in_blocks;
 pub use backward::{BackwardTile, backward_tiles};
 pub(crate) use coop::LONG;
 pub use coop::{CoopTile, coop_scaled_tile, coop_tile, long_coop_tile};
@@ -15,8 +16,8 @@ pub(crate) use decode::FULL_DEVICE;
 pub use decode::{DecodeTile, decode_splits, decode_tile};
 pub(crate) use fused::MOST_ROUNDS;
 pub use fused::{FusedTile, fused_tile};
-pub(crate) use tile::dropout_bytes;
 pub use tile::{Tile, tile};
+pub(crate) use tile::{dropout_bytes, tile_in_blocks};
 
 /// A device's limits, for the tests of the tables.
 #[cfg(test)]

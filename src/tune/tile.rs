@@ -115,6 +115,11 @@ const TILES: &[Row] = &[
 /// The tile for a problem on a device: the table's, with `chunk` and `value_keys` made to fit head dimension and
 /// memory.
 pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
+    tile_in_blocks(head_dim, head_dim_v, limits, None)
+}
+
+/// The same where blocks of so many queries and keys divide into tiles. If no tile of the table does, the smallest.
+pub(crate) fn tile_in_blocks(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits, block: Option<[u32; 2]>) -> Tile {
     let memory = limits.max_compute_workgroup_storage_size;
     let fitted = |row: &Row| {
         let mut tile = row.tile;
@@ -128,7 +133,10 @@ pub fn tile(head_dim: u32, head_dim_v: u32, limits: &wgpu::Limits) -> Tile {
         tile
     };
     let suits = |row: &Row| {
+        let divides = block
+            .is_none_or(|[queries, keys]| queries.is_multiple_of(row.tile.rows) && keys.is_multiple_of(row.tile.keys));
         head_dim.max(head_dim_v) <= row.head_dim
+            && divides
             && memory >= row.workgroup_bytes
             && limits.max_compute_invocations_per_workgroup >= row.invocations
             && fitted(row).workgroup_bytes(head_dim_v) <= memory

@@ -2,7 +2,8 @@
 
 use fastrand::Rng;
 use wgpu_flash_attention::{
-    Alibi, Bias, Causal, Dropout, ElementType, Layout, Mods, Probe, Problem, ScoreLayout, Shape, Tensor,
+    Alibi, Bias, BlockIndices, BlockLists, BlockMask, Causal, Dropout, ElementType, Layout, Mods, Probe, Problem,
+    ScoreLayout, Shape, Tensor,
 };
 
 use crate::{Extras, Prepared};
@@ -171,6 +172,29 @@ impl Case {
         assert_eq!(lengths.len(), self.problem.shape.batch as usize);
         self.problem.seqlens_q = true;
         self.extras.seqlens_q = Some(lengths.to_vec());
+        self
+    }
+
+    /// Block lists, of which a third of the listed blocks are given as partial ones. `listed` is `[B|1, Hq|1, R, C]`.
+    pub fn blocks(mut self, lists: BlockLists, listed: Vec<bool>) -> Self {
+        self.problem = self.problem.with_blocks(lists);
+        let across = self.problem.block_counts()[3] as usize;
+        let (mut counts, mut indices) = ([vec![], vec![]], [vec![], vec![]]);
+        for (r, row) in listed.chunks(across.max(1)).enumerate() {
+            let listed: Vec<_> = row.iter().enumerate().filter(|(_, listed)| **listed).map(|(c, _)| c).collect();
+            for n in 0..2 {
+                let mut own: Vec<_> =
+                    listed.iter().filter(|&c| ((c + r) % 3 == 0) == (n == 0)).map(|&c| c as i32).collect();
+                counts[n].push(own.len() as i32);
+                own.resize(across, -1);
+                indices[n].extend(own);
+            }
+        }
+        let [[kv_num_blocks, full_counts], [kv_indices, full_indices]] =
+            [&counts, &indices].map(|both| [&both[0][..], &both[1]]);
+        let indices = BlockIndices { kv_num_blocks, kv_indices, full: Some([full_counts, full_indices]) };
+        let mask = BlockMask::from_lists(&self.problem, &indices).unwrap();
+        self.extras.blocks = Some((listed, mask));
         self
     }
 

@@ -1,6 +1,6 @@
 //! What a problem has besides q, k and v, on the host and on the device.
 
-use wgpu_flash_attention::{Context, Dropout, ElementType, ForwardBuffers, Problem, reference, wgpu};
+use wgpu_flash_attention::{BlockMask, Context, Dropout, ElementType, ForwardBuffers, Problem, reference, wgpu};
 
 use crate::memory::to_bits;
 
@@ -11,6 +11,8 @@ pub struct Extras {
     pub seqlens_q: Option<Vec<i32>>,
     /// Valid keys of each batch entry.
     pub seqlens_k: Option<Vec<i32>>,
+    /// Which blocks are listed, and their lists.
+    pub blocks: Option<(Vec<bool>, BlockMask)>,
     /// The bias, where its layout says.
     pub bias: Option<Vec<f32>>,
     /// The boolean mask, likewise.
@@ -19,9 +21,9 @@ pub struct Extras {
     pub alibi_slopes: Option<Vec<f32>>,
     /// The sinks of the heads.
     pub sinks: Option<Vec<f32>>,
+    pub dropout: Option<Dropout>,
     /// What the buffers of the problem's mods hold, by name.
     pub mod_buffers: Vec<(String, Vec<u8>)>,
-    pub dropout: Option<Dropout>,
 }
 
 impl Extras {
@@ -29,12 +31,13 @@ impl Extras {
         reference::Extras::default()
             .seqlens_q(self.seqlens_q.as_deref())
             .seqlens_k(self.seqlens_k.as_deref())
+            .blocks(self.blocks.as_ref().map(|(listed, _)| &listed[..]))
             .bias(self.bias.as_deref())
             .mask(self.mask.as_deref())
             .alibi_slopes(self.alibi_slopes.as_deref())
             .sinks(self.sinks.as_deref())
-            .mod_buffers(&self.mod_buffers)
             .dropout(self.dropout)
+            .mod_buffers(&self.mod_buffers)
     }
 
     /// On the device, for a problem with them.
@@ -49,6 +52,7 @@ impl Extras {
             mod_buffers: mod_buffers.collect::<Result<_, String>>()?,
             seqlens_q: upload(context, "seqlens_q", &self.seqlens_q)?,
             seqlens_k: upload(context, "seqlens_k", &self.seqlens_k)?,
+            blocks: upload(context, "blocks", &self.blocks.as_ref().map(|(_, mask)| mask.bytes().to_vec()))?,
             bias: upload(context, "bias", &bias)?,
             mask: upload(context, "mask", &mask)?,
             alibi_slopes: upload(context, "alibi_slopes", &self.alibi_slopes)?,
@@ -82,12 +86,13 @@ fn upload<T: bytemuck::Pod>(
 pub struct DeviceExtras {
     seqlens_q: Option<wgpu::Buffer>,
     seqlens_k: Option<wgpu::Buffer>,
+    blocks: Option<wgpu::Buffer>,
     bias: Option<wgpu::Buffer>,
     mask: Option<wgpu::Buffer>,
     alibi_slopes: Option<wgpu::Buffer>,
     sinks: Option<wgpu::Buffer>,
-    mod_buffers: Vec<(String, wgpu::Buffer)>,
     rng_state: Option<wgpu::Buffer>,
+    mod_buffers: Vec<(String, wgpu::Buffer)>,
 }
 
 impl DeviceExtras {
@@ -97,6 +102,7 @@ impl DeviceExtras {
         self.mod_buffers
             .iter()
             .fold(buffers, with_mods)
+            .blocks(self.blocks.as_ref())
             .seqlens_q(self.seqlens_q.as_ref())
             .seqlens_k(self.seqlens_k.as_ref())
             .bias(self.bias.as_ref())

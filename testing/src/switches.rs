@@ -4,7 +4,7 @@
 //! that it is enough when each pair of switches is off and off, off and on, on and off, on and on somewhere: eight problems
 //! for five switches, some dozen for twenty.
 
-use wgpu_flash_attention::{Alibi, Bias, ElementType, Mods, Problem, ScoreLayout, Shape, Tensor};
+use wgpu_flash_attention::{Alibi, Bias, BlockLists, ElementType, Mods, Problem, ScoreLayout, Shape, Tensor};
 
 /// Rows of switches, in which each pair of switches has each of its four values in some row.
 ///
@@ -70,7 +70,7 @@ fn pairs(switches: usize) -> impl Iterator<Item = Pair> {
 type Switch = fn(Problem) -> Problem;
 
 /// The switches of both passes. A new one is a line here.
-const BOTH: [Switch; 11] = [
+const BOTH: [Switch; 12] = [
     // Rows that do not lie in whole vectors.
     |problem| {
         let layout = problem.layout(Tensor::Query).at(1);
@@ -79,6 +79,8 @@ const BOTH: [Switch; 11] = [
     |problem| problem.softcap(2.0),
     Problem::with_seqlens_k,
     Problem::with_seqlens_q,
+    // A multiple of every tile of the tables and of the tests.
+    |problem| problem.with_blocks(BlockLists::new().size(768, 768)),
     |problem| mods(problem, "fn score_mod(score: f32, at: Position) -> f32 { return score * tanh(f32(at.i)); }"),
     |problem| mods(problem, "fn mask_mod(at: Position) -> bool { return at.j % 3u != 1u; }"),
     |problem| {

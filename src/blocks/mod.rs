@@ -1,0 +1,4 @@
+//! Block-sparse attention: which blocks of scores are computed, as lists that kernels walk over.
+
+pub mod lists;
+pub mod pattern;

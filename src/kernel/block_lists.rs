@@ -1,0 +1,67 @@
+//! Host side of `shaders/kernel/block_*.wgsl`: lists of blocks that are made on the device.
+
+use super::{Access, Part, Pass, Slot, bindings, switches_of, without_blocks};
+use crate::Problem;
+use crate::blocks::lists::Packing;
+use crate::problem::Tensor;
+use crate::specialize::Specialization;
+
+const THREADS: u32 = 256;
+
+/// From FlexAttention's lists; with those of full blocks, or without.
+pub(crate) fn of_lists(packing: Packing, full: bool) -> [Pass; 2] {
+    let mut used =
+        vec![(Slot::KvNumBlocks, Access::Read), (Slot::KvIndices, Access::Read), (Slot::Blocks, Access::ReadWrite)];
+    let mut on = vec![];
+    if full {
+        used.extend([(Slot::FullKvNumBlocks, Access::Read), (Slot::FullKvIndices, Access::Read)]);
+        on.push("FULL_LISTS");
+    }
+    let specialization = specialization("kernel/block_kinds_of_lists.wgsl", "kinds_of_lists", on);
+    let kinds = Pass::new(
+        specialization,
+        used,
+        THREADS,
+        0,
+        Box::new(move |_: &Part| [packing.down.into(), packing.list_count(), 1]),
+    );
+    [kinds, lists(packing)]
+}
+
+/// From the masks of a problem, other than its block lists.
+pub(crate) fn of_mask(problem: &Problem, packing: Packing) -> [Pass; 2] {
+    let mut on = without_blocks(switches_of(problem, &Tensor::FORWARD, 4));
+    const OF_SCORES: [&str; 8] = ["SOFTCAP", "SHAPED", "BIAS", "BIAS_F16", "BIAS_BF16", "ALIBI", "SINKS", "LSE"];
+    on.retain(|name| !OF_SCORES.contains(name));
+    let kinds = Pass::new(
+        specialization("kernel/block_kinds_of_mask.wgsl", "kinds_of_mask", on),
+        bindings(
+            problem,
+            &[
+                (Slot::SeqlensQ, Access::Read),
+                (Slot::SeqlensK, Access::Read),
+                (Slot::Mask, Access::Read),
+                (Slot::Blocks, Access::ReadWrite),
+            ],
+        ),
+        THREADS,
+        8,
+        Box::new(move |_: &Part| [packing.row_words(), packing.down.into(), packing.list_count()]),
+    )
+    .with_mods(problem.mods.as_ref());
+    [kinds, lists(packing)]
+}
+
+fn lists(packing: Packing) -> Pass {
+    Pass::new(
+        specialization("kernel/block_lists.wgsl", "lists", vec![]),
+        vec![(Slot::Blocks, Access::ReadWrite)],
+        THREADS,
+        4 * THREADS,
+        Box::new(move |_: &Part| [2, packing.list_count(), 1]),
+    )
+}
+
+fn specialization(file: &'static str, entry: &'static str, switches: Vec<&'static str>) -> Specialization {
+    Specialization { file, entry, switches, constants: vec![("THREADS", THREADS)] }
+}
