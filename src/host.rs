@@ -5,6 +5,7 @@ use std::future::Future;
 use wgpu::BufferUsages;
 
 use crate::context::Context;
+use crate::dropout::Dropout;
 use crate::error::{Error, NoMatrices};
 use crate::forward::ForwardBuffers;
 use crate::matrices::{MATRIX_FEATURES, passthrough};
@@ -78,6 +79,8 @@ pub struct SdpaOptions<'a> {
     pub attn_mask: Option<AttnMask<'a>>,
     /// Query `i` sees keys `j ≤ i`: PyTorch's causal mask, aligned to the top left.
     pub is_causal: bool,
+    /// PyTorch's `dropout_p`, with what its generator holds: dropout of the probabilities after the softmax. The mask is FlashAttention-2's.
+    pub dropout: Option<Dropout>,
     /// Factor of the scores; `None` is `1/√dim`.
     pub scale: Option<f32>,
     /// Allows k and v to have fewer heads than q, each shared by a group of query heads.
@@ -95,6 +98,12 @@ impl<'a> SdpaOptions<'a> {
     /// PyTorch's causal mask, aligned to the top left.
     pub const fn is_causal(mut self, is_causal: bool) -> Self {
         self.is_causal = is_causal;
+        self
+    }
+
+    /// Dropout of the probabilities after the softmax.
+    pub fn dropout(mut self, dropout: impl Into<Option<Dropout>>) -> Self {
+        self.dropout = dropout.into();
         self
     }
 
@@ -290,7 +299,8 @@ impl Context {
         } else {
             buffers = buffers.bias(mask.as_ref());
         }
-        plan.forward(&mut encoder, &buffers)?;
+        let rng_state = options.dropout.map(|dropout| self.upload(&dropout.rng_state())).transpose()?;
+        plan.forward(&mut encoder, &buffers.rng_state(rng_state.as_ref()))?;
         self.queue().submit([encoder.finish()]);
         Ok(Some((out, out_bytes)))
     }
@@ -386,6 +396,7 @@ fn sdpa_problem<T: Element>(
     let mut problem = Problem::new(shape, T::TYPE);
     problem.scale = options.scale;
     problem.causal = options.is_causal.then_some(Causal::TopLeft);
+    problem.dropout = options.dropout.map(|dropout| dropout.probability);
     let Some(mask) = &options.attn_mask else { return Ok(problem) };
     if options.is_causal {
         return Err(Error::CausalWithMask);

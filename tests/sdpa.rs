@@ -3,7 +3,7 @@
 use flash_attention_testing::{full, with_limits};
 use half::{bf16, f16};
 use wgpu_flash_attention::{
-    AttnMask, Bias, Causal, Element, ElementType, Error, HostTensor, Problem, ScoreLayout, SdpaOptions, Shape,
+    AttnMask, Bias, Causal, Dropout, Element, ElementType, Error, HostTensor, Problem, ScoreLayout, SdpaOptions, Shape,
     reference,
 };
 
@@ -54,6 +54,7 @@ fn check<T: Element + Into<f64> + PartialEq + std::fmt::Debug>(
         }
         _ => {}
     }
+    let extras = extras.dropout(options.dropout);
     let expected = reference::forward(&problem, &q, &k, &v, extras).out;
 
     let tensors = || {
@@ -133,6 +134,19 @@ fn masks() {
             1.01 / 2048.0,
         );
     }
+}
+
+#[test]
+fn dropout() {
+    let dropout = Dropout { probability: 0.3, seed: 5, offset: 1 << 40 };
+    let (q, v) = ([2, 3, 17, 20], [2, 3, 29, 12]);
+    check(q, v, plain().dropout(dropout).is_causal(true), |x| x, 4e-6);
+    check(q, v, plain().dropout(Dropout { probability: 0.0, ..dropout }), |x| x, 2e-6);
+    let data = [0f32; 2 * 3 * 4 * 8];
+    let tensor = HostTensor { data: &data[..], shape: [2, 3, 4, 8] };
+    let options = plain().dropout(Dropout { probability: 1.0, ..dropout });
+    let error = full().scaled_dot_product_attention(tensor, tensor, tensor, &options).unwrap_err();
+    assert_eq!(error, Error::Dropout(1.0));
 }
 
 #[test]
