@@ -34,7 +34,7 @@ const MODS: &str = "
         return y;
     }
     fn score_mod(score: f32, at: Position) -> f32 {
-        if at.j > at.i + 20u { return max(score, -0.5) - 0.5 * sin(score); }
+        if at.j > at.i + 20u { return max(score, -0.5) - score / (2.0 + score * score); }
         let both = vec2f(squash(score, 1u + at.h), tanh(0.5 * score));
         return dot(both, vec2f(0.75, 2.0)) + table[at.j];
     }
