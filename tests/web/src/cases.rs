@@ -34,7 +34,7 @@ const MODS: &str = "
         return y;
     }
     fn score_mod(score: f32, at: Position) -> f32 {
-        if at.j > at.i + 20u { return max(score, -0.5) - score / (2.0 + score * score); }
+        if at.j > at.i + 20u { return max(score, -0.5) - 0.5 * sin(score); }
         let both = vec2f(squash(score, 1u + at.h), tanh(0.5 * score));
         return dot(both, vec2f(0.75, 2.0)) + table[at.j];
     }
@@ -91,7 +91,6 @@ fn forward_entries() -> Vec<Entry> {
     add(FULL, "tile", tile(), F32, "ALiBi, padded", padded().alibi(Alibi::PerHead));
 
     let table: &[f32] = &[0.5, -0.25, 1.0];
-    add(FEW, "tile", tile(), F32, "mods", plain().mods(MODS, &[("table", table)]));
 
     let one = || case(2, [4, 1], [1, 600], [16, 12]);
     add(FULL, "decode", decode(2), F32, "mask, sinks", one().mask([2, 1, 1, 600]).sinks());
@@ -160,9 +159,6 @@ fn backward_entries() -> Vec<Entry> {
         square().alibi(Alibi::PerHead).seqlens_q(&[130]).seqlens(&[141]),
     );
     add(FULL, "backward tile", tile, F32, "mask", none, square().mask([1, 1, 150, 170]));
-
-    let table: &[f32] = &[0.5, -0.25, 1.0];
-    add(FEW, "backward tile", tile, F32, "mods", none, square().mods(MODS, &[("table", table)]));
 
     let by_keys = fused([64, 32], 8, 8, 16, [64, 32]);
     add(FULL, "backward fused", by_keys, F32, "a tile a block, bottom-right", none, square().causal(BottomRight));
