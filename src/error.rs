@@ -322,10 +322,10 @@ pub enum Error {
         /// What is wrong.
         fault: ModBufferFault,
     },
-    /// Lengths in a buffer with an output, in a browser.
+    /// Lengths or block lists in a buffer with an output, in a browser.
     #[error("{argument} shares a buffer with an output, which browsers do not take; give it a buffer of its own")]
     LengthsShared {
-        /// The lengths.
+        /// `seqlens_q`, `seqlens_k` or `blocks`.
         argument: &'static str,
     },
     /// What is bound as a uniform, in a buffer that the pass writes to.

@@ -118,7 +118,7 @@
 //!
 //! Types that will grow are `#[non_exhaustive]`: they are made by constructors and methods, and their public fields may be read
 //! and set. The modules `facts` (what a device allows), `tune` (tiles by device), `specialize` (how a shader file becomes a module)
-//! and `matrices`, the functions `modules` and `merge_module` (what a plan would compile), `Probe` (variants of attention that only tests
+//! and `matrices`, the functions `modules`, `merge_module` and `block_modules` (what a plan would compile), `Probe` (variants of attention that only tests
 //! plan) and the choices of tiles in [`PlanOptions`] are public for the crate's own tests and tools. They are not in these pages and
 //! may change in any release.
 #![deny(unsafe_code)]

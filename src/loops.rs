@@ -132,14 +132,26 @@ pub(crate) fn of_backward_tiles(problem: &Problem, [dkdv, dq]: [BackwardTile; 2]
 pub(crate) fn of_score_gradients(problem: &Problem, tile: BackwardTile) -> u64 {
     let s = &problem.shape;
     let scores = |dim: u32| outer(dim.div_ceil(4), tile.chunk / 4, tile.written_out);
-    let of_tile = scores(s.head_dim) + scores(s.head_dim_v) + (tile.step / tile.threads_x) as u64 + SMALL_LOOPS;
+    let dropout = of_dropout(problem, tile.own, tile.step, tile.threads());
+    let of_tile =
+        scores(s.head_dim) + scores(s.head_dim_v) + (tile.step / tile.threads_x) as u64 + dropout + SMALL_LOOPS;
     let all = [s.batch, s.heads_q, s.seqlen_q.div_ceil(tile.own), s.seqlen_k.div_ceil(tile.step)];
-    let shared = match (problem.gradients, problem.bias) {
-        (Some(gradients), Some(bias)) if gradients.bias => backward_scores::shared(problem, &bias.layout),
-        _ => [false, false, false, true],
+    let of_shared = |shared: [bool; 4]| {
+        let tiles = |n: usize| if shared[n] { all[n] as u64 + 1 } else { 1 };
+        (0..4).map(tiles).fold(of_tile, u64::saturating_mul)
     };
-    let tiles = |n: usize| if shared[n] || n == 3 { all[n] as u64 + 1 } else { 1 };
-    (0..4).map(tiles).fold(of_tile, u64::saturating_mul)
+    let gradients = problem.gradients.unwrap_or_default();
+    let of_bias = problem.bias.filter(|_| gradients.bias).map(|bias| backward_scores::shared(problem, &bias.layout));
+    // The gradient of slopes sums over the keys of a row.
+    let of_slopes = gradients.alibi_slopes.then_some([false, false, false, true]);
+    of_bias.into_iter().chain(of_slopes).map(of_shared).max().unwrap_or(0)
+}
+
+/// Iterations of `shaders/kernel/backward_heads.wgsl`, whose workgroups have so many threads.
+pub(crate) fn of_head_gradients(problem: &Problem, threads: u32) -> u64 {
+    let s = &problem.shape;
+    let of_entry = s.seqlen_q.div_ceil(threads) as u64 + 2;
+    if problem.has_head_gradients() { of_entry.saturating_mul(s.batch.into()).saturating_add(SMALL_LOOPS) } else { 0 }
 }
 
 /// Iterations of `shaders/kernel/backward_fused_tile.wgsl`.

@@ -53,7 +53,7 @@ pub enum Kernel {
     /// [`Context::with_cooperative_matrices`](crate::Context::with_cooperative_matrices) made. The matrices are of f16:
     /// bf16 is scaled to it, f32 is also split into two parts, which keep 22 bits of it.
     Coop,
-    /// Few queries, many keys: the keys are split over workgroups, and the splits' results merged.
+    /// Few queries, many keys: the keys are split over workgroups, and the splits' results merged. It takes neither dropout nor block lists.
     Decode,
     /// Tiles and an online softmax within WebGPU's default limits, larger tiles where the device allows them.
     Tile,

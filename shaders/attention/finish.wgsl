@@ -8,7 +8,7 @@ struct Row {
     lse: u32,
 }
 
-// Of a row of which `sum` sums exp(score - m), p = exp(score - m) being what V was multiplied by.
+// Ends a row. `sum` is the sum of exp(score - m) over its keys, before dropout. These exponentials were the weights of the sum of V.
 fn finish_row(at: Sequence, m: f32, sum: f32, is_empty: bool) -> Row {
 #if SINKS
     // The sink is one more score in the denominator, of no key.

@@ -1,5 +1,5 @@
 // What is given of each score or head beside Q, K and V: bias, boolean mask, slopes of ALiBi, sinks.
-// Needs: softmax.wgsl, sequence.wgsl. Gives: with BIAS bias_of, with MASK mask_of, with ALIBI slope_of, with SINKS sink_of.
+// Needs: softmax.wgsl, sequence.wgsl. Gives: with BIAS bias_of, with MASK mask_of, with ALIBI alibi_slope_of, with SINKS sink_of.
 
 #if BIAS
 // f32, or two elements of 16 bits a word.
@@ -35,7 +35,7 @@ fn mask_of(at: Sequence, i: i32, j: i32) -> bool {
 #if ALIBI
 @group(0) @binding(21) var<storage, read> alibi_slopes: array<f32>;
 
-fn slope_of(at: Sequence) -> f32 {
+fn alibi_slope_of(at: Sequence) -> f32 {
     return alibi_slopes[at.batch * problem.slopes_batch + at.head];
 }
 #endif

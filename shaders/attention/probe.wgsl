@@ -1,4 +1,4 @@
-// Variants of attention that only tests plan (Probe in src/problem.rs). Each goes through one seam between attention and kernels: a
+// Variants of attention that only tests plan (Probe in src/problem/probe.rs). Each goes through one seam between attention and kernels: a
 // kernel that has its own idea of a position, a head, a row, a tile or a row's end gives wrong results with one of them.
 // Needs: sequence.wgsl. Gives: the probe_ functions that the other files of this folder call.
 

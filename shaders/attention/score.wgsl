@@ -1,5 +1,5 @@
-// What a score is: scale · q·k, then softcap · tanh(score / softcap), then the user's score_mod, then plus bias and ALiBi. Kernels ask with the score's place in the
-// problem. A score whose bias masks it is MASKED.
+// What a score is: scale · q·k, then softcap · tanh(score / softcap), then the user's score_mod, then plus bias and ALiBi. Kernels ask with
+// the score's place in the problem. A score whose bias masks it is MASKED.
 // Needs: softmax.wgsl, sequence.wgsl, given.wgsl, mods.wgsl. Gives: scored, scored4, score_unit, score_factor, exponent_bound.
 //
 // Unless SHAPED, a score is a positive factor times the product q·k, and kernels may hold products instead of scores. Then score_unit()
@@ -23,7 +23,7 @@ fn scored(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
     x = Scored(of_user.x, x.slope * of_user.y);
 #endif
 #if ALIBI
-    x.score -= slope_of(at) * f32(abs(i + at.keys - at.queries - j));
+    x.score -= alibi_slope_of(at) * f32(abs(i + at.keys - at.queries - j));
 #endif
 #if BIAS
     let term = bias_of(at, i, j);

@@ -13,7 +13,8 @@ pub(crate) fn workspace_bytes(problem: &Problem, part: &Part, has_ranges: bool) 
         true => forward_coop_scaled::workspace_bytes(problem, part),
         false => part.length_count(problem).saturating_mul(8),
     };
-    part.rows_of_heads().saturating_mul(8).saturating_add(behind)
+    // Gradients of sinks and slopes are written where there is no row, too.
+    part.rows_of_heads().saturating_mul(8).saturating_add(behind).max(if problem.has_head_gradients() { 8 } else { 0 })
 }
 
 /// With `clear`, the gradient of queries is set to 0.

@@ -7,11 +7,12 @@ use crate::specialize::Specialization;
 use crate::tune::BackwardTile;
 use crate::{ElementType, Problem};
 
-const HEAD_THREADS: u32 = 256;
+pub(crate) const HEAD_THREADS: u32 = 256;
 
 /// Bytes of the sums of rows that the gradient of slopes is made of.
 pub(crate) fn row_sums_bytes(part: &Part) -> u64 {
-    part.rows_of_heads().saturating_mul(4)
+    // Without queries the sum of none is still a gradient to write.
+    part.rows_of_heads().saturating_mul(4).max(4)
 }
 
 /// Whether anything but dq, dk and dv is computed tile by tile.

@@ -87,7 +87,7 @@ pub(crate) fn without_dropout(mut switches: Vec<&'static str>) -> Vec<&'static s
     switches
 }
 
-/// The same for a backward kernel.
+/// The switches that follow from the problem, for a backward kernel that moves `vector` elements at a time.
 pub(crate) fn backward_switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
     let mut on = switches_of(problem, &Tensor::BACKWARD, vector);
     on.retain(|name| !["LSE", "SEQLENS_Q", "SEQLENS_K", "SINKS"].contains(name));

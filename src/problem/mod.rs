@@ -44,7 +44,8 @@ pub struct Gradients {
     /// Whether all gradients are added to what their buffers hold instead of written over it.
     pub accumulate: bool,
     /// Whether the gradient of the bias is computed: in the bias' type, where its layout puts its elements, summed over what it
-    /// broadcasts to. Sums are f32.
+    /// broadcasts to. Sums are f32; where the plan splits the problem between batch entries or heads that share elements of a bias in 16
+    /// bits, they are rounded after each part. Of a problem without batch entries, queries or keys nothing is written.
     pub bias: bool,
     /// Whether the gradient of the sinks is computed, f32 `[heads_q]`.
     pub sinks: bool,
@@ -540,7 +541,14 @@ impl Problem {
 
     /// Whether the backward pass has nothing to write.
     pub(crate) fn has_no_gradients(&self) -> bool {
-        self.shape.batch == 0 || (self.shape.seqlen_q == 0 && self.shape.seqlen_k == 0)
+        let s = &self.shape;
+        let is_empty = s.batch == 0 || (s.seqlen_q == 0 && s.seqlen_k == 0);
+        is_empty && !self.has_head_gradients()
+    }
+
+    /// Whether the backward pass writes gradients of what each head has, which are there whatever the other sizes are.
+    pub(crate) fn has_head_gradients(&self) -> bool {
+        self.gradients.is_some_and(|gradients| gradients.sinks || gradients.alibi_slopes)
     }
 
     /// Bytes from the start of the binding to the end of the tensor, 0 for a tensor without elements.

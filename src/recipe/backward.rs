@@ -86,6 +86,8 @@ pub(super) fn recipe(
         let needed = loops::of_score_gradients(problem, scores_tile(problem, facts)?);
         loops::check(facts.loop_iterations, Kernel::Tile, needed)?;
     }
+    let of_heads = loops::of_head_gradients(problem, backward_scores::HEAD_THREADS);
+    loops::check(facts.loop_iterations, Kernel::Tile, of_heads)?;
     passes.extend(backward_scores::passes(problem, scores_tile(problem, facts)?));
     let problem = problem.clone();
     let workspaces = move |part: &Part| {

@@ -164,6 +164,9 @@ pub fn cases() -> Vec<(String, Case)> {
         ("sinks, padded, no lse", three().sinks().no_lse().seqlens_q(&[5, 19, 12]).seqlens(&[5, 0, 33])),
         ("sinks, one query", case(3, [4, 2], [1, 140], [16, 12]).sinks().seqlens(&[140, 0, 33])),
         ("sinks, no keys", case(2, [2, 1], [5, 0], [16, 12]).sinks()),
+        ("ALiBi, sinks, no queries", case(2, [2, 1], [0, 5], [16, 12]).alibi(Alibi::PerHead).sinks()),
+        ("ALiBi, sinks, nothing", case(2, [2, 1], [0, 0], [16, 12]).alibi(Alibi::PerBatchAndHead).sinks()),
+        ("ALiBi, sinks, no batch", case(0, [2, 1], [9, 5], [16, 12]).alibi(Alibi::PerHead).sinks()),
         // Dropout
         ("dropout", wide().dropout(0.3)),
         ("dropout, causal", tall().dropout(0.1).causal(BottomRight)),
