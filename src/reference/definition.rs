@@ -365,23 +365,32 @@ impl<N: Real> Attention<'_, N> {
             if let (Some(sums), Some(sink)) = (&mut sinks, self.sink(h))
                 && i < self.extras.lengths(problem, b).0
             {
-                sums.add_one(h as usize, (sink - lse[n]).exp() * delta[n] * N::of(-1.0), None);
+                let term = (sink - lse[n]).exp() * delta[n] * N::of(-1.0);
+                sums.add_one(h as usize, term, term.into());
             }
             if bias.is_none() && slopes.is_none() {
                 continue;
             }
+            // Scores of a row have one lse and one delta, and what these are off by: what they add to one element counts as one term.
+            let (mut bias_size, mut slope_size) = (0.0, 0.0);
             for pair in (0..s.seqlen_k).map(|j| Pair { b, h, i, j }).filter(|&pair| self.keep(pair)) {
                 let m = self.key_number([b, h / s.group(), pair.j]);
                 let of_pair = self.pair_gradient(tensors, pair, [n, m], [lse[n], delta[n]]);
                 if let (Some(sums), Some(bias)) = (&mut bias, problem.bias) {
                     let place = bias.layout.place([b, h, i, pair.j]) as usize;
-                    sums.add_one(place, of_pair.dscore, Some(of_pair.score_size));
+                    let size = of_pair.score_size;
+                    let (of_row, own) = if bias.layout.column == 0 { (size, 0.0) } else { (0.0, size) };
+                    bias_size += of_row;
+                    sums.add_one(place, of_pair.dscore, own);
                 }
                 if let Some(sums) = &mut slopes {
-                    let place = self.slope_number(b, h);
                     let distance = self.distance(pair);
-                    sums.add_one(place, of_pair.dscore * N::of(-distance), Some(of_pair.score_size * distance));
+                    slope_size += of_pair.score_size * distance;
+                    sums.add_one(self.slope_number(b, h), of_pair.dscore * N::of(-distance), 0.0);
                 }
+            }
+            for (sums, size) in [(&mut bias, bias_size), (&mut slopes, slope_size)] {
+                sums.iter_mut().for_each(|sums| sums.squares += size * size);
             }
         }
         [bias, sinks, slopes].map(|sums| {
@@ -427,10 +436,10 @@ impl<N: Real> GradientRow<N> {
         GradientRow { values: vec![N::of(0.0); dim as usize], squares: 0.0 }
     }
 
-    /// Adds x to one of the values; it counts as `size`, or as large as it is.
-    fn add_one(&mut self, place: usize, x: N, size: Option<f64>) {
+    /// Adds x to one of the values; it counts as `size`.
+    fn add_one(&mut self, place: usize, x: N, size: f64) {
         self.values[place] += x;
-        self.squares += size.unwrap_or(x.into()).powi(2);
+        self.squares += size * size;
     }
 
     /// Adds the rows after these.

@@ -39,7 +39,8 @@ pub struct Backward {
 pub struct Summed {
     /// The sums.
     pub values: Vec<f64>,
-    /// The norm of what was summed, with p·dp and p·delta apart.
+    /// The norm of what was summed, with p·dp and p·delta apart. What scores of one row add to one element is one term: they have one
+    /// delta and one lse, and what the rounding of these costs.
     pub terms: f64,
 }
 
