@@ -3,7 +3,8 @@
 /// The sizes of q `[batch, heads_q, seqlen_q, head_dim]`, k `[batch, heads_kv, seqlen_k, head_dim]`,
 /// v `[batch, heads_kv, seqlen_k, head_dim_v]` and o `[batch, heads_q, seqlen_q, head_dim_v]`.
 ///
-/// This is plain data that stays as it is: a new kind of input becomes a part of [`Problem`], not of its sizes.
+/// This is plain data that stays as it is: a new kind of input becomes a part of [`Problem`](crate::Problem), not
+/// of its sizes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
     /// Sequences computed at once; may be 0.
