@@ -25,8 +25,8 @@ pub struct BlockMask {
 }
 
 /// FlexAttention's lists on the host. R is the number of blocks down the queries, C that of columns
-/// ([`BlockLists::columns`](crate::BlockLists::columns)). Each row lists its blocks of keys by their numbers, in any order; what lies past a row's count means
-/// nothing.
+/// ([`BlockLists::columns`](crate::BlockLists::columns)). Each row lists its blocks of keys by their numbers, in any order; what lies past a row's
+/// count means nothing.
 #[derive(Clone, Copy, Debug)]
 pub struct BlockIndices<'a> {
     /// How many partial blocks each row has, `[B|1, Hq|1, R]`.
@@ -46,8 +46,8 @@ pub(crate) enum Kind {
 }
 
 impl BlockMask {
-    /// From a matrix of blocks, `[B|1, Hq|1, R, C]` ([`Problem::block_counts`]): true is listed, as a full block. Other masks of the problem still
-    /// count inside it.
+    /// From a matrix of blocks, `[B|1, Hq|1, R, C]` ([`Problem::block_counts`]): true is listed, as a full block. Other masks of the problem
+    /// still count inside it.
     ///
     /// An error if the problem has no block lists, or `listed` has another length, or a row lists more blocks than the lists have columns for.
     pub fn from_dense(problem: &Problem, listed: &[bool]) -> Result<Self, Error> {
@@ -66,8 +66,8 @@ impl BlockMask {
 
     /// From FlexAttention's lists.
     ///
-    /// An error that names the argument if a length is wrong, a count is not from 0 to C, an index is not from 0 to the number of blocks less one, or a
-    /// row lists a block twice.
+    /// An error that names the argument if a length is wrong, a count is not from 0 to C, an index is not from 0 to the number of blocks less one,
+    /// or a row lists a block twice.
     pub fn from_lists(problem: &Problem, lists: &BlockIndices<'_>) -> Result<Self, Error> {
         let packing = packing_of(problem)?;
         let (rows, columns) = (packing.row_count(), packing.columns as usize);

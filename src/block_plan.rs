@@ -12,6 +12,7 @@ use crate::context::Context;
 use crate::error::Error;
 use crate::faults;
 use crate::kernel::{Access, Part, Pass, Slot, block_lists, check_limits};
+use crate::loops;
 use crate::names::Kernel;
 use crate::pipelines::LazyPipeline;
 use crate::problem::Problem;
@@ -32,14 +33,16 @@ pub enum BlockSource {
         /// Whether there are lists of full blocks.
         full: bool,
     },
-    /// The problem's own masks, its lengths, its boolean mask and its `mask_mod` included (but not a bias that masks): a block is listed if some score of it counts, and full if all do and it is not cut short. Lists
-    /// that batch entries or heads share have a block if one of them needs it, and have it as full if it is for all. Nothing as large
-    /// as the scores is kept. The passes that use the lists apply the masks as well, so their results are those without lists.
+    /// The problem's own masks, its lengths, its boolean mask and its `mask_mod` included (but not a bias that masks): a block is listed if some
+    /// score of it counts, and full if all do and it is not cut short. Lists that batch entries or heads share have a block if one of them needs
+    /// it, and have it as full if it is for all. Nothing as large as the scores is kept. The passes that use the lists apply the masks as well,
+    /// so their results are those without lists.
     Masks,
 }
 
-/// Makes the packed block lists of a problem on the device. Made by [`Context::plan_blocks`]; used any number of times. The lists are needed anew only
-/// when what they are made from changes: [`BlockSource::Masks`] depends on lengths, the boolean mask and the buffers of mods, not on q, k and v.
+/// Makes the packed block lists of a problem on the device. Made by [`Context::plan_blocks`]; used any number of times. The lists are needed
+/// anew only when what they are made from changes: [`BlockSource::Masks`] depends on lengths, the boolean mask and the buffers of mods, not on
+/// q, k and v.
 ///
 /// ```
 /// use wgpu_flash_attention::{BlockBuffers, BlockLists, BlockSource, Causal, Context, Error, Problem, wgpu};
@@ -81,7 +84,7 @@ pub struct BlockBuffers<'a> {
     pub seqlens_k: Option<BufferBinding<'a>>,
     /// The boolean mask, likewise.
     pub mask: Option<BufferBinding<'a>>,
-    /// Of each buffer of the problem's mods its name and where it lies, likewise.
+    /// Of each buffer of the problem's mods its name and where it lies; given exactly for [`BlockSource::Masks`] of a problem with a `mask_mod`.
     pub(crate) mod_buffers: Vec<(&'a str, BufferBinding<'a>)>,
 }
 
@@ -123,7 +126,8 @@ impl<'a> BlockBuffers<'a> {
         self
     }
 
-    /// A buffer of the problem's [`Mods`](crate::Mods), by its name in their text: for [`BlockSource::Masks`] of a problem with mods each of them.
+    /// A buffer of the problem's [`Mods`](crate::Mods), by its name in their text: for [`BlockSource::Masks`] of a problem
+    /// with a `mask_mod` each of them, else none.
     #[cfg(feature = "mods")]
     pub fn mod_buffer(mut self, name: &'a str, buffer: impl ToBinding<'a>) -> Self {
         self.mod_buffers.push((name, buffer.to_binding()));
@@ -159,7 +163,16 @@ pub fn block_modules(problem: &Problem, source: BlockSource) -> Result<Vec<Plann
 impl Context {
     /// Plans how the packed block lists of a problem are made on the device.
     ///
-    /// An error if the problem has no block lists, or their buffer exceeds the device's limits.
+    /// Errors, besides those of [`Problem::validate`]:
+    ///
+    /// - [`Error::BlocksMissing`]: the problem has no block lists.
+    /// - [`Error::BlockColumns`]: lists with a bound on the blocks of a row are to be made from masks.
+    /// - [`Error::BindingTooLarge`]: the lists, one of the arrays that they are made from, or the boolean mask exceeds the device's limits on a
+    ///   binding.
+    /// - [`Error::StorageBuffers`], [`Error::DeviceLimit`]: the device allows fewer storage buffers, or fewer workgroups and the like, than it
+    ///   takes; their `kernel` is [`Kernel::Tile`].
+    /// - [`Error::DriverLoops`]: the driver ends loops before the lists are made; likewise.
+    /// - What the driver says of a module, of memory, or of a lost device.
     pub fn plan_blocks(&self, problem: &Problem, source: BlockSource) -> Result<BlockPlan, Error> {
         faults::caught(self.device(), "block plan", || self.new_block_plan(problem, source))
     }
@@ -185,6 +198,11 @@ impl Context {
         let s = &problem.shape;
         let part = Part { batch: 0..s.batch, heads: 0..s.heads_q, rows: 0..s.seqlen_q };
         let (of_problem, uniform) = bind_part(problem, &part, &Bounds::of(limits), false);
+        let mask = of_problem.iter().find(|&&(slot, ..)| slot == Slot::Mask && source == BlockSource::Masks);
+        if let Some(&(slot, _, bytes)) = mask.filter(|(.., bytes)| *bytes > limit) {
+            return Err(Error::BindingTooLarge { argument: slot.name(), bytes, limit });
+        }
+        loops::check(self.facts().loop_iterations, Kernel::Tile, loops::of_blocks(problem, source))?;
         let mut launches = vec![];
         for pass in &passes {
             let workgroups = (pass.workgroups)(&part);
@@ -274,7 +292,7 @@ impl BlockPlan {
             .collect();
         let scores = self.problem.mask_scores().filter(|_| !has_lists);
         all.push(Argument::scores(Slot::Mask, Access::Read, buffers.mask.as_ref(), &self.problem, scores));
-        let mods = self.problem.mods.as_ref().filter(|_| !has_lists);
+        let mods = self.problem.mods.as_ref().filter(|_| !has_lists && self.problem.has_mask_mod());
         all.extend(mod_buffers(mods, &buffers.mod_buffers, &self.device.limits())?);
         let slots = check_buffers(&all, self.offset_alignments)?;
         let Some((launches, uniforms)) = &self.work else {

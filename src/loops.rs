@@ -5,8 +5,9 @@
 //! Each function here counts, from above, the iterations that an invocation of a kernel makes. It counts every loop that the shader's
 //! text does not write out, since a compiler may write out none.
 
+use crate::block_plan::BlockSource;
 use crate::error::Error;
-use crate::kernel::{backward_scores, dropout_bytes};
+use crate::kernel::{backward_scores, block_lists, dropout_bytes};
 use crate::names::Kernel;
 use crate::problem::{Causal, Problem};
 use crate::tune::{BackwardTile, DecodeTile, FusedTile, Tile};
@@ -170,10 +171,33 @@ pub(crate) fn of_fused(problem: &Problem, tile: FusedTile) -> u64 {
     blocks(s.seqlen_k, tile.block_keys, tile.own).saturating_mul(rows).saturating_mul(of_step)
 }
 
+/// Iterations of `shaders/kernel/block_*.wgsl`, whichever of the two needs more: kinds of blocks, from masks or lists, and lists of them.
+pub(crate) fn of_blocks(problem: &Problem, source: BlockSource) -> u64 {
+    let (Some(lists), Some(packing)) = (problem.blocks, problem.packing()) else { return 0 };
+    let s = &problem.shape;
+    let of_thread = |things: u64| things.div_ceil(block_lists::THREADS.into()) + 1;
+    let of_kinds = match source {
+        BlockSource::Lists { .. } => of_thread(packing.row_words()) + 2 * of_thread(packing.columns.into()),
+        BlockSource::Masks => {
+            let [batches, heads] = [(lists.per_batch, s.batch), (lists.per_head, s.heads_q)]
+                .map(|(own, all)| if own { 1 } else { all as u64 });
+            let scores = lists.queries.min(s.seqlen_q) as u64 * lists.keys.min(s.seqlen_k) as u64;
+            let of_word = packing.across.min(16) as u64 * (of_thread(scores) + 1) + 1;
+            batches.saturating_mul(heads.saturating_mul(of_word) + 2) + SMALL_LOOPS
+        }
+    };
+    // A thread looks at all blocks of its lines three times.
+    let of_lines = |lines: u32, of_line: u32| of_thread(lines.into()).saturating_mul(3 * (of_line as u64 + 1) + 4);
+    let of_lists = of_lines(packing.down, packing.across)
+        .max(of_lines(packing.across, packing.down))
+        .saturating_add(of_thread(packing.entries) + 2 * u64::from(block_lists::THREADS) + 2);
+    of_kinds.max(of_lists)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ElementType, Shape, tune};
+    use crate::{BlockLists, ElementType, Shape, tune};
 
     #[test]
     fn drivers_by_their_names() {
@@ -211,6 +235,32 @@ mod tests {
         for count in [of_backward_tiles(&problem, [tile; 2]), of_fused(&problem, all), of_naive(&problem, true)] {
             assert!(count > 1 << 40, "{count}");
         }
+    }
+
+    #[test]
+    fn block_lists_are_counted() {
+        let count = |problem: &Problem, lists, source| of_blocks(&problem.clone().with_blocks(lists), source);
+        let of_device = BlockSource::Lists { full: true };
+        let lists = BlockLists::new();
+        let problem = Problem::new(Shape::square(16, 16, 4096, 64), ElementType::F32);
+        // 16 blocks of 64 scores a thread, for each of 256 sequences, or for one.
+        assert!(count(&problem, lists, BlockSource::Masks) > 16 * 64 * 256);
+        assert!(count(&problem, lists.per_batch().per_head(), BlockSource::Masks) < GRANTED);
+        assert!(count(&problem, lists, of_device) < GRANTED);
+        // One block of all scores, however large it is said to be.
+        let huge = count(&problem, lists.size(crate::MAX_SEQLEN, crate::MAX_SEQLEN), BlockSource::Masks);
+        assert!((256 * 65_536..257 * 65_536).contains(&huge), "{huge}");
+        // 1,024 blocks each way, of which a thread has 4 lines.
+        let long = Problem::new(Shape::square(1, 1, 1 << 17, 64), ElementType::F32);
+        assert!(count(&long, lists, of_device) < GRANTED);
+        assert!(count(&long, lists.size(32, 32), of_device) > GRANTED);
+        assert!(
+            count(
+                &Problem::new(Shape::square(u32::MAX, 1, crate::MAX_SEQLEN, 1), ElementType::F32),
+                lists.size(1, 1),
+                BlockSource::Masks
+            ) > GRANTED
+        );
     }
 
     /// From how many keys on the tile kernel was wrong on Mesa 22.3, by head dim.

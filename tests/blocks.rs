@@ -1,5 +1,5 @@
-//! Block-sparse attention: every kernel, form and type by block lists, forward and backward, whole and split; and the lists themselves, which the host
-//! and the device make alike.
+//! Block-sparse attention: every kernel, form and type by block lists, forward and backward, whole and split; and the lists themselves, which
+//! the host and the device make alike.
 
 use flash_attention_testing::backward::{self, Ask, backward, fused};
 use flash_attention_testing::coop::{context, in_forms, is_software, known_matrices};
@@ -538,6 +538,8 @@ fn blocks_of_masks_are_found() {
     let context = webgpu();
     let both = || case(2, [4, 2], [150, 170], [16, 12]);
     let lists = BlockLists::new().size(32, 16);
+    // Head h sees the first 40 h keys.
+    const BY_HEAD: &str = "fn mask_mod(at: Position) -> bool { return at.j < 40u * at.h; }";
     let cases = [
         (both(), lists),
         (both().causal(BottomRight), lists.per_head()),
@@ -549,6 +551,15 @@ fn blocks_of_masks_are_found() {
         (both().seqlens(&[0, 0]), lists.per_batch().per_head()),
         (both().mask([2, 4, 150, 170]), lists.size(2, 3).per_batch().per_head()),
         (both().mask([1, 4, 1, 170]).causal(BottomRight), lists.size(2, 3)),
+        (both().mask([1, 4, 150, 170]), lists.size(2, 3).per_head()),
+        (both().mask([2, 1, 150, 170]), lists.size(2, 3).per_batch()),
+        (both().mods(BY_HEAD, &[] as &[(&str, &[u32])]), lists.per_head()),
+        (both().mods(BY_HEAD, &[] as &[(&str, &[u32])]), lists.per_batch()),
+        // Sizes whose products, and ends, u32 does not hold.
+        (both(), lists.size(65_536, 65_536)),
+        (both().window(20, 30), lists.size(16, 1 << 29)),
+        (both().window(20, 30), lists.size(1 << 29, 16)),
+        (both().causal(BottomRight), lists.size(1 << 29, 1 << 29).per_head()),
         (
             both().mask_at(ScoreLayout { offset: 5, ..ScoreLayout::contiguous([2, 1, 150, 1]) }),
             lists.size(3, 2).per_batch(),
@@ -566,7 +577,8 @@ fn blocks_of_masks_are_found() {
                 (Some(layout), Some(mask)) => mask[layout.place([b, h, i, j]) as usize],
                 _ => true,
             };
-            i < s.seqlen_q && (first..end).contains(&j) && given()
+            let by_head = problem.mods.is_none() || j < 40 * h;
+            i < s.seqlen_q && (first..end).contains(&j) && given() && by_head
         };
         let mut kinds = vec![];
         for list in 0..batch * heads {
@@ -575,8 +587,10 @@ fn blocks_of_masks_are_found() {
             for (r, c) in (0..down).flat_map(|r| (0..across).map(move |c| (r, c))) {
                 let mut all = vec![];
                 for (b, h) in batches.clone().flat_map(|b| of_list.clone().map(move |h| (b, h))) {
-                    for i in r * lists.queries..(r + 1) * lists.queries {
-                        all.extend((c * lists.keys..(c + 1) * lists.keys).map(|j| counts([b, h, i, j])));
+                    for i in r * lists.queries..((r + 1) * lists.queries).min(s.seqlen_q + 1) {
+                        // One past the end stands for all that a block lacks.
+                        let end = ((c + 1) * lists.keys).min(s.seqlen_k + 1);
+                        all.extend((c * lists.keys..end).map(|j| counts([b, h, i, j])));
                     }
                 }
                 kinds.push(all.contains(&true) as u8 + all.iter().all(|&counts| counts) as u8);
@@ -595,6 +609,32 @@ fn blocks_of_masks_are_found() {
     }
     let without = context.plan_blocks(&both().problem, BlockSource::Masks).unwrap_err();
     assert_eq!(without, Error::BlocksMissing);
+}
+
+/// A boolean mask that no binding holds is an error of the plan; lists that are not made from it do not mind.
+#[test]
+fn masks_that_no_binding_holds_are_refused() {
+    let layout = ScoreLayout::contiguous([1, 1, 16_384, 16_384]);
+    let shape = Shape::square(1, 1, 16_384, 8);
+    let problem = Problem::new(shape, ElementType::F32).with_mask(layout).with_blocks(BlockLists::new());
+    let limit = webgpu().device().limits().max_storage_buffer_binding_size;
+    let error = webgpu().plan_blocks(&problem, BlockSource::Masks).unwrap_err();
+    assert_eq!(error, Error::BindingTooLarge { argument: "mask", bytes: 1 << 28, limit });
+    assert!(webgpu().plan_blocks(&problem, BlockSource::Lists { full: true }).is_ok());
+}
+
+/// What a `score_mod` alone reads is not bound, since it does not say which scores count.
+#[test]
+fn buffers_of_a_score_mod_alone_are_not_asked_for() {
+    const WEIGHTS: &str = "var<storage, read> weight: array<f32>;
+        fn score_mod(score: f32, at: Position) -> f32 { return score + weight[at.j]; }";
+    let weights = [0.5f32; 170];
+    let mut case = case(2, [4, 2], [150, 170], [16, 12]).causal(BottomRight);
+    case.problem = case.problem.with_blocks(BlockLists::new().size(32, 32));
+    let plain = of_masks(webgpu(), &case);
+    let mut with_mod = case.mods(WEIGHTS, &[("weight", &weights)]);
+    with_mod.extras.mod_buffers.clear();
+    assert!(of_masks(webgpu(), &with_mod) == plain);
 }
 
 /// Lists of fewer columns than there are blocks, as FlexAttention's compact ones.

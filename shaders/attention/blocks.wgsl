@@ -2,7 +2,8 @@
 // Needs: sequence.wgsl. Gives: with BLOCKS Line, row_of_blocks, column_of_blocks, entry; with BLOCKS_BY_PAIR is_listed.
 //
 // A list, that of a batch entry and a head, is:
-// - of each block two bits, 1 for a partial and 2 for a full one: 16 blocks a word, each row of blocks from a new word on;
+// - of each block two bits, 1 for a partial and 2 for a full one, 3 for one that was listed as both, which counts as partial: 16 blocks a
+//   word, each row of blocks from a new word on;
 // - by rows: where each row's entries begin, `down` + 1 numbers; how many of them are full, `down` numbers; the entries;
 // - by keys: the same with rows and columns exchanged.
 // Nothing here trusts the numbers in the buffer: they are clamped, so that wrong ones are no reads past its end.
@@ -19,27 +20,22 @@ struct Line {
     last: u32,
 }
 
-fn row_words() -> u32 {
-    return (problem.blocks.across + 15u) / 16u;
-}
-
 // Where the list of a sequence begins.
 fn list_of(at: Sequence) -> u32 {
     let b = problem.blocks;
-    let words = b.down * row_words() + 2u * (b.down + b.across + 1u + b.entries);
-    return (at.batch * b.batch + at.head * b.head) * words;
+    return (at.batch * b.batch + at.head * b.head) * list_words(b);
 }
 
 // The entries of the row of blocks that query i is in.
 fn row_of_blocks(at: Sequence, i: u32) -> Line {
     let b = problem.blocks;
-    return line(list_of(at) + b.down * row_words(), b.down, i / b.queries);
+    return line(list_of(at) + b.down * row_words(b), b.down, i / b.queries);
 }
 
 // The entries of the column of blocks that key j is in.
 fn column_of_blocks(at: Sequence, j: u32) -> Line {
     let b = problem.blocks;
-    return line(list_of(at) + b.down * row_words() + 2u * b.down + 1u + b.entries, b.across, j / b.keys);
+    return line(list_of(at) + b.down * row_words(b) + 2u * b.down + 1u + b.entries, b.across, j / b.keys);
 }
 
 // Line n of `lines`, whose numbers begin at `place`.
@@ -64,7 +60,7 @@ fn is_listed(at: Sequence, i: i32, j: i32) -> bool {
     let b = problem.blocks;
     let row = min(u32(i) / b.queries, b.down - 1u);
     let column = min(u32(j) / b.keys, b.across - 1u);
-    return ((blocks[list_of(at) + row * row_words() + column / 16u] >> (2u * (column % 16u))) & 3u) != 0u;
+    return ((blocks[list_of(at) + row * row_words(b) + column / 16u] >> (2u * (column % 16u))) & 3u) != 0u;
 }
 #endif
 #endif

@@ -1,5 +1,5 @@
 // The problem's run-time numbers; src/kernel/uniform.rs writes the same fields in the same order.
-// Needs: nothing. Gives: Tensor, Blocks, Problem, problem.
+// Needs: nothing. Gives: Tensor, Blocks, row_words, list_words, Problem, problem.
 
 // Element (batch, head, i, d) of a tensor is at base + batch · t.batch + head · t.head + i · t.row + d of its binding. batch, head and
 // i are numbers of the problem, whatever part of it a launch computes: base may be below 0, and the sum wraps.
@@ -24,6 +24,16 @@ struct Blocks {
     entries: u32,
     // Columns of the indices that lists are made from.
     columns: u32,
+}
+
+// Words of a row of kinds.
+fn row_words(b: Blocks) -> u32 {
+    return (b.across + 15u) / 16u;
+}
+
+// Words of a list: its kinds, then of rows and of columns where they begin, how many full blocks they have, and their entries.
+fn list_words(b: Blocks) -> u32 {
+    return b.down * row_words(b) + 2u * (b.down + b.across + 1u + b.entries);
 }
 
 struct Problem {

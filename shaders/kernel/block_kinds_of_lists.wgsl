@@ -16,10 +16,9 @@
 @compute @workgroup_size(THREADS)
 fn kinds_of_lists(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
     let b = problem.blocks;
-    let row_words = (b.across + 15u) / 16u;
-    let list_words = b.down * row_words + 2u * (b.down + b.across + 1u + b.entries);
-    let place = group.y * list_words + group.x * row_words;
-    for (var n = thread; n < row_words; n += THREADS) {
+    let words = row_words(b);
+    let place = group.y * list_words(b) + group.x * words;
+    for (var n = thread; n < words; n += THREADS) {
         atomicStore(&blocks[place + n], 0u);
     }
     storageBarrier();

@@ -15,32 +15,46 @@ var<workgroup> missing: atomic<u32>;
 @compute @workgroup_size(THREADS)
 fn kinds_of_mask(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
     let b = problem.blocks;
-    let row_words = (b.across + 15u) / 16u;
-    let list_words = b.down * row_words + 2u * (b.down + b.across + 1u + b.entries);
     if thread == 0u {
         atomicStore(&some, 0u);
         atomicStore(&missing, 0u);
     }
     workgroupBarrier();
-    // The batch entries and the heads that share the list.
-    let lists = max(b.batch, 1u);
+    // The batch entries and the heads that share the list. There are so many lists for each batch entry.
+    let lists = select(1u, problem.heads, b.head > 0u);
     let of_batch = group.z / lists;
     let of_head = group.z % lists;
     let batch_end = select(problem.batches, of_batch + 1u, b.batch > 0u);
     let head_end = select(problem.heads, of_head + 1u, b.head > 0u);
+    // Only rows and keys that exist are counted: the size of a block, and its end, may be past what u32 holds.
+    let i0 = group.y * b.queries;
+    let rows = min(b.queries, problem.seqlen_q - i0);
     var own_some = 0u;
     var own_missing = 0u;
     for (var batch = select(0u, of_batch, b.batch > 0u); batch < batch_end; batch++) {
         for (var head = select(0u, of_head, b.head > 0u); head < head_end; head++) {
             let at = sequence(batch, head);
             for (var n = 0u; n < 16u; n++) {
-                let j0 = (16u * group.x + n) * b.keys;
-                for (var t = thread; t < b.queries * b.keys; t += THREADS) {
-                    let i = group.y * b.queries + t / b.keys;
-                    let j = j0 + t % b.keys;
-                    let counts = i < problem.seqlen_q && j < problem.seqlen_k && keep(at, i32(i), i32(j));
+                let column = 16u * group.x + n;
+                if column >= b.across {
+                    break;
+                }
+                let j0 = column * b.keys;
+                let keys = min(b.keys, problem.seqlen_k - j0);
+                own_missing |= select(0u, 1u << n, rows < b.queries || keys < b.keys);
+                // Every THREADS-th score of the block, row by row.
+                var i = thread / keys;
+                var j = thread % keys;
+                while i < rows {
+                    let counts = keep(at, i32(i0 + i), i32(j0 + j));
                     own_some |= select(0u, 1u << n, counts);
                     own_missing |= select(1u << n, 0u, counts);
+                    i += THREADS / keys;
+                    j += THREADS % keys;
+                    if j >= keys {
+                        j -= keys;
+                        i++;
+                    }
                 }
             }
         }
@@ -55,6 +69,6 @@ fn kinds_of_mask(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_
         for (var n = 0u; n < 16u; n++) {
             word |= (((listed >> n) & 1u) << ((full >> n) & 1u)) << (2u * n);
         }
-        blocks[group.z * list_words + group.y * row_words + group.x] = word;
+        blocks[group.z * list_words(b) + group.y * row_words(b) + group.x] = word;
     }
 }

@@ -3,7 +3,8 @@
 //
 //     number of entries of each line;  where each line begins: the sum of those before;  the entries
 //
-// Who: workgroup (direction, list) has all lines of a list, rows in direction 0 and columns in direction 1. Each thread has lines that follow one another.
+// Who: workgroup (direction, list) has all lines of a list, rows in direction 0 and columns in direction 1. Each thread has lines that follow
+//   one another.
 // Needs the kinds. Gives the rest of the list, as attention/blocks.wgsl describes it.
 #include "attention/problem.wgsl"
 
@@ -14,8 +15,7 @@ var<workgroup> entries_of: array<u32, THREADS>;
 
 // The kind of a block: 0, 1 if it is listed as partial, 2 if it is listed as full only.
 fn kind(place: u32, row: u32, column: u32) -> u32 {
-    let row_words = (problem.blocks.across + 15u) / 16u;
-    let bits = (blocks[place + row * row_words + column / 16u] >> (2u * (column % 16u))) & 3u;
+    let bits = (blocks[place + row * row_words(problem.blocks) + column / 16u] >> (2u * (column % 16u))) & 3u;
     return select(bits, 1u, bits == 3u);
 }
 
@@ -27,9 +27,8 @@ fn kind_in_line(place: u32, by_keys: bool, line: u32, n: u32) -> u32 {
 fn lists(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) thread: u32) {
     let b = problem.blocks;
     let by_keys = group.x == 1u;
-    let kinds_words = b.down * ((b.across + 15u) / 16u);
-    let list = group.y * (kinds_words + 2u * (b.down + b.across + 1u + b.entries));
-    let place = list + kinds_words + select(0u, 2u * b.down + 1u + b.entries, by_keys);
+    let list = group.y * list_words(b);
+    let place = list + b.down * row_words(b) + select(0u, 2u * b.down + 1u + b.entries, by_keys);
     let lines = select(b.down, b.across, by_keys);
     let of_line = select(b.across, b.down, by_keys);
     let each = (lines + THREADS - 1u) / THREADS;

@@ -84,7 +84,8 @@ impl BlockLists {
 
 /// How lists lie in their buffer, in 4-byte words. Of each batch entry and head, one after the other:
 ///
-/// - `kinds`: of each block two bits, 1 for a partial and 2 for a full one; 16 blocks a word, each row of blocks from a new word on.
+/// - `kinds`: of each block two bits, 1 for a partial and 2 for a full one; 16 blocks a word, each row of blocks from a new word on. 3 is one that
+///   lists on the device had as both, which counts as partial; the host refuses such lists.
 /// - by rows: where the blocks of each row begin among the entries, `down + 1` numbers; how many of them are full, `down` numbers; and the entries,
 ///   numbers of blocks of keys, of each row the full ones, ascending, then the partial ones, ascending.
 /// - by keys: the same with rows and columns exchanged.

@@ -4,8 +4,8 @@
 /// blocks of keys each.
 ///
 /// Where a pattern follows the diagonal, it is the one that ends in the last row and the last column, as that of
-/// [`Causal::BottomRight`](crate::Causal::BottomRight): block `r + across − down` of row `r`. Patterns know nothing of masks within a block; a causal
-/// window, say, is a pattern and the problem's own mask together.
+/// [`Causal::BottomRight`](crate::Causal::BottomRight): block `r + across − down` of row `r`. Patterns know nothing of masks within a block; a
+/// causal window, say, is a pattern and the problem's own mask together.
 ///
 /// ```
 /// use wgpu_flash_attention::BlockPattern;
@@ -73,8 +73,8 @@ impl BlockPattern {
         })
     }
 
-    /// BigBird (Zaheer et al. 2020): a window of `each_side` blocks on each side of the diagonal, `global` blocks for all, and `random` blocks of each
-    /// row by chance, some of which may be of the others.
+    /// BigBird (Zaheer et al. 2020): a window of `each_side` blocks on each side of the diagonal, `global` blocks for all, and `random` blocks of
+    /// each row by chance, some of which may be of the others.
     pub fn big_bird(down: u32, across: u32, [each_side, global, random]: [u32; 3], seed: u64) -> Self {
         BlockPattern::local(down, across, each_side, each_side)
             .or(&BlockPattern::global(down, across, global))

@@ -1,12 +1,12 @@
 //! Host side of `shaders/kernel/block_*.wgsl`: lists of blocks that are made on the device.
 
-use super::{Access, Part, Pass, Slot, bindings, switches_of, without_blocks};
+use super::{Access, Part, Pass, Slot, bindings, switches_of};
 use crate::Problem;
 use crate::blocks::lists::Packing;
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
 
-const THREADS: u32 = 256;
+pub(crate) const THREADS: u32 = 256;
 
 /// From FlexAttention's lists; with those of full blocks, or without.
 pub(crate) fn of_lists(packing: Packing, full: bool) -> [Pass; 2] {
@@ -30,9 +30,16 @@ pub(crate) fn of_lists(packing: Packing, full: bool) -> [Pass; 2] {
 
 /// From the masks of a problem, other than its block lists.
 pub(crate) fn of_mask(problem: &Problem, packing: Packing) -> [Pass; 2] {
-    let mut on = without_blocks(switches_of(problem, &Tensor::FORWARD, 4));
-    const OF_SCORES: [&str; 8] = ["SOFTCAP", "SHAPED", "BIAS", "BIAS_F16", "BIAS_BF16", "ALIBI", "SINKS", "LSE"];
-    on.retain(|name| !OF_SCORES.contains(name));
+    // It asks nothing but whether scores count. A `score_mod` without a `mask_mod` does not say, so that its buffers are not bound.
+    let mut problem = problem.clone();
+    if !problem.has_mask_mod() {
+        problem.mods = None;
+    }
+    let problem = &problem;
+    const OF_MASKS: [&str; 8] =
+        ["SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K", "MASK", "ANY_MASK", "MODS", "MASK_MOD", "PROBE_TILES"];
+    let mut on = switches_of(problem, &Tensor::FORWARD, 4);
+    on.retain(|name| OF_MASKS.contains(name));
     let kinds = Pass::new(
         specialization("kernel/block_kinds_of_mask.wgsl", "kinds_of_mask", on),
         bindings(
