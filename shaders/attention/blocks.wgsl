@@ -29,21 +29,21 @@ fn list_of(at: Sequence) -> u32 {
 // The entries of the row of blocks that query i is in.
 fn row_of_blocks(at: Sequence, i: u32) -> Line {
     let b = problem.blocks;
-    return line(list_of(at) + b.down * row_words(b), b.down, i / b.queries);
+    return line(list_of(at) + b.down * row_words(b), b.down, i / b.queries, b.across);
 }
 
 // The entries of the column of blocks that key j is in.
 fn column_of_blocks(at: Sequence, j: u32) -> Line {
     let b = problem.blocks;
-    return line(list_of(at) + b.down * row_words(b) + 2u * b.down + 1u + b.entries, b.across, j / b.keys);
+    return line(list_of(at) + b.down * row_words(b) + 2u * b.down + 1u + b.entries, b.across, j / b.keys, b.down);
 }
 
-// Line n of `lines`, whose numbers begin at `place`.
-fn line(place: u32, lines: u32, n: u32) -> Line {
+// Line n of `lines`, whose numbers begin at `place`. A line has at most `most` blocks.
+fn line(place: u32, lines: u32, n: u32, most: u32) -> Line {
     let m = min(n, max(lines, 1u) - 1u);
     let entries = problem.blocks.entries;
     let first = min(blocks[place + m], entries);
-    let count = min(max(blocks[place + m + 1u], first), entries) - first;
+    let count = min(min(max(blocks[place + m + 1u], first), entries) - first, most);
     let full = min(blocks[place + lines + 1u + m], count);
     let at = place + 2u * lines + 1u;
     return Line(at + first, i32(full), i32(count), at + entries - 1u);
