@@ -186,7 +186,7 @@ fn the_mask_of_each_kernel() {
 }
 
 #[test]
-fn the_mask_on_matrices() {
+fn coop_drops_the_mask() {
     let Some(context) = context() else { return };
     let coop = PlanOptions::default().kernel(Kernel::Coop).backward(Kernel::Coop);
     for element_type in TYPES {
