@@ -363,10 +363,10 @@ fn modules_are_valid() {
             for [dkdv, dq] in tiles(Registers, format.size, &problem) {
                 let modules = modules_of(&problem, Registers, [dkdv.0, dq.0], format, Some(layout.clone()));
                 for (module, (tile, said)) in modules.into_iter().zip([dkdv, dq, dkdv, dq]) {
+                    let text = module.source().unwrap().text;
                     let PlannedModule { specialization, bindings, element_access, .. } = module;
                     assert!(element_access);
                     assert_eq!((module.workgroup_bytes, module.threads), (said, tile.subgroups * format.lanes));
-                    let text = specialization.source().unwrap().text;
                     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
                     let loops = uninitialised_in_loop(&text);
                     assert_eq!(loops, None, "a variable in a loop without a value: {specialization:?}");
@@ -401,7 +401,7 @@ fn modules_in_wgsl_alone_are_valid() {
                 let modules = modules_of(&problem, WorkgroupMemory, [dkdv.0, dq.0], format, None);
                 for (module, (_, said)) in modules.into_iter().zip([dkdv, dq]) {
                     assert!(!module.element_access);
-                    check_wgsl(&module.specialization, format, said, spirv_val);
+                    check_wgsl(&module, format, said, spirv_val);
                 }
             }
         }

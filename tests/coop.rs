@@ -280,15 +280,13 @@ fn modules_are_valid() {
                 let modules = modules_of(&problem, Registers, tile, format, Some(layout.clone()));
                 modules.into_iter().map(move |module| (module, tile, said))
             };
-            for (
-                PlannedModule { specialization, bindings, element_access, threads, workgroup_bytes: planned, .. },
-                tile,
-                said,
-            ) in tiles.iter().flat_map(modules)
-            {
+            for (planned, tile, said) in tiles.iter().flat_map(modules) {
+                let text = planned.source().unwrap().text;
+                let PlannedModule {
+                    specialization, bindings, element_access, threads, workgroup_bytes: planned, ..
+                } = planned;
                 assert!(element_access);
                 assert_eq!((planned, threads), (said, tile.subgroups * format.lanes), "{specialization:?}");
-                let text = specialization.source().unwrap().text;
                 assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
                 let loops = uninitialised_in_loop(&text);
                 assert_eq!(loops, None, "a variable in a loop without a value: {specialization:?}");
@@ -318,7 +316,7 @@ fn modules_in_wgsl_alone_are_valid() {
             for (tile, said) in tiles(WorkgroupMemory, format, &problem) {
                 for module in modules_of(&problem, WorkgroupMemory, tile, format, None) {
                     assert!(!module.element_access);
-                    check_wgsl(&module.specialization, format, said, spirv_val);
+                    check_wgsl(&module, format, said, spirv_val);
                 }
             }
         }

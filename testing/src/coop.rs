@@ -7,8 +7,7 @@ use std::process::Command;
 
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::matrices::{Bit, MatrixFormat, MatrixLayout};
-use wgpu_flash_attention::specialize::Specialization;
-use wgpu_flash_attention::{Context, ElementType, HeadlessOptions, PlanOptions, wgpu};
+use wgpu_flash_attention::{Context, ElementType, HeadlessOptions, PlanOptions, PlannedModule, wgpu};
 
 use crate::skipped::{NEWER_DRIVER, NO_VALIDATOR, skipped};
 use crate::{Case, cases::dims, loops, stores};
@@ -198,10 +197,10 @@ pub const WGSL_FORMATS: [MatrixFormat; 4] = [
 
 /// naga takes the module, of a form through workgroup memory, with no more than its features, and writes it as SPIR-V,
 /// which the validator takes, and, where matrices are as Metal has them, as MSL. Its workgroup memory is what the tile says.
-pub fn check_wgsl(specialization: &Specialization, format: MatrixFormat, said: u32, spirv_val: Option<&Path>) {
+pub fn check_wgsl(planned: &PlannedModule, format: MatrixFormat, said: u32, spirv_val: Option<&Path>) {
     use naga::back::{msl, spv};
     use naga::valid::{Capabilities, ValidationFlags, Validator};
-    let text = specialization.source().unwrap().text;
+    let (specialization, text) = (&planned.specialization, planned.source().unwrap().text);
     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
     let fail = |error: &str| -> ! { panic!("{specialization:?}: {error}") };
     if let Some((line, text)) = loops::uninitialised_in_loop(&text) {
