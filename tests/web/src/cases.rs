@@ -6,7 +6,7 @@
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::ElementType::{self, BF16, F16, F32};
 use wgpu_flash_attention::tune::{BackwardTile, FusedTile};
-use wgpu_flash_attention::{Alibi, Kernel, PlanOptions};
+use wgpu_flash_attention::{Alibi, BlockLists, Kernel, PlanOptions};
 
 use flash_attention_testing::backward::{Ask, backward, fused};
 use flash_attention_testing::{Case, case, naive, tile, tiled};
@@ -92,6 +92,9 @@ fn forward_entries() -> Vec<Entry> {
 
     let table: &[f32] = &[0.5, -0.25, 1.0];
 
+    add(FULL, "tile", tile(), F32, "dropout, padded", padded().dropout(0.3));
+    add(FEW, "tile", tile(), F16, "block lists", listed(grouped()));
+
     let one = || case(2, [4, 1], [1, 600], [16, 12]);
     add(FULL, "decode", decode(2), F32, "mask, sinks", one().mask([2, 1, 1, 600]).sinks());
     add(FEW, "decode", decode(2), F32, "two splits", one());
@@ -160,6 +163,9 @@ fn backward_entries() -> Vec<Entry> {
     );
     add(FULL, "backward tile", tile, F32, "mask", none, square().mask([1, 1, 150, 170]));
 
+    add(FULL, "backward tile", tile, F32, "dropout", none, square().dropout(0.3).seqlens(&[141]));
+    add(FULL, "backward tile", tile, F32, "block lists", none, listed(square()).causal(BottomRight));
+
     let by_keys = fused([64, 32], 8, 8, 16, [64, 32]);
     add(FULL, "backward fused", by_keys, F32, "a tile a block, bottom-right", none, square().causal(BottomRight));
     let by_rows = fused([32, 64], 8, 8, 16, [96, 128]);
@@ -167,6 +173,13 @@ fn backward_entries() -> Vec<Entry> {
     let written_out = fused_written_out();
     add(FULL, "backward fused, written out", written_out, F32, "gradient of lse, accumulated", both, square());
     all
+}
+
+/// Half of the blocks of 128 by 128.
+fn listed(case: Case) -> Case {
+    let problem = case.problem.clone().with_blocks(BlockLists::new());
+    let blocks = problem.block_counts().iter().map(|&n| n as usize).product();
+    case.blocks(BlockLists::new(), (0..blocks).map(|n| n % 3 != 1).collect())
 }
 
 /// So few splits that each has several tiles of keys, of 64 in f32 and of 128 in the other types.
