@@ -10,8 +10,8 @@ use safetensors::{Dtype, SafeTensors};
 use wgpu_flash_attention::reference::accept::{self, Bound, Errors, Verdict};
 use wgpu_flash_attention::reference::{Backward, Forward, rounded};
 use wgpu_flash_attention::{
-    Alibi, Bias, BoundPass, Causal, Context, ElementType, HeadlessOptions, Kernel, MAX_SEQLEN, PlanOptions, Problem,
-    ScoreLayout, Shape, alibi_slopes, reference,
+    Alibi, Bias, BoundPass, Causal, Context, Dropout, ElementType, HeadlessOptions, Kernel, MAX_SEQLEN, PlanOptions,
+    Problem, ScoreLayout, Shape, alibi_slopes, reference,
 };
 
 use flash_attention_testing::buffers::{
@@ -84,6 +84,15 @@ struct Args {
     /// Adds ALiBi's terms with the slopes of its paper: scores become score - slope · |i + Nk - Nq - j|
     #[arg(long)]
     alibi: bool,
+    /// Drops probabilities after the softmax, each as likely as this, from 0 to below 1, by FlashAttention-2's mask of the seed and the offset
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    dropout: Option<f32>,
+    /// The seed of dropout
+    #[arg(long, requires = "dropout", default_value_t = 0)]
+    seed: u64,
+    /// The offset of dropout in the stream of random numbers
+    #[arg(long, requires = "dropout", default_value_t = 0)]
+    offset: u64,
     /// Where the coop kernel keeps scores and probabilities; without it, the faster of what the device allows
     #[arg(long, value_enum)]
     coop_form: Option<Form>,
@@ -552,6 +561,8 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
             }
         }
     }
+    problem.dropout = args.dropout;
+    extras.dropout = args.dropout.map(|probability| Dropout { probability, seed: args.seed, offset: args.offset });
     let f32s = |tensor: &Floats| -> Vec<f32> { tensor.values.iter().map(|&x| x as f32).collect() };
     extras.sinks = sinks.as_ref().map(f32s);
     extras.alibi_slopes = if args.alibi { Some(alibi_slopes(shape.heads_q)) } else { slopes.as_ref().map(f32s) };
@@ -1109,6 +1120,9 @@ fn run(args: &Args) -> Result<bool> {
     }
     if task.problem.sinks {
         say("sinks", "one a head");
+    }
+    if let Some(Dropout { probability, seed, offset }) = task.extras.dropout {
+        say("dropout", format!("{probability}, seed {seed}, offset {offset}"));
     }
     match task.problem.element_type {
         ElementType::F32 => attend::<f32>(args, &task),

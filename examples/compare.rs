@@ -10,8 +10,8 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 use wgpu_flash_attention::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use wgpu_flash_attention::{
-    Alibi, Bias, Causal, Context, CoopForm, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem, ScoreLayout,
-    Shape, alibi_slopes,
+    Alibi, Bias, Causal, Context, CoopForm, Dropout, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem,
+    ScoreLayout, Shape, alibi_slopes,
 };
 
 use flash_attention_testing::Extras;
@@ -45,7 +45,7 @@ struct Args {
     #[arg(long, value_enum, value_delimiter = ',', default_value = "fwd")]
     op: Vec<Op>,
     /// Times each kernel with this too, beside the same kernel without; may be several. A bias and a mask are [1,H,NQ,N], the bias
-    /// in the element type or in f32; ALiBi has its paper's slopes, softcap is 30. Backward passes give the gradients of bias and sinks
+    /// in the element type or in f32; ALiBi has its paper's slopes, softcap is 30, dropout 0.1. Backward passes give the gradients of bias and sinks
     #[arg(long, value_enum, value_delimiter = ',')]
     feature: Vec<Feature>,
     /// Kernels to time; coop opens the device with cooperative matrices, which wgpu calls experimental
@@ -141,6 +141,7 @@ enum Feature {
     Alibi,
     Sinks,
     Softcap,
+    Dropout,
 }
 
 impl Feature {
@@ -152,6 +153,7 @@ impl Feature {
             Feature::Alibi => "alibi",
             Feature::Sinks => "sinks",
             Feature::Softcap => "softcap",
+            Feature::Dropout => "dropout",
         }
     }
 
@@ -182,6 +184,10 @@ impl Feature {
                 extras.sinks = Some(random(s.heads_q as usize, 5));
             }
             Feature::Softcap => problem = problem.softcap(30.0),
+            Feature::Dropout => {
+                problem = problem.with_dropout(0.1);
+                extras.dropout = Some(Dropout { probability: 0.1, seed: 42, offset: 0 });
+            }
         }
         (problem, extras)
     }

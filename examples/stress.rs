@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use half::{bf16, f16};
 use wgpu_flash_attention::{
-    Alibi, Bias, Causal, Context, CoopForm, ElementType, Error, HeadlessOptions, Kernel, Layout, Plan, PlanOptions,
-    Problem, ScoreLayout, Shape, Tensor, wgpu,
+    Alibi, Bias, Causal, Context, CoopForm, Dropout, ElementType, Error, HeadlessOptions, Kernel, Layout, Plan,
+    PlanOptions, Problem, ScoreLayout, Shape, Tensor, wgpu,
 };
 
 use fastrand::Rng;
@@ -21,7 +21,7 @@ use flash_attention_testing::timing::pass_times;
 use flash_attention_testing::{Extras, score_elements};
 use wgpu_flash_attention::reference::accept::Verdict;
 
-/// Random shapes, options, biases, masks, slopes, sinks, strides and element types, through every kernel that takes them, forward and backward, against
+/// Random shapes, options, biases, masks, slopes, sinks, dropout, strides and element types, through every kernel that takes them, forward and backward, against
 /// the oracle in f64.
 /// Case n is made from seed + n alone.
 #[derive(Parser)]
@@ -102,7 +102,7 @@ fn random_problem(rng: &mut Rng, most: u32, element_type: ElementType) -> Proble
     problem
 }
 
-/// Bias, mask, ALiBi and sinks, each or not.
+/// Bias, mask, ALiBi, sinks and dropout, each or not.
 fn add_extras(rng: &mut Rng, problem: &mut Problem, extras: &mut Extras) {
     let s = problem.shape;
     // Each size is 1 or full.
@@ -141,6 +141,11 @@ fn add_extras(rng: &mut Rng, problem: &mut Problem, extras: &mut Extras) {
         let sink = |rng: &mut Rng| if once_in(rng, 6) { f32::NEG_INFINITY } else { 8.0 * rng.f32() - 4.0 };
         extras.sinks = Some((0..s.heads_q).map(|_| sink(rng)).collect());
         problem.sinks = true;
+    }
+    if once_in(rng, 4) {
+        let dropout = Dropout { probability: 0.9 * rng.f32(), seed: rng.u64(..), offset: rng.u64(..) };
+        problem.dropout = Some(dropout.probability);
+        extras.dropout = Some(dropout);
     }
 }
 

@@ -5,7 +5,9 @@ use std::process::{Command, Output};
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use wgpu_flash_attention::{Alibi, Bias, Causal, ElementType, Problem, ScoreLayout, Shape, alibi_slopes, reference};
+use wgpu_flash_attention::{
+    Alibi, Bias, Causal, Dropout, ElementType, Problem, ScoreLayout, Shape, alibi_slopes, reference,
+};
 
 const FIXTURE: &[u8] = include_bytes!("data/minilm_layer5.safetensors");
 
@@ -247,6 +249,7 @@ struct Extras {
     mask: Option<Vec<bool>>,
     alibi_slopes: Option<Vec<f32>>,
     sinks: Option<Vec<f32>>,
+    dropout: Option<Dropout>,
 }
 
 impl Extras {
@@ -256,6 +259,7 @@ impl Extras {
             .mask(self.mask.as_deref())
             .alibi_slopes(self.alibi_slopes.as_deref())
             .sinks(self.sinks.as_deref())
+            .dropout(self.dropout)
     }
 }
 
@@ -416,6 +420,29 @@ fn slopes_of_the_paper_are_an_option() {
     expect(&[&both], 0);
     expect_refusal(&[&both, "--alibi"], &["alibi_slopes", "--alibi", "--ignore alibi_slopes"]);
     expect(&[&both, "--alibi", "--ignore", "alibi_slopes"], 0);
+}
+
+#[test]
+fn dropout_reaches_the_kernels_of_both_passes() {
+    let dropout = Dropout { probability: 0.3, seed: 1 << 40, offset: 77 };
+    let problem = Problem::new(File::SHAPE, ElementType::F32).with_dropout(0.3);
+    let extras = Extras { dropout: Some(dropout), ..Default::default() };
+    let path = with_results(File::new(), &problem, &extras).save("dropout");
+    let options = ["--backward", "--dropout", "0.3", "--seed", "1099511627776", "--offset", "77"];
+    for (kernel, dtype) in [("naive", "f32"), ("tile", "f32"), ("tile", "f16"), ("reference", "bf16")] {
+        let text = expect(&[&[&path, "--kernel", kernel, "--dtype", dtype], &options[..]].concat(), 0);
+        assert!(text.contains("PASS: o, lse, dq, dk and dv:"), "{text}");
+    }
+    // lse is not affected.
+    for other in [&options[..1], &options[..3], &options[..5]] {
+        let text = expect(&[&[path.as_str(), "--kernel", "tile"], other].concat(), 1);
+        assert!(text.contains("FAIL: o, dq, dk and dv:"), "{text}");
+    }
+    expect_refusal(&[&path, "--dropout", "1"], &["dropout", "1"]);
+    expect_refusal(&[&path, "--dropout", "-0.5"], &["dropout", "-0.5"]);
+    expect_refusal(&[&path, "--seed", "3"], &["--dropout"]);
+    expect_refusal(&[&path, "--offset", "3"], &["--dropout"]);
+    expect_refusal(&[&path, "--dropout", "0.3", "--kernel", "decode"], &["decode", "dropout"]);
 }
 
 #[test]

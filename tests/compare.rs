@@ -44,7 +44,7 @@ fn it_says_what_it_allocates_and_writes_what_it_measured() {
 #[test]
 fn features_are_timed_beside_the_kernel_without_them() {
     let csv = temporary("features.csv");
-    let features = ["bias", "bias-f32", "mask", "alibi", "sinks", "softcap"];
+    let features = ["bias", "bias-f32", "mask", "alibi", "sinks", "softcap", "dropout"];
     let list = features.join(",");
     let options = ["--feature", &list, "--kernels", "tile", "--dtype", "f16", "--op", "fwd,bwd"];
     let output = compare(&[&options[..], &["--shapes", "2,2/1,48,16", "--csv", csv.to_str().unwrap()]].concat());
