@@ -202,7 +202,11 @@ impl Context {
         if let Some(&(slot, _, bytes)) = mask.filter(|(.., bytes)| *bytes > limit) {
             return Err(Error::BindingTooLarge { argument: slot.name(), bytes, limit });
         }
-        loops::check(self.facts().loop_iterations, Kernel::Tile, loops::of_blocks(problem, source))?;
+        loops::check(
+            self.facts().loop_iterations,
+            Kernel::Tile,
+            loops::of_blocks(problem, source == BlockSource::Masks),
+        )?;
         let mut launches = vec![];
         for pass in &passes {
             let workgroups = (pass.workgroups)(&part);

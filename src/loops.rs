@@ -5,7 +5,6 @@
 //! Each function here counts, from above, the iterations that an invocation of a kernel makes. It counts every loop that the shader's
 //! text does not write out, since a compiler may write out none.
 
-use crate::block_plan::BlockSource;
 use crate::error::Error;
 use crate::kernel::{backward_scores, block_lists, dropout_bytes};
 use crate::names::Kernel;
@@ -172,13 +171,13 @@ pub(crate) fn of_fused(problem: &Problem, tile: FusedTile) -> u64 {
 }
 
 /// Iterations of `shaders/kernel/block_*.wgsl`, whichever of the two needs more: kinds of blocks, from masks or lists, and lists of them.
-pub(crate) fn of_blocks(problem: &Problem, source: BlockSource) -> u64 {
+pub(crate) fn of_blocks(problem: &Problem, from_masks: bool) -> u64 {
     let (Some(lists), Some(packing)) = (problem.blocks, problem.packing()) else { return 0 };
     let s = &problem.shape;
     let of_thread = |things: u64| things.div_ceil(block_lists::THREADS.into()) + 1;
-    let of_kinds = match source {
-        BlockSource::Lists { .. } => of_thread(packing.row_words()) + 2 * of_thread(packing.columns.into()),
-        BlockSource::Masks => {
+    let of_kinds = match from_masks {
+        false => of_thread(packing.row_words()) + 2 * of_thread(packing.columns.into()),
+        true => {
             let [batches, heads] = [(lists.per_batch, s.batch), (lists.per_head, s.heads_q)]
                 .map(|(own, all)| if own { 1 } else { all as u64 });
             let scores = lists.queries.min(s.seqlen_q) as u64 * lists.keys.min(s.seqlen_k) as u64;
@@ -239,26 +238,25 @@ mod tests {
 
     #[test]
     fn block_lists_are_counted() {
-        let count = |problem: &Problem, lists, source| of_blocks(&problem.clone().with_blocks(lists), source);
-        let of_device = BlockSource::Lists { full: true };
+        let count = |problem: &Problem, lists, from_masks| of_blocks(&problem.clone().with_blocks(lists), from_masks);
         let lists = BlockLists::new();
         let problem = Problem::new(Shape::square(16, 16, 4096, 64), ElementType::F32);
         // 16 blocks of 64 scores a thread, for each of 256 sequences, or for one.
-        assert!(count(&problem, lists, BlockSource::Masks) > 16 * 64 * 256);
-        assert!(count(&problem, lists.per_batch().per_head(), BlockSource::Masks) < GRANTED);
-        assert!(count(&problem, lists, of_device) < GRANTED);
+        assert!(count(&problem, lists, true) > 16 * 64 * 256);
+        assert!(count(&problem, lists.per_batch().per_head(), true) < GRANTED);
+        assert!(count(&problem, lists, false) < GRANTED);
         // One block of all scores, however large it is said to be.
-        let huge = count(&problem, lists.size(crate::MAX_SEQLEN, crate::MAX_SEQLEN), BlockSource::Masks);
+        let huge = count(&problem, lists.size(crate::MAX_SEQLEN, crate::MAX_SEQLEN), true);
         assert!((256 * 65_536..257 * 65_536).contains(&huge), "{huge}");
         // 1,024 blocks each way, of which a thread has 4 lines.
         let long = Problem::new(Shape::square(1, 1, 1 << 17, 64), ElementType::F32);
-        assert!(count(&long, lists, of_device) < GRANTED);
-        assert!(count(&long, lists.size(32, 32), of_device) > GRANTED);
+        assert!(count(&long, lists, false) < GRANTED);
+        assert!(count(&long, lists.size(32, 32), false) > GRANTED);
         assert!(
             count(
                 &Problem::new(Shape::square(u32::MAX, 1, crate::MAX_SEQLEN, 1), ElementType::F32),
                 lists.size(1, 1),
-                BlockSource::Masks
+                true
             ) > GRANTED
         );
     }
