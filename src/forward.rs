@@ -144,8 +144,9 @@ impl<'a> ForwardBuffers<'a> {
         self
     }
 
-    /// A buffer of the problem's [`Mods`](crate::Mods), by its name in their text; every buffer that they declare is given once. It may be of any size
-    /// from one element on: an index past its end reads its last element. Only mods read it, and it has no gradient.
+    /// A buffer of the problem's [`Mods`](crate::Mods), by its name in their text; every buffer that they declare is given once.
+    /// It may be of any size from one element on: an index past its end reads its last element. Only mods read it, and it has no
+    /// gradient.
     #[cfg(feature = "mods")]
     pub fn mod_buffer(mut self, name: &'a str, buffer: impl ToBinding<'a>) -> Self {
         self.mod_buffers.push((name, buffer.to_binding()));

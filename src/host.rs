@@ -79,7 +79,8 @@ pub struct SdpaOptions<'a> {
     pub attn_mask: Option<AttnMask<'a>>,
     /// Query `i` sees keys `j ≤ i`: PyTorch's causal mask, aligned to the top left.
     pub is_causal: bool,
-    /// PyTorch's `dropout_p`, with the seed and offset that PyTorch's generator would give: dropout of the probabilities after the softmax. The mask is FlashAttention-2's.
+    /// PyTorch's `dropout_p`, with the seed and offset that PyTorch's generator would give: dropout of the probabilities after
+    /// the softmax. The mask is FlashAttention-2's.
     pub dropout: Option<Dropout>,
     /// Factor of the scores; `None` is `1/√dim`.
     pub scale: Option<f32>,

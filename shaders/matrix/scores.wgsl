@@ -1,5 +1,5 @@
-// Score, mask and dropout on what a lane holds of a matrix, which has row i0 of the sequence and key j0 in its first element. Queries are the matrix's
-// $queries and keys its $keys, each `row` or `column`.
+// Score, mask and dropout on what a lane holds of a matrix, which has row i0 of the sequence and key j0 in its first element. Queries are
+// the matrix's $queries and keys its $keys, each `row` or `column`.
 // Needs: attention.wgsl, Lane, layout.wgsl. Gives: ShapedLane, shaped, masked; with DROPOUT Kept, kept_lane, what_is_kept, grad_of_kept.
 
 // The scores (products as they are, unless SHAPED), and d score / d (scale · q·k).

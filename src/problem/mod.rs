@@ -99,8 +99,9 @@ pub struct Problem {
     /// Values outside `0 ..= seqlen_k` act as the nearest of the two.
     pub seqlens_k: bool,
     /// Whether a buffer of query lengths is given: `i32 [batch]`, each at most `seqlen_q`. Queries from a length on are padding:
-    /// what they hold does not matter, not even NaN. Their o is 0, their lse −∞ (with sinks the sink), their dq 0, and they add nothing to any gradient. Bottom-right masks and windows count
-    /// from the length instead of `seqlen_q`. Values outside `0 ..= seqlen_q` act as the nearest of the two.
+    /// what they hold does not matter, not even NaN. Their o is 0, their lse −∞ (with sinks the sink), their dq 0, and they add
+    /// nothing to any gradient. Bottom-right masks and windows count from the length instead of `seqlen_q`. Values outside
+    /// `0 ..= seqlen_q` act as the nearest of the two.
     pub seqlens_q: bool,
     /// Which blocks of scores count, if not all: block-sparse attention. A buffer of the packed lists is given then.
     pub blocks: Option<BlockLists>,
