@@ -1,21 +1,14 @@
 //! The backward pass by cases: each line is computed by every kernel, in every element type, and compared with the oracle.
 
-use flash_attention_testing::backward::{Ask, backward, check_all, fused, prepare};
+use flash_attention_testing::backward::{Ask, backward, check_all, fused, prepare, two_kernels};
 use flash_attention_testing::cases::{cases, dims_of, plain_cases};
 use flash_attention_testing::{Case, TYPES, case, every_kernel, full};
 use wgpu_flash_attention::Causal::BottomRight;
-use wgpu_flash_attention::tune::{BackwardTile, FusedTile};
+use wgpu_flash_attention::tune::FusedTile;
 use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions};
 
 fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanOptions)> {
     every_kernel(element_type, backward(Kernel::Naive), backward(Kernel::Tile))
-}
-
-/// Smaller than the cases, so that there are several; no size but the grid's is a power of two. Its loops are written out, which
-/// those of the table's tiles for software Vulkan are not.
-fn small_tile() -> PlanOptions {
-    let tile = BackwardTile { own: 12, step: 24, threads_y: 12, threads_x: 6, chunk: 12, block: 12, written_out: true };
-    backward(Kernel::Tile).backward_tile(tile)
 }
 
 /// All gradients at once, in blocks of one tile, smaller than the cases, so that there are several rounds. A thread has several
@@ -37,7 +30,7 @@ fn run_cases(element_type: ElementType) {
     let mut ways = ways(element_type);
     // f16 and bf16 differ in how elements are read and written alone; `within_bounds` has this tile in each type.
     if element_type != ElementType::F16 {
-        ways.push(("tile of 12 by 24", full(), small_tile()));
+        ways.push(("tile of 12 by 24", full(), two_kernels()));
     }
     check_all(&prepare(cases_of(element_type), element_type, Ask::default()), &ways);
 }
@@ -151,7 +144,7 @@ fn within_bounds() {
         let mut ways = vec![
             ("naive", &context, backward(Kernel::Naive)),
             ("tile", &context, backward(Kernel::Tile)),
-            ("small tile", &context, small_tile()),
+            ("small tile", &context, two_kernels()),
         ];
         if element_type == ElementType::F32 {
             ways.push(("fused", &context, by_keys()));
@@ -163,7 +156,7 @@ fn within_bounds() {
 /// More inputs than fit WebGPU's limits.
 #[test]
 fn many_inputs() {
-    let ways = [backward(Kernel::Naive), backward(Kernel::Tile), small_tile()]
+    let ways = [backward(Kernel::Naive), backward(Kernel::Tile), two_kernels()]
         .map(|options| ("on all limits", full(), options));
     for element_type in TYPES {
         let ask = Ask { grad_lse: true, accumulate: true };

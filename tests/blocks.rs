@@ -2,7 +2,7 @@
 //! the host and the device make alike.
 
 use flash_attention_testing::backward::{self, Ask, backward, fused};
-use flash_attention_testing::coop::{context, in_forms, is_software, known_matrices};
+use flash_attention_testing::coop::{check_passes, context, in_forms, is_software, known_matrices};
 use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::facts::Facts;
@@ -74,19 +74,6 @@ fn cases_of(block: [u32; 2], element_type: ElementType) -> Vec<(String, Case)> {
     if element_type == ElementType::F32 { all } else { [1, 3, 11].map(|n| all[n].clone()).into() }
 }
 
-/// A device whose bindings are so small that the work of the cases in f32 is split.
-fn narrow(kib: u64) -> Context {
-    with_limits(|limits| limits.max_storage_buffer_binding_size = kib << 10)
-}
-
-/// Checks that plans of the first case in f32 have several parts there.
-fn assert_split(context: &Context, options: PlanOptions) {
-    let problem = cases([32, 32])[0].1.problem.clone().with_gradients();
-    let plan = context.plan_with(&problem, &options).unwrap().to_string();
-    let counts = plan.lines().filter_map(|line| line.split_once("parts that the problem was split into: "));
-    assert!(counts.clone().any(|(_, count)| count.trim() != "1"), "{plan}");
-}
-
 fn two_kernels() -> PlanOptions {
     let tile = BackwardTile { own: 16, step: 32, threads_y: 8, threads_x: 8, chunk: 12, block: 16, written_out: true };
     backward(Kernel::Tile).backward_tile(tile)
@@ -95,9 +82,10 @@ fn two_kernels() -> PlanOptions {
 #[test]
 fn forward() {
     let small = tiled(8, 16, (2, 4), 4, 8);
-    let (narrow, less_narrow) = (narrow(20), narrow(110));
-    assert_split(&narrow, small);
-    assert_split(&less_narrow, naive());
+    let first = &cases([32, 32])[0].1.problem;
+    let (narrow, less_narrow) = (with_bindings(20), with_bindings(110));
+    assert_split(first, &narrow, small);
+    assert_split(first, &less_narrow, naive());
     for element_type in TYPES {
         let mut ways = every_kernel(element_type, naive(), tile());
         ways.push(("small tile", full(), small));
@@ -123,10 +111,11 @@ fn forward_in_wide_and_in_tall_blocks() {
 
 #[test]
 fn gradients() {
-    let (narrow, less_narrow) = (narrow(20), narrow(420));
+    let first = &cases([32, 32])[0].1.problem;
+    let (narrow, less_narrow) = (with_bindings(20), with_bindings(420));
     let by_naive = backward(Kernel::Naive);
-    assert_split(&narrow, two_kernels());
-    assert_split(&less_narrow, by_naive);
+    assert_split(first, &narrow, two_kernels());
+    assert_split(first, &less_narrow, by_naive);
     for element_type in TYPES {
         let mut ways = every_kernel(element_type, backward(Kernel::Naive), backward(Kernel::Tile));
         ways.push(("small tiles", full(), two_kernels()));
@@ -161,13 +150,7 @@ fn coop() {
         if element_type == ElementType::F32 {
             cases = [0, 1, 3, 7].map(|n| cases[n].clone()).into();
         }
-        let forward = PlanOptions::default().kernel(Kernel::Coop);
-        let ways = in_forms(element_type, &[("coop", &context, forward)]);
-        check_all(&cases::prepare(cases.clone(), element_type), &ways);
-        let ways = in_forms(element_type, &[("coop", &context, forward.backward(Kernel::Coop))]);
-        // The backward pass in bf16 takes whole vectors only.
-        cases.retain(|(name, _)| element_type != ElementType::BF16 || !name.contains("odd"));
-        backward::check_all(&backward::prepare(cases, element_type, Ask::default()), &ways);
+        check_passes(&context, cases, element_type);
     }
 }
 

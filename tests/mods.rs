@@ -1,14 +1,13 @@
 //! Scores and masks that a user wrote, in every kernel, form and type, forward and backward, whole and split: compared with the reference,
 //! which runs the same text on the host, and with the library's own features.
 
-use flash_attention_testing::backward::{self, Ask, backward, fused};
-use flash_attention_testing::coop::{context, in_forms};
+use flash_attention_testing::backward::{self, Ask, backward, fused, two_kernels};
+use flash_attention_testing::coop::{check_passes, context};
 use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
-use wgpu_flash_attention::tune::{BackwardTile, DecodeTile};
 use wgpu_flash_attention::{
-    Alibi, BackwardBuffers, Context, ElementType, Error, ForwardBuffers, Kernel, ModBufferFault, Mods, PlanOptions,
-    Problem, ScoreLayout, Shape, reference, wgpu,
+    Alibi, BackwardBuffers, ElementType, Error, ForwardBuffers, Kernel, ModBufferFault, Mods, PlanOptions, Problem,
+    ScoreLayout, Shape, reference, wgpu,
 };
 
 const NONE: &[(&str, &[u32])] = &[];
@@ -109,27 +108,6 @@ fn of_webgpu(cases: Vec<(String, Case)>) -> Vec<(String, Case)> {
     cases.into_iter().filter(|(name, _)| !name.contains("bias")).collect()
 }
 
-fn narrow(kib: u64) -> Context {
-    with_limits(|limits| limits.max_storage_buffer_binding_size = kib << 10)
-}
-
-/// Checks that plans of the case have several parts there.
-fn assert_split(case: &Case, context: &Context, options: PlanOptions) {
-    let plan = context.plan_with(&case.problem.clone().with_gradients(), &options).unwrap().to_string();
-    let counts = plan.lines().filter_map(|line| line.split_once("parts that the problem was split into: "));
-    assert!(counts.clone().any(|(_, count)| count.trim() != "1"), "{plan}");
-}
-
-fn decode(splits: u32) -> PlanOptions {
-    let tile = DecodeTile { rows: 4, threads: 64, key_threads: 8, thread_keys: 2, lanes: 0 };
-    PlanOptions::default().kernel(Kernel::Decode).decode_tile(tile).splits(splits)
-}
-
-fn two_kernels() -> PlanOptions {
-    let tile = BackwardTile { own: 12, step: 24, threads_y: 12, threads_x: 6, chunk: 12, block: 12, written_out: true };
-    backward(Kernel::Tile).backward_tile(tile)
-}
-
 #[test]
 fn forward() {
     let small = tiled(8, 16, (2, 4), 4, 8);
@@ -162,18 +140,18 @@ fn backward_pass() {
 /// Parts begin at batch entries, heads and rows that are not 0: the user is told the numbers of the problem.
 #[test]
 fn split_launches() {
-    let (narrow, less_narrow, wide) = (narrow(20), narrow(100), narrow(400));
+    let (narrow, less_narrow, wide) = (with_bindings(20), with_bindings(100), with_bindings(400));
     let (small, at_once) = (tiled(8, 16, (2, 4), 4, 8), fused([32, 64], 8, 8, 16, [32, 64]));
     let all: Vec<_> = of_webgpu(cases()).into_iter().filter(|(name, _)| !name.contains("odd")).collect();
     let ways = [("tile", &narrow, small), ("decode", &narrow, decode(2)), ("naive", &less_narrow, naive())];
     for (_, context, options) in &ways {
-        assert_split(&all[1].1, context, *options);
+        assert_split(&all[1].1.problem, context, *options);
     }
     check_all(&cases::prepare(all.clone(), ElementType::F32), &ways);
     let ways =
         [("two", &narrow, two_kernels()), ("naive", &wide, backward(Kernel::Naive)), ("fused", &narrow, at_once)];
     for (_, context, options) in &ways {
-        assert_split(&all[1].1, context, *options);
+        assert_split(&all[1].1.problem, context, *options);
     }
     // The kernel that computes all gradients at once has no binding left for a buffer of a user's.
     let (with_buffers, without): (Vec<_>, Vec<_>) =
@@ -188,13 +166,7 @@ fn check_coop(element_type: ElementType) {
     // A processor takes long to compile these kernels.
     let names = ["positions, lengths", "odd strides", "statements", "past the end"];
     let cases = cases().into_iter().filter(|(name, _)| names.contains(&name.as_str()));
-    let forward = PlanOptions::default().kernel(Kernel::Coop);
-    let ways = in_forms(element_type, &[("coop", &context, forward)]);
-    check_all(&cases::prepare(cases.clone(), element_type), &ways);
-    let ways = in_forms(element_type, &[("coop", &context, forward.backward(Kernel::Coop))]);
-    // The backward pass in bf16 takes whole vectors only.
-    let aligned = cases.filter(|(name, _)| element_type != ElementType::BF16 || !name.contains("odd"));
-    backward::check_all(&backward::prepare(aligned, element_type, Ask::default()), &ways);
+    check_passes(&context, cases.collect(), element_type);
 }
 
 #[test]

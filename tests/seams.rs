@@ -1,11 +1,10 @@
 //! The questions that kernels ask of `shaders/attention/`: features, and variants of attention that only tests plan, each of which is wrong
 //! in a kernel that answers one of these questions by itself. Every kernel, form and type, forward and backward, whole and split.
 
-use flash_attention_testing::backward::{self, Ask, backward, fused};
-use flash_attention_testing::coop::{context, in_forms};
+use flash_attention_testing::backward::{self, Ask, backward, fused, two_kernels};
+use flash_attention_testing::coop::{check_passes, context};
 use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
-use wgpu_flash_attention::tune::{BackwardTile, DecodeTile};
 use wgpu_flash_attention::{Alibi, Context, ElementType, Kernel, PlanOptions, Probe};
 
 /// What a case is given.
@@ -41,33 +40,15 @@ fn narrow(feature: Feature, kib: u64) -> Context {
     })
 }
 
-/// Checks that plans of the plain case in f32 have several parts there.
-fn assert_split(feature: Feature, context: &Context, options: PlanOptions) {
-    let problem = cases(feature)[0].1.problem.clone().with_gradients();
-    let plan = context.plan_with(&problem, &options).unwrap().to_string();
-    let counts = plan.lines().filter_map(|line| line.split_once("parts that the problem was split into: "));
-    assert!(counts.clone().any(|(_, count)| count.trim() != "1"), "{plan}");
-}
-
-fn decode(splits: u32) -> PlanOptions {
-    let tile = DecodeTile { rows: 4, threads: 64, key_threads: 8, thread_keys: 2, lanes: 0 };
-    PlanOptions::default().kernel(Kernel::Decode).decode_tile(tile).splits(splits)
-}
-
-fn two_kernels() -> PlanOptions {
-    let tile = BackwardTile { own: 12, step: 24, threads_y: 12, threads_x: 6, chunk: 12, block: 12, written_out: true };
-    backward(Kernel::Tile).backward_tile(tile)
-}
-
 fn check_forward(feature: Feature) {
+    let (_, plain) = &cases(feature)[0];
     let small = tiled(8, 16, (2, 4), 4, 8);
     let (narrow, less_narrow) = (narrow(feature, 20), narrow(feature, 70));
     // Decoding has no dropout.
-    let decodes =
-        |options: &PlanOptions| options.kernel != Some(Kernel::Decode) || cases(feature)[0].1.problem.dropout.is_none();
+    let decodes = |options: &PlanOptions| options.kernel != Some(Kernel::Decode) || plain.problem.dropout.is_none();
     for (context, options) in [(&narrow, small), (&narrow, decode(2)), (&less_narrow, naive())] {
         if decodes(&options) {
-            assert_split(feature, context, options);
+            assert_split(&plain.problem, context, options);
         }
     }
     for element_type in TYPES {
@@ -83,11 +64,12 @@ fn check_forward(feature: Feature) {
 }
 
 fn check_backward(feature: Feature) {
+    let (_, plain) = &cases(feature)[0];
     let (narrow, less_narrow) = (narrow(feature, 20), narrow(feature, 280));
     let at_once = fused([32, 64], 8, 8, 16, [32, 64]);
     let by_naive = backward(Kernel::Naive);
     for (context, options) in [(&narrow, two_kernels()), (&narrow, at_once), (&less_narrow, by_naive)] {
-        assert_split(feature, context, options);
+        assert_split(&plain.problem, context, options);
     }
     for element_type in TYPES {
         let mut ways = every_kernel(element_type, backward(Kernel::Naive), backward(Kernel::Tile));
@@ -107,14 +89,8 @@ fn check_coop(feature: Feature) {
     let Some(context) = context() else { return };
     for element_type in TYPES {
         // In f32 the first four of the six: a processor takes long to compile these kernels.
-        let cases = cases_of(feature, element_type).into_iter().take(4);
-        let forward = PlanOptions::default().kernel(Kernel::Coop);
-        let ways = in_forms(element_type, &[("coop", &context, forward)]);
-        check_all(&cases::prepare(cases.clone(), element_type), &ways);
-        let ways = in_forms(element_type, &[("coop", &context, forward.backward(Kernel::Coop))]);
-        // The backward pass in bf16 takes whole vectors only.
-        let aligned = cases.filter(|(name, _)| element_type != ElementType::BF16 || !name.contains("odd"));
-        backward::check_all(&backward::prepare(aligned, element_type, Ask::default()), &ways);
+        let cases = cases_of(feature, element_type).into_iter().take(4).collect();
+        check_passes(&context, cases, element_type);
     }
 }
 

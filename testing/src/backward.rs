@@ -4,7 +4,7 @@ use fastrand::Rng;
 use wgpu_flash_attention::reference::accept::{Bound, Errors, Verdict};
 use wgpu_flash_attention::reference::rounded::{self, nearest};
 use wgpu_flash_attention::reference::{Backward, Summed};
-use wgpu_flash_attention::tune::FusedTile;
+use wgpu_flash_attention::tune::{BackwardTile, FusedTile};
 use wgpu_flash_attention::wgpu::{self, BufferBinding};
 use wgpu_flash_attention::{
     BackwardBuffers, Context, ElementType, ForwardBuffers, Kernel, Layout, Plan, PlanOptions, Problem, Tensor,
@@ -19,6 +19,13 @@ use crate::{Case, Extras, Inputs, Prepared};
 /// The plan's own choice of forward kernel, and this one for the backward pass.
 pub fn backward(kernel: Kernel) -> PlanOptions {
     PlanOptions::default().kernel(Kernel::Tile).backward(kernel)
+}
+
+/// The tile kernels for each gradient, with a tile smaller than cases are, so that there are several; no size but the grid's is a power of
+/// two. Its loops are written out, which those of the table's tiles for software Vulkan are not.
+pub fn two_kernels() -> PlanOptions {
+    let tile = BackwardTile { own: 12, step: 24, threads_y: 12, threads_x: 6, chunk: 12, block: 12, written_out: true };
+    backward(Kernel::Tile).backward_tile(tile)
 }
 
 /// The tile kernel that computes all gradients at once, with this tile: keys and rows of a tile, threads of a side of the grid,

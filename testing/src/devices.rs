@@ -1,7 +1,7 @@
 //! The devices of the tests, and every kernel on them.
 
 use wgpu_flash_attention::wgpu;
-use wgpu_flash_attention::{Context, ElementType, PlanOptions};
+use wgpu_flash_attention::{Context, ElementType, PlanOptions, Problem};
 
 use crate::skipped::skipped;
 
@@ -26,6 +26,18 @@ pub fn with_limits(lower: impl FnOnce(&mut wgpu::Limits)) -> Context {
     let mut required_limits = wgpu::Limits::default();
     lower(&mut required_limits);
     device_of(&adapter(), wgpu::DeviceDescriptor { required_limits, ..Default::default() })
+}
+
+/// WebGPU's default limits with bindings of so many KiB, so small that work is split.
+pub fn with_bindings(kib: u64) -> Context {
+    with_limits(|limits| limits.max_storage_buffer_binding_size = kib << 10)
+}
+
+/// Checks that a plan of the problem, forward or backward, has several parts there.
+pub fn assert_split(problem: &Problem, context: &Context, options: PlanOptions) {
+    let plan = context.plan_with(&problem.clone().with_gradients(), &options).unwrap().to_string();
+    let counts = plan.lines().filter_map(|line| line.split_once("parts that the problem was split into: "));
+    assert!(counts.clone().any(|(_, count)| count.trim() != "1"), "{plan}");
 }
 
 /// WebGPU's default limits, and these features; nothing where the adapter does not have them.

@@ -1,7 +1,7 @@
 //! Forward passes by cases: gaps and poison everywhere, and every element compared with the oracle.
 
 use wgpu_flash_attention::reference::accept::{self, Bound, Errors, Verdict};
-use wgpu_flash_attention::tune::Tile;
+use wgpu_flash_attention::tune::{DecodeTile, Tile};
 use wgpu_flash_attention::wgpu::{self, BufferBinding};
 use wgpu_flash_attention::{
     Context, ElementType, ForwardBuffers, Kernel, Plan, PlanOptions, Problem, Tensor, reference,
@@ -20,6 +20,12 @@ pub fn naive() -> PlanOptions {
 
 pub fn tile() -> PlanOptions {
     PlanOptions::default().kernel(Kernel::Tile)
+}
+
+/// The decode kernel with a small tile and so many splits of the keys.
+pub fn decode(splits: u32) -> PlanOptions {
+    let tile = DecodeTile { rows: 4, threads: 64, key_threads: 8, thread_keys: 2, lanes: 0 };
+    PlanOptions::default().kernel(Kernel::Decode).decode_tile(tile).splits(splits)
 }
 
 /// The tile kernel with this tile: rows, keys, grid of threads (y, x), chunk, value_keys; its loops are written out, which those

@@ -43,9 +43,9 @@ pub mod transformer;
 
 pub use case::{Case, Inputs, case};
 #[cfg(not(target_arch = "wasm32"))]
-pub use devices::{every_kernel, full, webgpu, with_features, with_limits};
+pub use devices::{assert_split, every_kernel, full, webgpu, with_bindings, with_features, with_limits};
 pub use extras::{DeviceExtras, Extras, bytes_of, score_elements};
 #[cfg(not(target_arch = "wasm32"))]
 pub use forward::check_all;
-pub use forward::{Bits, Prepared, TYPES, naive, tile, tiled};
+pub use forward::{Bits, Prepared, TYPES, decode, naive, tile, tiled};
 pub use memory::{from_bits, to_bits};
