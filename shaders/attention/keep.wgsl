@@ -55,22 +55,18 @@ fn keep4(at: Sequence, i: vec4i, j: vec4i) -> vec4<bool> {
 // Do all scores of rows i0 .. i1 with keys j0 .. j1 count? Then keep need not be called for any of them. `false` is
 // always allowed.
 fn all_count(at: Sequence, i0: i32, i1: i32, j0: i32, j1: i32) -> bool {
+    var known = true;
 #if PROBE_TILES
-    return false;
-#else
+    known = false;
+#endif
 #if BLOCKS_BY_PAIR
-    return false;
-#else
+    known = false;
+#endif
 #if ANY_MASK
-    return false;
-#else
+    known = false;
+#endif
 #if QUERY_LENGTHS
-    if i1 > at.queries {
-        return false;
-    }
+    known = known && i1 <= at.queries;
 #endif
-    return j0 >= key_interval(at, i1 - 1).x && j1 <= key_interval(at, i0).y;
-#endif
-#endif
-#endif
+    return known && j0 >= key_interval(at, i1 - 1).x && j1 <= key_interval(at, i0).y;
 }

@@ -5,7 +5,7 @@
 use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS, workgroups_by_keys, workgroups_by_rows};
 use super::forward_coop::{layout_constants, workgroup_switches};
 use super::forward_coop_scaled::{self, parts};
-use super::{Access, Part, Pass, Slot, backward_switches, bindings};
+use super::{Access, Part, Pass, Slot, backward_switches, score_bindings};
 use crate::matrices::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
@@ -65,7 +65,7 @@ fn scaled_passes(
             constants.extend(layout_constants(layout));
             Pass::new(
                 Specialization { file, entry, switches, constants },
-                bindings(problem, used),
+                score_bindings(problem, used),
                 tile.subgroups * format.lanes,
                 workgroup_bytes,
                 workgroups,
@@ -161,7 +161,7 @@ fn half_passes(
                 ["KEY_MATRICES", "ROWS"],
                 dkdv,
             ),
-            bindings(problem, DKDV_BINDINGS),
+            score_bindings(problem, DKDV_BINDINGS),
             dkdv.subgroups * format.lanes,
             dkdv.dkdv_bytes(form, size, shape.head_dim, shape.head_dim_v),
             Box::new(of_keys),
@@ -174,7 +174,7 @@ fn half_passes(
                 ["ROW_MATRICES", "KEYS"],
                 dq,
             ),
-            bindings(problem, DQ_BINDINGS),
+            score_bindings(problem, DQ_BINDINGS),
             dq.subgroups * format.lanes,
             dq.dq_bytes(form, size, shape.head_dim, shape.head_dim_v),
             Box::new(of_rows),

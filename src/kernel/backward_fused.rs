@@ -1,7 +1,7 @@
 //! Host side of `shaders/kernel/backward_fused_tile.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, workgroups_by_keys};
-use super::{Access, Pass, Rounds, Slot, backward_delta, backward_switches, bindings, dropout_bytes};
+use super::{Access, Pass, Rounds, Slot, backward_delta, backward_switches, dropout_bytes, score_bindings};
 use crate::Problem;
 use crate::specialize::Specialization;
 use crate::tune::FusedTile;
@@ -47,7 +47,7 @@ fn pass(problem: &Problem, tile: FusedTile, accumulate: bool) -> Pass {
                 ("KEY_PIECES", tile.own / (4 * tile.threads_y)),
             ],
         },
-        bindings(problem, &[DKDV_BINDINGS, &[(Slot::GradQuery, Access::ReadWrite)]].concat()),
+        score_bindings(problem, &[DKDV_BINDINGS, &[(Slot::GradQuery, Access::ReadWrite)]].concat()),
         tile.threads(),
         tile.workgroup_bytes(shape.head_dim, shape.head_dim_v)
             + dropout_bytes(problem, tile.step, tile.own, tile.threads()),

@@ -1,6 +1,8 @@
 //! Host side of `shaders/kernel/naive_backward_*.wgsl`.
 
-use super::{Access, Part, Pass, Slot, backward_switches, bindings, by_pair, without_blocks, without_dropout};
+use super::{
+    Access, Part, Pass, Slot, backward_switches, bindings, by_pair, score_bindings, without_blocks, without_dropout,
+};
 use crate::Problem;
 use crate::specialize::Specialization;
 
@@ -15,23 +17,17 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let [head_dim, head_dim_v] = [shape.head_dim, shape.head_dim_v].map(u64::from);
     let pass = |file, entry, used: &[(Slot, Access)], workgroups| {
         let on = backward_switches(problem, 4);
-        let on = if entry == "scores_of" { by_pair(on) } else { without_blocks(on) };
-        Pass::new(
-            Specialization {
-                file,
-                entry,
-                switches: if entry == "scores_of" { on } else { without_dropout(on) },
-                constants: vec![("HEAD_DIM", shape.head_dim), ("HEAD_DIM_V", shape.head_dim_v)],
-            },
-            bindings(problem, used)
-                .into_iter()
+        let (switches, bindings) = match entry {
+            "scores_of" => (by_pair(on), score_bindings(problem, used)),
+            _ => {
+                let mut used = bindings(problem, used);
                 // The second and the third kernel read only lengths from the workspace, so they bind it only if there are any.
-                .filter(|&(slot, _)| slot != Slot::Workspace || entry == "scores_of" || problem.has_lengths())
-                .collect(),
-            256,
-            0,
-            workgroups,
-        )
+                used.retain(|&(slot, _)| slot != Slot::Workspace || problem.has_lengths());
+                (without_blocks(without_dropout(on)), used)
+            }
+        };
+        let constants = vec![("HEAD_DIM", shape.head_dim), ("HEAD_DIM_V", shape.head_dim_v)];
+        Pass::new(Specialization { file, entry, switches, constants }, bindings, 256, 0, workgroups)
     };
     let heads = |part: &Part| part.batch_count() * part.head_count();
     vec![
@@ -43,13 +39,9 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
                 (Slot::Key, Access::Read),
                 (Slot::Value, Access::Read),
                 (Slot::GradOut, Access::Read),
-                (Slot::Bias, Access::Read),
-                (Slot::Mask, Access::Read),
-                (Slot::AlibiSlopes, Access::Read),
                 (Slot::Workspace, Access::ReadWrite),
                 (Slot::WorkspaceScores, Access::ReadWrite),
                 (Slot::RngState, Access::Read),
-                (Slot::Blocks, Access::Read),
             ],
             Box::new(move |part| [seqlen_k.div_ceil(16), part.row_count().div_ceil(16), heads(part)]),
         ),

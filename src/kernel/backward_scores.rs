@@ -1,7 +1,9 @@
 //! Host side of `shaders/kernel/backward_scores_tile.wgsl` and of `shaders/kernel/backward_heads.wgsl`, which run after the kernels for dq, dk
 //! and dv: the gradients of the bias, of ALiBi's slopes and of the sinks.
 
-use super::{Access, Part, Pass, Slot, backward_switches, bindings, by_pair, dropout_bytes};
+use super::{
+    Access, Part, Pass, Slot, backward_switches, backward_tile, bindings, by_pair, dropout_bytes, score_bindings,
+};
 use crate::problem::{Alibi, ScoreLayout};
 use crate::specialize::Specialization;
 use crate::tune::BackwardTile;
@@ -13,11 +15,6 @@ pub(crate) const HEAD_THREADS: u32 = 256;
 pub(crate) fn row_sums_bytes(part: &Part) -> u64 {
     // Without queries the sum of none is still a gradient to write.
     part.rows_of_heads().saturating_mul(4).max(4)
-}
-
-/// Whether anything but dq, dk and dv is computed tile by tile.
-pub(crate) fn has_tiles(problem: &Problem) -> bool {
-    problem.gradients.is_some_and(|gradients| gradients.bias || gradients.alibi_slopes)
 }
 
 /// What batch entries, heads, rows and keys share an element of the bias.
@@ -53,17 +50,7 @@ fn tiles(problem: &Problem, tile: BackwardTile, bias: Option<&ScoreLayout>) -> P
     on.extend(tile.written_out.then_some("UNROLL"));
     on.extend(bias.map(|_| "GRAD_BIAS"));
     on.extend(problem.bias.is_some_and(|bias| bias.element_type == ElementType::F32).then_some("BIAS_WORDS"));
-    let mut constants = vec![
-        ("HEAD_DIM", shape.head_dim),
-        ("HEAD_DIM_V", shape.head_dim_v),
-        ("OWN", tile.own),
-        ("STEP", tile.step),
-        ("THREADS_Y", tile.threads_y),
-        ("THREADS_X", tile.threads_x),
-        ("CHUNK", tile.chunk),
-        ("CHUNK4", tile.chunk / 4),
-        ("BLOCK", tile.block),
-    ];
+    let mut constants = backward_tile::constants(problem, tile);
     let names = ["SHARED_BATCH", "SHARED_HEADS", "SHARED_ROWS", "SHARED_KEYS"];
     constants.extend(names.into_iter().zip(shared.map(u32::from)));
     let workspace = if bias.is_some() { Access::Read } else { Access::ReadWrite };
@@ -73,16 +60,12 @@ fn tiles(problem: &Problem, tile: BackwardTile, bias: Option<&ScoreLayout>) -> P
         (Slot::Value, Access::Read),
         (Slot::Workspace, workspace),
         (Slot::GradOut, Access::Read),
-        (Slot::Bias, Access::Read),
-        (Slot::Mask, Access::Read),
-        (Slot::AlibiSlopes, Access::Read),
         (Slot::RngState, Access::Read),
-        (Slot::Blocks, Access::Read),
     ];
     used.push((if bias.is_some() { Slot::GradBias } else { Slot::WorkspaceRowSums }, Access::ReadWrite));
     Pass::new(
         Specialization { file: "kernel/backward_scores_tile.wgsl", entry: "scores", switches: on, constants },
-        bindings(problem, &used),
+        score_bindings(problem, &used),
         tile.threads(),
         tile.workgroup_bytes(shape.head_dim, shape.head_dim_v)
             + dropout_bytes(problem, tile.own, tile.step, tile.threads())

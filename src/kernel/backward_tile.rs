@@ -1,39 +1,31 @@
 //! Host side of `shaders/kernel/backward_dkdv_tile.wgsl` and `shaders/kernel/backward_dq_tile.wgsl`.
 
-use super::{Access, Part, Pass, Slot, Workgroups, backward_switches, bindings, dropout_bytes};
+use super::{Access, Part, Pass, Slot, Workgroups, backward_switches, dropout_bytes, score_bindings};
 use crate::specialize::Specialization;
 use crate::tune::BackwardTile;
 use crate::{ElementType, Problem};
 
-/// What the gradients of keys and values bind, on any kernel.
+/// What the gradients of keys and values bind, on any kernel, besides what they ask about scores.
 pub(crate) const DKDV_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Query, Access::Read),
     (Slot::Key, Access::Read),
     (Slot::Value, Access::Read),
     (Slot::Workspace, Access::Read),
     (Slot::GradOut, Access::Read),
-    (Slot::Bias, Access::Read),
-    (Slot::Mask, Access::Read),
-    (Slot::AlibiSlopes, Access::Read),
     (Slot::GradKey, Access::ReadWrite),
     (Slot::GradValue, Access::ReadWrite),
     (Slot::RngState, Access::Read),
-    (Slot::Blocks, Access::Read),
 ];
 
-/// What the gradient of queries binds, on any kernel.
+/// What the gradient of queries binds, on any kernel, likewise.
 pub(crate) const DQ_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Query, Access::Read),
     (Slot::Key, Access::Read),
     (Slot::Value, Access::Read),
     (Slot::Workspace, Access::Read),
     (Slot::GradOut, Access::Read),
-    (Slot::Bias, Access::Read),
-    (Slot::Mask, Access::Read),
-    (Slot::AlibiSlopes, Access::Read),
     (Slot::GradQuery, Access::ReadWrite),
     (Slot::RngState, Access::Read),
-    (Slot::Blocks, Access::Read),
 ];
 
 /// Workgroups of a kernel that owns so many keys, and of one that owns so many rows.
@@ -60,6 +52,23 @@ pub(crate) fn dropout_bytes_of(problem: &Problem, dkdv: BackwardTile, dq: Backwa
     [dropout_bytes(problem, dkdv.step, dkdv.own, dkdv.threads()), dropout_bytes(problem, dq.own, dq.step, dq.threads())]
 }
 
+/// The constants of a kernel with `tile/products.wgsl`.
+pub(crate) fn constants(problem: &Problem, tile: BackwardTile) -> Vec<(&'static str, u32)> {
+    vec![
+        ("HEAD_DIM", problem.shape.head_dim),
+        ("HEAD_DIM_V", problem.shape.head_dim_v),
+        ("OWN", tile.own),
+        ("STEP", tile.step),
+        ("THREADS_Y", tile.threads_y),
+        ("THREADS_X", tile.threads_x),
+        ("CHUNK", tile.chunk),
+        ("BLOCK", tile.block),
+        // Trips of the loops that are written out.
+        ("CHUNK4", tile.chunk / 4),
+        ("BLOCK4", tile.block / 4),
+    ]
+}
+
 pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) -> Vec<Pass> {
     let shape = problem.shape;
     let of_dropout = dropout_bytes_of(problem, dkdv, dq);
@@ -70,25 +79,8 @@ pub(crate) fn passes(problem: &Problem, dkdv: BackwardTile, dq: BackwardTile) ->
         }
         on.extend(has_step_sums(problem, tile).then_some("STEP_SUMS"));
         Pass::new(
-            Specialization {
-                file,
-                entry,
-                switches: on,
-                constants: vec![
-                    ("HEAD_DIM", shape.head_dim),
-                    ("HEAD_DIM_V", shape.head_dim_v),
-                    ("OWN", tile.own),
-                    ("STEP", tile.step),
-                    ("THREADS_Y", tile.threads_y),
-                    ("THREADS_X", tile.threads_x),
-                    ("CHUNK", tile.chunk),
-                    ("BLOCK", tile.block),
-                    // Trips of the loops that are written out.
-                    ("CHUNK4", tile.chunk / 4),
-                    ("BLOCK4", tile.block / 4),
-                ],
-            },
-            bindings(problem, used),
+            Specialization { file, entry, switches: on, constants: constants(problem, tile) },
+            score_bindings(problem, used),
             tile.threads(),
             tile.workgroup_bytes(shape.head_dim, shape.head_dim_v) + dropout_bytes,
             workgroups,

@@ -1,6 +1,6 @@
 //! Host side of `shaders/kernel/block_*.wgsl`: lists of blocks that are made on the device.
 
-use super::{Access, Part, Pass, Slot, bindings, switches_of};
+use super::{Access, Part, Pass, Slot, bindings, mod_bindings, switches_of};
 use crate::Problem;
 use crate::blocks::lists::Packing;
 use crate::problem::Tensor;
@@ -40,17 +40,19 @@ pub(crate) fn of_mask(problem: &Problem, packing: Packing) -> [Pass; 2] {
         ["SEQLENS_Q", "QUERY_LENGTHS", "SEQLENS_K", "MASK", "ANY_MASK", "MODS", "MASK_MOD", "PROBE_TILES"];
     let mut on = switches_of(problem, &Tensor::FORWARD, 4);
     on.retain(|name| OF_MASKS.contains(name));
+    let mut used = bindings(
+        problem,
+        &[
+            (Slot::SeqlensQ, Access::Read),
+            (Slot::SeqlensK, Access::Read),
+            (Slot::Mask, Access::Read),
+            (Slot::Blocks, Access::ReadWrite),
+        ],
+    );
+    used.extend(mod_bindings(problem));
     let kinds = Pass::new(
         specialization("kernel/block_kinds_of_mask.wgsl", "kinds_of_mask", on),
-        bindings(
-            problem,
-            &[
-                (Slot::SeqlensQ, Access::Read),
-                (Slot::SeqlensK, Access::Read),
-                (Slot::Mask, Access::Read),
-                (Slot::Blocks, Access::ReadWrite),
-            ],
-        ),
+        used,
         THREADS,
         8,
         Box::new(move |_: &Part| [packing.row_words(), packing.down.into(), packing.list_count()]),

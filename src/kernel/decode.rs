@@ -1,6 +1,6 @@
 //! Host side of `shaders/kernel/decode_split.wgsl` and `shaders/kernel/decode_combine.wgsl`.
 
-use super::{Access, Part, Pass, Slot, bindings, switches, without_scores};
+use super::{Access, Part, Pass, Slot, bindings, score_bindings, switches, without_scores};
 use crate::specialize::Specialization;
 use crate::tune::DecodeTile;
 use crate::{ElementType, Kernel, Problem};
@@ -65,7 +65,7 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
     }
     let split = Pass::new(
         Specialization { file: "kernel/decode_split.wgsl", entry: "decode_split", switches: on, constants },
-        bindings(
+        score_bindings(
             problem,
             &[
                 (Slot::Query, Access::Read),
@@ -73,9 +73,6 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
                 (Slot::Value, Access::Read),
                 (Slot::SeqlensQ, Access::Read),
                 (Slot::SeqlensK, Access::Read),
-                (Slot::Bias, Access::Read),
-                (Slot::Mask, Access::Read),
-                (Slot::AlibiSlopes, Access::Read),
                 (Slot::Workspace, Access::ReadWrite),
                 (Slot::WorkspaceStats, Access::ReadWrite),
             ],

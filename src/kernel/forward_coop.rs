@@ -1,6 +1,6 @@
 //! Host side of `shaders/kernel/forward_coop.wgsl` and `shaders/kernel/forward_coop_workgroup.wgsl`.
 
-use super::{FORWARD_BINDINGS, Part, Pass, bindings, switches};
+use super::{FORWARD_BINDINGS, Part, Pass, score_bindings, switches};
 use crate::matrices::{Bit, MatrixFormat, MatrixLayout};
 use crate::specialize::Specialization;
 use crate::tune::CoopTile;
@@ -76,7 +76,7 @@ pub(crate) fn pass(
     constants.extend(layout_constants(layout));
     Pass::new(
         Specialization { file, entry: "forward", switches: on, constants },
-        bindings(problem, FORWARD_BINDINGS),
+        score_bindings(problem, FORWARD_BINDINGS),
         tile.subgroups * lanes,
         tile.workgroup_bytes(form, size, shape.head_dim, shape.head_dim_v),
         Box::new(move |part: &Part| [part.row_count().div_ceil(rows as u64), part.head_count(), part.batch_count()]),

@@ -2,7 +2,7 @@
 //! which run before the kernels for f32 and bf16, forward and backward.
 
 use super::forward_coop::layout_constants;
-use super::{Access, GIVEN, Part, Pass, Slot, bindings, switches, switches_of, without_blocks};
+use super::{Access, GIVEN, Part, Pass, Slot, bindings, score_bindings, switches, switches_of, without_blocks};
 use crate::matrices::{MatrixFormat, MatrixLayout};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
@@ -129,7 +129,7 @@ fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &Matrix
     constants.extend(layout_constants(layout));
     Pass::new(
         Specialization { file: "kernel/forward_coop_scaled.wgsl", entry: "forward", switches: on, constants },
-        bindings(
+        score_bindings(
             problem,
             &[
                 (Slot::Query, Access::Read),
@@ -139,10 +139,6 @@ fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &Matrix
                 (Slot::Lse, Access::ReadWrite),
                 (Slot::Workspace, Access::Read),
                 (Slot::RngState, Access::Read),
-                (Slot::Blocks, Access::Read),
-                (Slot::Bias, Access::Read),
-                (Slot::Mask, Access::Read),
-                (Slot::AlibiSlopes, Access::Read),
                 (Slot::Sinks, Access::Read),
             ],
         ),

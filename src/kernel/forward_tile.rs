@@ -1,6 +1,6 @@
 //! Host side of `shaders/kernel/forward_tile.wgsl`.
 
-use super::{FORWARD_BINDINGS, Part, Pass, bindings, dropout_bytes, switches};
+use super::{FORWARD_BINDINGS, Part, Pass, dropout_bytes, score_bindings, switches};
 use crate::specialize::Specialization;
 use crate::tune::Tile;
 use crate::{ElementType, Problem};
@@ -75,7 +75,7 @@ pub(crate) fn pass(problem: &Problem, tile: Tile) -> Pass {
                 ("FOLD_TILES", fold_tiles.unwrap_or(1)),
             ],
         },
-        bindings(problem, FORWARD_BINDINGS),
+        score_bindings(problem, FORWARD_BINDINGS),
         tile.threads(),
         tile.workgroup_bytes(shape.head_dim_v) + dropout_bytes(problem, tile.rows, tile.keys, tile.threads()),
         Box::new(move |part: &Part| {

@@ -23,7 +23,7 @@ pub(crate) use pass::{Access, Module, Pass, Rounds, Slot, Workgroups, check_limi
 use crate::problem::{Probe, Tensor};
 use crate::{ElementType, Problem, tune};
 
-/// What a forward pass in one dispatch binds.
+/// What a forward pass in one dispatch binds, besides what it asks about scores.
 pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Query, Access::Read),
     (Slot::Key, Access::Read),
@@ -33,10 +33,6 @@ pub(crate) const FORWARD_BINDINGS: &[(Slot, Access)] = &[
     (Slot::SeqlensQ, Access::Read),
     (Slot::SeqlensK, Access::Read),
     (Slot::RngState, Access::Read),
-    (Slot::Blocks, Access::Read),
-    (Slot::Bias, Access::Read),
-    (Slot::Mask, Access::Read),
-    (Slot::AlibiSlopes, Access::Read),
     (Slot::Sinks, Access::Read),
 ];
 
@@ -150,6 +146,28 @@ pub(crate) fn dropout_bytes(problem: &Problem, rows: u32, keys: u32, threads: u3
     problem.dropout_in_use().map_or(0, |_| tune::dropout_bytes(rows, keys, threads))
 }
 
+/// What a kernel reads that computes scores: of each of them what is given, and whether it counts. A new input of scores is a line here.
+const SCORE_INPUTS: [(Slot, Access); 4] = [
+    (Slot::Blocks, Access::Read),
+    (Slot::Bias, Access::Read),
+    (Slot::Mask, Access::Read),
+    (Slot::AlibiSlopes, Access::Read),
+];
+
+/// The bindings of a kernel that computes scores, `own` being its own.
+pub(crate) fn score_bindings(problem: &Problem, own: &[(Slot, Access)]) -> Vec<(Slot, Access)> {
+    let mut all = bindings(problem, own);
+    all.extend(bindings(problem, &SCORE_INPUTS));
+    all.extend(mod_bindings(problem));
+    all
+}
+
+/// The buffers of the problem's mods.
+pub(crate) fn mod_bindings(problem: &Problem) -> impl Iterator<Item = (Slot, Access)> {
+    let buffers = problem.mods.iter().flat_map(|mods| mods.buffers());
+    Slot::MOD_BUFFERS.into_iter().zip(buffers).map(|(slot, _)| (slot, Access::Read))
+}
+
 /// `bindings`, less those of buffers that the problem does without.
 pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(Slot, Access)> {
     let used = |slot| match slot {
@@ -165,9 +183,5 @@ pub(crate) fn bindings(problem: &Problem, bindings: &[(Slot, Access)]) -> Vec<(S
         Slot::GradLse => problem.gradients.is_some_and(|gradients| gradients.lse),
         _ => true,
     };
-    // Kernels that ask about scores. A kernel that takes a mask is one.
-    let asks = bindings.iter().any(|&(slot, _)| slot == Slot::Mask);
-    let of_mods = problem.mods.iter().flat_map(|mods| Slot::MOD_BUFFERS.into_iter().zip(mods.buffers()));
-    let of_mods = of_mods.filter(|_| asks).map(|(slot, _)| (slot, Access::Read));
-    bindings.iter().copied().filter(|&(slot, _)| used(slot)).chain(of_mods).collect()
+    bindings.iter().copied().filter(|&(slot, _)| used(slot)).collect()
 }

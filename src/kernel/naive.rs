@@ -1,6 +1,9 @@
 //! Host side of `shaders/kernel/naive_*.wgsl`.
 
-use super::{Access, Part, Pass, Slot, bindings, by_pair, switches, without_blocks, without_dropout, without_scores};
+use super::{
+    Access, Part, Pass, Slot, bindings, by_pair, score_bindings, switches, without_blocks, without_dropout,
+    without_scores,
+};
 use crate::Problem;
 use crate::specialize::Specialization;
 
@@ -26,18 +29,13 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
     let pass = |file, entry, constants, used: &[(Slot, Access)], threads, workgroup_bytes, workgroups| {
         let on = switches(problem, 4);
         // The first kernel asks of every pair whether it counts.
-        let on = match entry {
-            "scores_of" => by_pair(without_dropout(on)),
-            "softmax" => without_scores(on),
-            _ => without_blocks(without_dropout(on)),
+        let (switches, bindings) = match entry {
+            "scores_of" => (by_pair(without_dropout(on)), score_bindings(problem, used)),
+            "softmax" => (without_scores(on), bindings(problem, used)),
+            _ => (without_blocks(without_dropout(on)), bindings(problem, used)),
         };
-        Pass::new(
-            Specialization { file, entry, switches: on, constants },
-            bindings(problem, used),
-            threads,
-            workgroup_bytes,
-            workgroups,
-        )
+        let specialization = Specialization { file, entry, switches, constants };
+        Pass::new(specialization, bindings, threads, workgroup_bytes, workgroups)
     };
     let heads = |part: &Part| part.batch_count() * part.head_count();
     vec![
@@ -50,10 +48,6 @@ pub(crate) fn passes(problem: &Problem) -> Vec<Pass> {
                 (Slot::Key, Access::Read),
                 (Slot::SeqlensQ, Access::Read),
                 (Slot::SeqlensK, Access::Read),
-                (Slot::Blocks, Access::Read),
-                (Slot::Bias, Access::Read),
-                (Slot::Mask, Access::Read),
-                (Slot::AlibiSlopes, Access::Read),
                 (Slot::Workspace, Access::ReadWrite),
             ],
             256,

@@ -31,13 +31,6 @@ pub(crate) enum Slot {
     SeqlensQ = 17,
     /// How large the numbers of each head are, at the workspace's end.
     WorkspaceSizes = 18,
-    /// Packed lists of blocks.
-    Blocks = 28,
-    /// Lists of blocks as FlexAttention has them.
-    KvNumBlocks = 29,
-    KvIndices = 30,
-    FullKvNumBlocks = 31,
-    FullKvIndices = 32,
     Bias = 19,
     Mask = 20,
     AlibiSlopes = 21,
@@ -49,6 +42,13 @@ pub(crate) enum Slot {
     WorkspaceRowSums = 26,
     /// Seed and offset of dropout. The one that is bound as a uniform, so that it takes none of a stage's storage buffers.
     RngState = 27,
+    /// Packed lists of blocks.
+    Blocks = 28,
+    /// Lists of blocks as FlexAttention has them.
+    KvNumBlocks = 29,
+    KvIndices = 30,
+    FullKvNumBlocks = 31,
+    FullKvIndices = 32,
     /// The buffers of the user's mods, in the order of their text. The numbers are those of src/mods/, from `FIRST_BINDING` on.
     ModBuffer0 = 40,
     ModBuffer1 = 41,
@@ -126,9 +126,7 @@ impl Slot {
             Slot::ModBuffer7 => "mod_buffers[7]",
         }
     }
-}
 
-impl Slot {
     /// Whether it is an input that a problem may do without.
     fn is_extra(self) -> bool {
         matches!(

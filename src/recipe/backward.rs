@@ -59,7 +59,7 @@ pub(super) fn recipe(
         all.extend::<Vec<Pass>>(passes);
         all
     };
-    let passes = match kernel {
+    let mut passes = match kernel {
         Kernel::Coop => {
             let coop = coop?;
             coop_form = Some((coop.form, coop.why));
@@ -81,14 +81,12 @@ pub(super) fn recipe(
             None => after_delta(two_kernels(problem, facts, options)?),
         },
     };
-    let mut passes = passes;
-    if backward_scores::has_tiles(problem) {
-        let needed = loops::of_score_gradients(problem, scores_tile(problem, facts)?);
-        loops::check(facts.loop_iterations, Kernel::Tile, needed)?;
-    }
+    // The kernel for gradients of what is added to scores has the two products of dq, and its tile.
+    let [_, tile] = tiles_of(problem, &facts.limits);
+    tile.validate()?;
     let of_heads = loops::of_head_gradients(problem, backward_scores::HEAD_THREADS);
-    loops::check(facts.loop_iterations, Kernel::Tile, of_heads)?;
-    passes.extend(backward_scores::passes(problem, scores_tile(problem, facts)?));
+    loops::check(facts.loop_iterations, Kernel::Tile, loops::of_score_gradients(problem, tile).max(of_heads))?;
+    passes.extend(backward_scores::passes(problem, tile));
     let problem = problem.clone();
     let workspaces = move |part: &Part| {
         let has_ranges = kernel == Kernel::Coop && problem.element_type != ElementType::F16;
@@ -115,13 +113,6 @@ pub(super) fn recipe(
         tile: None,
         rows_and_keys: None,
     })
-}
-
-/// The tile of the kernel for gradients of what is added to scores: that of dq, which has the same two products.
-fn scores_tile(problem: &Problem, facts: &Facts) -> Result<BackwardTile, Error> {
-    let [_, tile] = tiles_of(problem, &facts.limits);
-    tile.validate()?;
-    Ok(tile)
 }
 
 /// The tiles for the gradients of keys and values and for that of queries, with room for dropout.
