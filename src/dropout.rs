@@ -71,6 +71,12 @@ pub(crate) fn kept_of_256(probability: f32) -> u32 {
     (f64::from(1.0 - probability) * 255.0).floor() as u32 + 1
 }
 
+/// The highest word of random bits whose highest byte is kept.
+pub(crate) fn last_word_kept(probability: f32) -> u32 {
+    // Of 256 the sum wraps around to the highest word of all.
+    (kept_of_256(probability) << 24).wrapping_sub(1)
+}
+
 pub(crate) fn scale(probability: f32) -> f32 {
     1.0 / (1.0 - probability)
 }
@@ -88,6 +94,7 @@ mod tests {
         }
         let largest = 1.0f32.next_down();
         assert_eq!([kept_of_256(largest), kept_of_256(1e-9)], [1, 256]);
+        assert_eq!([0.1, largest, 1e-9].map(last_word_kept), [0xe5ff_ffff, 0x00ff_ffff, 0xffff_ffff]);
         assert!(scale(largest).is_finite());
     }
 

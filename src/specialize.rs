@@ -26,6 +26,7 @@ const FILES: &[(&str, &str)] = files![
     "attention/sequence.wgsl",
     "attention/softmax.wgsl",
     "attention/tiles.wgsl",
+    "kernel/backward_bias_coop.wgsl",
     "kernel/backward_delta.wgsl",
     "kernel/backward_dkdv_coop.wgsl",
     "kernel/backward_dkdv_coop_scaled.wgsl",

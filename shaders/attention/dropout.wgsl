@@ -1,6 +1,6 @@
 // Which probabilities are dropped: FlashAttention-2's mask, bit for bit. A call of Philox4x32-7 (Salmon et al. 2011) gives 16 bytes, one for
 // each of 16 probabilities: rows i and i + 8 with keys j, j + 1 and those 8, 16 and 24 further, in a block of 16 rows and 32 keys. A probability
-// is kept if its byte is below problem.dropout_kept. It depends on positions in the sequence alone, whatever the tile.
+// is kept if its byte is at most that of problem.dropout_last, the highest. It depends on positions in the sequence alone, whatever the tile.
 // Needs: sequence.wgsl. Gives: dropout_bytes, dropout_byte, is_byte_kept, is_kept.
 
 // The seed, then the offset: 64 bits each, the low word first.
@@ -56,9 +56,10 @@ fn dropout_byte(i: u32, j: u32) -> u32 {
     return j % 32u / 8u * 4u + i % 16u / 8u * 2u + j % 2u;
 }
 
-// Whether byte n of a word keeps its probability.
+// Whether byte n of a word keeps its probability. The byte is moved to the top; the bytes below it decide nothing, since those of
+// problem.dropout_last are 255.
 fn is_byte_kept(word: u32, n: u32) -> bool {
-    return ((word >> (8u * n)) & 255u) < problem.dropout_kept;
+    return (word << (24u - 8u * n)) <= problem.dropout_last;
 }
 
 // Whether the probability of row i and key j is kept. It takes a call for one byte: who has more rows or keys shares calls (tile/dropout.wgsl,

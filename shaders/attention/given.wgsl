@@ -1,24 +1,59 @@
 // What is given of each score or head beside Q, K and V: bias, boolean mask, slopes of ALiBi, sinks.
-// Needs: softmax.wgsl, sequence.wgsl. Gives: with BIAS bias_of, with MASK mask_of, with ALIBI alibi_slope_of, with SINKS sink_of.
+// Needs: softmax.wgsl, sequence.wgsl. Gives: with BIAS bias_of, bias2_of; with MASK mask_of, mask2_of; with ALIBI alibi_of, steps_behind; with
+// SINKS sink_of.
 
 #if BIAS
 // f32, or two elements of 16 bits a word.
+#if BIAS_AHEAD
+// read_write for kernels that ask about it ahead: see forward_coop.wgsl.
+@group(0) @binding(19) var<storage, read_write> bias: array<u32>;
+#else
 @group(0) @binding(19) var<storage, read> bias: array<u32>;
+#endif
 
-// MASKED for -infinity and whatever is below -1e30. WGSL may assume that infinity does not occur, so bits are compared.
+// MASKED for -infinity and whatever is below -1e30.
 fn bias_of(at: Sequence, i: i32, j: i32) -> f32 {
+#if BIAS_PAIRED
+    // Each row begins at an even element.
+    let shift = 16u * (u32(j) & 1u);
+    let place = place_of_score(problem.bias, 1u, at, i, j);
+#else
     let place = place_of_score(problem.bias, problem.bias_column, at, i, j);
+    let shift = 16u * (place & 1u);
+#endif
 #if BIAS_F16
-    let half = (bias[place / 2u] >> (16u * (place & 1u))) & 0xffffu;
-    return select(unpack2x16float(half).x, MASKED, half == 0xfc00u);
+    return bias_of_bits(bitcast<u32>(unpack2x16float(bias_word(place / 2u) >> shift).x));
 #else
 #if BIAS_BF16
-    let bits = (bias[place / 2u] >> (16u * (place & 1u))) << 16u;
+    return bias_of_bits((bias_word(place / 2u) >> shift) << 16u);
 #else
-    let bits = bias[place];
+    return bias_of_bits(bias_word(place));
 #endif
+#endif
+}
+
+// Of keys j and j + 1, of which j is even. With BIAS_PAIRED both lie in one word.
+fn bias2_of(at: Sequence, i: i32, j: i32) -> vec2f {
+#if BIAS_PAIRED
+    let word = bias_word(place_of_score(problem.bias, 1u, at, i, j) / 2u);
+#if BIAS_F16
+    let two = unpack2x16float(word);
+    return vec2f(bias_of_bits(bitcast<u32>(two.x)), bias_of_bits(bitcast<u32>(two.y)));
+#else
+    return vec2f(bias_of_bits(word << 16u), bias_of_bits(word & 0xffff0000u));
+#endif
+#else
+    return vec2f(bias_of(at, i, j), bias_of(at, i, j + 1));
+#endif
+}
+
+fn bias_word(n: u32) -> u32 {
+    return bias[min(n, arrayLength(&bias) - 1u)];
+}
+
+// Bits are compared, since WGSL may assume that infinity does not occur.
+fn bias_of_bits(bits: u32) -> f32 {
     return bitcast<f32>(select(bits, bitcast<u32>(MASKED), bits > BELOW_MASKS));
-#endif
 }
 #endif
 
@@ -28,15 +63,36 @@ fn bias_of(at: Sequence, i: i32, j: i32) -> f32 {
 
 fn mask_of(at: Sequence, i: i32, j: i32) -> bool {
     let place = place_of_score(problem.mask, problem.mask_column, at, i, j);
-    return ((mask[place / 4u] >> (8u * (place & 3u))) & 0xffu) != 0u;
+    return ((mask_word(place / 4u) >> (8u * (place & 3u))) & 0xffu) != 0u;
+}
+
+// Of keys j and j + 1, of which j is even. With MASK_PAIRED both lie in one word.
+fn mask2_of(at: Sequence, i: i32, j: i32) -> vec2<bool> {
+#if MASK_PAIRED
+    let place = place_of_score(problem.mask, 1u, at, i, j);
+    let bytes = mask_word(place / 4u) >> (8u * (place & 2u));
+    return vec2<bool>((bytes & 0xffu) != 0u, (bytes & 0xff00u) != 0u);
+#else
+    return vec2<bool>(mask_of(at, i, j), mask_of(at, i, j + 1));
+#endif
+}
+
+fn mask_word(n: u32) -> u32 {
+    return mask[min(n, arrayLength(&mask) - 1u)];
 }
 #endif
 
 #if ALIBI
 @group(0) @binding(21) var<storage, read> alibi_slopes: array<f32>;
 
-fn alibi_slope_of(at: Sequence) -> f32 {
-    return alibi_slopes[at.batch * problem.slopes_batch + at.head];
+// What ALiBi adds to the score of a query and a key so many steps behind it; ahead of it, if the number is below 0.
+fn alibi_of(at: Sequence, steps: f32) -> f32 {
+    return -alibi_slopes[at.batch * problem.slopes_batch + at.head] * abs(steps);
+}
+
+// How many steps key j is behind query i, the last query being at the last key.
+fn steps_behind(at: Sequence, i: i32, j: i32) -> f32 {
+    return f32(i + at.keys - at.queries - j);
 }
 #endif
 
@@ -53,9 +109,7 @@ fn sink_of(at: Sequence) -> f32 {
 // The bits of -1e30: larger bits are a lower number, -infinity, or a negative NaN.
 const BELOW_MASKS = 0xf149f2cau;
 
-// Kernels ask about rows and keys past the ends too: of the last ones they get what is there.
+// Kernels ask about rows and keys past the ends too, and may then get any element of the buffer.
 fn place_of_score(t: Tensor, column: u32, at: Sequence, i: i32, j: i32) -> u32 {
-    let row = u32(clamp(i, i32(problem.row_begin), i32(problem.row_end) - 1));
-    let key = u32(clamp(j, 0, i32(problem.seqlen_k) - 1));
-    return row_of_tensor(t, at.batch, at.head, row) + key * column;
+    return row_of_tensor(t, at.batch, at.head, u32(i)) + u32(j) * column;
 }

@@ -1,5 +1,5 @@
 // Which scores count. Rows i and keys j are positions in the sequence.
-// Needs: sequence.wgsl, blocks.wgsl, given.wgsl, mods.wgsl. Gives: keep, keep4, all_count; key_interval and row_interval for tiles.wgsl.
+// Needs: sequence.wgsl, blocks.wgsl, given.wgsl, mods.wgsl. Gives: keep, keep2, keep4, all_count; key_interval and row_interval for tiles.wgsl.
 
 // The keys that the causal mask, the window and the lengths leave row i, if it is a query: from x to before y. As i grows, neither bound
 // falls.
@@ -22,6 +22,23 @@ fn row_interval(at: Sequence, j0: i32, j1: i32) -> vec2i {
 // Does key j count for row i? Either may be past the end, or below 0. Tiles that are visited lie in listed blocks (tiles.wgsl), so that block lists
 // are asked only by kernels without tiles, with BLOCKS_BY_PAIR.
 fn keep(at: Sequence, i: i32, j: i32) -> bool {
+    var counts = keep_but_mask(at, i, j);
+#if MASK
+    counts = counts && mask_of(at, i, j);
+#endif
+    return counts;
+}
+
+// `keep` of keys j and j + 1, of which j is even.
+fn keep2(at: Sequence, i: i32, j: i32) -> vec2<bool> {
+    var counts = vec2<bool>(keep_but_mask(at, i, j), keep_but_mask(at, i, j + 1));
+#if MASK
+    counts = counts & mask2_of(at, i, j);
+#endif
+    return counts;
+}
+
+fn keep_but_mask(at: Sequence, i: i32, j: i32) -> bool {
     let interval = key_interval(at, i);
 #if QUERY_LENGTHS
     if i >= at.queries {
@@ -39,9 +56,6 @@ fn keep(at: Sequence, i: i32, j: i32) -> bool {
     }
 #endif
     var counts = j >= interval.x && j < interval.y;
-#if MASK
-    counts = counts && mask_of(at, i, j);
-#endif
 #if MASK_MOD
     counts = counts && mods_keep(mod_position(at, i, j));
 #endif

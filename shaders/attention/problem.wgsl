@@ -89,8 +89,8 @@ struct Problem {
     slopes_batch: u32,
     // Query heads of the problem.
     heads_q: u32,
-    // Of 256 values of a byte, how many keep a probability; and what it is multiplied by then.
-    dropout_kept: u32,
+    // The highest word of random bits whose highest byte keeps a probability; and what that is multiplied by then.
+    dropout_last: u32,
     dropout_scale: f32,
 }
 

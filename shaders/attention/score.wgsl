@@ -1,6 +1,6 @@
 // What a score is: scale · q·k, then softcap · tanh(score / softcap), then the user's score_mod, then plus bias and ALiBi. Kernels ask with
 // the score's place in the problem. A score whose bias masks it is MASKED.
-// Needs: softmax.wgsl, sequence.wgsl, given.wgsl, mods.wgsl. Gives: scored, scored4, score_unit, score_factor, exponent_bound.
+// Needs: softmax.wgsl, sequence.wgsl, given.wgsl, mods.wgsl. Gives: scored, scored4, scored_alone, score_unit, score_factor, exponent_bound.
 //
 // Unless SHAPED, a score is a positive factor times the product q·k, and kernels may hold products instead of scores. Then score_unit()
 // times a product is a score, and score_factor() times a product is an exponent of 2. With SHAPED kernels hold scores.
@@ -12,22 +12,28 @@ struct Scored {
 }
 
 fn scored(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
+    var x = scored_alone(dot, at, i, j);
+#if ALIBI
+    x.score += alibi_of(at, steps_behind(at, i, j));
+#endif
+#if BIAS
+    let term = bias_of(at, i, j);
+    x.score = select(x.score + term, MASKED, term == MASKED);
+#endif
+    return x;
+}
+
+// `scored` less what bias and ALiBi add.
+fn scored_alone(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
     var x = Scored(problem.scale * dot, 1.0);
 #if SOFTCAP
-    let t = tanh_exact(x.score / problem.softcap);
+    let t = tanh_exact(x.score * (1.0 / problem.softcap));
     x = Scored(problem.softcap * t, 1.0 - t * t);
 #endif
 #if SCORE_MOD
     // The score and its slope.
     let of_user = mods_score(x.score, mod_position(at, i, j));
     x = Scored(of_user.x, x.slope * of_user.y);
-#endif
-#if ALIBI
-    x.score -= alibi_slope_of(at) * f32(abs(i + at.keys - at.queries - j));
-#endif
-#if BIAS
-    let term = bias_of(at, i, j);
-    x.score = select(x.score + term, MASKED, term == MASKED);
 #endif
     return x;
 }
@@ -72,13 +78,12 @@ fn exponent_bound(largest: f32) -> f32 {
 }
 
 #if SOFTCAP
-// tanh that neither overflows for large x nor cancels for small x, whatever the driver's own does.
+// tanh to the last bits, whatever the driver's own does. 1 - 2 / (1 + e^2x) cancels near 0, where x (1 - x^2 / 3 + ...) takes its place:
+// the first terms of a series, fitted to |x| < 0.5.
 fn tanh_exact(x: f32) -> f32 {
-    let a = abs(x);
-    let e = exp2(min(a, 20.0) * (-2.0 * LOG2_E));
-    let large = (1.0 - e) / (1.0 + e);
+    let large = 1.0 - 2.0 / (1.0 + exp2(min(x * (2.0 * LOG2_E), 126.0)));
     let y = x * x;
-    let small = a * (1.0 + y * (-1.0 / 3.0 + y * (2.0 / 15.0 + y * (-17.0 / 315.0 + y * (62.0 / 2835.0)))));
-    return sign(x) * select(large, small, a < 0.25);
+    let series = fma(y, fma(y, fma(y, 0.01725693, -0.05305292), 0.13325987), -0.33333148);
+    return select(large, fma(x * y, series, x), abs(x) < 0.5);
 }
 #endif

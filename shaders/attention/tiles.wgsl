@@ -1,7 +1,7 @@
 // Which tiles of keys a block of rows visits, and which tiles of rows a block of keys. A tile is `size` keys or rows, from a multiple
 // of `size` on. The tiles of which all scores count come first: kernels need not ask keep about their scores.
 // With BLOCKS they are those of listed blocks, each of which a tile's size divides.
-// Needs: keep.wgsl, blocks.wgsl. Gives: Tiles, key_tiles, row_tiles, tile; Walk, walk_rows, has_tile, next_tile, first_row.
+// Needs: keep.wgsl, blocks.wgsl; with BLOCKS constants BLOCK_QUERIES and BLOCK_KEYS. Gives: Tiles, key_tiles, row_tiles, tile; Walk, walk_rows, has_tile, next_tile, first_row.
 
 struct Tiles {
     // Where the first tile begins, in the order of the sequence; how many keys or rows a tile has; how many tiles there are.
@@ -15,8 +15,8 @@ struct Tiles {
     // The entries; how many blocks there are, and of how many keys or rows and how many tiles each is.
     line: Line,
     blocks: u32,
-    block: i32,
-    of_block: i32,
+    block: u32,
+    of_block: u32,
     // The tiles of a line are numbered in the order of its entries. Visited are those of full blocks from `first_full` on, then those from
     // `full_begin` on up to there, which are `of_full` in all, then those of partial blocks from `partial_begin` on.
     first_full: i32,
@@ -68,8 +68,9 @@ fn tiles_between(between: vec2i, counting: vec2i, size: u32) -> Tiles {
 #if BLOCKS
 // Where tile m of a line begins.
 fn listed_tile(tiles: Tiles, m: i32) -> i32 {
-    let n = max(m, 0);
-    return entry(tiles.line, n / tiles.of_block, tiles.blocks) * tiles.block + n % tiles.of_block * tiles.size;
+    let n = u32(max(m, 0));
+    let block = entry(tiles.line, i32(n / tiles.of_block), tiles.blocks);
+    return block * i32(tiles.block) + i32(n % tiles.of_block) * tiles.size;
 }
 
 // The first of tiles begin .. end of a line that begins at x or later, all of them being of full blocks, or of partial ones: their beginnings ascend.
@@ -102,13 +103,13 @@ fn tiles_of_line(line: Line, number: u32, block: u32, between: vec2i, counting: 
     tiles.size = i32(size);
     tiles.line = line;
     tiles.blocks = number;
-    tiles.block = i32(block);
-    tiles.of_block = i32(block / size);
+    tiles.block = block;
+    tiles.of_block = block / size;
     if between.x >= between.y {
         return tiles;
     }
-    let partial = line.full * tiles.of_block;
-    let all = line.count * tiles.of_block;
+    let partial = line.full * i32(tiles.of_block);
+    let all = line.count * i32(tiles.of_block);
     // A tile that ends after x begins after x - size.
     let after = between.x - tiles.size + 1;
     tiles.full_begin = first_from(tiles, 0, partial, after);
@@ -136,11 +137,11 @@ fn key_tiles(at: Sequence, i0: i32, i1: i32, size: u32) -> Tiles {
     all.y = select(all.y, all.x, i1 > at.queries);
     some = select(some, vec2i(), i0 >= at.queries);
 #endif
-#if ANY_MASK
+#if ASKED_EVERYWHERE
     all.y = all.x;
 #endif
 #if BLOCKS
-    return tiles_of_line(row_of_blocks(at, u32(i0)), problem.blocks.across, problem.blocks.keys, some, all, size);
+    return tiles_of_line(row_of_blocks(at, u32(i0)), problem.blocks.across, BLOCK_KEYS, some, all, size);
 #else
 #if PROBE_TILES
     return probe_tiles(tiles_between(some, all, size), at, true, vec2i(i0, i1));
@@ -160,11 +161,11 @@ fn row_tiles(at: Sequence, j0: i32, j1: i32, size: u32) -> Tiles {
         min(at.queries, zero + j0 + problem.window_left + 1),
     );
     all.y = select(all.y, all.x, j1 > at.keys);
-#if ANY_MASK
+#if ASKED_EVERYWHERE
     all.y = all.x;
 #endif
 #if BLOCKS
-    return tiles_of_line(column_of_blocks(at, u32(j0)), problem.blocks.down, problem.blocks.queries, some, all, size);
+    return tiles_of_line(column_of_blocks(at, u32(j0)), problem.blocks.down, BLOCK_QUERIES, some, all, size);
 #else
 #if PROBE_TILES
     return probe_tiles(tiles_between(some, all, size), at, false, vec2i(j0, j1));

@@ -8,6 +8,8 @@
 //         dV = dV + P^T dO,  dK = dK + dS^T Q
 //     dK = scale dK
 //
+// With dropout dP is that of what is kept; dS is held without the factor of what is kept (matrix/scores.wgsl).
+//
 // Who: a workgroup owns KEYS keys of one key-value head. Each of its subgroups has KEY_MATRICES · M of these keys. Keys are rows of the
 //   matrices, so P^T and dS^T become left operands in the lanes that hold them. Where registers do not hold all columns of dK and dV, each
 //   block of COLUMNS has a workgroup of its own, which computes all of S^T and dP^T again.
@@ -149,7 +151,7 @@ fn store_tile(at: Sequence, x: Tile, i0: u32, thread: u32) {
         if t < ROWS {
             // A row past the end is as one without keys.
             let stats = select(x.stats[n], vec2f(NO_KEYS, 0.0), i0 + t > last_query(at));
-            step_stats[t] = vec2f(stats.x * LOG2_E, stats.y);
+            step_stats[t] = vec2f(stats.x * LOG2_E, held_delta(stats.y));
         }
     }
 }
@@ -241,6 +243,13 @@ fn dkdv(
         // One matrix of rows at a time. No array of matrices has c for an index, so that drivers may keep the loop, which takes fewer
         // registers than writing it out.
         for (var c = 0; c < i32(ACROSS_ROWS); c++) {
+            // What is added to scores, asked for ahead of the products
+            let i = row0 + c * i32(M);
+            var added = array<Lane, KEY_MATRICES>();
+            for (var r = 0u; r < KEY_MATRICES; r++) {
+                added[r] = added_lane(at, i, i32(key0 + own_key + r * M), lane);
+            }
+
             // S^T = K Q^T,  dP^T = V dO^T
             let q_place = Q_AT + u32(c) * M * D_STRIDE;
             let grad_place = DO_AT + u32(c) * M * V_STRIDE;
@@ -275,18 +284,17 @@ fn dkdv(
             for (var e = 0u; e < ELEMENTS; e++) {
                 lane_stats[held_column(e)] = step_stats[u32(c) * M + column_of(lane, 0u) + column_of(0u, e)];
             }
-            let i = row0 + c * i32(M);
             let full = all_full || all_count(at, i, i + i32(M), i32(key0), i32(key0 + KEYS));
             var p = array<Left, KEY_MATRICES>();
             var ds = array<Left, KEY_MATRICES>();
             for (var r = 0u; r < KEY_MATRICES; r++) {
                 let j = i32(key0 + own_key + r * M);
-                let scores = shaped(elements_of(s[r]), at, i, j, lane);
+                let scores = shaped(elements_of(s[r]), added[r], at, i, j, lane);
                 var x = Lane();
                 var y = elements_of(dp[r]);
 #if DROPOUT
                 let kept = kept_lane(at, i, j, r, lane);
-                y = grad_of_kept(y, kept);
+                y = what_is_kept(y, kept);
 #endif
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[e] = fma(scores.score[e], factor, -lane_stats[held_column(e)].x);
@@ -334,7 +342,7 @@ fn dkdv(
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
                 // Lanes store components of one vector. That is no race here: modules with access to elements run on Vulkan only, where a store to a
                 // component leaves the others alone.
-                tiles[row * DK_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
+                tiles[row * DK_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale * held_factor());
             }
         }
     }

@@ -8,6 +8,8 @@
 //         dQ = dQ + dS K
 //     dQ = scale dQ
 //
+// With dropout dP is that of what is kept; dS is held without the factor of what is kept (matrix/scores.wgsl).
+//
 // Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows. Where registers do not hold all
 //   columns of dQ, a workgroup computes a block of COLUMNS of it; S and dP are then computed once for each block.
 // Pipelining: with AHEAD, the next tile of K and V is loaded into registers while the products of this tile run.
@@ -186,7 +188,7 @@ fn dq(
         for (var e = 0u; e < ELEMENTS; e++) {
             let i = min(row0 + own_row + r * M + row_of(lane, e), last_row);
             let stats = row_stats(row_number(at, i));
-            lane_stats[r][held_row(e)] = vec2f(stats.x * LOG2_E, stats.y);
+            lane_stats[r][held_row(e)] = vec2f(stats.x * LOG2_E, held_delta(stats.y));
         }
     }
 
@@ -209,6 +211,14 @@ fn dq(
 #if AHEAD
         next = load_tile(at, u32(tile(visited, n + 1)), last, thread);
 #endif
+
+        // What is added to scores, asked for ahead of the products
+        var added = array<array<Lane, ACROSS_KEYS>, ROW_MATRICES>();
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
+                added[r][c] = added_lane(at, i32(row0 + own_row + r * M), j0 + i32(c * M), lane);
+            }
+        }
 
         // S = Q K^T,  dP = dO V^T
         var s = array<array<Accumulator, ACROSS_KEYS>, ROW_MATRICES>();
@@ -244,10 +254,10 @@ fn dq(
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < ACROSS_KEYS; c++) {
                 let i = i32(row0 + own_row + r * M);
-                let scores = shaped(elements_of(s[r][c]), at, i, j0 + i32(c * M), lane);
+                let scores = shaped(elements_of(s[r][c]), added[r][c], at, i, j0 + i32(c * M), lane);
                 ds[r][c] = elements_of(dp[r][c]);
 #if DROPOUT
-                ds[r][c] = grad_of_kept(ds[r][c], kept_lane(at, i, j0 + i32(c * M), c, lane));
+                ds[r][c] = what_is_kept(ds[r][c], kept_lane(at, i, j0 + i32(c * M), c, lane));
 #endif
                 for (var e = 0u; e < ELEMENTS; e++) {
                     let stats = lane_stats[r][held_row(e)];
@@ -298,7 +308,7 @@ fn dq(
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
                 // Lanes store components of one vector. That is no race here: modules with access to elements run on Vulkan only, where a store to a
                 // component leaves the others alone.
-                tiles[row * DQ_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale);
+                tiles[row * DQ_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale * held_factor());
             }
         }
     }

@@ -116,7 +116,8 @@ fn forward(
     }
 
     // Tiles all of whose scores count come first, in a loop without a branch for others: drivers write it out several times,
-    // and then need not move O and the loads about between its trips.
+    // and then need not move O and the loads about between its trips. They do not write out longer steps than plain
+    // attention has: then STEPS of them are here.
     let visited = key_tiles(at, i32(row0), i32(row1), KEYS);
     let last = last_key(at);
     var j0 = tile(visited, 0);
@@ -132,11 +133,15 @@ fn forward(
         workgroupBarrier();
     }
     var buffer = 0u;
-    for (var n = 0; n < visited.full; n++) {
-#include "matrix/coop_step.wgsl" some_masked=false
+    let full = visited.full / i32(STEPS) * i32(STEPS);
+    for (var n = 0; n < full; n += i32(STEPS)) {
+#unroll
+        for (var step = 0u; step < STEPS; step++) {
+#include "matrix/coop_step.wgsl" ahead=i32(step)+1 some_masked=false
+        }
     }
-    for (var n = visited.full; n < visited.count; n++) {
-#include "matrix/coop_step.wgsl" some_masked=true
+    for (var n = full; n < visited.count; n++) {
+#include "matrix/coop_step.wgsl" ahead=1 some_masked=true
     }
     workgroupBarrier();
 

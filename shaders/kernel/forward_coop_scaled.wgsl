@@ -327,7 +327,9 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[r][c][e] = select(x[r][c][e] * halves.x * halves.y, x[r][c][e], by_rows);
                 }
-                x[r][c] = shaped(x[r][c], at, i32(row0 + own_row + r * M), j0 + i32(c * M), lane).score;
+                let i = i32(row0 + own_row + r * M);
+                let j = j0 + i32(c * M);
+                x[r][c] = shaped(x[r][c], added_lane(at, i, j, lane), at, i, j, lane).score;
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[r][c][e] *= select(1.0, factor, by_rows);
                 }

@@ -1,5 +1,5 @@
-        // One step of forward_coop.wgsl: the n-th tile of keys, which begins at key j0.
-        // Needs: the variables of the loop there; $some_masked: whether some scores of the tile may not count.
+        // One step of forward_coop.wgsl: the tile of keys that begins at key j0.
+        // Needs: the variables of the loop there; the next tile is the (n + $ahead)-th; $some_masked: whether some scores of the tile may not count.
         // Gives: m, l, o; key_next and value_next, the next tile in registers; j0, the first key of the next tile.
         if BUFFERS == 1u {
             workgroupBarrier();
@@ -7,9 +7,19 @@
             store_value(value_next, 0u, thread);
             workgroupBarrier();
         }
-        let next = tile(visited, n + 1);
+        let next = tile(visited, n + $ahead);
         key_next = load_key(at, u32(next), last, thread);
         value_next = load_value(at, u32(next), last, thread);
+
+        // What is added to scores, asked for ahead of the products that hide how long a bias takes to come
+        var added = array<array<Lane, ACROSS_KEYS>, ROW_MATRICES>();
+#unroll
+        for (var r = 0u; r < ROW_MATRICES; r++) {
+#unroll
+            for (var c = 0u; c < ACROSS_KEYS; c++) {
+                added[r][c] = added_lane(at, i32(row0 + own_row + r * M), j0 + i32(c * M), lane);
+            }
+        }
 
         // S = Q K^T
         var s = array<array<Accumulator, ACROSS_KEYS>, ROW_MATRICES>();
@@ -48,7 +58,7 @@
             for (var c = 0u; c < ACROSS_KEYS; c++) {
                 let i = i32(row0 + own_row + r * M);
                 let j = j0 + i32(c * M);
-                x[r][c] = shaped(x[r][c], at, i, j, lane).score;
+                x[r][c] = shaped(x[r][c], added[r][c], at, i, j, lane).score;
                 if $some_masked {
                     x[r][c] = masked(x[r][c], at, i, j, lane, masked_score);
                 }

@@ -1,6 +1,6 @@
 // Where the elements of a matrix lie.
 // Needs: ROW_BIT_n, COLUMN_BIT_n, ELEMENT_ROW_BITS, LANE_COLUMN_BITS, as the device was found to have them (src/matrices/).
-// Gives: row_of, column_of, held_row, held_column, row_max, row_sum.
+// Gives: row_of, column_of, row_bit_0, row_bit_3, row_next, row_lane and the same of columns; held_row, held_column, row_max, row_sum.
 //
 // Each bit of a row or column number is a bit of the lane's number (sources 0 to 7) or of the element's number (sources 8 and up).
 
@@ -26,6 +26,33 @@ fn column_of(lane: u32, e: u32) -> u32 {
 #endif
         ;
 }
+
+// Bits 0 and 3 of rows and columns. Matrices of 8 have no bit 3.
+fn row_bit_0(lane: u32, e: u32) -> u32 {
+    return source_bit(lane, e, ROW_BIT_0);
+}
+
+fn column_bit_0(lane: u32, e: u32) -> u32 {
+    return source_bit(lane, e, COLUMN_BIT_0);
+}
+
+#if MATRIX16
+fn row_bit_3(lane: u32, e: u32) -> u32 {
+    return source_bit(lane, e, ROW_BIT_3);
+}
+
+fn column_bit_3(lane: u32, e: u32) -> u32 {
+    return source_bit(lane, e, COLUMN_BIT_3);
+}
+#endif
+
+// If bit 0 is a bit of the element's number, that bit: such an element is followed by one in the next row, or column, that the lane holds
+// too. Else 0.
+const row_next = ROW_BIT_0 / 8u << (max(ROW_BIT_0, 8u) - 8u);
+const column_next = COLUMN_BIT_0 / 8u << (max(COLUMN_BIT_0, 8u) - 8u);
+// If bit 0 is a bit of the lane's number, that bit: what tells the lane of the next row, or column.
+const row_lane = 1u << (ROW_BIT_0 % 8u);
+const column_lane = 1u << (COLUMN_BIT_0 % 8u);
 
 // The bits of the element's number that `bits` has, as a number of their own. Without a loop: an index of an array that
 // the driver knows from the start, so that the array is in registers.

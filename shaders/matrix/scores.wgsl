@@ -1,20 +1,24 @@
 // Score, mask and dropout on what a lane holds of a matrix, which has row i0 of the sequence and key j0 in its first element. Queries are
 // the matrix's $queries and keys its $keys, each `row` or `column`.
-// Needs: attention.wgsl, Lane, layout.wgsl. Gives: ShapedLane, shaped, masked; with DROPOUT Kept, kept_lane, what_is_kept, grad_of_kept.
+// Needs: attention.wgsl, Lane, layout.wgsl. Gives: ShapedLane, shaped, added_lane, masked; held_delta, held_factor; with DROPOUT Kept, kept_lane, what_is_kept,
+// grad_of_kept.
 
-// The scores (products as they are, unless SHAPED), and d score / d (scale · q·k).
+// The scores (products as they are, unless SHAPED), and d score / d (scale · q·k), from the products and what added_lane gives.
 struct ShapedLane {
     score: Lane,
     slope: Lane,
 }
 
-fn shaped(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> ShapedLane {
+fn shaped(x: Lane, added: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> ShapedLane {
     var y: ShapedLane;
 #unroll
     for (var e = 0u; e < ELEMENTS; e++) {
 #if SHAPED
-        let of_pair = scored(x[e], at, i0 + held_$queries_place(lane, e), j0 + held_$keys_place(lane, e));
+        let of_pair = scored_alone(x[e], at, i0 + held_$queries_place(lane, e), j0 + held_$keys_place(lane, e));
         y.score[e] = of_pair.score;
+#if ADDED
+        y.score[e] += added[e];
+#endif
         y.slope[e] = of_pair.slope;
 #else
         y.score[e] = x[e];
@@ -24,13 +28,48 @@ fn shaped(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> ShapedLane {
     return y;
 }
 
+// What bias and ALiBi add to the scores. Of a score whose bias masks it that is so low that the sum stays below EMPTY.
+fn added_lane(at: Sequence, i0: i32, j0: i32, lane: u32) -> Lane {
+    var y = Lane();
+#if ALIBI
+    // From the first element on, since whole numbers take long to become numbers of f32.
+    let steps = steps_behind(at, i0 + held_$queries_place(lane, 0u), j0 + held_$keys_place(lane, 0u));
+#unroll
+    for (var e = 0u; e < ELEMENTS; e++) {
+        y[e] = alibi_of(at, steps + f32(held_$queries_place(0u, e) - held_$keys_place(0u, e)));
+    }
+#endif
+#if BIAS
+#unroll
+    for (var e = 0u; e < ELEMENTS; e++) {
+        let i = i0 + held_$queries_place(lane, e);
+        let j = j0 + held_$keys_place(lane, e);
+        if $keys_next == 0u {
+            y[e] += bias_of(at, i, j);
+        } else if (e & $keys_next) == 0u {
+            let of_two = bias2_of(at, i, j);
+            y[e] += of_two.x;
+            y[e | $keys_next] += of_two.y;
+        }
+    }
+#endif
+    return y;
+}
+
 // x with `value` in place of the scores that do not count.
 fn masked(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32, value: f32) -> Lane {
     var y = x;
 #unroll
     for (var e = 0u; e < ELEMENTS; e++) {
-        let counts = keep(at, i0 + held_$queries_place(lane, e), j0 + held_$keys_place(lane, e));
-        y[e] = select(value, x[e], counts);
+        let i = i0 + held_$queries_place(lane, e);
+        let j = j0 + held_$keys_place(lane, e);
+        if $keys_next == 0u {
+            y[e] = select(value, x[e], keep(at, i, j));
+        } else if (e & $keys_next) == 0u {
+            let of_two = keep2(at, i, j);
+            y[e] = select(value, x[e], of_two.x);
+            y[e | $keys_next] = select(value, x[e | $keys_next], of_two.y);
+        }
     }
     return y;
 }
@@ -45,13 +84,29 @@ const SHARING = min(((($together) ^ (($together) - 1u)) + 1u) / 2u, 32u) / M;
 // The bytes of the calls for the matrices of a turn, by the first element of a matrix that has a byte of the call.
 var<private> bytes_of_calls: array<vec4u, ELEMENTS>;
 
-// The number of a lane's byte among those of its call, as far as a place in the matrix decides; and that of an element's call.
-fn byte_number(lane: u32, e: u32) -> u32 {
-    return dropout_byte(u32(held_$queries_place(lane, e)), u32(held_$keys_place(lane, e)));
+// Numbers of an element's byte in its call and of the call, as far as the element's number decides them.
+fn byte_number(e: u32) -> u32 {
+    return dropout_byte(u32(held_$queries_place(0u, e)), u32(held_$keys_place(0u, e)));
 }
 
 fn call_number(e: u32) -> i32 {
     return 4 * (held_$queries_place(0u, e) % 8) + held_$keys_place(0u, e) % 8 / 2;
+}
+
+// Sets the bytes of the calls of which a matrix has its first byte in element a. Where a lane holds two queries in a row of one key, its neighbour
+// along the keys needs both calls too: each makes one of them, and gives it to its neighbour.
+fn find_bytes(at: Sequence, i0: i32, j0: i32, a: u32, lane: u32) {
+    let i = u32(i0 + held_$queries_place(lane, a));
+    let j = u32(j0 + held_$keys_place(lane, a));
+    if $keys_next > 0u || $queries_next == 0u {
+        bytes_of_calls[a] = dropout_bytes(at, i, j);
+    } else if (a & $queries_next) == 0u {
+        let second = $keys_bit_0(lane, 0u);
+        let own = dropout_bytes(at, i + second, j);
+        let neighbours = subgroupShuffleXor(own, $keys_lane);
+        bytes_of_calls[a] = select(own, neighbours, second == 1u);
+        bytes_of_calls[a | $queries_next] = select(neighbours, own, second == 1u);
+    }
 }
 
 // Of the n-th of the matrices along $together keys. A caller asks about all of them in their order, with one i0, or $together is M.
@@ -59,27 +114,28 @@ fn kept_lane(at: Sequence, i0: i32, j0: i32, n: u32, lane: u32) -> Kept {
     var kept = Kept();
 #unroll
     for (var a = 0u; a < ELEMENTS; a++) {
-        if byte_number(0u, a) == 0u {
+        if byte_number(a) == 0u {
             if n % SHARING == 0u {
-                let i = u32(i0 + held_$queries_place(lane, a));
-                bytes_of_calls[a] = dropout_bytes(at, i, u32(j0 + held_$keys_place(lane, a)));
+                find_bytes(at, i0, j0, a, lane);
             }
             let bytes = bytes_of_calls[a];
 #if MATRIX16
-            // A matrix has one half of the words, and begins at byte 0. Where calls are shared n says which half: a constant, where loops are
-            // written out.
+            // A matrix has one half of the words. Where calls are shared n says which half: a constant, where loops are written out.
             let half = select(u32(j0) % 32u / 16u, n % 2u, SHARING == 2u);
             let words = select(bytes.xy, bytes.zw, half == 1u);
-            let first = 0u;
 #else
-            let words = vec2u(bytes[u32(j0) % 32u / 8u]);
-            let first = dropout_byte(u32(i0), 0u);
+            let word = bytes[u32(j0) % 32u / 8u];
 #endif
 #unroll
             for (var e = 0u; e < ELEMENTS; e++) {
                 if call_number(e) == call_number(a) {
-                    let byte = first + byte_number(lane, 0u) + byte_number(0u, e);
-                    kept[e] = is_byte_kept(words[byte / 4u], byte % 4u);
+#if MATRIX16
+                    let word = select(words.x, words.y, $keys_bit_3(lane, e) == 1u);
+                    let row = $queries_bit_3(lane, e);
+#else
+                    let row = u32(i0) % 16u / 8u;
+#endif
+                    kept[e] = is_byte_kept(word, 2u * row + $keys_bit_0(lane, e));
                 }
             }
         }
@@ -97,7 +153,8 @@ fn what_is_kept(x: Lane, kept: Kept) -> Lane {
     return y;
 }
 
-// The gradient of the probabilities before dropout, from that of what dropout leaves.
+// The gradient of the probabilities before dropout, from that of what dropout leaves. A kernel that holds gradients of scores without the factor
+// dropout_scale, for one multiplication less, takes what_is_kept instead, with held_delta and held_factor.
 fn grad_of_kept(x: Lane, kept: Kept) -> Lane {
     var y = x;
 #unroll
@@ -113,6 +170,23 @@ fn grad_of_kept(x: Lane, kept: Kept) -> Lane {
     return y;
 }
 #endif
+
+// delta as gradients of scores need it that are held without the factor dropout_scale, and that factor.
+fn held_delta(delta: f32) -> f32 {
+#if DROPOUT
+    return delta / problem.dropout_scale;
+#else
+    return delta;
+#endif
+}
+
+fn held_factor() -> f32 {
+#if DROPOUT
+    return problem.dropout_scale;
+#else
+    return 1.0;
+#endif
+}
 
 // Row and column of an element: what the lane adds, plus what the element's number adds, which is a constant.
 fn held_row_place(lane: u32, e: u32) -> i32 {

@@ -27,6 +27,11 @@ pub struct BlockLists {
     /// How many blocks a row of blocks may list at most, partial ones and as many full ones: the columns of `kv_indices` and of
     /// `full_kv_indices`. `None`: as many as there are. With fewer the buffer is smaller.
     pub columns: Option<u32>,
+    /// Whether the problem's boolean mask and `mask_mod` keep all scores of the blocks that are listed as full, so that kernels need not ask about
+    /// them. That is what FlexAttention means by a full block, and true of lists that are made of the problem's masks
+    /// (`BlockSource::Masks`). Where it is said and not true, it is left open which scores of a full block count. The causal mask, the
+    /// window and the lengths are asked in full blocks, too.
+    pub full_unmasked: bool,
 }
 
 impl Default for BlockLists {
@@ -39,7 +44,7 @@ impl Default for BlockLists {
 impl BlockLists {
     /// Blocks of 128 by 128, shared by all batch entries and heads.
     pub const fn new() -> Self {
-        BlockLists { queries: 128, keys: 128, per_batch: false, per_head: false, columns: None }
+        BlockLists { queries: 128, keys: 128, per_batch: false, per_head: false, columns: None, full_unmasked: false }
     }
 
     /// Queries and keys of a block.
@@ -63,6 +68,12 @@ impl BlockLists {
     /// The columns of `kv_indices` and of `full_kv_indices`.
     pub const fn columns(mut self, columns: u32) -> Self {
         self.columns = Some(columns);
+        self
+    }
+
+    /// Mask and `mask_mod` keep all scores of full blocks.
+    pub const fn full_unmasked(mut self) -> Self {
+        self.full_unmasked = true;
         self
     }
 

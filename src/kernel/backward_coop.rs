@@ -3,7 +3,7 @@
 //! bf16, `shaders/kernel/backward_dkdv_coop_scaled.wgsl` and `shaders/kernel/backward_dq_coop_scaled.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS, workgroups_by_keys, workgroups_by_rows};
-use super::forward_coop::{layout_constants, workgroup_switches};
+use super::forward_coop::{bias_ahead, layout_constants, workgroup_switches};
 use super::forward_coop_scaled::{self, parts};
 use super::{Access, Part, Pass, Slot, backward_switches, score_bindings};
 use crate::matrices::{MatrixFormat, MatrixLayout};
@@ -40,6 +40,11 @@ fn switches(problem: &Problem, vector: u32, size: u32, tile: CoopBackwardTile) -
     on
 }
 
+/// Left to itself a driver keeps the loop over the calls of the random numbers that a lane makes, and their bytes in memory.
+fn dropout_switches(problem: &Problem) -> Option<&'static str> {
+    problem.dropout_in_use().map(|_| "UNROLL")
+}
+
 fn scaled_passes(
     problem: &Problem,
     [dkdv, dq]: [CoopBackwardTile; 2],
@@ -53,6 +58,7 @@ fn scaled_passes(
         |file, entry, tile: CoopBackwardTile, used: &[(Slot, Access)], workgroup_bytes, workgroups, by_rows: bool| {
             let mut switches = switches(problem, 4, size, tile);
             switches.push("GRADIENTS");
+            switches.extend(dropout_switches(problem));
             switches.extend(by_rows.then_some("BY_ROWS"));
             let mut constants = vec![
                 ("PARTS", parts),
@@ -126,6 +132,8 @@ fn half_passes(
                 if entry == "dkdv" && tile.holds_value(shape.head_dim, shape.head_dim_v) {
                     switches.push("HOLD_VALUE");
                 }
+                switches.extend(dropout_switches(problem));
+                switches.extend(bias_ahead(problem));
                 registers
             }
             CoopForm::WorkgroupMemory => {

@@ -11,6 +11,15 @@ use crate::{ElementType, Problem};
 
 pub(crate) const HEAD_THREADS: u32 = 256;
 
+/// What the gradients of single scores are made of, besides the workspace.
+pub(crate) const TILE_INPUTS: [(Slot, Access); 5] = [
+    (Slot::Query, Access::Read),
+    (Slot::Key, Access::Read),
+    (Slot::Value, Access::Read),
+    (Slot::GradOut, Access::Read),
+    (Slot::RngState, Access::Read),
+];
+
 /// Bytes of the sums of rows that the gradient of slopes is made of.
 pub(crate) fn row_sums_bytes(part: &Part) -> u64 {
     // Without queries the sum of none is still a gradient to write.
@@ -25,12 +34,12 @@ pub(crate) fn shared(problem: &Problem, layout: &ScoreLayout) -> [bool; 4] {
     [0, 1, 2, 3].map(|n| sizes[n] != all[n])
 }
 
-/// The passes of all gradients besides dq, dk and dv that the problem asks for.
-pub(crate) fn passes(problem: &Problem, tile: BackwardTile) -> Vec<Pass> {
+/// The passes of all gradients besides dq, dk and dv that the problem asks for. `on_matrices` is that of the bias, where it is not in tiles.
+pub(crate) fn passes(problem: &Problem, tile: BackwardTile, on_matrices: Option<Pass>) -> Vec<Pass> {
     let Some(gradients) = problem.gradients else { return vec![] };
     let mut passes = vec![];
     if let Some(bias) = problem.bias.filter(|_| gradients.bias) {
-        passes.push(tiles(problem, tile, Some(&bias.layout)));
+        passes.push(on_matrices.unwrap_or_else(|| tiles(problem, tile, Some(&bias.layout))));
     }
     if gradients.sinks {
         passes.push(heads(problem, true));
@@ -54,14 +63,8 @@ fn tiles(problem: &Problem, tile: BackwardTile, bias: Option<&ScoreLayout>) -> P
     let names = ["SHARED_BATCH", "SHARED_HEADS", "SHARED_ROWS", "SHARED_KEYS"];
     constants.extend(names.into_iter().zip(shared.map(u32::from)));
     let workspace = if bias.is_some() { Access::Read } else { Access::ReadWrite };
-    let mut used = vec![
-        (Slot::Query, Access::Read),
-        (Slot::Key, Access::Read),
-        (Slot::Value, Access::Read),
-        (Slot::Workspace, workspace),
-        (Slot::GradOut, Access::Read),
-        (Slot::RngState, Access::Read),
-    ];
+    let mut used = TILE_INPUTS.to_vec();
+    used.push((Slot::Workspace, workspace));
     used.push((if bias.is_some() { Slot::GradBias } else { Slot::WorkspaceRowSums }, Access::ReadWrite));
     Pass::new(
         Specialization { file: "kernel/backward_scores_tile.wgsl", entry: "scores", switches: on, constants },

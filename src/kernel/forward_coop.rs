@@ -14,6 +14,17 @@ pub(crate) fn workgroup_switches(size: u32) -> Vec<&'static str> {
     on
 }
 
+/// For kernels with access to elements, which naga does not check.
+pub(crate) fn bias_ahead(problem: &Problem) -> Option<&'static str> {
+    problem.bias.map(|_| "BIAS_AHEAD")
+}
+
+/// How many steps of the forward kernel are written out: drivers do so themselves with those of plain attention, but not with longer ones.
+fn steps(on: &[&str]) -> u32 {
+    let long = ["SHAPED", "DROPOUT", "BLOCKS"].iter().any(|name| on.contains(name));
+    if long { std::env::var("WFA_STEPS").map_or(2, |s| s.parse().unwrap()) } else { 1 }
+}
+
 /// The names of the constants for each bit of a row's and of a column's number.
 const ROW_BITS: [&str; 4] = ["ROW_BIT_0", "ROW_BIT_1", "ROW_BIT_2", "ROW_BIT_3"];
 const COLUMN_BITS: [&str; 4] = ["COLUMN_BIT_0", "COLUMN_BIT_1", "COLUMN_BIT_2", "COLUMN_BIT_3"];
@@ -54,6 +65,7 @@ pub(crate) fn pass(
     let file = match form {
         CoopForm::Registers => {
             on.push("UNROLL");
+            on.extend(bias_ahead(problem));
             "kernel/forward_coop.wgsl"
         }
         CoopForm::WorkgroupMemory => {
@@ -62,6 +74,7 @@ pub(crate) fn pass(
         }
     };
     let mut constants = vec![
+        ("STEPS", steps(&on)),
         ("HEAD_DIM", shape.head_dim),
         ("HEAD_DIM_V", shape.head_dim_v),
         ("KEYS", tile.keys),

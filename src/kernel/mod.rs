@@ -1,6 +1,7 @@
 //! The kernels: one file each, beside its WGSL. A kernel says which modules it runs, what they bind, and how many
 //! workgroups a part of the problem takes.
 
+pub(crate) mod backward_bias_coop;
 pub(crate) mod backward_coop;
 pub(crate) mod backward_delta;
 pub(crate) mod backward_fused;
@@ -53,8 +54,21 @@ pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
 }
 
 /// The switches of what is given of each score.
-pub(crate) const GIVEN: [&str; 9] =
-    ["BIAS", "BIAS_F16", "BIAS_BF16", "ALIBI", "MASK", "ANY_MASK", "MODS", "SCORE_MOD", "MASK_MOD"];
+pub(crate) const GIVEN: [&str; 13] = [
+    "ADDED",
+    "BIAS",
+    "BIAS_F16",
+    "BIAS_BF16",
+    "BIAS_PAIRED",
+    "ALIBI",
+    "MASK",
+    "MASK_PAIRED",
+    "ANY_MASK",
+    "ASKED_EVERYWHERE",
+    "MODS",
+    "SCORE_MOD",
+    "MASK_MOD",
+];
 
 /// `switches`, less those of what a score is and whether it counts: for a kernel that ends rows.
 pub(crate) fn without_scores(mut switches: Vec<&'static str>) -> Vec<&'static str> {
@@ -109,6 +123,8 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
         || problem.alibi.is_some()
         || problem.has_score_mod();
     let bias_is = |ty| problem.bias.is_some_and(|bias| bias.element_type == ty);
+    let bias_paired = problem.bias.is_some_and(|bias| bias.element_type != ElementType::F32 && bias.layout.is_paired());
+    let any_mask = problem.mask.is_some() || problem.has_mask_mod();
     let mut on = vec![problem.element_type.switch()];
     let flags = [
         (aligned, "ALIGNED"),
@@ -117,13 +133,17 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
         (shaped, "SHAPED"),
         (problem.blocks.is_some(), "BLOCKS"),
         (problem.probe == Some(Probe::Tiles) || problem.blocks.is_some_and(|blocks| blocks.per_head), "TILES_BY_HEAD"),
+        (problem.bias.is_some() || problem.alibi.is_some(), "ADDED"),
         (problem.bias.is_some(), "BIAS"),
         (bias_is(ElementType::F16), "BIAS_F16"),
         (bias_is(ElementType::BF16), "BIAS_BF16"),
+        (bias_paired, "BIAS_PAIRED"),
         (problem.alibi.is_some(), "ALIBI"),
         (problem.mask.is_some(), "MASK"),
+        (problem.mask.is_some_and(|mask| mask.is_paired()), "MASK_PAIRED"),
         // Any score may be masked, wherever it is.
-        (problem.mask.is_some() || problem.has_mask_mod(), "ANY_MASK"),
+        (any_mask, "ANY_MASK"),
+        (any_mask && !problem.blocks.is_some_and(|blocks| blocks.full_unmasked), "ASKED_EVERYWHERE"),
         (problem.mods.is_some(), "MODS"),
         (problem.has_score_mod(), "SCORE_MOD"),
         (problem.has_mask_mod(), "MASK_MOD"),

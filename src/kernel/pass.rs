@@ -2,6 +2,7 @@
 
 use super::part::Part;
 use super::uniform::ProblemUniform;
+use crate::blocks::lists::BlockLists;
 use crate::error::Error;
 use crate::mods::{MOST_BUFFERS, Mods};
 use crate::names::Kernel;
@@ -194,6 +195,14 @@ impl Pass {
     pub(crate) fn with_mods(self, mods: Option<&Mods>) -> Self {
         let calls = self.specialization.switches.contains(&"MODS");
         Pass { mods: mods.filter(|_| calls).cloned(), ..self }
+    }
+
+    /// With the sizes of the problem's blocks as constants, if the module visits tiles of listed blocks: each visit divides by a size.
+    pub(crate) fn with_blocks(mut self, blocks: Option<BlockLists>) -> Self {
+        if let Some(blocks) = blocks.filter(|_| self.specialization.switches.contains(&"BLOCKS")) {
+            self.specialization.constants.extend([("BLOCK_QUERIES", blocks.queries), ("BLOCK_KEYS", blocks.keys)]);
+        }
+        self
     }
 
     /// Dispatched once for each round of blocks.

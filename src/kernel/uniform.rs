@@ -96,7 +96,7 @@ pub(crate) struct ProblemUniform {
     pub mask_column: u32,
     pub slopes_batch: u32,
     pub heads_q: u32,
-    pub dropout_kept: u32,
+    pub dropout_last: u32,
     pub dropout_scale: f32,
 }
 
@@ -120,7 +120,7 @@ impl ProblemUniform {
             softcap: problem.softcap.unwrap_or(0.0),
             heads_first: problem.rows_grow() as u32,
             heads_q: problem.shape.heads_q,
-            dropout_kept: problem.dropout.map_or(256, dropout::kept_of_256),
+            dropout_last: problem.dropout.map_or(u32::MAX, dropout::last_word_kept),
             dropout_scale: problem.dropout.map_or(1.0, dropout::scale),
             slopes_batch: if problem.alibi == Some(Alibi::PerBatchAndHead) { problem.shape.heads_q } else { 0 },
             ..Default::default()

@@ -48,6 +48,12 @@ impl ScoreLayout {
         self.offset + b as u64 * self.batch + h as u64 * self.head + i as u64 * self.row + j as u64 * self.column
     }
 
+    /// Whether two keys, of which the first is even, lie side by side from an even element on.
+    pub(crate) const fn is_paired(&self) -> bool {
+        let places = self.offset | self.batch | self.head | self.row;
+        self.column == 1 && places.is_multiple_of(2)
+    }
+
     /// Its first three strides, and how many elements a row spans. A row of `keys` keys begins where key 0 has its element.
     pub(crate) const fn rows(&self, keys: u32) -> (Layout, u64) {
         let layout = Layout { offset: self.offset, batch: self.batch, head: self.head, row: self.row };

@@ -86,7 +86,8 @@ pub(super) fn recipe(
     tile.validate()?;
     let of_heads = loops::of_head_gradients(problem, backward_scores::HEAD_THREADS);
     loops::check(facts.loop_iterations, Kernel::Tile, loops::of_score_gradients(problem, tile).max(of_heads))?;
-    passes.extend(backward_scores::passes(problem, tile));
+    let on_matrices = if kernel == Kernel::Coop { coop::bias_gradient(problem, facts, options) } else { None };
+    passes.extend(backward_scores::passes(problem, tile, on_matrices));
     let problem = problem.clone();
     let workspaces = move |part: &Part| {
         let has_ranges = kernel == Kernel::Coop && problem.element_type != ElementType::F16;

@@ -19,7 +19,8 @@ pub(crate) struct Recipes {
 pub(crate) fn recipes(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Recipes, Error> {
     problem.validate()?;
     let with_mods = |recipe: Recipe| {
-        let passes = recipe.passes.into_iter().map(|pass| pass.with_mods(problem.mods.as_ref())).collect();
+        let passes = recipe.passes.into_iter();
+        let passes = passes.map(|pass| pass.with_mods(problem.mods.as_ref()).with_blocks(problem.blocks)).collect();
         Recipe { passes, ..recipe }
     };
     let forward = with_mods(forward::recipe(problem, facts, options)?);

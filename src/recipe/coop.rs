@@ -3,7 +3,7 @@
 use super::candidate::{ANYWHERE, block, check_blocks};
 use crate::error::Error;
 use crate::facts::{Facts, Matrices};
-use crate::kernel::{Pass, backward_coop, check_limits, forward_coop, forward_coop_scaled};
+use crate::kernel::{Pass, backward_bias_coop, backward_coop, check_limits, forward_coop, forward_coop_scaled};
 use crate::matrices::{MatrixFormat, MatrixLayout};
 use crate::names::{CoopForm, ElementType, Kernel};
 use crate::options::PlanOptions;
@@ -154,6 +154,16 @@ pub(super) fn backward(problem: &Problem, facts: &Facts, options: &PlanOptions) 
     check_blocks(Kernel::Coop, problem, [own(dq), dq.step], true)?;
     let passes = backward_coop::passes(problem, form, tiles, format, &layout);
     Ok(Coop { form, why, passes, rows_and_keys: None })
+}
+
+/// The gradient of the bias, if matrices compute it.
+pub(super) fn bias_gradient(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Option<Pass> {
+    let matrices = facts.matrices.as_ref()?;
+    let (form, _, layout) = form(problem, matrices, options).ok()?;
+    let bias = backward_bias_coop::bias(problem, &layout).filter(|_| form == CoopForm::Registers)?;
+    let tile = tune::bias_gradient_tile(matrices.format.size, problem.shape.head_dim, problem.shape.head_dim_v);
+    let pass = backward_bias_coop::pass(problem, &bias, tile, matrices.format, &layout);
+    check_limits(Kernel::Coop, std::slice::from_ref(&pass), &facts.limits).is_ok().then_some(pass)
 }
 
 /// The tile for long rows, if the problem has such rows, and enough of them, and the device's limits are large enough.

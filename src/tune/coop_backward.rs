@@ -1,6 +1,6 @@
 //! The kernels on cooperative matrices, backward.
 
-use super::coop::step_in_block;
+use super::coop::{CoopTile, step_in_block};
 use crate::error::Error;
 use crate::names::{CoopForm, ElementType};
 
@@ -190,6 +190,17 @@ pub fn coop_scaled_backward_tiles(
     }
 }
 
+/// The tile of the gradient of the bias on cooperative matrices. Registers: at head dim 64 of a lane 64 hold sums, 64 Q and dO.
+pub(crate) fn bias_gradient_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
+    let tile = |subgroups, row_matrices, keys| CoopTile { subgroups, row_matrices, keys, buffers: 1 };
+    match (size, head_dim.max(head_dim_v)) {
+        (16, 0..=64) => tile(4, 2, 64),
+        (16, 65..=128) => tile(8, 1, 64),
+        (16, _) => tile(4, 1, 32),
+        _ => tile(4, 1, 16),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,6 +219,9 @@ mod tests {
                         assert!(used <= bytes, "{form} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
                     }
                 }
+                let used =
+                    bias_gradient_tile(size, head_dim, head_dim_v).workgroup_bytes(CoopForm::Registers, size, head_dim, head_dim_v);
+                assert!(used <= bytes, "bias {head_dim} {head_dim_v} {used} > {bytes}");
                 for (element_type, parts) in [(ElementType::F32, 2), (ElementType::BF16, 1)] {
                     let [dkdv, dq] = coop_scaled_backward_tiles(size, element_type, head_dim, head_dim_v);
                     for (tile, used) in [

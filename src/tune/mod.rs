@@ -11,6 +11,7 @@ pub(crate) use backward::backward_tiles_in_blocks;
 pub use backward::{BackwardTile, backward_tiles};
 pub(crate) use coop::LONG;
 pub use coop::{CoopTile, coop_scaled_tile, coop_tile, long_coop_tile};
+pub(crate) use coop_backward::bias_gradient_tile;
 pub use coop_backward::{CoopBackwardTile, coop_backward_tiles, coop_scaled_backward_tiles};
 pub(crate) use decode::FULL_DEVICE;
 pub use decode::{DecodeTile, decode_splits, decode_tile};

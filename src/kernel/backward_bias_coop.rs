@@ -1,0 +1,66 @@
+//! Host side of `shaders/kernel/backward_bias_coop.wgsl`: the gradient of the bias on cooperative matrices.
+
+use super::backward_scores::{self, TILE_INPUTS};
+use super::forward_coop::layout_constants;
+use super::{Access, Part, Pass, Slot, backward_switches, by_pair, score_bindings};
+use crate::matrices::{Bit, MatrixFormat, MatrixLayout};
+use crate::specialize::Specialization;
+use crate::tune::CoopTile;
+use crate::{Bias, CoopForm, ElementType, Problem};
+
+/// The bias whose gradient the kernel computes: one in f16 with all rows and all keys, whose pairs of keys a lane holds and may write at once, or
+/// one in f32.
+pub(crate) fn bias(problem: &Problem, layout: &MatrixLayout) -> Option<Bias> {
+    let bias = problem.bias.filter(|_| problem.gradients.is_some_and(|gradients| gradients.bias))?;
+    let [_, _, rows, keys] = backward_scores::shared(problem, &bias.layout);
+    let pairs = bias.layout.is_paired() && matches!(layout.column.first(), Some(Bit::Element(_)));
+    let writes = bias.element_type == ElementType::F32 || pairs;
+    (problem.element_type == ElementType::F16 && !rows && !keys && writes).then_some(bias)
+}
+
+pub(crate) fn pass(
+    problem: &Problem,
+    bias: &Bias,
+    tile: CoopTile,
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+) -> Pass {
+    let shape = problem.shape;
+    let size = format.size;
+    let [batch, heads, ..] = backward_scores::shared(problem, &bias.layout);
+    let mut switches = by_pair(backward_switches(problem, 8));
+    switches.push("UNROLL");
+    switches.extend((size == 16).then_some("MATRIX16"));
+    switches.extend((bias.element_type == ElementType::F32).then_some("BIAS_WORDS"));
+    let mut constants = vec![
+        ("HEAD_DIM", shape.head_dim),
+        ("HEAD_DIM_V", shape.head_dim_v),
+        ("KEYS", tile.keys),
+        ("SUBGROUPS", tile.subgroups),
+        ("ROW_MATRICES", tile.row_matrices),
+        // Matrices across the keys of a tile, the head dimension, and the values' dimension.
+        ("ACROSS_KEYS", tile.keys / size),
+        ("ACROSS_DIM", shape.head_dim.div_ceil(size)),
+        ("ACROSS_DIM_V", shape.head_dim_v.div_ceil(size)),
+        ("SHARED_BATCH", batch.into()),
+        ("SHARED_HEADS", heads.into()),
+    ];
+    constants.extend(layout_constants(layout));
+    let mut used = TILE_INPUTS.to_vec();
+    used.extend([(Slot::Workspace, Access::Read), (Slot::GradBias, Access::ReadWrite)]);
+    Pass::new(
+        Specialization { file: "kernel/backward_bias_coop.wgsl", entry: "bias_gradient", switches, constants },
+        score_bindings(problem, &used),
+        tile.subgroups * format.lanes,
+        tile.workgroup_bytes(CoopForm::Registers, size, shape.head_dim, shape.head_dim_v),
+        Box::new(move |part: &Part| {
+            let owners = |shared: bool, count: u64| if shared { 1 } else { count };
+            [
+                shape.seqlen_k.div_ceil(tile.keys).into(),
+                part.row_count().div_ceil(tile.rows(size).into()),
+                owners(batch, part.batch_count()) * owners(heads, part.head_count()),
+            ]
+        }),
+    )
+    .with_element_access(true)
+}
