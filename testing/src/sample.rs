@@ -260,7 +260,7 @@ fn forward_f32<T: Number>(
     (of_f32.seqlens_q, of_f32.seqlens_k, of_f32.lse) = (problem.seqlens_q, problem.seqlens_k, problem.lse);
     of_f32.bias = problem.bias.map(|bias| Bias::new(ElementType::F32, bias.layout));
     (of_f32.mask, of_f32.alibi, of_f32.sinks) = (problem.mask, problem.alibi, problem.sinks);
-    (of_f32.dropout, of_f32.blocks) = (problem.dropout, problem.blocks);
+    (of_f32.dropout, of_f32.blocks, of_f32.mods) = (problem.dropout, problem.blocks, problem.mods.clone());
     let problem = of_f32;
     let f32s = |values: &[T]| -> Vec<f32> { values.iter().map(|&x| x.into() as f32).collect() };
     let tensors = Tensors {
