@@ -126,9 +126,9 @@ impl Feature {
                 let pattern = BlockPattern::of(down, across, |_, _| rng.f64() < LISTED)
                     .or(&BlockPattern::local(down, across, 0, 0));
                 extras.blocks = Some((pattern.listed().to_vec(), BlockMask::from_dense(&problem, pattern.listed())?));
-                share = Some(counted(&problem, |i| {
+                share = Some(counted(&problem, |i, seen| {
                     let listed = (0..across).filter(|&block| pattern.is_listed(i / BLOCK, block));
-                    listed.map(|block| block * BLOCK..(block + 1) * BLOCK).collect()
+                    listed.map(|block| overlap(&seen, block * BLOCK..(block + 1) * BLOCK)).sum()
                 }));
             }
             Feature::WindowBlocks => {
@@ -140,10 +140,10 @@ impl Feature {
                 let ids = (0..s.seqlen_k).flat_map(|j| (j / DOCUMENT).to_le_bytes());
                 extras.mod_buffers = vec![("document".into(), ids.collect())];
                 list_blocks_of_masks(context, &mut problem, &mut extras)?;
-                share = Some(counted(&problem, |i| {
+                share = Some(counted(&problem, |i, seen| {
                     // The causal mask leaves queries before the first key nothing, whatever their document is.
                     let document = (i + s.seqlen_k).saturating_sub(s.seqlen_q) / DOCUMENT;
-                    vec![document * DOCUMENT..(document + 1) * DOCUMENT]
+                    overlap(&seen, document * DOCUMENT..(document + 1) * DOCUMENT)
                 }));
             }
             Feature::IdentityMod => problem = problem.with_mods(Mods::parse(IDENTITY)?),
@@ -173,17 +173,21 @@ fn share_of_masks(problem: &Problem) -> f64 {
     match (problem.causal, problem.window_left, problem.window_right) {
         (None, None, None) => 1.0,
         (Some(_), None, None) => 0.5,
-        _ => counted(problem, |_| vec![0..problem.shape.seqlen_k]),
+        _ => counted(problem, |_, seen| seen.end - seen.start),
     }
 }
 
-/// The share of scores that count, of those that the causal mask and the window leave: of query `i` those of keys in the ranges `keys(i)`.
-fn counted(problem: &Problem, keys: impl Fn(u32) -> Vec<Range<u32>>) -> f64 {
+/// The share of scores that count: of query `i`, `keys(i, seen)` of the keys `seen` that the causal mask and the window leave.
+fn counted(problem: &Problem, keys: impl Fn(u32, Range<u32>) -> u32) -> f64 {
     let s = &problem.shape;
-    let of_row = |i: u32| -> u64 {
+    let of_row = |i: u32| {
         let (first, end) = problem.key_interval(i, s.seqlen_k);
-        let overlap = |range: Range<u32>| range.end.min(end).saturating_sub(range.start.max(first));
-        keys(i).into_iter().map(|range| u64::from(overlap(range))).sum()
+        u64::from(keys(i, first..end))
     };
     (0..s.seqlen_q).map(of_row).sum::<u64>() as f64 / (s.seqlen_q as f64 * s.seqlen_k as f64)
+}
+
+/// How many numbers both have.
+fn overlap(a: &Range<u32>, b: Range<u32>) -> u32 {
+    a.end.min(b.end).saturating_sub(a.start.max(b.start))
 }
