@@ -26,7 +26,7 @@ use flash_attention_testing::terminal::{Form, Progress, cut, first_few, harmless
 use flash_attention_testing::timing::{clock, measure, pass_times};
 use flash_attention_testing::{Extras, bytes_of};
 
-use source::{Floats, MaskValues, Source, refuse_unknown};
+use source::{Floats, MaskValues, Source, refuse_ignored, warn_of_unknown};
 use sparse::{describe_blocks, describe_mods, parse_mods, read_blocks, read_mod_buffers};
 
 /// What stops the command, in one line.
@@ -42,8 +42,8 @@ const FIXTURE: &[u8] = include_bytes!("../../tests/data/minilm_layer5.safetensor
 /// size may be 1: in BOOL, of which true takes part, or in F32 or the type of q, which is added to the scores; alibi_slopes [Hq] or
 /// [B,Hq] in F32; sinks [Hq] in F32; FlexAttention's block lists in I32, kv_num_blocks [B,Hq,R] and kv_indices [B,Hq,R,C], of which batch and heads
 /// may be 1, and full_kv_num_blocks and full_kv_indices. Where the file also holds the expected o [B,Hq,Nq,Dv] or
-/// lse [B,Hq,Nq], compares with them; with --backward also with dq, dk and dv, and dbias, dsinks and dalibi_slopes. A tensor of any other name is refused, since
-/// a result that leaves it out would answer another question.
+/// lse [B,Hq,Nq], compares with them; with --backward also with dq, dk and dv, and dbias, dsinks and dalibi_slopes. A tensor of any other name is
+/// named in a warning, since a result that leaves it out may answer another question.
 #[derive(Parser)]
 #[command(
     name = "attend",
@@ -64,7 +64,7 @@ struct Args {
     /// positions, heads, dim as flash-attention has them. lse and dlse are [B,Hq,Nq] in both, attn_mask is [B,Hq,Nq,Nk]
     #[arg(long, value_enum, default_value = "bhnd")]
     layout: Order,
-    /// Leaves this tensor of the file out; may be repeated
+    /// Leaves this tensor of the file out, without a warning; may be repeated
     #[arg(long, value_name = "NAME")]
     ignore: Vec<String>,
     /// Goes on where inputs hold NaN or infinity, of which no kernel promises anything
@@ -248,7 +248,7 @@ fn read_backward(source: &Source<'_>, q: &[u32; 4], k: &[u32; 4], v: &[u32; 4]) 
 
 fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
     let mods = args.mods.as_deref().map(parse_mods).transpose()?;
-    refuse_unknown(file, &args.ignore, mods.as_ref())?;
+    refuse_ignored(file, &args.ignore)?;
     let source = Source { file, ignored: &args.ignore, order: args.layout };
     let [query, key, value] = ["q", "k", "v"].map(|name| source.input_and_sizes(name));
     let ((query, q), (key, k), (value, v)) = (query?, key?, value?);
@@ -877,6 +877,9 @@ fn run(args: &Args) -> Result<bool> {
     let reading = progress("reading the file");
     let task = read(&file, args)?;
     drop(reading);
+    if let Some(warning) = warn_of_unknown(&file, &args.ignore, task.problem.mods.as_ref()) {
+        eprintln!("attend: warning: {}", harmless(&warning, false));
+    }
     let (ty, s) = (task.problem.element_type, &task.problem.shape);
     let lengths = match (&task.extras.seqlens_q, &task.extras.seqlens_k) {
         (None, None) => "all keys count".into(),

@@ -35,29 +35,35 @@ const NAMES: [&str; 22] = [
     "dalibi_slopes",
 ];
 
-/// An error if the file holds what nothing here computes with. An attention mask that nobody looks at, or lengths under a
-/// name with a typing error, would give results that look right.
-pub fn refuse_unknown(file: &SafeTensors<'_>, ignored: &[String], mods: Option<&Mods>) -> Result<()> {
-    let mut names = file.names();
-    names.sort();
-    if let Some(absent) = ignored.iter().find(|name| !names.contains(&name.as_str())) {
+/// An error if what is to be ignored is not there, or is needed.
+pub fn refuse_ignored(file: &SafeTensors<'_>, ignored: &[String]) -> Result<()> {
+    if let Some(absent) = ignored.iter().find(|name| !file.names().contains(&name.as_str())) {
         return Err(format!("--ignore names {}, which the file does not hold", quoted(absent)));
     }
-    if let Some(needed) = ignored.iter().find(|name| ["q", "k", "v"].contains(&name.as_str())) {
-        return Err(format!("--ignore names {needed}, which is needed"));
+    match ignored.iter().find(|name| ["q", "k", "v"].contains(&name.as_str())) {
+        Some(needed) => Err(format!("--ignore names {needed}, which is needed")),
+        None => Ok(()),
     }
+}
+
+/// A warning if the file holds what means nothing here. An attention mask that nobody looks at, or lengths under a name with a typing
+/// error, give results that look right.
+pub fn warn_of_unknown(file: &SafeTensors<'_>, ignored: &[String], mods: Option<&Mods>) -> Option<String> {
+    let mut names = file.names();
+    names.sort();
     let is_buffer = |name: &str| mods.is_some_and(|mods| mods.buffers().any(|buffer| buffer == name));
     let is_known = |name: &str| NAMES.contains(&name) || is_buffer(name) || ignored.iter().any(|other| other == name);
     names.retain(|name| !is_known(name));
-    match names.len() {
-        0 => Ok(()),
-        n => Err(format!(
-            "the file holds {} attend does not know: {}; it knows {}; --ignore NAME leaves one out",
-            if n == 1 { "a tensor that" } else { "tensors that" },
-            quoted_list(names),
-            NAMES.join(", ")
-        )),
-    }
+    let (tensors, them) = match names.len() {
+        0 => return None,
+        1 => ("a tensor that means", "it"),
+        _ => ("tensors that mean", "them"),
+    };
+    Some(format!(
+        "the file holds {tensors} nothing to attend, and the result leaves {them} out: {}; it knows {}; --ignore NAME says that this is meant",
+        quoted_list(names),
+        NAMES.join(", ")
+    ))
 }
 
 /// The file, less what is to be ignored.
