@@ -1,5 +1,5 @@
 //! Forward and backward passes, naive beside tile, at sizes that software Vulkan gets through in minutes. Device time where the
-//! adapter has timestamp queries. And the host's part: planning and recording. `examples/compare.rs` makes the figures to report.
+//! adapter has timestamp queries. And the host's part: planning and recording. `examples/compare` makes the figures to report.
 
 use std::time::Duration;
 

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use half::{bf16, f16};
 use wgpu_flash_attention::{
-    Alibi, Bias, Causal, Context, CoopForm, Dropout, ElementType, Error, HeadlessOptions, Kernel, Layout, Plan,
-    PlanOptions, Problem, ScoreLayout, Shape, Tensor, wgpu,
+    Alibi, Bias, BlockIndices, BlockLists, BlockMask, Causal, Context, CoopForm, Dropout, ElementType, Error,
+    HeadlessOptions, Kernel, Layout, Mods, Plan, PlanOptions, Problem, ScoreLayout, Shape, Tensor, wgpu,
 };
 
 use fastrand::Rng;
@@ -21,7 +21,7 @@ use flash_attention_testing::timing::pass_times;
 use flash_attention_testing::{Extras, score_elements};
 use wgpu_flash_attention::reference::accept::Verdict;
 
-/// Random shapes, options, biases, masks, slopes, sinks, dropout, strides and element types, through every kernel that takes them, forward and backward, against
+/// Random shapes, options, biases, masks, slopes, sinks, dropout, block lists, mods, strides and element types, through every kernel that takes them, forward and backward, against
 /// the oracle in f64.
 /// Case n is made from seed + n alone.
 #[derive(Parser)]
@@ -149,6 +149,102 @@ fn add_extras(rng: &mut Rng, problem: &mut Problem, extras: &mut Extras) {
     }
 }
 
+/// Texts of `score_mod`, smooth where scores are, so that errors stay small.
+const SCORE_MODS: [&str; 6] = [
+    "fn score_mod(score: f32, at: Position) -> f32 { return score; }",
+    "fn score_mod(score: f32, at: Position) -> f32 { return 4.0 * tanh(score / 4.0); }",
+    "fn score_mod(score: f32, at: Position) -> f32 { return select(score, 0.5 * score, at.j % 2u == 0u); }",
+    // The derivative by hand.
+    "fn score_mod(score: f32, at: Position) -> f32 { return score + 0.05 * score * abs(score); }
+     fn score_mod_slope(score: f32, at: Position) -> f32 { return 1.0 + 0.1 * abs(score); }",
+    "var<storage, read> slopes: array<f32>;
+     fn score_mod(score: f32, at: Position) -> f32 {
+         return score - slopes[at.h] * f32(abs(i32(at.i) + at.shift - i32(at.j)));
+     }",
+    "var<storage, read> table: array<f32>;
+     fn score_mod(score: f32, at: Position) -> f32 {
+         return score + table[clamp(i32(at.i) + at.shift - i32(at.j), -16, 15) + 16];
+     }",
+];
+
+/// Texts of `mask_mod`.
+const MASK_MODS: [&str; 4] = [
+    "fn mask_mod(at: Position) -> bool { return (at.i + at.j + at.h) % 3u != 1u; }",
+    "fn mask_mod(at: Position) -> bool { return at.j <= at.i + 7u; }",
+    "var<storage, read> document: array<u32>;
+     fn mask_mod(at: Position) -> bool { return document[at.i] == document[at.j]; }",
+    "var<storage, read> prefix: array<i32>;
+     fn mask_mod(at: Position) -> bool { return i32(at.j) < prefix[at.b] || i32(at.j) <= i32(at.i) + at.shift; }",
+];
+
+/// A `score_mod`, a `mask_mod`, or both, with what their buffers hold.
+fn add_mods(rng: &mut Rng, problem: &mut Problem, extras: &mut Extras) {
+    let s = problem.shape;
+    let which = rng.u32(1..=3);
+    let of_scores = if which & 1 > 0 { *rng.choice(&SCORE_MODS).unwrap_or(&"") } else { "" };
+    let of_masks = if which & 2 > 0 { *rng.choice(&MASK_MODS).unwrap_or(&"") } else { "" };
+    let mods = Mods::parse(&format!("{of_scores}\n{of_masks}")).unwrap_or_else(|error| panic!("{error}"));
+    let most = 20.0 / (s.seqlen_q + s.seqlen_k) as f32;
+    let mut contents = |name: &str| -> Vec<u8> {
+        let floats = |values: &mut dyn Iterator<Item = f32>| values.flat_map(f32::to_le_bytes).collect();
+        match name {
+            "slopes" => floats(&mut (0..s.heads_q).map(|_| most * (1.5 * rng.f32() - 0.5))),
+            "table" => floats(&mut (0..32).map(|_| rng.i32(-16..16) as f32 / 8.0)),
+            "prefix" => (0..s.batch).flat_map(|_| rng.i32(0..=s.seqlen_k as i32).to_le_bytes()).collect(),
+            // Past the end the last document goes on.
+            _ => {
+                let (positions, length) = (rng.u32(1..=s.seqlen_q.max(s.seqlen_k)), rng.u32(1..=s.seqlen_q));
+                (0..positions).flat_map(|n| (n / length).to_le_bytes()).collect()
+            }
+        }
+    };
+    extras.mod_buffers = mods.buffers().map(|name| (name.to_string(), contents(name))).collect();
+    problem.mods = Some(mods);
+}
+
+/// Block lists: by chance, or those that the device makes of the other masks.
+fn add_blocks(rng: &mut Rng, context: &Context, problem: &mut Problem, extras: &mut Extras) -> Result<(), String> {
+    let s = problem.shape;
+    // In large problems none that are smaller than tiles: only the naive kernel takes these.
+    let sizes = if s.seqlen_q.max(s.seqlen_k) > 300 { 6..=8 } else { 4..=7 };
+    let lists = BlockLists::new().size(1 << rng.u32(sizes.clone()), 1 << rng.u32(sizes));
+    if once_in(rng, 3) {
+        problem.blocks = Some(lists);
+        let mask =
+            extras.upload(context, problem)?.blocks_of_masks(context, problem).map_err(|error| error.to_string())?;
+        let all = problem.block_counts().iter().map(|&n| n as usize).product();
+        extras.blocks = Some((vec![true; all], mask));
+        return Ok(());
+    }
+    let lists = if once_in(rng, 2) { lists.per_batch() } else { lists };
+    let lists = if once_in(rng, 2) { lists.per_head() } else { lists };
+    problem.blocks = Some(lists);
+    let [batch, heads, down, across] = problem.block_counts();
+    let of_eight = rng.u32(3..=8);
+    let (mut listed, mut counts, mut indices) = (vec![], [vec![], vec![]], [vec![], vec![]]);
+    for _ in 0..batch * heads * down {
+        // Of each row the partial blocks and the full ones.
+        let mut rows = [vec![], vec![]];
+        for block in 0..across as i32 {
+            let is_listed = rng.u32(0..8) < of_eight;
+            listed.push(is_listed);
+            if is_listed {
+                rows[rng.usize(0..2)].push(block);
+            }
+        }
+        for (n, mut row) in rows.into_iter().enumerate() {
+            counts[n].push(row.len() as i32);
+            row.resize(across as usize, -1);
+            indices[n].extend(row);
+        }
+    }
+    let full = Some([&counts[1][..], &indices[1]]);
+    let lists = BlockIndices { kv_num_blocks: &counts[0], kv_indices: &indices[0], full };
+    let mask = BlockMask::from_lists(problem, &lists).map_err(|error| error.to_string())?;
+    extras.blocks = Some((listed, mask));
+    Ok(())
+}
+
 /// A contiguous tensor in another layout, NaN in the gaps and in rows from `count(batch entry)` on.
 fn lay_out<T: Number>(
     data: &[T],
@@ -167,6 +263,17 @@ fn lay_out<T: Number>(
         }
     }
     out
+}
+
+/// Whether a plan may fail so: kernels do not take all problems, devices not all bindings, and tiles of the tables divide blocks of 128.
+fn is_no_failure(error: &Error, problem: &Problem) -> bool {
+    match error {
+        Error::Unsupported { .. } | Error::StorageBuffers { .. } => true,
+        Error::BlockTile { .. } => {
+            problem.blocks.is_some_and(|lists| !lists.queries.is_multiple_of(128) || !lists.keys.is_multiple_of(128))
+        }
+        _ => false,
+    }
 }
 
 /// Runs of each kernel, and its worst error as a part of what is allowed.
@@ -227,6 +334,12 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     let queries = problem.seqlens_q.then(|| some(s.seqlen_q));
     let mut extras = Extras { seqlens_q: queries, seqlens_k: keys, ..Default::default() };
     add_extras(&mut rng, &mut problem, &mut extras);
+    if once_in(&mut rng, 4) {
+        add_mods(&mut rng, &mut problem, &mut extras);
+    }
+    if once_in(&mut rng, 4) {
+        add_blocks(&mut rng, context, &mut problem, &mut extras)?;
+    }
     // Of the others nobody reads so many.
     let lengths = [&extras.seqlens_q, &extras.seqlens_k].map(Option::clone);
     let valid = |b: u32| extras.borrow().lengths(&problem, b);
@@ -245,7 +358,9 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     let inputs = Inputs::upload(context, &problem, &laid_out)?;
 
     // All rows, or as many as the oracle computes in a moment.
-    let affordable = 20_000_000 / (s.seqlen_k as u64 * (s.head_dim + s.head_dim_v) as u64).max(1);
+    // A mod takes as long on the host as some hundred dimensions.
+    let of_mods = if problem.mods.is_some() { 400 } else { 0 };
+    let affordable = 20_000_000 / (s.seqlen_k as u64 * (s.head_dim + s.head_dim_v + of_mods) as u64).max(1);
     let step = s.rows().div_ceil(affordable.max(32)) as usize;
     let row = |n: u32| [n / s.seqlen_q / s.heads_q, n / s.seqlen_q % s.heads_q, n % s.seqlen_q];
     let rows = (0..s.rows() as u32).step_by(step).map(row).collect();
@@ -266,9 +381,10 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     if let Some(gradients) = &mut with_gradients.gradients {
         // Those that the oracle computes in a moment, in most cases.
         let (whole, mut ask) = (affordable_whole(s), || !once_in(&mut rng, 4));
+        let with_mods = problem.mods.is_none() || s.rows() * s.seqlen_k as u64 <= 1 << 18;
         gradients.sinks = problem.sinks && ask();
-        gradients.alibi_slopes = problem.alibi.is_some() && whole && ask();
-        gradients.bias = problem.bias.is_some_and(|bias| whole || bias.layout.row > 0) && ask();
+        gradients.alibi_slopes = problem.alibi.is_some() && whole && with_mods && ask();
+        gradients.bias = problem.bias.is_some_and(|bias| whole || bias.layout.row > 0) && with_mods && ask();
     }
     let o = [s.batch, s.heads_q, s.seqlen_q, s.head_dim_v];
     let grad_lse = of_lse.then(|| (0..s.rows()).map(|_| 2.0 * rng.f32() - 1.0).collect());
@@ -278,7 +394,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
         lse: upstream.lse.clone(),
     };
     let queries = sample_rows([s.batch, s.heads_q, s.seqlen_q], affordable.clamp(32, 512) / 4);
-    let group_rows = s.group() as u64 * s.seqlen_q as u64 * (s.head_dim + s.head_dim_v) as u64;
+    let group_rows = s.group() as u64 * s.seqlen_q as u64 * (s.head_dim + s.head_dim_v + of_mods) as u64;
     let affordable_keys = (20_000_000 / group_rows).clamp(32, 512) / 4;
     let keys = sample_rows([s.batch, s.heads_kv, s.seqlen_k], affordable_keys);
     let sample = GradientSample::of(context, &with_gradients, &tensors, &upstream, queries, keys)
@@ -290,10 +406,16 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     kernels.extend([CoopForm::Registers, CoopForm::WorkgroupMemory].map(|form| (Kernel::Coop, Some(form))));
     for (kernel, coop_form) in kernels {
         let name = coop_form.map_or(kernel.to_string(), |form| format!("{kernel} {form}"));
+        let name = match (&problem.blocks, &problem.mods) {
+            (None, None) => name,
+            (Some(_), None) => format!("{name} by blocks"),
+            (None, Some(_)) => format!("{name} with mods"),
+            (Some(_), Some(_)) => format!("{name} by blocks with mods"),
+        };
         let failed = |what: String| format!("seed {seed}: {name}: {what}\n{problem:?}\n{lengths:?}");
         let options = PlanOptions::default().kernel(kernel).coop_form(coop_form);
         let plan = match context.plan_with(&problem, &options) {
-            Err(Error::Unsupported { .. }) => continue,
+            Err(error) if is_no_failure(&error, &problem) => continue,
             plan => plan.map_err(|error| failed(error.to_string()))?,
         };
         let run = || -> Result<(Vec<T>, Vec<f32>), String> {
@@ -319,7 +441,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
 
         let options = options.backward(kernel);
         let plan = match context.plan_with(&with_gradients, &options) {
-            Err(Error::Unsupported { .. }) => continue,
+            Err(error) if is_no_failure(&error, &problem) => continue,
             plan => plan.map_err(|error| failed(error.to_string()))?,
         };
         let verdicts = run_backward(context, &plan, &inputs, &upstream_laid_out, &sample)

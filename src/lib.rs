@@ -41,7 +41,7 @@
 //! - [`Plan::backward`] does the same for the gradients of q, k and v, if the problem was made
 //!   [`with_gradients`](Problem::with_gradients).
 //!
-//! `examples/own_device.rs` is a complete program of this kind, `examples/attend.rs` a command that compares the kernels
+//! `examples/own_device.rs` is a complete program of this kind, `examples/attend` a command that compares the kernels
 //! with your own framework on a safetensors file, `examples/train.rs` one that trains a small transformer on the device.
 //! [`mod@reference`] has the same mathematics on the host, in loops one can read: in f64, and rounded as each element type rounds. It also
 //! says how far a kernel's results may be from that.

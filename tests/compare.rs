@@ -44,30 +44,60 @@ fn it_says_what_it_allocates_and_writes_what_it_measured() {
 #[test]
 fn features_are_timed_beside_the_kernel_without_them() {
     let csv = temporary("features.csv");
-    let features = ["bias", "bias-f32", "mask", "alibi", "sinks", "softcap", "dropout"];
+    let of_library = ["bias", "bias-f32", "mask", "alibi", "sinks", "softcap", "dropout", "blocks", "window-blocks"];
+    let features = [&of_library[..], &["documents", "identity-mod", "alibi-mod"]].concat();
     let list = features.join(",");
     let options = ["--feature", &list, "--kernels", "tile", "--dtype", "f16", "--op", "fwd,bwd"];
-    let output = compare(&[&options[..], &["--shapes", "2,2/1,48,16", "--csv", csv.to_str().unwrap()]].concat());
+    let output = compare(&[&options[..], &["--shapes", "1,2/1,600,16", "--csv", csv.to_str().unwrap()]].concat());
     let out = text(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{out}{}", text(&output.stderr));
     let csv = std::fs::read_to_string(csv).unwrap();
-    let titles: Vec<_> = csv.lines().next().unwrap().split(',').collect();
-    let column = |line: &str, name: &str| {
-        let n = titles.iter().position(|&title| title == name).unwrap();
-        line.split(',').nth(n).unwrap().to_string()
-    };
     for op in ["forward", "backward"] {
-        let time = |line: &str| column(line, "median_ms").parse::<f64>().unwrap();
-        let lines: Vec<_> = csv.lines().skip(1).filter(|line| column(line, "op") == op).collect();
-        let found: Vec<_> = lines.iter().map(|line| column(line, "feature")).collect();
+        let time = |line: &str| column(&csv, line, "median_ms").parse::<f64>().unwrap();
+        let lines: Vec<_> = csv.lines().skip(1).filter(|line| column(&csv, line, "op") == op).collect();
+        let found: Vec<_> = lines.iter().map(|line| column(&csv, line, "feature")).collect();
         assert_eq!(found, [&[""], &features[..]].concat());
-        assert_eq!(column(lines[0], "over_without"), "");
+        assert_eq!(column(&csv, lines[0], "over_without"), "");
         for line in &lines[1..] {
-            let ratio: f64 = column(line, "over_without").parse().unwrap();
+            let ratio: f64 = column(&csv, line, "over_without").parse().unwrap();
             // Times have six decimals.
             assert!((ratio - time(line) / time(lines[0])).abs() < 0.01 * ratio, "{csv}");
+            let share: f64 = column(&csv, line, "share").parse().unwrap();
+            let over_share = column(&csv, line, "over_share");
+            // 600 queries: with 512 keys in a window, in documents of 512 and of 88 tokens.
+            let scores = |triangles: &[u32]| triangles.iter().map(|n| n * (n + 1) / 2).sum::<u32>() as f64 / 360_000.0;
+            match column(&csv, line, "feature").as_str() {
+                "window-blocks" => assert!((share - scores(&[512]) - 88.0 * 512.0 / 360_000.0).abs() < 1e-5, "{csv}"),
+                "documents" => assert!((share - scores(&[512, 88])).abs() < 1e-5, "{csv}"),
+                // The diagonal is four blocks of 128 and one of 88.
+                "blocks" => assert!(share > (4.0 * 128.0 * 128.0 + 88.0 * 88.0) / 360_000.0 && share < 0.7, "{csv}"),
+                _ => {
+                    assert!(share == 1.0 && over_share.is_empty(), "{csv}");
+                    continue;
+                }
+            }
+            assert!((over_share.parse::<f64>().unwrap() - ratio / share).abs() < 1e-3 * ratio / share, "{csv}");
         }
     }
+}
+
+/// The column of a line of figures.
+fn column(csv: &str, line: &str, name: &str) -> String {
+    let n = csv.lines().next().unwrap().split(',').position(|title| title == name).unwrap();
+    line.split(',').nth(n).unwrap().to_string()
+}
+
+#[test]
+fn a_window_counts_the_scores_that_it_leaves() {
+    let csv = temporary("window.csv");
+    let options = ["--window", "100", "--kernels", "tile", "--shapes", "1,1,300,16", "--csv", csv.to_str().unwrap()];
+    let output = compare(&options);
+    assert_eq!(output.status.code(), Some(0), "{}{}", text(&output.stdout), text(&output.stderr));
+    let csv = std::fs::read_to_string(csv).unwrap();
+    let share: f64 = column(&csv, csv.lines().nth(1).unwrap(), "share").parse().unwrap();
+    assert!((share - (5050.0 + 200.0 * 100.0) / 90_000.0).abs() < 1e-5, "{csv}");
+    let notes = text(&compare(&["--window", "100", "--causal"]).stderr);
+    assert!(notes.contains("--window") && notes.contains("--causal"), "{notes}");
 }
 
 #[test]

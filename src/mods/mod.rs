@@ -20,7 +20,7 @@ use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use naga::valid::{ValidationFlags, Validator};
-use naga::{Module, ResourceBinding, Span};
+use naga::{Module, ResourceBinding, Scalar, Span, TypeInner};
 
 pub use error::ModError;
 pub(crate) use parse::MOST_BUFFERS;
@@ -58,6 +58,7 @@ pub(crate) const FIRST_BINDING: u32 = 40;
 ///     ",
 /// )?;
 /// assert!(mods.buffers().eq(["slopes", "document"]));
+/// assert!(mods.buffer_types().eq(["f32", "u32"]));
 /// let problem = Problem::new(Shape::square(1, 8, 512, 64), ElementType::F16).with_mods(mods);
 ///
 /// // Errors say where.
@@ -123,6 +124,19 @@ impl Mods {
     /// The names of the buffers, in the order of the text.
     pub fn buffers(&self) -> impl Iterator<Item = &str> {
         self.0.parsed.buffers.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// The types of their elements, `f32`, `i32` or `u32`, in the same order.
+    pub fn buffer_types(&self) -> impl Iterator<Item = &'static str> {
+        let Parsed { module, buffers, .. } = &self.0.parsed;
+        buffers.iter().map(|&(_, handle)| match module.types[module.global_variables[handle].ty].inner {
+            TypeInner::Array { base, .. } => match module.types[base].inner {
+                TypeInner::Scalar(Scalar::I32) => "i32",
+                TypeInner::Scalar(Scalar::U32) => "u32",
+                _ => "f32",
+            },
+            _ => "f32",
+        })
     }
 
     /// Whether there is a `score_mod`.

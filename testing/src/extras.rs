@@ -1,5 +1,7 @@
 //! What a problem has besides q, k and v, on the host and on the device.
 
+#[cfg(not(target_arch = "wasm32"))]
+use wgpu_flash_attention::{BlockBuffers, BlockSource, Error, Mods};
 use wgpu_flash_attention::{
     BlockMask, Context, Dropout, ElementType, ForwardBuffers, Problem, ScoreLayout, reference, wgpu,
 };
@@ -122,5 +124,21 @@ impl DeviceExtras {
             .alibi_slopes(self.alibi_slopes.as_ref())
             .sinks(self.sinks.as_ref())
             .rng_state(self.rng_state.as_ref())
+    }
+    /// The block lists that the device makes of the problem's other masks.
+    #[cfg(not(target_arch = "wasm32"))]
+    pub fn blocks_of_masks(&self, context: &Context, problem: &Problem) -> Result<BlockMask, Error> {
+        let plan = context.plan_blocks(problem, BlockSource::Masks)?;
+        let blocks = plan.create_buffer()?;
+        let mut buffers = BlockBuffers::new(&blocks).mask(self.mask.as_ref());
+        buffers = buffers.seqlens_q(self.seqlens_q.as_ref()).seqlens_k(self.seqlens_k.as_ref());
+        if problem.mods.as_ref().is_some_and(Mods::has_mask_mod) {
+            buffers = self.mod_buffers.iter().fold(buffers, |buffers, (name, buffer)| buffers.mod_buffer(name, buffer));
+        }
+        let mut encoder = context.device().create_command_encoder(&Default::default());
+        plan.record(&mut encoder, &buffers)?;
+        context.queue().submit([encoder.finish()]);
+        let bytes = context.download(&blocks, 0, problem.blocks_bytes())?;
+        Ok(BlockMask::from_words(bytemuck::pod_collect_to_vec(&bytes)))
     }
 }

@@ -90,7 +90,7 @@ pub struct GradientSample {
 
 impl GradientSample {
     /// Rows of dq by the oracle alone. Rows of dk and dv depend on o and lse of every query, which would take the oracle
-    /// N² D: they come from a forward pass by the tile kernel in f32 on the same values, checked on the rows of dq. They are
+    /// N² D: they come from a forward pass by the tile kernel in f32 on the same values (by the naive one where blocks are smaller than tiles), checked on the rows of dq. They are
     /// not those that the kernel in question is given, whose o is rounded to its type.
     ///
     /// The gradients of bias, sinks and slopes likewise: whole if [`affordable_whole`], else those of sinks whole, of a bias with rows of
@@ -260,7 +260,7 @@ fn forward_f32<T: Number>(
     (of_f32.seqlens_q, of_f32.seqlens_k, of_f32.lse) = (problem.seqlens_q, problem.seqlens_k, problem.lse);
     of_f32.bias = problem.bias.map(|bias| Bias::new(ElementType::F32, bias.layout));
     (of_f32.mask, of_f32.alibi, of_f32.sinks) = (problem.mask, problem.alibi, problem.sinks);
-    (of_f32.dropout, of_f32.blocks) = (problem.dropout, problem.blocks);
+    (of_f32.dropout, of_f32.blocks, of_f32.mods) = (problem.dropout, problem.blocks, problem.mods.clone());
     let problem = of_f32;
     let f32s = |values: &[T]| -> Vec<f32> { values.iter().map(|&x| x.into() as f32).collect() };
     let tensors = Tensors {
@@ -270,8 +270,13 @@ fn forward_f32<T: Number>(
         extras: tensors.extras.clone(),
     };
     let words = |error: Error| error.to_string();
-    let options = PlanOptions::default().kernel(Kernel::Tile);
-    let plan = context.plan_with(&problem, &options).map_err(words)?;
+    let plan_of = |kernel| context.plan_with(&problem, &PlanOptions::default().kernel(kernel));
+    let plan = match plan_of(Kernel::Tile) {
+        // Blocks that no tile divides.
+        Err(Error::BlockTile { .. }) => plan_of(Kernel::Naive),
+        plan => plan,
+    };
+    let plan = plan.map_err(words)?;
     let inputs = Inputs::upload(context, &problem, &tensors)?;
     let outputs = Outputs::poisoned(context, &plan)?;
     let bound = bind(&plan, &inputs, &outputs).map_err(words)?;

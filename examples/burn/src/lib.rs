@@ -2,14 +2,15 @@
 //!
 //! ```no_run
 //! use burn::tensor::{Distribution, Tensor};
-//! use flash_attention_burn::FlashAttention;
+//! use flash_attention_burn::{AttentionOptions, FlashAttention};
 //! use wgpu_flash_attention::Causal;
 //!
 //! let (device, attention) = FlashAttention::init().unwrap();
 //! let device = device.autodiff();
 //! let random = || Tensor::<4>::random([1, 8, 256, 64], Distribution::Default, &device).require_grad();
 //! let (query, key, value) = (random(), random(), random());
-//! let out = attention.forward(query.clone(), key, value, Some(Causal::BottomRight));
+//! let options = AttentionOptions { causal: Some(Causal::BottomRight), ..Default::default() };
+//! let out = attention.forward(query.clone(), key, value, options);
 //! let gradients = out.sum().backward();
 //! println!("{}", query.grad(&gradients).unwrap());
 //! ```
@@ -22,11 +23,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
-use burn::backend::tensor::FloatTensor;
-use burn::backend::{Autodiff, Backend, Dispatch, backend_extension};
+use burn::backend::autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
+use burn::backend::tensor::{BoolTensor, FloatTensor};
+use burn::backend::{Autodiff, Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::wgpu::{WgpuInitError, WgpuSetup};
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{Bool, DType, Device, Tensor};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::cubecl::wgpu::{AutoCompiler, WgpuServer};
 use burn_cubecl::kernel::into_contiguous;
@@ -34,8 +35,33 @@ use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use wgpu_flash_attention::wgpu::{Buffer, BufferBinding, CommandEncoder};
 use wgpu_flash_attention::{
-    BackwardBuffers, Causal, Context, ElementType, Error, ForwardBuffers, Layout, Plan, Problem, Shape, Tensor as Part,
+    BackwardBuffers, Bias, Causal, Context, ElementType, Error, ForwardBuffers, Layout, Plan, Problem, ScoreLayout,
+    Shape, Tensor as Part,
 };
+
+/// What attention has besides q, k and v. As in Burn's own `attention`, scores are scaled, then capped; then the bias is added, and what is masked
+/// does not count. A query of which nothing counts has an o of 0.
+#[derive(Clone, Debug, Default)]
+pub struct AttentionOptions {
+    /// Which keys a query does **not** see, Burn's sense of a mask: `[batch, heads_q, seqlen_q, seqlen_k]`, each size 1 or full.
+    pub mask: Option<Tensor<4, Bool>>,
+    /// What is added to scores, in f32 or the type of q, of sizes like the mask's. It has a gradient where Burn tracks one.
+    pub bias: Option<Tensor<4>>,
+    /// The causal mask: on the diagonal that ends at the last query and the last key, as Burn's `is_causal`, or on the one that starts at the first ones.
+    pub causal: Option<Causal>,
+    /// Factor of the scores; 1/√dim if there is none.
+    pub scale: Option<f32>,
+    /// Scores become `softcap · tanh(score / softcap)`.
+    pub softcap: Option<f32>,
+}
+
+/// The options that are no tensors.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    causal: Option<Causal>,
+    scale: Option<f32>,
+    softcap: Option<f32>,
+}
 
 /// The kernels on Burn's device, and the plans made so far. Clones share everything.
 #[derive(Clone, Debug)]
@@ -58,13 +84,18 @@ impl FlashAttention {
 
     /// o `[batch, heads_q, seqlen_q, dim_v]` for q `[batch, heads_q, seqlen_q, dim]`, k `[batch, heads_kv, seqlen_k,
     /// dim]` and v `[batch, heads_kv, seqlen_k, dim_v]` in one of f32, f16 and bf16. Views are read where they are if
-    /// their last dimension is contiguous.
+    /// their last dimension is contiguous, a mask and a bias in any case.
     ///
     /// # Panics
     /// As Burn's operations do, if the shapes do not go together, or the device is another than the kernels'.
-    pub fn forward(&self, query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, causal: Option<Causal>) -> Tensor<4> {
+    pub fn forward(&self, query: Tensor<4>, key: Tensor<4>, value: Tensor<4>, options: AttentionOptions) -> Tensor<4> {
         let [query, key, value] = [query, key, value].map(Tensor::into_dispatch);
-        Tensor::from_dispatch(<Dispatch as Attention>::attention(query, key, value, self.clone(), causal))
+        let AttentionOptions { mask, bias, causal, scale, softcap } = options;
+        // The kernels' masks say which keys a query sees.
+        let seen = mask.map_or(Seen::All, |mask| Seen::Where(mask.bool_not().into_dispatch()));
+        let bias = bias.map_or(Added::Nothing, |bias| Added::Bias(bias.into_dispatch()));
+        let settings = Settings { causal, scale, softcap };
+        Tensor::from_dispatch(<Dispatch as Attention>::attention(query, key, value, seen, bias, self.clone(), settings))
     }
 
     /// The plan for a problem, made at its first use.
@@ -86,6 +117,24 @@ impl FlashAttention {
     }
 }
 
+/// Which keys queries see. Burn's macro for operations by backend takes enums of tensors, and no `Option` of them.
+#[derive(Clone, Debug, ExtensionType)]
+pub enum Seen<B: Backend> {
+    /// All of them.
+    All,
+    /// Those where this is true.
+    Where(BoolTensor<B>),
+}
+
+/// What is added to scores.
+#[derive(Clone, Debug, ExtensionType)]
+pub enum Added<B: Backend> {
+    /// Nothing.
+    Nothing,
+    /// A bias.
+    Bias(FloatTensor<B>),
+}
+
 /// The operation, by backend.
 #[backend_extension(Cube, Autodiff)]
 pub trait Attention: Backend {
@@ -94,26 +143,47 @@ pub trait Attention: Backend {
         query: FloatTensor<Self>,
         key: FloatTensor<Self>,
         value: FloatTensor<Self>,
+        #[extension_type] seen: Seen<Self>,
+        #[extension_type] bias: Added<Self>,
         kernels: FlashAttention,
-        causal: Option<Causal>,
+        settings: Settings,
     ) -> FloatTensor<Self>;
+}
+
+/// What both passes are given.
+#[derive(Clone, Debug)]
+pub struct Inputs<B: Backend> {
+    /// q, k and v.
+    tensors: [FloatTensor<B>; 3],
+    seen: Seen<B>,
+    bias: Added<B>,
+    kernels: FlashAttention,
+    settings: Settings,
+}
+
+impl<B: Backend> Inputs<B> {
+    fn seen(&self) -> Option<&BoolTensor<B>> {
+        match &self.seen {
+            Seen::All => None,
+            Seen::Where(seen) => Some(seen),
+        }
+    }
+
+    fn bias(&self) -> Option<&FloatTensor<B>> {
+        match &self.bias {
+            Added::Nothing => None,
+            Added::Bias(bias) => Some(bias),
+        }
+    }
 }
 
 /// Both passes, on a backend without gradients of its own.
 pub trait AttentionKernels: Backend {
     /// o and, for the backward pass, lse.
-    fn forward(
-        kernels: &FlashAttention,
-        causal: Option<Causal>,
-        inputs: [FloatTensor<Self>; 3],
-    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    fn forward(inputs: Inputs<Self>) -> (FloatTensor<Self>, FloatTensor<Self>);
 
-    /// The gradients of q, k and v from q, k, v, o, lse and the gradient of o.
-    fn backward(
-        kernels: &FlashAttention,
-        causal: Option<Causal>,
-        tensors: [FloatTensor<Self>; 6],
-    ) -> [FloatTensor<Self>; 3];
+    /// The gradients of q, k and v, and of the bias if that is asked for, from o, lse and the gradient of o.
+    fn backward(inputs: Inputs<Self>, results: [FloatTensor<Self>; 3], of_bias: bool) -> Vec<FloatTensor<Self>>;
 }
 
 impl Attention for CubeBackend {
@@ -121,10 +191,44 @@ impl Attention for CubeBackend {
         query: CubeTensor,
         key: CubeTensor,
         value: CubeTensor,
+        seen: Seen<Self>,
+        bias: Added<Self>,
         kernels: FlashAttention,
-        causal: Option<Causal>,
+        settings: Settings,
     ) -> CubeTensor {
-        <Self as AttentionKernels>::forward(&kernels, causal, [query, key, value]).0
+        <Self as AttentionKernels>::forward(Inputs { tensors: [query, key, value], seen, bias, kernels, settings }).0
+    }
+}
+
+#[derive(Debug)]
+struct AttentionBackward;
+
+/// `N` inputs may have gradients: q, k, v and, if there is one, the bias.
+impl<B: AttentionKernels, const N: usize> Backward<B, N> for AttentionBackward {
+    /// And o and lse.
+    type State = (Inputs<B>, [FloatTensor<B>; 2]);
+
+    fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let (inputs, [out, lse]) = ops.state;
+        let of_bias = ops.parents.get(3).is_some_and(Option::is_some);
+        let results = [out, lse, grads.consume::<B>(&ops.node)];
+        for (node, gradient) in ops.parents.into_iter().zip(B::backward(inputs, results, of_bias)) {
+            if let Some(node) = node {
+                grads.register::<B>(node.id, gradient);
+            }
+        }
+    }
+}
+
+/// The forward pass, and what Burn keeps of it for the gradients of `N` inputs.
+fn tracked<B: AttentionKernels, C: CheckpointStrategy, const N: usize>(
+    inputs: Inputs<B>,
+    guards: [NodeGuard; N],
+) -> FloatTensor<Autodiff<B, C>> {
+    let (out, lse) = B::forward(inputs.clone());
+    match AttentionBackward.prepare::<C>(guards).compute_bound().stateful() {
+        OpsKind::Tracked(prep) => prep.finish((inputs, [out.clone(), lse]), out),
+        OpsKind::UnTracked(prep) => prep.finish(out),
     }
 }
 
@@ -133,32 +237,25 @@ impl<B: AttentionKernels, C: CheckpointStrategy> Attention for Autodiff<B, C> {
         query: FloatTensor<Self>,
         key: FloatTensor<Self>,
         value: FloatTensor<Self>,
+        seen: Seen<Self>,
+        bias: Added<Self>,
         kernels: FlashAttention,
-        causal: Option<Causal>,
+        settings: Settings,
     ) -> FloatTensor<Self> {
-        #[derive(Debug)]
-        struct AttentionBackward;
-
-        impl<B: AttentionKernels> Backward<B, 3> for AttentionBackward {
-            /// q, k, v, o, lse.
-            type State = ([FloatTensor<B>; 5], FlashAttention, Option<Causal>);
-
-            fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
-                let ([query, key, value, out, lse], kernels, causal) = ops.state;
-                let tensors = [query, key, value, out, lse, grads.consume::<B>(&ops.node)];
-                for (node, gradient) in ops.parents.into_iter().zip(B::backward(&kernels, causal, tensors)) {
-                    if let Some(node) = node {
-                        grads.register::<B>(node.id, gradient);
-                    }
-                }
-            }
-        }
-
         let [(query, q), (key, k), (value, v)] = [query, key, value].map(|tensor| tensor.into_parts());
-        let (out, lse) = B::forward(&kernels, causal, [query.clone(), key.clone(), value.clone()]);
-        match AttentionBackward.prepare::<C>([q, k, v]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(([query, key, value, out.clone(), lse], kernels, causal), out),
-            OpsKind::UnTracked(prep) => prep.finish(out),
+        let tensors = [query, key, value];
+        let seen = match seen {
+            Seen::All => Seen::All,
+            Seen::Where(seen) => Seen::Where(seen),
+        };
+        match bias {
+            Added::Nothing => {
+                tracked::<B, C, 3>(Inputs { tensors, seen, bias: Added::Nothing, kernels, settings }, [q, k, v])
+            }
+            Added::Bias(bias) => {
+                let (bias, b) = bias.into_parts();
+                tracked::<B, C, 4>(Inputs { tensors, seen, bias: Added::Bias(bias), kernels, settings }, [q, k, v, b])
+            }
         }
     }
 }
@@ -168,7 +265,11 @@ struct Operand {
     buffer: Buffer,
     /// Where it is bound: the last aligned place before its first element.
     offset: u64,
-    layout: Layout,
+    /// Bytes from there to its first element, and of an element.
+    start: u64,
+    element_bytes: u64,
+    shape: [u32; 4],
+    strides: [u64; 4],
 }
 
 impl Operand {
@@ -178,17 +279,28 @@ impl Operand {
         let resource = resource.unwrap_or_else(|error| panic!("attention runs on Burn's wgpu devices: {error:?}"));
         let resource = resource.resource();
         let offset = resource.offset / alignment * alignment;
-        let strides = tensor.meta.strides();
+        let (shape, strides) = (tensor.meta.shape(), tensor.meta.strides());
         Operand {
             buffer: resource.buffer.clone(),
             offset,
-            layout: Layout {
-                offset: (resource.offset - offset) / tensor.dtype.size() as u64,
-                batch: strides[0] as u64,
-                head: strides[1] as u64,
-                row: strides[2] as u64,
-            },
+            start: resource.offset - offset,
+            element_bytes: tensor.dtype.size() as u64,
+            shape: [0, 1, 2, 3].map(|n| shape[n] as u32),
+            strides: [0, 1, 2, 3].map(|n| strides[n] as u64),
         }
+    }
+
+    fn layout(&self) -> Layout {
+        let [batch, head, row, _] = self.strides;
+        Layout { offset: self.start / self.element_bytes, batch, head, row }
+    }
+
+    /// Of what is given of each score, in units of so many bytes.
+    fn score_layout(&self, unit: u64) -> ScoreLayout {
+        let mut strides = self.strides.map(|stride| stride * self.element_bytes / unit);
+        strides.iter_mut().zip(self.shape).filter(|(_, size)| *size == 1).for_each(|(stride, _)| *stride = 0);
+        let [batch, head, row, column] = strides;
+        ScoreLayout { offset: self.start / unit, batch, head, row, column }
     }
 
     fn binding(&self) -> BufferBinding<'_> {
@@ -210,16 +322,24 @@ fn submit_pending(tensor: &CubeTensor) {
     tensor.client.flush().unwrap_or_else(|error| panic!("attention: {error:?}"));
 }
 
-fn problem(inputs: [&CubeTensor; 3], causal: Option<Causal>) -> Problem {
-    let [q, k, v] = inputs.map(|tensor| [0, 1, 2, 3].map(|n| tensor.meta.shape()[n]));
+fn element_type(dtype: DType) -> Option<ElementType> {
+    match dtype {
+        DType::F32 => Some(ElementType::F32),
+        DType::F16 => Some(ElementType::F16),
+        DType::BF16 => Some(ElementType::BF16),
+        _ => None,
+    }
+}
+
+/// A problem without layouts.
+fn problem(inputs: &Inputs<CubeBackend>) -> Problem {
+    let [q, k, v] = inputs.tensors.each_ref().map(|tensor| [0, 1, 2, 3].map(|n| tensor.meta.shape()[n]));
     assert!(k[0] == q[0] && k[3] == q[3], "attention: q is {q:?} and k {k:?}; batch and last size must be equal");
     assert!(v[..3] == k[..3], "attention: k is {k:?} and v {v:?}; all but the last size must be equal");
-    let element_type = match inputs.map(|tensor| tensor.dtype) {
-        [DType::F32, DType::F32, DType::F32] => ElementType::F32,
-        [DType::F16, DType::F16, DType::F16] => ElementType::F16,
-        [DType::BF16, DType::BF16, DType::BF16] => ElementType::BF16,
-        other => panic!("attention: q, k and v are {other:?}; they must be one of f32, f16 and bf16"),
-    };
+    let types = inputs.tensors.each_ref().map(|tensor| tensor.dtype);
+    let element_type = element_type(types[0]).filter(|_| types == [types[0]; 3]);
+    let element_type = element_type
+        .unwrap_or_else(|| panic!("attention: q, k and v are {types:?}; they must be one of f32, f16 and bf16"));
     let shape = Shape {
         batch: q[0] as u32,
         heads_q: q[1] as u32,
@@ -229,66 +349,132 @@ fn problem(inputs: [&CubeTensor; 3], causal: Option<Causal>) -> Problem {
         head_dim: q[3] as u32,
         head_dim_v: v[3] as u32,
     };
+    let of_scores = [q[0], q[1], q[2], k[2]];
+    for (name, tensor) in [("mask", inputs.seen()), ("bias", inputs.bias())] {
+        let Some(tensor) = tensor else { continue };
+        let found = [0, 1, 2, 3].map(|n| tensor.meta.shape()[n]);
+        let fits = found.iter().zip(of_scores).all(|(&size, full)| size == 1 || size == full);
+        assert!(fits, "attention: the {name} is {found:?}; each size must be 1 or that of {of_scores:?}");
+    }
+    let Settings { causal, scale, softcap } = inputs.settings;
     let mut problem = Problem::new(shape, element_type).with_gradients();
-    problem.causal = causal;
+    (problem.causal, problem.scale, problem.softcap) = (causal, scale, softcap);
     problem
 }
 
-fn forward_layouts(problem: Problem, [q, k, v, o]: [&Operand; 4]) -> Problem {
-    problem
-        .with_layout(Part::Query, q.layout)
-        .with_layout(Part::Key, k.layout)
-        .with_layout(Part::Value, v.layout)
-        .with_layout(Part::Out, o.layout)
+/// What both passes bind, of `Inputs`.
+struct Operands {
+    tensors: [Operand; 3],
+    seen: Option<Operand>,
+    bias: Option<Operand>,
+}
+
+impl Operands {
+    fn new(inputs: &Inputs<CubeBackend>, alignment: u64) -> Self {
+        let operand = |tensor: &CubeTensor| Operand::new(tensor, alignment);
+        Operands {
+            tensors: inputs.tensors.each_ref().map(operand),
+            seen: inputs.seen().map(operand),
+            bias: inputs.bias().map(operand),
+        }
+    }
+
+    /// The problem with the layouts of a forward pass.
+    fn place(&self, mut problem: Problem, inputs: &Inputs<CubeBackend>, out: &Operand) -> Problem {
+        let [q, k, v] = &self.tensors;
+        if let Some(seen) = &self.seen {
+            // Each of Burn's booleans is 1 or 0 in its first byte, however many it has.
+            problem = problem.with_mask(seen.score_layout(1));
+        }
+        if let (Some(bias), Some(tensor)) = (&self.bias, inputs.bias()) {
+            let of = element_type(tensor.dtype)
+                .unwrap_or_else(|| panic!("attention: the bias is {:?}; it must be f32, f16 or bf16", tensor.dtype));
+            problem = problem.with_bias(Bias::new(of, bias.score_layout(bias.element_bytes)));
+        }
+        problem
+            .with_layout(Part::Query, q.layout())
+            .with_layout(Part::Key, k.layout())
+            .with_layout(Part::Value, v.layout())
+            .with_layout(Part::Out, out.layout())
+    }
+
+    fn buffers<'a>(&'a self, out: &'a Operand, lse: &'a Operand) -> ForwardBuffers<'a> {
+        let [q, k, v] = self.tensors.each_ref().map(Operand::binding);
+        ForwardBuffers::new(q, k, v, out.binding())
+            .lse(lse.binding())
+            .mask(self.seen.as_ref().map(Operand::binding))
+            .bias(self.bias.as_ref().map(Operand::binding))
+    }
 }
 
 impl AttentionKernels for CubeBackend {
-    fn forward(kernels: &FlashAttention, causal: Option<Causal>, inputs: [CubeTensor; 3]) -> (CubeTensor, CubeTensor) {
-        let [query, key, value] = inputs.map(with_rows);
-        let problem = problem([&query, &key, &value], causal);
+    fn forward(mut inputs: Inputs<Self>) -> (CubeTensor, CubeTensor) {
+        inputs.tensors = inputs.tensors.map(with_rows);
+        let problem = problem(&inputs);
+        let (kernels, [query, _, value]) = (&inputs.kernels, &inputs.tensors);
         let [batch, heads, rows, _] = [0, 1, 2, 3].map(|n| query.meta.shape()[n]);
-        let out = empty_like(&query, [batch, heads, rows, value.meta.shape()[3]], query.dtype);
-        let lse = empty_like(&query, [batch, heads, rows, 1], DType::F32);
+        let out = empty_like(query, [batch, heads, rows, value.meta.shape()[3]], query.dtype);
+        let lse = empty_like(query, [batch, heads, rows, 1], DType::F32);
 
         let alignment = kernels.context.device().limits().min_storage_buffer_offset_alignment as u64;
-        let [q, k, v, o, l] = [&query, &key, &value, &out, &lse].map(|tensor| Operand::new(tensor, alignment));
-        let problem = forward_layouts(problem, [&q, &k, &v, &o]);
-        submit_pending(&query);
+        let operands = Operands::new(&inputs, alignment);
+        let [o, l] = [&out, &lse].map(|tensor| Operand::new(tensor, alignment));
+        let problem = operands.place(problem, &inputs, &o);
+        submit_pending(query);
         let done = kernels.plan(&problem).and_then(|plan| {
             let workspace = plan.create_workspace()?;
-            let buffers = ForwardBuffers::new(q.binding(), k.binding(), v.binding(), o.binding())
-                .lse(l.binding())
-                .workspace(workspace.as_ref());
+            let buffers = operands.buffers(&o, &l).workspace(workspace.as_ref());
             kernels.submit(|encoder| plan.forward(encoder, &buffers))
         });
         done.unwrap_or_else(|error| panic!("attention: {error}"));
         (out, lse)
     }
 
-    fn backward(kernels: &FlashAttention, causal: Option<Causal>, tensors: [CubeTensor; 6]) -> [CubeTensor; 3] {
-        let [query, key, value, out, lse, grad_out] = tensors.map(with_rows);
-        let problem = problem([&query, &key, &value], causal);
-        let results = [&query, &key, &value]
-            .map(|tensor| empty_like(tensor, [0, 1, 2, 3].map(|n| tensor.meta.shape()[n]), tensor.dtype));
+    fn backward(mut inputs: Inputs<Self>, results: [CubeTensor; 3], of_bias: bool) -> Vec<CubeTensor> {
+        let [out, lse, grad_out] = results.map(with_rows);
+        inputs.tensors = inputs.tensors.map(with_rows);
+        let mut problem = problem(&inputs);
+        let alignment = inputs.kernels.context.device().limits().min_storage_buffer_offset_alignment as u64;
+        if of_bias {
+            problem = problem.with_grad_bias();
+            // Its gradient lies as it does: without elements that it shares, and from the beginning of a binding on.
+            if let Some(bias) = inputs.bias().cloned().map(into_contiguous) {
+                let at_start = Operand::new(&bias, alignment).start == 0;
+                inputs.bias = Added::Bias(if at_start { bias } else { bias.copy() });
+            }
+        }
+        let with_gradients = inputs.tensors.iter().chain(inputs.bias().filter(|_| of_bias));
+        let gradients: Vec<_> = with_gradients
+            .map(|tensor| empty_like(tensor, [0, 1, 2, 3].map(|n| tensor.meta.shape()[n]), tensor.dtype))
+            .collect();
 
-        let alignment = kernels.context.device().limits().min_storage_buffer_offset_alignment as u64;
-        let operand = |tensor| Operand::new(tensor, alignment);
-        let [q, k, v, o, l, g] = [&query, &key, &value, &out, &lse, &grad_out].map(operand);
-        let [dq, dk, dv] = results.each_ref().map(operand);
-        let problem = forward_layouts(problem, [&q, &k, &v, &o])
-            .with_layout(Part::GradOut, g.layout)
-            .with_layout(Part::GradQuery, dq.layout)
-            .with_layout(Part::GradKey, dk.layout)
-            .with_layout(Part::GradValue, dv.layout);
-        submit_pending(&query);
-        let done = kernels.plan(&problem).and_then(|plan| {
+        let operands = Operands::new(&inputs, alignment);
+        let operand = |tensor: &CubeTensor| Operand::new(tensor, alignment);
+        let [o, l, g] = [&out, &lse, &grad_out].map(operand);
+        let of_gradients: Vec<_> = gradients.iter().map(operand).collect();
+        let [dq, dk, dv] = [0, 1, 2].map(|n| &of_gradients[n]);
+        let problem = operands
+            .place(problem, &inputs, &o)
+            .with_layout(Part::GradOut, g.layout())
+            .with_layout(Part::GradQuery, dq.layout())
+            .with_layout(Part::GradKey, dk.layout())
+            .with_layout(Part::GradValue, dv.layout());
+        let grad_bias = of_gradients.get(3);
+        assert!(
+            grad_bias.is_none_or(|operand| operand.start == 0),
+            "attention: Burn's memory is not aligned as wgpu needs"
+        );
+        submit_pending(&out);
+        let done = inputs.kernels.plan(&problem).and_then(|plan| {
             let workspace = plan.create_backward_workspace()?;
-            let forward = ForwardBuffers::new(q.binding(), k.binding(), v.binding(), o.binding()).lse(l.binding());
-            let results = [dq.binding(), dk.binding(), dv.binding()];
-            let buffers = BackwardBuffers::new(&forward, g.binding(), results).workspace(workspace.as_ref());
-            kernels.submit(|encoder| plan.backward(encoder, &buffers))
+            let forward = operands.buffers(&o, &l);
+            let results = [dq, dk, dv].map(Operand::binding);
+            let buffers = BackwardBuffers::new(&forward, g.binding(), results)
+                .grad_bias(grad_bias.map(Operand::binding))
+                .workspace(workspace.as_ref());
+            inputs.kernels.submit(|encoder| plan.backward(encoder, &buffers))
         });
         done.unwrap_or_else(|error| panic!("attention: {error}"));
-        results
+        gradients
     }
 }

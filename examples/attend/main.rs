@@ -1,5 +1,8 @@
 //! Attention on a safetensors file, to check this crate against your own framework. `--help` lists the options.
 
+mod source;
+mod sparse;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,24 +22,28 @@ use flash_attention_testing::buffers::{
 };
 use flash_attention_testing::output::OutputFile;
 use flash_attention_testing::sample::{Expected, GRADIENTS, sample_rows};
-use flash_attention_testing::terminal::{Form, Progress, cut, first_few, harmless, quoted, quoted_list};
+use flash_attention_testing::terminal::{Form, Progress, cut, first_few, harmless};
 use flash_attention_testing::timing::{clock, measure, pass_times};
 use flash_attention_testing::{Extras, bytes_of};
+
+use source::{Floats, MaskValues, Source, refuse_ignored, warn_of_unknown};
+use sparse::{describe_blocks, describe_mods, parse_mods, read_blocks, read_mod_buffers};
 
 /// What stops the command, in one line.
 type Result<T> = std::result::Result<T, String>;
 
 /// Queries, keys and values of a real model, with the expected o, lse and gradients.
-const FIXTURE: &[u8] = include_bytes!("../tests/data/minilm_layer5.safetensors");
+const FIXTURE: &[u8] = include_bytes!("../../tests/data/minilm_layer5.safetensors");
 
 /// Attention on a safetensors file.
 ///
 /// Reads q [B,Hq,Nq,D], k [B,Hkv,Nk,D] and v [B,Hkv,Nk,Dv] in F32, F16 or BF16 and, if they are there, seqlens_k [B]
 /// and seqlens_q [B] in I32 or I64: how many keys and queries of each batch entry count; attn_mask [B,Hq,Nq,Nk], of which each
 /// size may be 1: in BOOL, of which true takes part, or in F32 or the type of q, which is added to the scores; alibi_slopes [Hq] or
-/// [B,Hq] in F32; sinks [Hq] in F32. Where the file also holds the expected o [B,Hq,Nq,Dv] or
-/// lse [B,Hq,Nq], compares with them; with --backward also with dq, dk and dv, and dbias, dsinks and dalibi_slopes. A tensor of any other name is refused, since
-/// a result that leaves it out would answer another question.
+/// [B,Hq] in F32; sinks [Hq] in F32; FlexAttention's block lists in I32, kv_num_blocks [B,Hq,R] and kv_indices [B,Hq,R,C], of which batch and heads
+/// may be 1, and full_kv_num_blocks and full_kv_indices. Where the file also holds the expected o [B,Hq,Nq,Dv] or
+/// lse [B,Hq,Nq], compares with them; with --backward also with dq, dk and dv, and dbias, dsinks and dalibi_slopes. A tensor of any other name is
+/// named in a warning, since a result that leaves it out may answer another question.
 #[derive(Parser)]
 #[command(
     name = "attend",
@@ -57,7 +64,7 @@ struct Args {
     /// positions, heads, dim as flash-attention has them. lse and dlse are [B,Hq,Nq] in both, attn_mask is [B,Hq,Nq,Nk]
     #[arg(long, value_enum, default_value = "bhnd")]
     layout: Order,
-    /// Leaves this tensor of the file out; may be repeated
+    /// Leaves this tensor of the file out, without a warning; may be repeated
     #[arg(long, value_name = "NAME")]
     ignore: Vec<String>,
     /// Goes on where inputs hold NaN or infinity, of which no kernel promises anything
@@ -93,6 +100,13 @@ struct Args {
     /// The offset of dropout in the stream of random numbers
     #[arg(long, requires = "dropout", default_value_t = 0)]
     offset: u64,
+    /// Queries and keys of a block of the file's block lists [default: 128,128]
+    #[arg(long, value_name = "BQ,BK", value_parser = parse_block)]
+    block: Option<Block>,
+    /// Changes scores by the score_mod, and masks them by the mask_mod, of this WGSL; its buffers are tensors of the file by their names, in F32, I32
+    /// or U32 as they are declared
+    #[arg(long, value_name = "FILE.wgsl")]
+    mods: Option<PathBuf>,
     /// Where the coop kernel keeps scores and probabilities; without it, the faster of what the device allows
     #[arg(long, value_enum)]
     coop_form: Option<Form>,
@@ -183,240 +197,16 @@ fn parse_window(text: &str) -> Result<Window> {
     Ok(Window { left: side(left)?, right: side(right)? })
 }
 
-/// What the file may hold.
-const NAMES: [&str; 18] = [
-    "q",
-    "k",
-    "v",
-    "seqlens_k",
-    "seqlens_q",
-    "attn_mask",
-    "alibi_slopes",
-    "sinks",
-    "o",
-    "lse",
-    "do",
-    "dlse",
-    "dq",
-    "dk",
-    "dv",
-    "dbias",
-    "dsinks",
-    "dalibi_slopes",
-];
+/// Queries and keys of a block.
+type Block = [u32; 2];
 
-/// An error if the file holds what nothing here computes with. An attention mask that nobody looks at, or lengths under a
-/// name with a typing error, would give results that look right.
-fn refuse_unknown(file: &SafeTensors<'_>, ignored: &[String]) -> Result<()> {
-    let mut names = file.names();
-    names.sort();
-    if let Some(absent) = ignored.iter().find(|name| !names.contains(&name.as_str())) {
-        return Err(format!("--ignore names {}, which the file does not hold", quoted(absent)));
-    }
-    if let Some(needed) = ignored.iter().find(|name| ["q", "k", "v"].contains(&name.as_str())) {
-        return Err(format!("--ignore names {needed}, which is needed"));
-    }
-    names.retain(|name| !NAMES.contains(name) && !ignored.iter().any(|ignored| ignored == name));
-    match names.len() {
-        0 => Ok(()),
-        n => Err(format!(
-            "the file holds {} attend does not know: {}; it knows {}; --ignore NAME leaves one out",
-            if n == 1 { "a tensor that" } else { "tensors that" },
-            quoted_list(names),
-            NAMES.join(", ")
-        )),
-    }
-}
-
-/// The file, less what is to be ignored.
-struct Source<'a> {
-    file: &'a SafeTensors<'a>,
-    ignored: &'a [String],
-    order: Order,
-}
-
-impl<'a> Source<'a> {
-    fn tensor(&self, name: &str) -> Option<TensorView<'a>> {
-        if self.ignored.iter().any(|ignored| ignored == name) {
-            return None;
-        }
-        self.file.tensor(name).ok()
-    }
-
-    /// All of a tensor of floats, whatever their type in the file.
-    fn floats(&self, name: &str) -> Result<Floats> {
-        let view = self.tensor(name).ok_or_else(|| {
-            let mut names = self.file.names();
-            names.sort();
-            format!("the file has no tensor {name}; it has: {}", quoted_list(names))
-        })?;
-        let data = view.data();
-        let values = match view.dtype() {
-            Dtype::F64 => bytemuck::pod_collect_to_vec(data),
-            Dtype::F32 => decode::<f32>(data),
-            Dtype::F16 => decode::<half::f16>(data),
-            Dtype::BF16 => decode::<half::bf16>(data),
-            other => return Err(format!("{name} is {other}; it must be F32, F16 or BF16")),
-        };
-        Ok(Floats { values, shape: view.shape().to_vec(), dtype: view.dtype() })
-    }
-
-    /// A tensor to compute with.
-    fn input(&self, name: &str) -> Result<Floats> {
-        let tensor = self.floats(name)?;
-        if tensor.dtype == Dtype::F64 {
-            return Err(format!("{name} is F64; it must be F32, F16 or BF16"));
-        }
-        Ok(tensor)
-    }
-
-    /// q, k or v, and its sizes: batch, heads, positions, dim, the order that its values have too.
-    fn input_and_sizes(&self, name: &str) -> Result<(Floats, [u32; 4])> {
-        let mut tensor = self.input(name)?;
-        let shape = &tensor.shape;
-        let sizes: [usize; 4] = shape[..].try_into().map_err(|_| {
-            let (names, rank) = (self.order.names("positions").join(", "), shape.len());
-            format!("{name} has {rank} dimensions, {}; it must have four: [{names}]", list_of(shape))
-        })?;
-        let small =
-            |n: usize| u32::try_from(n).map_err(|_| format!("{name} has shape {shape:?}; a size is above 2^32"));
-        let [b, h, n, d] = self.order.of(sizes).map(small);
-        let small = [b?, h?, n?, d?];
-        tensor.values = self.order.reorder(tensor.values, sizes);
-        Ok((tensor, small))
-    }
-
-    /// Values that are to have these sizes, given as batch, heads, positions, dim, or without the last.
-    fn ordered(&self, mut tensor: Floats, name: &str, sizes: &[u32]) -> Result<Floats> {
-        let sizes: Vec<usize> = sizes.iter().map(|&n| n as usize).collect();
-        let in_file = match sizes[..] {
-            [b, h, n, d] => self.order.of([b, h, n, d]).to_vec(),
-            _ => sizes,
-        };
-        if tensor.shape != in_file {
-            return Err(format!("{name} has shape {}; q, k and v need {in_file:?}", list_of(&tensor.shape)));
-        }
-        if let [b, x, y, d] = in_file[..] {
-            tensor.values = self.order.reorder(tensor.values, [b, x, y, d]);
-        }
-        Ok(tensor)
-    }
-
-    /// Extras by batch entry, if the file has any of this name. `most` is the number of `what` in all.
-    fn lengths(&self, name: &str, batch: u32, most: u32, what: &str) -> Result<Option<Vec<i32>>> {
-        let Some(view) = self.tensor(name) else {
-            return Ok(None);
-        };
-        let values: Vec<i64> = match view.dtype() {
-            Dtype::I32 => bytemuck::pod_collect_to_vec::<u8, i32>(view.data()).into_iter().map(i64::from).collect(),
-            Dtype::I64 => bytemuck::pod_collect_to_vec(view.data()),
-            other => return Err(format!("{name} is {other}; it must be I32 or I64")),
-        };
-        if view.shape() != [batch as usize] {
-            return Err(format!("{name} has shape {}; q and k need [{batch}]", list_of(view.shape())));
-        }
-        if let Some(n) = values.iter().position(|length| !(0..=most as i64).contains(length)) {
-            let length = values[n];
-            return Err(format!("{name}[{n}] is {length}; it must be from 0 to {most}, the number of {what}"));
-        }
-        Ok(Some(values.into_iter().map(|length| length as i32).collect()))
-    }
-
-    /// attn_mask, if the file has one.
-    fn attn_mask(&self, shape: &Shape) -> Result<Option<AttnMask>> {
-        let Some(view) = self.tensor("attn_mask") else {
-            return Ok(None);
-        };
-        let full = [shape.batch, shape.heads_q, shape.seqlen_q, shape.seqlen_k];
-        let found = view.shape();
-        if found.len() != 4 || found.iter().zip(full).any(|(&n, full)| n != 1 && n != full as usize) {
-            let [b, h, q, k] = full;
-            return Err(format!(
-                "attn_mask has shape {}; q and k need [{b}, {h}, {q}, {k}] (batch, query heads, queries, keys), or 1 in place \
-                 of any of these sizes",
-                list_of(found)
-            ));
-        }
-        let mut sizes = full;
-        sizes.iter_mut().zip(found).for_each(|(size, &n)| *size = n as u32);
-        let values = match view.dtype() {
-            Dtype::BOOL => match view.data().iter().find(|&&byte| byte > 1) {
-                None => MaskValues::Bool(view.data().iter().map(|&byte| byte == 1).collect()),
-                Some(byte) => return Err(format!("attn_mask is BOOL and holds a byte of {byte}; each must be 0 or 1")),
-            },
-            Dtype::F32 | Dtype::F16 | Dtype::BF16 => {
-                let Floats { values, dtype, .. } = self.floats("attn_mask")?;
-                MaskValues::Float(values, dtype)
-            }
-            other => return Err(format!("attn_mask is {other}; it must be BOOL, F32, F16 or BF16")),
-        };
-        Ok(Some(AttnMask { sizes, values }))
-    }
-
-    /// Numbers in F32, if the file has any of this name, which are to have one of these shapes.
-    fn f32s(&self, name: &str, shapes: &[&[u32]]) -> Result<Option<Floats>> {
-        let Some(view) = self.tensor(name) else {
-            return Ok(None);
-        };
-        if view.dtype() != Dtype::F32 {
-            return Err(format!("{name} is {}; it must be F32", view.dtype()));
-        }
-        let shape: Vec<u32> = view.shape().iter().map(|&n| u32::try_from(n).unwrap_or(u32::MAX)).collect();
-        if !shapes.contains(&&shape[..]) {
-            let needed: Vec<_> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
-            return Err(format!("{name} has shape {}; q needs {}", list_of(view.shape()), needed.join(" or ")));
-        }
-        self.floats(name).map(Some)
-    }
-
-    /// The expected gradient of an input that has the shape `of`, if the file has it; an error if it has no such input.
-    fn expected_shared(&self, name: &str, of: Option<&[usize]>, input: &str) -> Result<Option<Vec<f64>>> {
-        match (self.tensor(name), of) {
-            (None, _) => Ok(None),
-            (Some(_), None) => Err(format!("{name} is the gradient of {input}, which the file does not hold")),
-            (Some(view), Some(of)) if view.shape() != of => {
-                Err(format!("the expected {name} has shape {}; {input} needs {of:?}", list_of(view.shape())))
-            }
-            (Some(_), Some(_)) => self.floats(name).map(|tensor| Some(tensor.values)),
-        }
-    }
-
-    /// An expected result, if the file has it.
-    fn expected(&self, name: &str, sizes: &[u32]) -> Result<Option<Vec<f64>>> {
-        if self.tensor(name).is_none() {
-            return Ok(None);
-        }
-        let tensor = self.ordered(self.floats(name)?, &format!("the expected {name}"), sizes)?;
-        Ok(Some(tensor.values))
-    }
-}
-
-/// The shape of a tensor of a file, which may have any number of dimensions.
-fn list_of(shape: &[usize]) -> String {
-    format!("[{}]", first_few(shape))
-}
-
-/// attn_mask of the file; sizes are batch, query heads, queries, keys.
-struct AttnMask {
-    sizes: [u32; 4],
-    values: MaskValues,
-}
-
-enum MaskValues {
-    /// Whether a score takes part.
-    Bool(Vec<bool>),
-    /// What is added to a score.
-    Float(Vec<f64>, Dtype),
-}
-
-struct Floats {
-    values: Vec<f64>,
-    shape: Vec<usize>,
-    dtype: Dtype,
-}
-
-fn decode<T: Number>(data: &[u8]) -> Vec<f64> {
-    bytemuck::pod_collect_to_vec::<u8, T>(data).into_iter().map(T::into).collect()
+fn parse_block(text: &str) -> Result<Block> {
+    let size = |text: &str| match text.trim().parse::<u32>() {
+        Ok(n) if (1..=MAX_SEQLEN).contains(&n) => Ok(n),
+        _ => Err(format!("{text:?} is not a whole number from 1 to {MAX_SEQLEN}")),
+    };
+    let (queries, keys) = text.split_once(',').ok_or("two numbers separated by a comma are expected")?;
+    Ok([size(queries)?, size(keys)?])
 }
 
 /// What the file asks for. Tensors are in the order batch, heads, positions, dim.
@@ -457,7 +247,8 @@ fn read_backward(source: &Source<'_>, q: &[u32; 4], k: &[u32; 4], v: &[u32; 4]) 
 }
 
 fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
-    refuse_unknown(file, &args.ignore)?;
+    let mods = args.mods.as_deref().map(parse_mods).transpose()?;
+    refuse_ignored(file, &args.ignore)?;
     let source = Source { file, ignored: &args.ignore, order: args.layout };
     let [query, key, value] = ["q", "k", "v"].map(|name| source.input_and_sizes(name));
     let ((query, q), (key, k), (value, v)) = (query?, key?, value?);
@@ -543,6 +334,11 @@ fn read(file: &SafeTensors<'_>, args: &Args) -> Result<Task> {
             }
             extras.bias = Some(values.into_iter().map(|x| rounded(bias_type, x) as f32).collect());
         }
+    }
+    problem = read_blocks(&source, args.block, problem, &mut extras)?;
+    if let Some(mods) = mods {
+        extras.mod_buffers = read_mod_buffers(&source, &mods, args.allow_non_finite)?;
+        problem = problem.with_mods(mods);
     }
     let slopes = source.f32s("alibi_slopes", &[&q[1..2], &q[..2]])?;
     let sinks = source.f32s("sinks", &[&q[1..2]])?;
@@ -1081,6 +877,9 @@ fn run(args: &Args) -> Result<bool> {
     let reading = progress("reading the file");
     let task = read(&file, args)?;
     drop(reading);
+    if let Some(warning) = warn_of_unknown(&file, &args.ignore, task.problem.mods.as_ref()) {
+        eprintln!("attend: warning: {}", harmless(&warning, false));
+    }
     let (ty, s) = (task.problem.element_type, &task.problem.shape);
     let lengths = match (&task.extras.seqlens_q, &task.extras.seqlens_k) {
         (None, None) => "all keys count".into(),
@@ -1120,6 +919,12 @@ fn run(args: &Args) -> Result<bool> {
     }
     if task.problem.sinks {
         say("sinks", "one a head");
+    }
+    if let Some(text) = describe_blocks(&task.problem, &task.extras) {
+        say("blocks", text);
+    }
+    if let Some(mods) = &task.problem.mods {
+        say("mods", describe_mods(mods));
     }
     if let Some(Dropout { probability, seed, offset }) = task.extras.dropout {
         say("dropout", format!("{probability}, seed {seed}, offset {offset}"));
