@@ -8,6 +8,7 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use wgpu_flash_attention::facts::RoundByHand;
 use wgpu_flash_attention::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use wgpu_flash_attention::{
     Alibi, Bias, Causal, Context, CoopForm, Dropout, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem,
@@ -72,6 +73,9 @@ struct Args {
     /// Times the coop kernel in this form in place of the faster one that the device allows; may be repeated
     #[arg(long, value_enum)]
     coop_form: Vec<Form>,
+    /// Times the coop kernel on matrices of bf16 with this way to round in place of the one that the device needs; may be several
+    #[arg(long, value_enum, value_delimiter = ',')]
+    round_bf16: Vec<RoundName>,
     /// Times the decode kernel with so many splits of the keys, in place of the tuned number; may be repeated
     #[arg(long)]
     splits: Vec<u32>,
@@ -198,7 +202,31 @@ enum KernelName {
     Naive,
     Tile,
     Coop,
+    /// The coop kernel with bf16 scaled to f16, where coop takes matrices of bf16
+    CoopScaled,
     Decode,
+}
+
+/// How the coop kernel on matrices of bf16 rounds.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum RoundName {
+    Not,
+    Add,
+    Fma,
+    Mask,
+    Pack,
+}
+
+impl From<RoundName> for RoundByHand {
+    fn from(name: RoundName) -> Self {
+        match name {
+            RoundName::Not => RoundByHand::Not,
+            RoundName::Add => RoundByHand::Add,
+            RoundName::Fma => RoundByHand::Fma,
+            RoundName::Mask => RoundByHand::Mask,
+            RoundName::Pack => RoundByHand::Pack,
+        }
+    }
 }
 
 fn numbers<const N: usize>(text: &str) -> std::result::Result<[u32; N], String> {
@@ -273,6 +301,8 @@ struct Candidate {
     coop_tile: Option<CoopTile>,
     coop_backward_tiles: Option<[CoopBackwardTile; 2]>,
     coop_form: Option<CoopForm>,
+    scaled_bf16: bool,
+    round_bf16: Option<RoundByHand>,
     decode_tile: Option<DecodeTile>,
     splits: Option<u32>,
 }
@@ -287,6 +317,8 @@ impl Candidate {
             coop_tile: None,
             coop_backward_tiles: None,
             coop_form: None,
+            scaled_bf16: false,
+            round_bf16: None,
             decode_tile: None,
             splits: None,
         }
@@ -298,6 +330,12 @@ impl std::fmt::Display for Candidate {
         self.kernel.fmt(f)?;
         if let Some(form) = self.coop_form {
             write!(f, " {form}")?;
+        }
+        if self.scaled_bf16 {
+            write!(f, " scaled")?;
+        }
+        if let Some(way) = self.round_bf16 {
+            write!(f, " rounds {way:?}")?;
         }
         if let Some(CoopTile { subgroups, row_matrices, keys, buffers }) = self.coop_tile {
             write!(f, "[{subgroups} {row_matrices} {keys} {buffers}]")?;
@@ -330,7 +368,7 @@ impl std::fmt::Display for Candidate {
 }
 
 /// What to time in one operation.
-fn candidates(args: &Args, op: Op) -> Vec<Candidate> {
+fn candidates(args: &Args, op: Op, dtype: Type) -> Vec<Candidate> {
     /// The table's choice if nothing is asked for.
     fn or_none<T: Copy>(asked: &[T]) -> Vec<Option<T>> {
         if asked.is_empty() { vec![None] } else { asked.iter().copied().map(Some).collect() }
@@ -339,17 +377,26 @@ fn candidates(args: &Args, op: Op) -> Vec<Candidate> {
     for kernel in &args.kernels {
         match kernel {
             KernelName::Naive => all.push(Candidate::of(Kernel::Naive)),
+            KernelName::CoopScaled if dtype == Type::Bf16 => {
+                all.push(Candidate { scaled_bf16: true, ..Candidate::of(Kernel::Coop) });
+            }
+            // There is one way to f16 from it, or none.
+            KernelName::CoopScaled => {}
             KernelName::Coop => {
                 let forms: Vec<CoopForm> = args.coop_form.iter().map(|&form| form.into()).collect();
                 let coop = Candidate::of(Kernel::Coop);
                 // Of the pass that is not timed the table's.
                 let tiles = or_none(if op == Op::Backward { &[] } else { &args.coop_tile });
                 let backward_tiles = or_none(if op == Op::Forward { &[] } else { &args.coop_backward_tiles });
+                let ways: Vec<RoundByHand> = args.round_bf16.iter().map(|&way| way.into()).collect();
+                let ways = or_none(if dtype == Type::Bf16 { &ways } else { &[] });
                 for coop_form in or_none(&forms) {
                     for &coop_tile in &tiles {
-                        let coop = Candidate { coop_form, coop_tile, ..coop };
-                        let with = |&coop_backward_tiles| Candidate { coop_backward_tiles, ..coop };
-                        all.extend(backward_tiles.iter().map(with));
+                        for &round_bf16 in &ways {
+                            let coop = Candidate { coop_form, coop_tile, round_bf16, ..coop };
+                            let with = |&coop_backward_tiles| Candidate { coop_backward_tiles, ..coop };
+                            all.extend(backward_tiles.iter().map(with));
+                        }
                     }
                 }
             }
@@ -587,6 +634,8 @@ fn compare_one<T: Number>(
         .tile(candidate.tile)
         .coop_tile(candidate.coop_tile)
         .coop_form(candidate.coop_form)
+        .scaled_bf16(candidate.scaled_bf16)
+        .round_bf16(candidate.round_bf16)
         .coop_backward_tiles(candidate.coop_backward_tiles)
         .decode_tile(candidate.decode_tile)
         .splits(candidate.splits)
@@ -681,6 +730,7 @@ fn check_gradients<T: Number>(
 fn compare_all<T: Number>(
     context: &Context,
     args: &Args,
+    dtype: Type,
     shape: Shape,
     masks: &[Option<Causal>],
     report: &mut Report,
@@ -738,7 +788,7 @@ fn compare_all<T: Number>(
             drop(checking);
         }
         for &op in &args.op {
-            for candidate in candidates(args, op) {
+            for candidate in candidates(args, op, dtype) {
                 for subject in &subjects {
                     let feature = subject.feature.map_or("", Feature::name);
                     let what = format!("{candidate} {op} {} {} {feature}", T::TYPE, label(&shape));
@@ -766,7 +816,9 @@ fn run(mut args: Args) -> Result<bool> {
     // Opened first: what cannot be written is better known before than after minutes of measuring.
     let mut csv = args.csv.as_ref().map(|path| OutputFile::open(path, &[])).transpose()?;
     let plot = args.plot.as_ref().map(|path| OutputFile::open(path, &[])).transpose()?;
-    let mut options = HeadlessOptions::default().cooperative_matrices(args.kernels.contains(&KernelName::Coop));
+    let mut options = HeadlessOptions::default().cooperative_matrices(
+        args.kernels.iter().any(|kernel| [KernelName::Coop, KernelName::CoopScaled].contains(kernel)),
+    );
     options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options)?;
     let masks: &[_] = match args.causal {
@@ -774,8 +826,9 @@ fn run(mut args: Args) -> Result<bool> {
         Masks::Only => &[Some(Causal::BottomRight)],
         Masks::Both => &[None, Some(Causal::BottomRight)],
     };
-    let candidates: usize = args.op.iter().map(|&op| candidates(&args, op).len()).sum();
-    let count = args.shapes.len() * args.dtype.len() * masks.len() * candidates * (1 + args.feature.len());
+    let of = |dtype| args.op.iter().map(|&op| candidates(&args, op, dtype).len()).sum::<usize>();
+    let candidates: usize = args.dtype.iter().map(|&dtype| of(dtype)).sum();
+    let count = args.shapes.len() * masks.len() * candidates * (1 + args.feature.len());
     let bar = ProgressBar::new(count as u64);
     bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}")?);
     if let Some(csv) = &mut csv {
@@ -787,6 +840,11 @@ fn run(mut args: Args) -> Result<bool> {
         "times: {}; speed-up: over naive in f32 on the same op and shape; over without: time over that of the same kernel without the feature",
         clock(&context)
     );
+    match context.facts().matrices.as_ref().map(|matrices| (matrices.rounding, &matrices.bf16)) {
+        Some((f16, Ok(bf16))) => println!("matrices of f16, to which it rounds: {f16:?}; of bf16: {bf16:?}"),
+        Some((f16, Err(why))) => println!("matrices of f16, to which it rounds: {f16:?}; none of bf16: {why}"),
+        None => {}
+    }
     report.header();
     let measured = compare_shapes(&context, &args, masks, &mut report);
     report.bar.finish_and_clear();
@@ -806,9 +864,9 @@ fn compare_shapes(context: &Context, args: &Args, masks: &[Option<Causal>], repo
     for &shape in &args.shapes {
         for &dtype in &args.dtype {
             match dtype {
-                Type::F32 => compare_all::<f32>(context, args, shape, masks, report)?,
-                Type::F16 => compare_all::<half::f16>(context, args, shape, masks, report)?,
-                Type::Bf16 => compare_all::<half::bf16>(context, args, shape, masks, report)?,
+                Type::F32 => compare_all::<f32>(context, args, dtype, shape, masks, report)?,
+                Type::F16 => compare_all::<half::f16>(context, args, dtype, shape, masks, report)?,
+                Type::Bf16 => compare_all::<half::bf16>(context, args, dtype, shape, masks, report)?,
             }
         }
     }

@@ -178,6 +178,7 @@ pub use error::{Error, ModBufferFault, NoMatrices};
 pub use forward::ForwardBuffers;
 pub use host::{AttnMask, Element, HeadlessOptions, HostTensor, SdpaOptions};
 pub use matrices::MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES;
+pub use matrices::{Bf16Matrices, NoBf16Matrices};
 #[doc(hidden)]
 pub use merge::merge_module;
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};

@@ -51,6 +51,12 @@ impl ElementModule {
         })
     }
 
+    /// The same module on bf16 in place of f16. Its text may do no arithmetic on f16. The device needs more for it than features of wgpu: see
+    /// [`Bf16Matrices`](super::Bf16Matrices).
+    pub fn into_bf16(self) -> Result<ElementModule, ModuleError> {
+        Ok(ElementModule { spirv: super::bf16_words::to_bf16(&self.spirv)?, ..self })
+    }
+
     /// The words of the module.
     pub fn spirv(&self) -> &[u32] {
         &self.spirv
@@ -218,11 +224,11 @@ mod op {
 }
 
 /// A SPIR-V module starts with five words; this one is the lowest number that no id has.
-const HEADER: usize = 5;
+pub(super) const HEADER: usize = 5;
 const BOUND: usize = 3;
 
 /// The opcode and the operands of each instruction.
-fn instructions(mut words: &[u32]) -> impl Iterator<Item = (u32, &[u32])> {
+pub(super) fn instructions(mut words: &[u32]) -> impl Iterator<Item = (u32, &[u32])> {
     std::iter::from_fn(move || {
         let length = (*words.first()? >> 16) as usize;
         let (instruction, rest) = words.split_at(length);
@@ -231,7 +237,7 @@ fn instructions(mut words: &[u32]) -> impl Iterator<Item = (u32, &[u32])> {
     })
 }
 
-fn push(words: &mut Vec<u32>, opcode: u32, operands: &[u32]) {
+pub(super) fn push(words: &mut Vec<u32>, opcode: u32, operands: &[u32]) {
     words.push((operands.len() as u32 + 1) << 16 | opcode);
     words.extend_from_slice(operands);
 }

@@ -5,7 +5,7 @@ use super::{backward, forward};
 use crate::error::Error;
 use crate::facts::Facts;
 use crate::kernel::check_limits;
-use crate::names::Kernel;
+use crate::names::{ElementType, Kernel};
 use crate::options::PlanOptions;
 use crate::problem::Problem;
 
@@ -27,7 +27,7 @@ pub(crate) fn recipes(problem: &Problem, facts: &Facts, options: &PlanOptions) -
         Some(_) => Some(with_mods(backward::recipe(problem, facts, options, forward.kernel)?)),
         None => None,
     };
-    check_options(options, &forward, backward.as_ref())?;
+    check_options(options, problem.element_type, &forward, backward.as_ref())?;
     for recipe in backward.iter().chain([&forward]) {
         check_limits(recipe.kernel, &recipe.passes, &facts.limits)?;
     }
@@ -35,7 +35,12 @@ pub(crate) fn recipes(problem: &Problem, facts: &Facts, options: &PlanOptions) -
 }
 
 /// An error if an option is for a kernel that is not taken.
-fn check_options(options: &PlanOptions, forward: &Recipe, backward: Option<&Recipe>) -> Result<(), Error> {
+fn check_options(
+    options: &PlanOptions,
+    element_type: ElementType,
+    forward: &Recipe,
+    backward: Option<&Recipe>,
+) -> Result<(), Error> {
     let taken = |recipe: &Recipe| (recipe.kernel, recipe.reason);
     let forward = taken(forward);
     let backward = backward.map(taken);
@@ -55,10 +60,15 @@ fn check_options(options: &PlanOptions, forward: &Recipe, backward: Option<&Reci
             return unused(option, needs, of_backward, taken);
         }
     }
-    if options.coop_form.is_some()
-        && ![Some(forward), backward].iter().flatten().any(|(kernel, _)| *kernel == Kernel::Coop)
-    {
-        return unused("coop_form", Kernel::Coop, false, Some(forward));
+    let takes_coop = [Some(forward), backward].iter().flatten().any(|(kernel, _)| *kernel == Kernel::Coop);
+    for (option, given) in [("coop_form", options.coop_form.is_some()), ("scaled_bf16", options.scaled_bf16)] {
+        if given && !takes_coop {
+            return unused(option, Kernel::Coop, false, Some(forward));
+        }
+    }
+    if options.scaled_bf16 && element_type != ElementType::BF16 {
+        let why = "PlanOptions::scaled_bf16 is for problems in bf16; leave it out";
+        return Err(Error::Unsupported { kernel: Kernel::Coop, element_type, why });
     }
     if options.fused_tile.is_some() && options.backward_tile.is_some() {
         return Err(Error::OptionsExclude { option: "fused_tile", other: "backward_tile" });
@@ -70,7 +80,7 @@ fn check_options(options: &PlanOptions, forward: &Recipe, backward: Option<&Reci
 mod tests {
     use super::*;
     use crate::matrices::{MatrixFormat, MatrixLayout};
-    use crate::names::{CoopForm, ElementType};
+    use crate::names::CoopForm;
     use crate::problem::{Causal, Shape};
     use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 
