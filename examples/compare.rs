@@ -49,7 +49,7 @@ struct Args {
     /// in the element type or in f32; ALiBi has its paper's slopes, softcap is 30, dropout 0.1. Backward passes give the gradients of bias and sinks
     #[arg(long, value_enum, value_delimiter = ',')]
     feature: Vec<Feature>,
-    /// Kernels to time; coop opens the device with cooperative matrices, which wgpu calls experimental
+    /// Kernels to time; coop and coop-scaled open the device with cooperative matrices, which wgpu calls experimental
     #[arg(long, value_enum, value_delimiter = ',', default_value = "naive,tile")]
     kernels: Vec<KernelName>,
     /// Times this tile in place of the tuned one, its loops written out (1) or not (0); may be repeated
@@ -597,6 +597,12 @@ fn refuse_idle(args: &Args) -> std::result::Result<(), String> {
             "the coop kernel's backward pass",
         ),
         ("--coop-form", !args.coop_form.is_empty(), coop, "the coop kernel"),
+        (
+            "--round-bf16",
+            !args.round_bf16.is_empty(),
+            coop && args.dtype.contains(&Type::Bf16),
+            "the coop kernel in bf16",
+        ),
         ("--splits", !args.splits.is_empty(), decode && forward, "the decode kernel"),
         ("--decode-tile", args.decode_tile.is_some(), decode && forward, "the decode kernel"),
     ];

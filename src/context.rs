@@ -72,9 +72,7 @@ impl Context {
             return Err(NoBf16Matrices::NoMatrices);
         };
         self.facts.matrices = Some(match matrices.format {
-            format if bf16.has_size(format.size) => {
-                matrices.with_bf16(probe_bf16(bf16, &self.queue, format).await)
-            }
+            format if bf16.has_size(format.size) => matrices.with_bf16(probe_bf16(bf16, &self.queue, format).await),
             format => Matrices { bf16: Err(NoBf16Matrices::OtherSize { f16: format.size }), ..matrices },
         });
         Ok(self)

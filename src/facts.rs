@@ -154,7 +154,9 @@ impl Matrices {
         match (element_type, form, &self.bf16) {
             (ElementType::F16, CoopForm::WorkgroupMemory, _) => Some(Operands::F16),
             (ElementType::F16, CoopForm::Registers, _) => Some(self.f16()),
-            (ElementType::BF16, CoopForm::Registers, &Ok(rounding)) => Some(Operands { bf16: true, rounding, by_hand: None }),
+            (ElementType::BF16, CoopForm::Registers, &Ok(rounding)) => {
+                Some(Operands { bf16: true, rounding, by_hand: None })
+            }
             _ => None,
         }
     }

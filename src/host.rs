@@ -219,8 +219,7 @@ impl Context {
         };
         let refused = |error| Error::Adapter(format!("{}: {error}", name()));
         let context = if options.cooperative_matrices {
-            let (device, queue, bf16) =
-                Bf16Matrices::request_device(&adapter, &descriptor).await.map_err(refused)?;
+            let (device, queue, bf16) = Bf16Matrices::request_device(&adapter, &descriptor).await.map_err(refused)?;
             let with = Context::new(&device, &queue).with_cooperative_matrices(&adapter).await;
             let context = with.map_err(|why| Error::Matrices { adapter: name(), why })?;
             match bf16 {

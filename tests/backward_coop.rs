@@ -4,8 +4,8 @@
 use flash_attention_testing::backward::{Ask, PreparedBackward, backward, check_all, prepare};
 use flash_attention_testing::cases::plain_cases;
 use flash_attention_testing::coop::{
-    WGSL_FORMATS, check_bf16, check_wgsl, context, dims_of, in_forms, is_software, known_matrices, matrix_size, small_device,
-    spirv_error, validator, workgroup_bytes,
+    WGSL_FORMATS, check_bf16, check_wgsl, context, dims_of, has_bf16, in_forms, is_software, known_matrices,
+    matrix_size, small_device, spirv_error, validator, workgroup_bytes,
 };
 use flash_attention_testing::loops::uninitialised_in_loop;
 use flash_attention_testing::switches::switched_with_gradients;
@@ -201,12 +201,13 @@ fn plans_choose_it() {
         (ElementType::F32, 7, Kernel::Coop),
         (ElementType::F32, 136, Kernel::Tile),
         (ElementType::BF16, 16, Kernel::Coop),
-        (ElementType::BF16, 7, Kernel::Tile),
+        (ElementType::BF16, 7, if has_bf16(&context) { Kernel::Coop } else { Kernel::Tile }),
     ] {
         let plan = context.plan(&problem(element_type, dim)).unwrap();
         assert_eq!(plan.backward_kernel(), Some(kernel), "{element_type} {dim}");
     }
-    let error = context.plan_with(&problem(ElementType::BF16, 7), &backward(Kernel::Coop)).unwrap_err();
+    let scaled = backward(Kernel::Coop).scaled_bf16(true);
+    let error = context.plan_with(&problem(ElementType::BF16, 7), &scaled).unwrap_err();
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
     assert!(error.to_string().contains("multiples of 4"), "{error}");
 }

@@ -3,8 +3,8 @@
 
 use flash_attention_testing::cases::{plain_cases, prepare};
 use flash_attention_testing::coop::{
-    WGSL_FORMATS, check_bf16, check_wgsl, context, dims_of, in_form, in_forms, is_software, known_matrices, matrix_size,
-    small_device, spirv_error, validator, workgroup_bytes,
+    WGSL_FORMATS, check_bf16, check_wgsl, context, dims_of, has_bf16, in_form, in_forms, is_software, known_matrices,
+    matrix_size, small_device, spirv_error, validator, workgroup_bytes,
 };
 use flash_attention_testing::loops::uninitialised_in_loop;
 use flash_attention_testing::switches::switched;
@@ -141,9 +141,13 @@ fn kernel_line(plan: &Plan) -> String {
 #[test]
 fn plans_choose_it() {
     let Some(context) = context() else { return };
+    let of_bf16 = match has_bf16(&context) {
+        true => "kernel: coop (the device has cooperative matrices for bf16)",
+        false => "kernel: coop (the device has cooperative matrices; bf16 is scaled to f16)",
+    };
     for (element_type, dim, line) in [
         (ElementType::F16, 16, "kernel: coop (the device has cooperative matrices for f16)"),
-        (ElementType::BF16, 16, "kernel: coop (the device has cooperative matrices; bf16 is scaled to f16)"),
+        (ElementType::BF16, 16, of_bf16),
         (
             ElementType::F32,
             128,

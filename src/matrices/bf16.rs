@@ -3,16 +3,10 @@
 use super::access::{FEATURES, NoElementAccess};
 use crate::error::features;
 
-#[cfg(all(
-    feature = "vulkan",
-    any(windows, target_os = "linux", target_os = "android", target_os = "freebsd")
-))]
+#[cfg(all(feature = "vulkan", any(windows, target_os = "linux", target_os = "android", target_os = "freebsd")))]
 #[path = "bf16_vulkan.rs"]
 mod vulkan;
-#[cfg(not(all(
-    feature = "vulkan",
-    any(windows, target_os = "linux", target_os = "android", target_os = "freebsd")
-)))]
+#[cfg(not(all(feature = "vulkan", any(windows, target_os = "linux", target_os = "android", target_os = "freebsd"))))]
 #[path = "bf16_nowhere.rs"]
 mod vulkan;
 

@@ -53,8 +53,10 @@ pub(super) fn to_bf16(spirv: &[u32]) -> Result<Vec<u32>, ModuleError> {
     for (opcode, operands) in instructions(body) {
         if in_capabilities && opcode != op::CAPABILITY {
             in_capabilities = false;
-            let name: Vec<u32> =
-                EXTENSION.chunks_exact(4).map(|four| u32::from_le_bytes([four[0], four[1], four[2], four[3]])).collect();
+            let name: Vec<u32> = EXTENSION
+                .chunks_exact(4)
+                .map(|four| u32::from_le_bytes([four[0], four[1], four[2], four[3]]))
+                .collect();
             push(&mut words, op::EXTENSION, &name);
         }
         match (opcode, operands) {

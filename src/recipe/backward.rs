@@ -5,8 +5,8 @@ use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
 use crate::kernel::{
-    Cut, Part, Pass, Slot, backward_delta, backward_fused, backward_naive, backward_scores,
-    backward_tile, check_limits, forward_coop_scaled,
+    Cut, Part, Pass, Slot, backward_delta, backward_fused, backward_naive, backward_scores, backward_tile,
+    check_limits, forward_coop_scaled,
 };
 use crate::loops;
 use crate::names::{ElementType, Kernel};

@@ -79,7 +79,7 @@ fn check_options(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matrices::{MatrixFormat, MatrixLayout};
+    use crate::matrices::{MatrixFormat, MatrixLayout, Rounding};
     use crate::names::CoopForm;
     use crate::problem::{Causal, Shape};
     use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
@@ -130,6 +130,7 @@ mod tests {
         ends_loops.loop_iterations = Some(65_535);
         let long = Problem::new(Shape::square(1, 1, 100_000, 64), F32);
         let odd = Problem::new(Shape { head_dim: 66, ..Shape::square(2, 8, 512, 64) }, BF16);
+        let with_bf16 = matrices().bf16_matrices(Rounding::Truncated);
         for (what, problem, facts, expected) in [
             ("any device", problem(F32, 64), &webgpu, vec![(Kernel::Tile, "every device")]),
             ("a GPU without matrices", problem(F16, 64), &large(), vec![(Kernel::Tile, "every device")]),
@@ -145,6 +146,7 @@ mod tests {
             ("loops that end", long.clone(), &ends_loops, vec![(Kernel::Decode, "long loops")]),
             ("f16", problem(F16, 128), &matrices(), vec![(Kernel::Coop, "f16")]),
             ("bf16", problem(BF16, 128), &matrices(), vec![(Kernel::Coop, "scaled to f16")]),
+            ("matrices of bf16", problem(BF16, 128), &with_bf16, vec![(Kernel::Coop, "matrices for bf16")]),
             ("f32", problem(F32, 128), &matrices(), vec![(Kernel::Coop, "two parts")]),
             ("wide f32", problem(F32, 136), &matrices(), vec![(Kernel::Tile, "registers")]),
             ("f32 without access", problem(F32, 64), &no_access(), vec![(Kernel::Tile, "f16 only")]),
@@ -159,6 +161,18 @@ mod tests {
                 problem(BF16, 200).with_gradients(),
                 &matrices(),
                 vec![(Kernel::Coop, "scaled"), (Kernel::Tile, "no figures")],
+            ),
+            (
+                "wide, on matrices of bf16",
+                problem(BF16, 200).with_gradients(),
+                &with_bf16,
+                vec![(Kernel::Coop, "for bf16"), (Kernel::Coop, "for bf16")],
+            ),
+            (
+                "odd, on matrices of bf16",
+                odd.clone().with_gradients(),
+                &with_bf16,
+                vec![(Kernel::Coop, "for bf16"), (Kernel::Coop, "for bf16")],
             ),
             (
                 "odd bf16",
@@ -179,6 +193,10 @@ mod tests {
             assert!(same, "{what}: {found:?}, not {expected:?}");
         }
         // Asked for.
+        let scaled = chosen(&problem(BF16, 64).with_gradients(), &with_bf16, PlanOptions::default().scaled_bf16(true));
+        assert!(scaled.iter().all(|(kernel, why)| *kernel == Kernel::Coop && why.contains("scaled")), "{scaled:?}");
+        let of_f16 = recipes(&problem(F16, 64), &with_bf16, &PlanOptions::default().scaled_bf16(true)).err();
+        assert!(matches!(of_f16, Some(Error::Unsupported { element_type: F16, .. })), "{of_f16:?}");
         let options = PlanOptions::default().kernel(Kernel::Naive).backward(Kernel::Tile);
         let found = chosen(&problem(F16, 64).with_gradients(), &matrices(), options);
         assert_eq!(found, [(Kernel::Naive, "asked for"), (Kernel::Tile, "asked for")]);

@@ -28,7 +28,8 @@ fn operands(problem: &Problem, matrices: &Matrices, options: &PlanOptions, form:
 
 /// Whether the coop kernel would split or scale the problem's elements to f16.
 pub(super) fn is_scaled(problem: &Problem, facts: &Facts, options: &PlanOptions) -> bool {
-    let scaled = |matrices: &Matrices| operands(problem, matrices, options, matrices.form(options.coop_form).0).is_none();
+    let scaled =
+        |matrices: &Matrices| operands(problem, matrices, options, matrices.form(options.coop_form).0).is_none();
     facts.matrices.as_ref().map_or(problem.element_type != ElementType::F16, scaled)
 }
 

@@ -28,6 +28,11 @@ pub fn is_software(context: &Context) -> bool {
     context.device().adapter_info().device_type == wgpu::DeviceType::Cpu
 }
 
+/// Whether kernels take matrices of bf16 on the context's device.
+pub fn has_bf16(context: &Context) -> bool {
+    context.facts().matrices.as_ref().is_some_and(|matrices| matrices.bf16.is_ok())
+}
+
 /// Rows and columns of the context's matrices: of software Vulkan, and of GPUs that these tests have run on.
 pub fn matrix_size(context: &Context) -> u32 {
     if is_software(context) { 8 } else { 16 }
@@ -209,7 +214,8 @@ pub fn check_bf16(planned: &PlannedModule, format: MatrixFormat, checked: bool, 
     assert_eq!(workgroup_bytes(&text), planned.workgroup_bytes, "{specialization:?}");
     let module = ElementModule::new(&text, format, bindings, checked).and_then(ElementModule::into_bf16);
     let module = module.unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
-    let has = |capability| instructions(module.spirv()).any(|(opcode, operands)| (opcode, operands) == (17, &[capability]));
+    let has =
+        |capability| instructions(module.spirv()).any(|(opcode, operands)| (opcode, operands) == (17, &[capability]));
     assert!(has(5116) && has(5118), "{specialization:?}");
     if let Some(error) = spirv_val.and_then(|validator| spirv_error(validator, "bf16.spv", module.spirv())) {
         panic!("{specialization:?}: {error}");
