@@ -8,7 +8,7 @@ use clap::{Parser, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use plotters::coord::Shift;
 use plotters::prelude::*;
-use wgpu_flash_attention::facts::RoundByHand;
+use wgpu_flash_attention::matrices::RoundByHand;
 use wgpu_flash_attention::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 use wgpu_flash_attention::{
     Alibi, Bias, Causal, Context, CoopForm, Dropout, ElementType, HeadlessOptions, Kernel, PlanOptions, Problem,

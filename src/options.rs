@@ -1,6 +1,6 @@
 //! What a caller may decide of a plan.
 
-use crate::facts::RoundByHand;
+use crate::matrices::RoundByHand;
 use crate::names::{CoopForm, Kernel};
 use crate::tune::{BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 

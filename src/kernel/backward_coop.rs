@@ -6,8 +6,7 @@ use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS, workgroups_by_keys, workg
 use super::forward_coop::{layout_constants, workgroup_switches};
 use super::forward_coop_scaled::{self, parts};
 use super::{Access, Part, Pass, Slot, backward_switches, score_bindings};
-use crate::facts::Operands;
-use crate::matrices::{MatrixFormat, MatrixLayout};
+use crate::matrices::{MatrixFormat, MatrixLayout, Operands};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
 use crate::tune::CoopBackwardTile;

@@ -1,8 +1,7 @@
 //! Host side of `shaders/kernel/forward_coop.wgsl` and `shaders/kernel/forward_coop_workgroup.wgsl`.
 
 use super::{FORWARD_BINDINGS, Part, Pass, score_bindings, switches};
-use crate::facts::Operands;
-use crate::matrices::{Bit, MatrixFormat, MatrixLayout};
+use crate::matrices::{Bit, MatrixFormat, MatrixLayout, Operands};
 use crate::specialize::Specialization;
 use crate::tune::CoopTile;
 use crate::{CoopForm, Problem};

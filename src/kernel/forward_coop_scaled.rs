@@ -3,8 +3,7 @@
 
 use super::forward_coop::layout_constants;
 use super::{Access, GIVEN, Part, Pass, Slot, bindings, score_bindings, switches, switches_of, without_blocks};
-use crate::facts::Operands;
-use crate::matrices::{MatrixFormat, MatrixLayout};
+use crate::matrices::{MatrixFormat, MatrixLayout, Operands};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
 use crate::tune::CoopTile;

@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 
 use super::access::ModuleError;
-use super::spirv::{HEADER, instructions, push};
+use super::words::{HEADER, instructions, push};
 
 /// Opcodes of SPIR-V.
 mod op {

@@ -19,11 +19,14 @@ pub mod bf16;
 mod bf16_words;
 pub mod format;
 pub mod layout;
+pub mod operands;
 pub(crate) mod passthrough;
 pub mod probe;
 pub mod rounding;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod spirv;
+#[cfg(not(target_arch = "wasm32"))]
+mod words;
 // Browsers have no cooperative matrices, and naga would be most of what they load.
 #[cfg(target_arch = "wasm32")]
 #[path = "spirv_web.rs"]
@@ -33,6 +36,8 @@ pub use access::{FEATURES, ModuleError, NoElementAccess};
 pub use bf16::{Bf16Matrices, NoBf16Matrices};
 pub use format::{MATRIX_FEATURES, MatrixFormat};
 pub use layout::{Bit, LayoutError, MatrixLayout};
+pub(crate) use operands::Operands;
+pub use operands::RoundByHand;
 pub use probe::{Probed, probe, probe_text};
 pub use rounding::Rounding;
 pub use spirv::ElementModule;

@@ -40,7 +40,7 @@ pub(crate) fn numbers(count: u32, cut: u32) -> Vec<f32> {
     let of_mantissa = 1 << (23 - cut);
     let number = |n: u32| {
         // Some have all bits set, so that the one that is carried reaches the exponent.
-        let above = if n % 5 == 0 { of_mantissa - 1 } else { n * 37 % of_mantissa };
+        let above = if n.is_multiple_of(5) { of_mantissa - 1 } else { n * 37 % of_mantissa };
         let exponent = 127 - 4 + n / 2 % 8;
         f32::from_bits((n % 2) << 31 | exponent << 23 | above << cut | below[n as usize % below.len()])
     };
@@ -66,7 +66,7 @@ mod tests {
             let even = |x| (x + half - 1 + x / unit % 2) / unit * unit;
             assert_eq!(by(&even), Rounding::Nearest);
             // Away from 0, and once in another way than else.
-            assert_eq!(by(&|x| (x + unit - 1) / unit * unit), Rounding::Other);
+            assert_eq!(by(&|x| x.div_ceil(unit) * unit), Rounding::Other);
             let last = numbers.iter().rev().find(|x| x.to_bits() % unit > half).unwrap().to_bits();
             assert_eq!(by(&|x| if x == last { x / unit * unit } else { even(x) }), Rounding::Other);
             // Kept as it is, or lost.

@@ -2,9 +2,9 @@
 
 use super::candidate::{ANYWHERE, block, check_blocks};
 use crate::error::Error;
-use crate::facts::{Facts, Matrices, Operands};
+use crate::facts::{Facts, Matrices};
 use crate::kernel::{Pass, backward_coop, check_limits, forward_coop, forward_coop_scaled};
-use crate::matrices::{MatrixFormat, MatrixLayout};
+use crate::matrices::{MatrixFormat, MatrixLayout, Operands};
 use crate::names::{CoopForm, ElementType, Kernel};
 use crate::options::PlanOptions;
 use crate::problem::Problem;
