@@ -404,8 +404,14 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
     kernels.extend((s.rows() * s.seqlen_k as u64 <= 1 << 20).then_some((Kernel::Naive, None)));
     kernels.extend((s.seqlen_q <= 16).then_some((Kernel::Decode, None)));
     kernels.extend([CoopForm::Registers, CoopForm::WorkgroupMemory].map(|form| (Kernel::Coop, Some(form))));
-    for (kernel, coop_form) in kernels {
+    let mut kernels: Vec<_> = kernels.into_iter().map(|(kernel, form)| (kernel, form, false)).collect();
+    let has_bf16 = context.facts().matrices.as_ref().is_some_and(|matrices| matrices.bf16.is_ok());
+    if T::TYPE == ElementType::BF16 && has_bf16 {
+        kernels.push((Kernel::Coop, Some(CoopForm::Registers), true));
+    }
+    for (kernel, coop_form, scaled) in kernels {
         let name = coop_form.map_or(kernel.to_string(), |form| format!("{kernel} {form}"));
+        let name = if scaled { format!("{name}, scaled") } else { name };
         let name = match (&problem.blocks, &problem.mods) {
             (None, None) => name,
             (Some(_), None) => format!("{name} by blocks"),
@@ -413,7 +419,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
             (Some(_), Some(_)) => format!("{name} by blocks with mods"),
         };
         let failed = |what: String| format!("seed {seed}: {name}: {what}\n{problem:?}\n{lengths:?}");
-        let options = PlanOptions::default().kernel(kernel).coop_form(coop_form);
+        let options = PlanOptions::default().kernel(kernel).coop_form(coop_form).scaled_bf16(scaled);
         let plan = match context.plan_with(&problem, &options) {
             Err(error) if is_no_failure(&error, &problem) => continue,
             plan => plan.map_err(|error| failed(error.to_string()))?,
@@ -462,6 +468,13 @@ fn run(args: &Args) -> Result<bool, Box<dyn std::error::Error>> {
     options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options)?;
     println!("adapter: {}", adapter_name(&context));
+    if let Some(matrices) = &context.facts().matrices {
+        let (f16, bf16) = (matrices.rounding, &matrices.bf16);
+        match bf16 {
+            Ok(bf16) => println!("matrices of f16, to which it rounds: {f16:?}; of bf16: {bf16:?}"),
+            Err(why) => println!("matrices of f16, to which it rounds: {f16:?}; none of bf16: {why}"),
+        }
+    }
     let (start, mut totals, mut seed) = (Instant::now(), Totals::new(), args.seed);
     let failure = loop {
         let result = match seed % 3 {

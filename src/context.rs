@@ -2,7 +2,8 @@
 
 use crate::error::NoMatrices;
 use crate::facts::{Facts, Matrices};
-use crate::matrices::{MatrixFormat, probe};
+use crate::matrices::probe::probe_bf16;
+use crate::matrices::{Bf16Matrices, MatrixFormat, NoBf16Matrices, probe};
 use crate::pipelines::Pipelines;
 
 /// A device, its queue, and the pipelines built for it. Plans made from one context share pipelines; clones share
@@ -56,6 +57,33 @@ impl Context {
         self.pipelines.format = Some(format);
         self.facts.matrices = Some(Matrices::new(format, probed));
         Ok(self)
+    }
+
+    /// Allows kernels on matrices of bf16 too, in a context [`with_cooperative_matrices`](Self::with_cooperative_matrices): then bf16 is as
+    /// fast as f16. Without them it is scaled to f16, which takes half as long again or more.
+    ///
+    /// To learn how these matrices lie and how the device rounds this runs one more small kernel, and waits for it. Where they cannot be used plans
+    /// go on scaling, and say why.
+    pub async fn with_bf16_matrices(mut self, bf16: &Bf16Matrices) -> Result<Self, NoBf16Matrices> {
+        if *bf16.device() != self.device {
+            return Err(NoBf16Matrices::Device);
+        }
+        let Some(matrices) = self.facts.matrices.take() else {
+            return Err(NoBf16Matrices::NoMatrices);
+        };
+        self.facts.matrices = Some(match matrices.format {
+            format if bf16.has_size(format.size) => matrices.with_bf16(probe_bf16(bf16, &self.queue, format).await),
+            format => Matrices { bf16: Err(NoBf16Matrices::OtherSize { f16: format.size }), ..matrices },
+        });
+        Ok(self)
+    }
+
+    /// Why there are no matrices of bf16, for plans to say.
+    pub(crate) fn without_bf16_matrices(mut self, why: NoBf16Matrices) -> Self {
+        if let Some(matrices) = &mut self.facts.matrices {
+            matrices.bf16 = Err(why);
+        }
+        self
     }
 
     /// The device.

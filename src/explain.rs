@@ -4,7 +4,7 @@ use std::fmt::{Display, Formatter, Result};
 
 use crate::dropout;
 use crate::kernel::{Rounds, forward_tile};
-use crate::names::{ElementType, Kernel};
+use crate::names::Kernel;
 use crate::plan::Plan;
 use crate::problem::Tensor;
 use crate::schedule::Schedule;
@@ -51,8 +51,7 @@ impl Display for Plan {
         if let Some(blocks) = p.blocks {
             writeln!(f, "block lists: blocks of {} queries by {} keys", blocks.queries, blocks.keys)?;
         }
-        let vector = if self.kernel() == Kernel::Coop && p.element_type == ElementType::F16 { 8 } else { 4 };
-        let aligned = p.is_aligned(&Tensor::FORWARD, vector);
+        let aligned = p.is_aligned(&Tensor::FORWARD, self.forward.vector);
         writeln!(f, "access: {}", if aligned { "whole vectors" } else { "element by element" })?;
         writeln!(f, "{}", self.forward)?;
         let stored = if self.kernel() == Kernel::Naive { "kept in the workspace" } else { "kept in no buffer" };

@@ -1,8 +1,8 @@
 //! What a device allows, as plain data. Choosing kernels needs nothing else of a device.
 
 use crate::loops;
-use crate::matrices::{MatrixFormat, MatrixLayout, NoElementAccess, ProbedLayouts};
-use crate::names::CoopForm;
+use crate::matrices::{MatrixFormat, MatrixLayout, NoBf16Matrices, NoElementAccess, Operands, Probed, Rounding};
+use crate::names::{CoopForm, ElementType};
 
 /// What a device allows.
 #[derive(Clone, Debug, Default)]
@@ -41,7 +41,16 @@ impl Facts {
     /// With matrices whose elements lie like this or, without a layout, cannot be accessed.
     pub fn matrices(mut self, format: MatrixFormat, layout: Option<MatrixLayout>) -> Self {
         let elements = layout.ok_or(NoElementAccess::Roles);
-        self.matrices = Some(Matrices { format, elements });
+        let (rounding, bf16) = (Rounding::Nearest, Err(NoBf16Matrices::NotGiven));
+        self.matrices = Some(Matrices { format, elements, rounding, bf16 });
+        self
+    }
+
+    /// With matrices of bf16 too, which lie like those of f16, on a device that rounds to them like this.
+    pub fn bf16_matrices(mut self, rounding: Rounding) -> Self {
+        if let Some(matrices) = &mut self.matrices {
+            matrices.bf16 = Ok(rounding);
+        }
         self
     }
 }
@@ -52,6 +61,10 @@ pub struct Matrices {
     pub format: MatrixFormat,
     /// How accumulators and left operands lie in the lanes, or why there is no access to their elements.
     pub elements: Result<MatrixLayout, NoElementAccess>,
+    /// How f32 become f16.
+    pub rounding: Rounding,
+    /// How f32 become bf16, where there are matrices of bf16 too that lie like those of f16; or why kernels do not use them.
+    pub bf16: Result<Rounding, NoBf16Matrices>,
 }
 
 /// The elements of a matrix in a lane for which the kernels in registers are written.
@@ -59,7 +72,8 @@ const ELEMENTS: u32 = 8;
 
 impl Matrices {
     /// What the probe found. Kernels in registers are written for scores that become left operands in place.
-    pub fn new(format: MatrixFormat, probed: Result<ProbedLayouts, NoElementAccess>) -> Self {
+    pub fn new(format: MatrixFormat, probed: Result<Probed, NoElementAccess>) -> Self {
+        let rounding = probed.as_ref().map_or(Rounding::Nearest, |found| found.rounding);
         let elements = probed.and_then(|found| {
             let in_place = found.a == found.c && found.b == found.c.transposed();
             match in_place && format.elements() == ELEMENTS {
@@ -67,7 +81,35 @@ impl Matrices {
                 false => Err(NoElementAccess::Roles),
             }
         });
-        Matrices { format, elements }
+        Matrices { format, elements, rounding, bf16: Err(NoBf16Matrices::NotGiven) }
+    }
+
+    /// With what the probe found of matrices of bf16. Kernels are written for those that lie like matrices of f16.
+    pub(crate) fn with_bf16(mut self, probed: Result<Probed, NoElementAccess>) -> Self {
+        self.bf16 = match (&self.elements, probed) {
+            (Err(why), _) => Err(why.clone().into()),
+            (_, Err(why)) => Err(why.into()),
+            (Ok(f16), Ok(found)) if found.a == *f16 && found.c == *f16 && found.b == f16.transposed() => {
+                Ok(found.rounding)
+            }
+            _ => Err(NoBf16Matrices::Layout),
+        };
+        self
+    }
+
+    /// The operands that elements of this type are as they are, in a form; `None` where they have to be split or scaled to f16.
+    pub(crate) fn operands(&self, element_type: ElementType, form: CoopForm) -> Option<Operands> {
+        match (element_type, form, &self.bf16) {
+            (ElementType::F16, CoopForm::WorkgroupMemory, _) => Some(Operands::F16),
+            (ElementType::F16, CoopForm::Registers, _) => Some(self.f16()),
+            (ElementType::BF16, CoopForm::Registers, &Ok(rounding)) => Some(Operands { bf16: true, rounding }),
+            _ => None,
+        }
+    }
+
+    /// Operands of f16 in registers, whatever elements they are made of.
+    pub(crate) fn f16(&self) -> Operands {
+        Operands { bf16: false, rounding: self.rounding }
     }
 
     /// The form that is asked for, or else the faster of those that the device allows, and why.

@@ -8,7 +8,7 @@ use crate::context::Context;
 use crate::dropout::Dropout;
 use crate::error::{Error, NoMatrices};
 use crate::forward::ForwardBuffers;
-use crate::matrices::{MATRIX_FEATURES, passthrough};
+use crate::matrices::{Bf16Matrices, MATRIX_FEATURES, passthrough};
 use crate::names::ElementType;
 use crate::problem::{Bias, Causal, Problem, ScoreLayout, Shape};
 use crate::{faults, transfer};
@@ -131,7 +131,8 @@ pub struct HeadlessOptions {
     pub checked: bool,
     /// Opens the device with [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES), which wgpu calls
     /// experimental: it may have bugs with undefined behaviour; with `PASSTHROUGH_SHADERS` where the adapter has it.
-    /// And the context with [`Context::with_cooperative_matrices`].
+    /// And the context with [`Context::with_cooperative_matrices`] and, where the device has matrices of bf16 ([`Bf16Matrices`]), with
+    /// [`Context::with_bf16_matrices`].
     pub cooperative_matrices: bool,
 }
 
@@ -209,21 +210,29 @@ impl Context {
         if !missing.is_empty() {
             return Err(Error::Matrices { adapter: name(), why: NoMatrices::AdapterFeatures(missing) });
         }
-        let (device, queue) = adapter
-            .request_device(&wgpu::DeviceDescriptor {
-                label: Some("wgpu-flash-attention"),
-                required_features: (adapter.features() & useful) | wanted,
-                experimental_features: experimental,
-                required_limits: adapter.limits(),
-                ..Default::default()
-            })
-            .await
-            .map_err(|error| Error::Adapter(format!("{}: {error}", name())))?;
-        let mut context = Context::new(&device, &queue);
-        if options.cooperative_matrices {
-            let with = context.with_cooperative_matrices(&adapter).await;
-            context = with.map_err(|why| Error::Matrices { adapter: name(), why })?;
-        }
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("wgpu-flash-attention"),
+            required_features: (adapter.features() & useful) | wanted,
+            experimental_features: experimental,
+            required_limits: adapter.limits(),
+            ..Default::default()
+        };
+        let refused = |error| Error::Adapter(format!("{}: {error}", name()));
+        let context = if options.cooperative_matrices {
+            let (device, queue, bf16) = Bf16Matrices::request_device(&adapter, &descriptor).await.map_err(refused)?;
+            let with = Context::new(&device, &queue).with_cooperative_matrices(&adapter).await;
+            let context = with.map_err(|why| Error::Matrices { adapter: name(), why })?;
+            match bf16 {
+                Ok(bf16) => {
+                    let with = context.clone().with_bf16_matrices(&bf16).await;
+                    with.unwrap_or_else(|why| context.without_bf16_matrices(why))
+                }
+                Err(why) => context.without_bf16_matrices(why),
+            }
+        } else {
+            let (device, queue) = adapter.request_device(&descriptor).await.map_err(refused)?;
+            Context::new(&device, &queue)
+        };
         Ok(if options.checked { context.checked() } else { context })
     }
 

@@ -71,7 +71,7 @@
 //! | lse | natural logarithm, f32; includes scale, softcap, bias, ALiBi, masks and sink |
 //! | a query that sees no key | o = 0, lse = −∞ (or its sink), every gradient through it 0 (but that of its sink by lse); never NaN |
 //! | `B`, `Nq` or `Nk` of 0 | allowed: the right, possibly zero, result |
-//! | element types | q, k, v and o in one of f32, f16, bf16; products, softmax and lse in f32. On cooperative matrices f16 is multiplied: f32 as two parts of 11 bits, bf16 scaled |
+//! | element types | q, k, v and o in one of f32, f16, bf16; products, softmax and lse in f32. On cooperative matrices f16 is multiplied, f32 as two parts of 11 bits, and bf16 as it is ([`Bf16Matrices`]) or scaled to f16 |
 //! | gradients | in the element type, their sums in f32; those of k and v summed over the query heads that share them; written or, on request, added; those of bias, sinks and slopes on request |
 //! | the same input twice | the same bits, of gradients too |
 //!
@@ -178,6 +178,7 @@ pub use error::{Error, ModBufferFault, NoMatrices};
 pub use forward::ForwardBuffers;
 pub use host::{AttnMask, Element, HeadlessOptions, HostTensor, SdpaOptions};
 pub use matrices::MATRIX_FEATURES as COOPERATIVE_MATRIX_FEATURES;
+pub use matrices::{Bf16Matrices, NoBf16Matrices};
 #[doc(hidden)]
 pub use merge::merge_module;
 pub use merge::{MergeBuffers, MergePlan, MergeProblem};

@@ -40,8 +40,8 @@ impl std::fmt::Display for ElementType {
 
 /// Which algorithm computes a problem.
 ///
-/// All are right for scores within ±1e7 and values within ±1e35 over the number of keys, [`Kernel::Coop`] in f32 and bf16 for scores
-/// within ±5e13, the other kernels for scores within ±5e37 and values within ±1e37 over the number of keys. Nothing looks for larger
+/// All are right for scores within ±1e7 and values within ±1e35 over the number of keys, [`Kernel::Coop`] in f32, and in bf16 scaled to f16,
+/// for scores within ±5e13, the other kernels for scores within ±5e37 and values within ±1e37 over the number of keys. Nothing looks for larger
 /// ones. `docs/kernels/numbers.md` has more on this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -50,8 +50,8 @@ pub enum Kernel {
     /// have at most 16 queries and 16 keys.
     Naive,
     /// Tiles on cooperative matrices (tensor cores), for contexts that
-    /// [`Context::with_cooperative_matrices`](crate::Context::with_cooperative_matrices) made. The matrices are of f16:
-    /// bf16 is scaled to it, f32 is also split into two parts, which keep 22 bits of it.
+    /// [`Context::with_cooperative_matrices`](crate::Context::with_cooperative_matrices) made. The matrices are of f16, or of
+    /// bf16 in contexts [`with_bf16_matrices`](crate::Context::with_bf16_matrices). Else bf16 is scaled to f16. f32 is also split into two parts, which keep 22 bits of it.
     Coop,
     /// Few queries, many keys: the keys are split over workgroups, and the splits' results merged. It takes neither dropout nor block lists.
     Decode,

@@ -17,6 +17,9 @@ pub struct PlanOptions {
     pub backward: Option<Kernel>,
     /// The form of the coop kernel, forward and backward; `None` takes the faster of those that the device allows.
     pub coop_form: Option<CoopForm>,
+    /// Scales bf16 to f16 in the coop kernel also where the device has matrices of bf16, forward and backward: slower, to be compared with, and
+    /// for scores above ±10⁷. For problems in bf16 only.
+    pub scaled_bf16: bool,
     /// Into how many splits the decode kernel cuts the keys; `None` takes `tune::decode_splits`.
     pub splits: Option<u32>,
     /// The tile of the tile kernel; `None` takes `tune::tile`.
@@ -59,6 +62,12 @@ impl PlanOptions {
     /// The form of the coop kernel, forward and backward.
     pub fn coop_form(mut self, form: impl Into<Option<CoopForm>>) -> Self {
         self.coop_form = form.into();
+        self
+    }
+
+    /// bf16 scaled to f16 in the coop kernel.
+    pub const fn scaled_bf16(mut self, scaled_bf16: bool) -> Self {
+        self.scaled_bf16 = scaled_bf16;
         self
     }
 

@@ -59,6 +59,7 @@ impl Pipelines {
         let module = match self.format {
             Some(format) if key.element_access => {
                 ElementModule::new(&text, format, &key.binding_numbers(), self.checked)
+                    .and_then(|module| if key.is_bf16() { module.into_bf16() } else { Ok(module) })
                     .map_err(NoElementAccess::from)
                     .and_then(|module| passthrough::shader_module(&self.device, specialization.file, &module))
                     .map_err(|error| Error::Device(error.to_string()))?

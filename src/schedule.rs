@@ -22,6 +22,8 @@ pub(crate) struct Schedule {
     pub reason: &'static str,
     /// The coop kernel's form, and why.
     pub coop_form: Option<(CoopForm, String)>,
+    /// How many elements are moved at a time, where rows lie so that it can be.
+    pub vector: u32,
     /// Of blocks of rows and keys, in a kernel that is dispatched once for each.
     pub rounds: Option<Rounds>,
     pub workgroup_bytes: u32,
@@ -38,6 +40,7 @@ impl Schedule {
             kernel: recipe.kernel,
             reason: recipe.reason,
             coop_form: recipe.coop_form.clone(),
+            vector: recipe.vector,
             rounds: recipe.passes.iter().find_map(|pass| pass.rounds),
             workgroup_bytes: recipe.passes.iter().map(|pass| pass.workgroup_bytes).max().unwrap_or(0),
             workspace_bytes: 0,

@@ -73,6 +73,7 @@ const FILES: &[(&str, &str)] = files![
     "matrix/sizes.wgsl",
     "memory/elements.wgsl",
     "memory/elements_f16.wgsl",
+    "memory/pairs.wgsl",
     "memory/read.wgsl",
     "memory/read_f16.wgsl",
     "memory/row_stats.wgsl",

@@ -4,8 +4,8 @@
 use flash_attention_testing::backward::{Ask, PreparedBackward, backward, check_all, prepare};
 use flash_attention_testing::cases::plain_cases;
 use flash_attention_testing::coop::{
-    WGSL_FORMATS, check_wgsl, context, dims_of, in_forms, is_software, known_matrices, matrix_size, small_device,
-    spirv_error, validator, workgroup_bytes,
+    WGSL_FORMATS, check_bf16, check_wgsl, context, dims_of, has_bf16, in_forms, is_software, known_matrices,
+    matrix_size, small_device, spirv_error, validator, workgroup_bytes,
 };
 use flash_attention_testing::loops::uninitialised_in_loop;
 use flash_attention_testing::switches::switched_with_gradients;
@@ -13,7 +13,7 @@ use flash_attention_testing::{Case, TYPES, case, full};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::facts::Facts;
-use wgpu_flash_attention::matrices::{self, ElementModule, MatrixFormat, MatrixLayout};
+use wgpu_flash_attention::matrices::{self, ElementModule, MatrixFormat, MatrixLayout, Rounding};
 use wgpu_flash_attention::tune::{self, CoopBackwardTile};
 use wgpu_flash_attention::{
     Context, ElementType, Error, Kernel, PlanOptions, PlannedModule, Problem, Shape, Tensor, modules, wgpu,
@@ -201,12 +201,13 @@ fn plans_choose_it() {
         (ElementType::F32, 7, Kernel::Coop),
         (ElementType::F32, 136, Kernel::Tile),
         (ElementType::BF16, 16, Kernel::Coop),
-        (ElementType::BF16, 7, Kernel::Tile),
+        (ElementType::BF16, 7, if has_bf16(&context) { Kernel::Coop } else { Kernel::Tile }),
     ] {
         let plan = context.plan(&problem(element_type, dim)).unwrap();
         assert_eq!(plan.backward_kernel(), Some(kernel), "{element_type} {dim}");
     }
-    let error = context.plan_with(&problem(ElementType::BF16, 7), &backward(Kernel::Coop)).unwrap_err();
+    let scaled = backward(Kernel::Coop).scaled_bf16(true);
+    let error = context.plan_with(&problem(ElementType::BF16, 7), &scaled).unwrap_err();
     assert!(matches!(error, Error::Unsupported { kernel: Kernel::Coop, .. }), "{error}");
     assert!(error.to_string().contains("multiples of 4"), "{error}");
 }
@@ -384,6 +385,34 @@ fn modules_are_valid() {
                     if let Some(error) = validator.and_then(refused) {
                         panic!("{specialization:?}: {error}");
                     }
+                }
+            }
+        }
+    }
+}
+
+/// Needs no device. Modules on bf16 are those on f16 but for what they read of a bias and how they round. naga takes each of them, and the
+/// validator what is made of them; all ways to round have their turn.
+#[test]
+fn modules_on_bf16_are_valid() {
+    let validator = validator();
+    let mut ways = [Rounding::Truncated, Rounding::Nearest, Rounding::Other].into_iter().cycle();
+    for (format, layout) in known_matrices() {
+        for (at_an_end, twin) in problems(ElementType::F16) {
+            let mut problem = twin.clone();
+            problem.element_type = ElementType::BF16;
+            if let Some(bias) = problem.bias.as_mut().filter(|bias| bias.element_type == ElementType::F16) {
+                bias.element_type = ElementType::BF16;
+            }
+            for [dkdv, dq] in tiles(Registers, format.size, &twin) {
+                let facts = Facts::with_limits(wgpu::Limits::unlimited()).matrices(format, Some(layout.clone()));
+                let facts = facts.bf16_matrices(ways.next().unwrap());
+                let mut all = modules(&problem, &facts, &tiled([dkdv.0, dq.0]).coop_form(Registers)).unwrap();
+                all.retain(|module| module.is_backward && module.element_access);
+                assert_eq!(all.len(), 2, "one of each, whatever the ranges");
+                for (module, (_, said)) in all.iter().zip([dkdv, dq]) {
+                    assert_eq!((module.workgroup_bytes, module.bf16_matrices), (said, true));
+                    check_bf16(module, format, said % 3 == 0, validator.as_deref().filter(|_| at_an_end));
                 }
             }
         }

@@ -3,8 +3,8 @@
 
 use flash_attention_testing::cases::{plain_cases, prepare};
 use flash_attention_testing::coop::{
-    WGSL_FORMATS, check_wgsl, context, dims_of, in_form, in_forms, is_software, known_matrices, matrix_size,
-    small_device, spirv_error, validator, workgroup_bytes,
+    WGSL_FORMATS, check_bf16, check_wgsl, context, dims_of, has_bf16, in_form, in_forms, is_software, known_matrices,
+    matrix_size, small_device, spirv_error, validator, workgroup_bytes,
 };
 use flash_attention_testing::loops::uninitialised_in_loop;
 use flash_attention_testing::switches::switched;
@@ -12,7 +12,7 @@ use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::facts::Facts;
-use wgpu_flash_attention::matrices::{self, ElementModule, MatrixFormat, MatrixLayout};
+use wgpu_flash_attention::matrices::{self, ElementModule, MatrixFormat, MatrixLayout, Rounding};
 use wgpu_flash_attention::tune::{self, CoopTile};
 use wgpu_flash_attention::{
     Context, ElementType, Error, Kernel, Plan, PlanOptions, PlannedModule, Problem, Shape, modules, wgpu,
@@ -141,9 +141,13 @@ fn kernel_line(plan: &Plan) -> String {
 #[test]
 fn plans_choose_it() {
     let Some(context) = context() else { return };
+    let of_bf16 = match has_bf16(&context) {
+        true => "kernel: coop (the device has cooperative matrices for bf16)",
+        false => "kernel: coop (the device has cooperative matrices; bf16 is scaled to f16)",
+    };
     for (element_type, dim, line) in [
         (ElementType::F16, 16, "kernel: coop (the device has cooperative matrices for f16)"),
-        (ElementType::BF16, 16, "kernel: coop (the device has cooperative matrices; bf16 is scaled to f16)"),
+        (ElementType::BF16, 16, of_bf16),
         (
             ElementType::F32,
             128,
@@ -300,6 +304,28 @@ fn modules_are_valid() {
                 if let Some(error) = validator.and_then(refused) {
                     panic!("{specialization:?}: {error}");
                 }
+            }
+        }
+    }
+}
+
+/// Needs no device. Modules on bf16 are those on f16 but for what they read of a bias and how they round. naga takes each of them, and the
+/// validator what is made of them; all ways to round have their turn.
+#[test]
+fn modules_on_bf16_are_valid() {
+    let validator = validator();
+    let mut ways = [Rounding::Truncated, Rounding::Nearest, Rounding::Other].into_iter().cycle();
+    for (format, layout) in known_matrices() {
+        for (at_an_end, problem) in problems(&[ElementType::BF16]) {
+            let mut twin = problem.clone();
+            twin.element_type = ElementType::F16;
+            for (tile, said) in tiles(Registers, format, &twin) {
+                let facts = Facts::with_limits(wgpu::Limits::unlimited()).matrices(format, Some(layout.clone()));
+                let options = coop().coop_form(Registers).coop_tile(tile);
+                let all = modules(&problem, &facts.bf16_matrices(ways.next().unwrap()), &options).unwrap();
+                let [module] = &all[..] else { panic!("one module, without ranges") };
+                assert_eq!((module.workgroup_bytes, module.bf16_matrices), (said, true));
+                check_bf16(module, format, problem.lse, validator.as_deref().filter(|_| at_an_end));
             }
         }
     }

@@ -9,7 +9,9 @@ use std::process::Command;
 
 use half::f16;
 use wgpu_flash_attention::facts::Facts;
-use wgpu_flash_attention::matrices::{self, Bit, ElementModule, LayoutError, MatrixFormat, MatrixLayout, ModuleError};
+use wgpu_flash_attention::matrices::{
+    self, Bit, ElementModule, LayoutError, MatrixFormat, MatrixLayout, ModuleError, Rounding,
+};
 use wgpu_flash_attention::specialize::Specialization;
 use wgpu_flash_attention::{Context, CoopForm, ElementType, Kernel, PlanOptions, Problem, Shape, modules, wgpu};
 
@@ -423,8 +425,10 @@ fn modules_pass_the_validator_of_spirv() {
         for (text, bindings) in [(matrices::probe_text(format), [0, 1, 2]), (round_trip, [0, 3, 7])] {
             for checked in [false, true] {
                 let module = ElementModule::new(&text, format, &bindings, checked).unwrap();
-                let output = validate(module.spirv());
-                assert!(output.status.success(), "{format:?}: {}", String::from_utf8_lossy(&output.stderr));
+                for module in [module.clone(), module.into_bf16().unwrap()] {
+                    let output = validate(module.spirv());
+                    assert!(output.status.success(), "{format:?}: {}", String::from_utf8_lossy(&output.stderr));
+                }
             }
         }
     }
@@ -466,6 +470,8 @@ fn elements_are_where_the_probe_found_them() {
     let Some((context, format)) = coop_device() else { return };
     let layouts = pollster::block_on(matrices::probe(context.device(), context.queue(), format)).unwrap();
     println!("{format:?}: {layouts:?}");
+    // Both drivers that these tests have run on do.
+    assert_eq!(layouts.rounding, Rounding::Nearest);
     assert_eq!(pollster::block_on(matrices::probe(context.device(), context.queue(), format)).unwrap(), layouts);
 
     let size = format.size as usize;

@@ -160,6 +160,9 @@ fn ways(element_type: ElementType) -> Vec<Way> {
             options.coop_backward_tiles = Some([tile; 2]);
         }
         ways.extend(in_forms(element_type, &[("coop", context, options)]));
+        if element_type == BF16 && coop::has_bf16(context) {
+            ways.push(("coop, scaled", context, options.scaled_bf16(true)));
+        }
         if element_type == F32 {
             // Several matrices of rows, keys and steps.
             options.coop_tile = Some(CoopTile { subgroups: 2, row_matrices: 2, keys: 16, buffers: 1 });

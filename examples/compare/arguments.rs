@@ -38,7 +38,7 @@ pub struct Args {
     /// With a causal window: each query sees itself and the N - 1 keys before it
     #[arg(long, value_name = "N", conflicts_with = "causal", value_parser = clap::value_parser!(u32).range(1..))]
     pub window: Option<u32>,
-    /// Kernels to time; coop opens the device with cooperative matrices, which wgpu calls experimental
+    /// Kernels to time; coop and coop-scaled open the device with cooperative matrices, which wgpu calls experimental
     #[arg(long, value_enum, value_delimiter = ',', default_value = "naive,tile")]
     pub kernels: Vec<KernelName>,
     /// Times this tile in place of the tuned one, its loops written out (1) or not (0); may be repeated
@@ -155,6 +155,8 @@ pub enum KernelName {
     Naive,
     Tile,
     Coop,
+    /// The coop kernel with bf16 scaled to f16, where coop takes matrices of bf16
+    CoopScaled,
     Decode,
 }
 
@@ -230,6 +232,7 @@ pub struct Candidate {
     pub coop_tile: Option<CoopTile>,
     pub coop_backward_tiles: Option<[CoopBackwardTile; 2]>,
     pub coop_form: Option<CoopForm>,
+    pub scaled_bf16: bool,
     pub decode_tile: Option<DecodeTile>,
     pub splits: Option<u32>,
 }
@@ -244,6 +247,7 @@ impl Candidate {
             coop_tile: None,
             coop_backward_tiles: None,
             coop_form: None,
+            scaled_bf16: false,
             decode_tile: None,
             splits: None,
         }
@@ -255,6 +259,9 @@ impl std::fmt::Display for Candidate {
         self.kernel.fmt(f)?;
         if let Some(form) = self.coop_form {
             write!(f, " {form}")?;
+        }
+        if self.scaled_bf16 {
+            write!(f, " scaled")?;
         }
         if let Some(CoopTile { subgroups, row_matrices, keys, buffers }) = self.coop_tile {
             write!(f, "[{subgroups} {row_matrices} {keys} {buffers}]")?;
@@ -310,6 +317,7 @@ pub fn candidates(args: &Args, op: Op) -> Vec<Candidate> {
                     }
                 }
             }
+            KernelName::CoopScaled => all.push(Candidate { scaled_bf16: true, ..Candidate::of(Kernel::Coop) }),
             KernelName::Decode => {
                 let decode = Candidate { decode_tile: args.decode_tile, ..Candidate::of(Kernel::Decode) };
                 all.extend(or_none(&args.splits).into_iter().map(|splits| Candidate { splits, ..decode }));

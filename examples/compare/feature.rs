@@ -160,7 +160,7 @@ impl Feature {
 
 /// Has the device make the block lists of the problem's masks, which then leave scores out that count in no other way.
 fn list_blocks_of_masks(context: &Context, problem: &mut Problem, extras: &mut Extras) -> Result<()> {
-    problem.blocks = Some(BlockLists::new().size(BLOCK, BLOCK));
+    problem.blocks = Some(BlockLists::new().size(BLOCK, BLOCK).full_unmasked());
     let mask = extras.upload(context, problem)?.blocks_of_masks(context, problem)?;
     // The reference goes by the masks alone: what these lists leave out by mistake is wrong.
     let all = problem.block_counts().iter().map(|&n| n as usize).product();

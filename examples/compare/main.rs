@@ -67,6 +67,7 @@ fn compare_one<T: Number>(
         .tile(candidate.tile)
         .coop_tile(candidate.coop_tile)
         .coop_form(candidate.coop_form)
+        .scaled_bf16(candidate.scaled_bf16)
         .coop_backward_tiles(candidate.coop_backward_tiles)
         .decode_tile(candidate.decode_tile)
         .splits(candidate.splits)
@@ -249,7 +250,8 @@ fn run(mut args: Args) -> Result<bool> {
     // Opened first: what cannot be written is better known before than after minutes of measuring.
     let csv = args.csv.as_ref().map(|path| OutputFile::open(path, &[])).transpose()?;
     let plot = args.plot.as_ref().map(|path| OutputFile::open(path, &[])).transpose()?;
-    let mut options = HeadlessOptions::default().cooperative_matrices(args.kernels.contains(&KernelName::Coop));
+    let on_matrices = |kernel| [KernelName::Coop, KernelName::CoopScaled].contains(kernel);
+    let mut options = HeadlessOptions::default().cooperative_matrices(args.kernels.iter().any(on_matrices));
     options.adapter = args.adapter.clone();
     let context = Context::headless_with(&options)?;
     let masks: &[_] = match (args.window, args.causal) {

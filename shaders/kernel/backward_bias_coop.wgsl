@@ -1,4 +1,4 @@
-// What: gradient of a bias that has all rows and all keys, on cooperative matrices, with operands of f16 and sums of f32.
+// What: gradient of a bias that has all rows and all keys, on cooperative matrices, with operands of f16 (or bf16) and sums of f32.
 //
 //     for each batch entry and head that shares this tile of the bias:
 //         S = Q K^T,  dP = dO V^T
@@ -16,6 +16,7 @@ enable wgpu_cooperative_matrix;
 #include "attention/attention.wgsl"
 #include "matrix/matrices.wgsl"
 #include "memory/elements_f16.wgsl"
+#include "memory/pairs.wgsl"
 
 @group(0) @binding(1) var<storage, read> query: InElements;
 @group(0) @binding(2) var<storage, read> key: InElements;
@@ -49,9 +50,9 @@ fn write_one(place: u32, x: f32, adds: bool) {
     // The other half of the word is not the gradient's. No other thread writes to it.
     let word = grad_bias[place / 2u];
     let low = place % 2u == 0u;
-    let before = unpack2x16float(word);
+    let before = unpack2(word);
     let sum = select(x, x + select(before.y, before.x, low), adds);
-    let bits = pack2x16float(vec2f(sum));
+    let bits = pack2(vec2f(sum));
     grad_bias[place / 2u] = select((word & 0xffffu) | (bits & 0xffff0000u), (word & 0xffff0000u) | (bits & 0xffffu), low);
 #endif
 }
@@ -62,7 +63,7 @@ fn write_two(place: u32, x: vec2f, adds: bool) {
     write_one(place, x.x, adds);
     write_one(place + problem.bias_column, x.y, adds);
 #else
-    grad_bias[place / 2u] = pack2x16float(select(x, x + unpack2x16float(grad_bias[place / 2u]), adds));
+    grad_bias[place / 2u] = pack2(select(x, x + unpack2(grad_bias[place / 2u]), adds));
 #endif
 }
 
@@ -196,6 +197,10 @@ fn bias_gradient(
                     }
                     if !full {
                         x = masked(x, at, i, j, lane, MASKED);
+#if BF16_MATRICES
+                        // dP may be infinite where a value that does not count is as large as bf16 has it.
+                        y = masked(y, at, i, j, lane, 0.0);
+#endif
                     }
 #unroll
                     for (var e = 0u; e < ELEMENTS; e++) {

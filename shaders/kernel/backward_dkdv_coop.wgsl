@@ -1,4 +1,4 @@
-// What: gradients of K and V on cooperative matrices, with operands of f16 (P and dS are rounded to it) and sums of f32.
+// What: gradients of K and V on cooperative matrices, with operands of f16 or bf16 (P and dS are rounded to it) and sums of f32.
 //
 //     dK = 0, dV = 0
 //     for each query head of the group, for each tile of ROWS rows that may see some of the keys:
@@ -302,6 +302,10 @@ fn dkdv(
                 }
                 if !full {
                     x = masked(x, at, i, j, lane, MASKED);
+#if BF16_MATRICES
+                    // dP may be infinite where a value that does not count is as large as bf16 has it.
+                    y = masked(y, at, i, j, lane, 0.0);
+#endif
                 }
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[e] = exp2(x[e]);
@@ -342,7 +346,7 @@ fn dkdv(
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
                 // Lanes store components of one vector. That is no race here: modules with access to elements run on Vulkan only, where a store to a
                 // component leaves the others alone.
-                tiles[row * DK_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale * held_factor());
+                tiles[row * DK_STRIDE + column / 4u][column % 4u] = half_of(y[e] * problem.scale * held_factor());
             }
         }
     }
@@ -368,7 +372,7 @@ fn dkdv(
             for (var e = 0u; e < ELEMENTS; e++) {
                 let row = own_key + r * M + row_of(lane, 0u) + row_of(0u, e);
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
-                tiles[row * DV_STRIDE + column / 4u][column % 4u] = f16(y[e]);
+                tiles[row * DV_STRIDE + column / 4u][column % 4u] = half_of(y[e]);
             }
         }
     }

@@ -1,4 +1,4 @@
-// What: gradient of Q on cooperative matrices, with f16 products and f32 sums.
+// What: gradient of Q on cooperative matrices, with f16 (or bf16) products and f32 sums.
 //
 //     dQ = 0
 //     for each tile of KEYS keys that some row may see:
@@ -271,6 +271,10 @@ fn dq(
                 for (var c = 0u; c < ACROSS_KEYS; c++) {
                     let i = i32(row0 + own_row + r * M);
                     p[r][c] = masked(p[r][c], at, i, j0 + i32(c * M), lane, MASKED);
+#if BF16_MATRICES
+                    // dP may be infinite where a value that does not count is as large as bf16 has it.
+                    ds[r][c] = masked(ds[r][c], at, i, j0 + i32(c * M), lane, 0.0);
+#endif
                 }
             }
         }
@@ -308,7 +312,7 @@ fn dq(
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
                 // Lanes store components of one vector. That is no race here: modules with access to elements run on Vulkan only, where a store to a
                 // component leaves the others alone.
-                tiles[row * DQ_STRIDE + column / 4u][column % 4u] = f16(y[e] * problem.scale * held_factor());
+                tiles[row * DQ_STRIDE + column / 4u][column % 4u] = half_of(y[e] * problem.scale * held_factor());
             }
         }
     }

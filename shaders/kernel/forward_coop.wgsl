@@ -1,4 +1,4 @@
-// What: forward pass on cooperative matrices (tensor cores), with f16 products and f32 sums. Scores and probabilities stay in registers.
+// What: forward pass on cooperative matrices (tensor cores), with f16 (or bf16) products and f32 sums. Scores and probabilities stay in registers.
 //
 //     m = EMPTY, l = 0, O = 0
 //     for each tile of KEYS keys that some row may see (matrix/coop_step.wgsl):
@@ -162,7 +162,7 @@ fn forward(
                 let column = d * M + column_of(lane, 0u) + column_of(0u, e);
                 // Lanes store components of one vector. That is no race here: modules with access to elements run on Vulkan only, where a store to a
                 // component leaves the others alone.
-                tiles[row * V_STRIDE + column / 4u][column % 4u] = f16(y[e] * ends[held_row(e)].inverse);
+                tiles[row * V_STRIDE + column / 4u][column % 4u] = half_of(y[e] * ends[held_row(e)].inverse);
             }
         }
 #if LSE

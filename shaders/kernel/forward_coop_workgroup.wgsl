@@ -66,7 +66,7 @@ fn write_elements(start: u32, column: u32, lane: u32, x: Lane) {
     for (var e = 0u; e < ELEMENTS; e++) {
         let d = column + column_of(lane, e);
         if d < HEAD_DIM_V {
-            out[start + d] = f16(x[e]);
+            out[start + d] = half_of(x[e]);
         }
     }
 }

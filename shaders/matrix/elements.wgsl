@@ -26,6 +26,19 @@ fn accumulator(x: Lane) -> Accumulator {
     return coop_set_accumulator(Accumulator(), x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7]);
 }
 
-fn left(x: Lane) -> Left {
-    return coop_set_left(Left(), f16(x[0]), f16(x[1]), f16(x[2]), f16(x[3]), f16(x[4]), f16(x[5]), f16(x[6]), f16(x[7]));
+#if ROUND_BF16
+// Two numbers are rounded and packed as bits, and nothing is converted.
+fn rounded_pair(x: f32, y: f32) -> u32 {
+    return ((bitcast<u32>(x) + 0x8000u) >> 16u) | ((bitcast<u32>(y) + 0x8000u) & 0xffff0000u);
 }
+
+fn left(x: Lane) -> Left {
+    let a = coop_bits(vec2u(rounded_pair(x[0], x[1]), rounded_pair(x[2], x[3])));
+    let b = coop_bits(vec2u(rounded_pair(x[4], x[5]), rounded_pair(x[6], x[7])));
+    return coop_set_left(Left(), a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w);
+}
+#else
+fn left(x: Lane) -> Left {
+    return coop_set_left(Left(), half_of(x[0]), half_of(x[1]), half_of(x[2]), half_of(x[3]), half_of(x[4]), half_of(x[5]), half_of(x[6]), half_of(x[7]));
+}
+#endif

@@ -61,11 +61,10 @@ fn get_elements(block: u32, c: u32, lane: u32) -> Lane {
 fn put_elements(x: Lane, block: u32, c: u32, lane: u32) {
     for (var e = 0u; e < ELEMENTS; e += WIDTH) {
 #if SCALARS
-        let y = x[e];
+        halves[exchange_place(block, c, lane, e)] = half_of(x[e]);
 #else
-        let y = vec4f(x[e], x[e + 1u], x[e + 2u], x[e + 3u]);
+        halves[exchange_place(block, c, lane, e)] = half4_of(vec4f(x[e], x[e + 1u], x[e + 2u], x[e + 3u]));
 #endif
-        halves[exchange_place(block, c, lane, e)] = Halves(y);
     }
 }
 

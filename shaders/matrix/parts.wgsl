@@ -95,7 +95,7 @@ fn store_parts(place: u32, size: u32, x: vec4f) {
     var rest = x;
     for (var part = 0u; part < PARTS; part++) {
         let now = part4_of(rest, part);
-        tiles[place + part * size] = vec4<f16>(now);
+        tiles[place + part * size] = half4_of(now);
         rest -= now;
     }
 }

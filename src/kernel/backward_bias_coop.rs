@@ -3,19 +3,19 @@
 use super::backward_scores::{self, TILE_INPUTS};
 use super::forward_coop::layout_constants;
 use super::{Access, Part, Pass, Slot, backward_switches, by_pair, score_bindings};
-use crate::matrices::{Bit, MatrixFormat, MatrixLayout};
+use crate::matrices::{Bit, MatrixFormat, MatrixLayout, Operands};
 use crate::specialize::Specialization;
 use crate::tune::CoopTile;
 use crate::{Bias, CoopForm, ElementType, Problem};
 
-/// The bias whose gradient the kernel computes: one in f16 with all rows and all keys, whose pairs of keys a lane holds and may write at once, or
-/// one in f32.
+/// The bias whose gradient the kernel computes: one with all rows and all keys, in f32, or of 16 bits where a lane holds pairs of keys and may write
+/// them at once.
 pub(crate) fn bias(problem: &Problem, layout: &MatrixLayout) -> Option<Bias> {
     let bias = problem.bias.filter(|_| problem.gradients.is_some_and(|gradients| gradients.bias))?;
     let [_, _, rows, keys] = backward_scores::shared(problem, &bias.layout);
     let pairs = bias.layout.is_paired() && matches!(layout.column.first(), Some(Bit::Element(_)));
     let writes = bias.element_type == ElementType::F32 || pairs;
-    (problem.element_type == ElementType::F16 && !rows && !keys && writes).then_some(bias)
+    (!rows && !keys && writes).then_some(bias)
 }
 
 pub(crate) fn pass(
@@ -24,11 +24,13 @@ pub(crate) fn pass(
     tile: CoopTile,
     format: MatrixFormat,
     layout: &MatrixLayout,
+    operands: Operands,
 ) -> Pass {
     let shape = problem.shape;
     let size = format.size;
     let [batch, heads, ..] = backward_scores::shared(problem, &bias.layout);
     let mut switches = by_pair(backward_switches(problem, 8));
+    switches.extend(operands.switches());
     switches.push("UNROLL");
     switches.extend((size == 16).then_some("MATRIX16"));
     switches.extend((bias.element_type == ElementType::F32).then_some("BIAS_WORDS"));

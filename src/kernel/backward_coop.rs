@@ -6,11 +6,11 @@ use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS, workgroups_by_keys, workg
 use super::forward_coop::{bias_ahead, layout_constants, workgroup_switches};
 use super::forward_coop_scaled::{self, parts};
 use super::{Access, Part, Pass, Slot, backward_switches, score_bindings};
-use crate::matrices::{MatrixFormat, MatrixLayout};
+use crate::matrices::{MatrixFormat, MatrixLayout, Operands};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
 use crate::tune::CoopBackwardTile;
-use crate::{CoopForm, ElementType, Problem};
+use crate::{CoopForm, Problem};
 
 /// Whether bf16 is moved four elements at a time only. Modules with matrices cannot have the atomics that `write.wgsl` stores
 /// single ones with: see `forward_coop_scaled.wgsl`.
@@ -18,23 +18,16 @@ pub(crate) fn bf16_in_vectors(problem: &Problem) -> bool {
     problem.is_aligned(&Tensor::BACKWARD, 4)
 }
 
-/// The gradients of keys and values, then that of queries. f32 and bf16 have one form.
-pub(crate) fn passes(
-    problem: &Problem,
-    form: CoopForm,
-    tiles: [CoopBackwardTile; 2],
-    format: MatrixFormat,
-    layout: &MatrixLayout,
-) -> Vec<Pass> {
-    match problem.element_type {
-        ElementType::F16 => half_passes(problem, form, tiles, format, layout),
-        ElementType::F32 | ElementType::BF16 => scaled_passes(problem, tiles, format, layout),
-    }
-}
-
 /// The switches of a kernel that moves `vector` elements at a time, on matrices of this size.
-fn switches(problem: &Problem, vector: u32, size: u32, tile: CoopBackwardTile) -> Vec<&'static str> {
+fn switches(
+    problem: &Problem,
+    vector: u32,
+    size: u32,
+    tile: CoopBackwardTile,
+    operands: Operands,
+) -> Vec<&'static str> {
     let mut on = backward_switches(problem, vector);
+    on.extend(operands.switches());
     on.extend((size == 16).then_some("MATRIX16"));
     on.extend(tile.ahead.then_some("AHEAD"));
     on
@@ -45,18 +38,20 @@ fn dropout_switches(problem: &Problem) -> Option<&'static str> {
     problem.dropout_in_use().map(|_| "UNROLL")
 }
 
-fn scaled_passes(
+/// The gradients of keys and values, then that of queries, of elements that are made f16. These kernels have one form.
+pub(crate) fn scaled_passes(
     problem: &Problem,
     [dkdv, dq]: [CoopBackwardTile; 2],
     format: MatrixFormat,
     layout: &MatrixLayout,
+    f16: Operands,
 ) -> Vec<Pass> {
     let shape = problem.shape;
     let parts = parts(problem.element_type);
     let size = format.size;
     let pass =
         |file, entry, tile: CoopBackwardTile, used: &[(Slot, Access)], workgroup_bytes, workgroups, by_rows: bool| {
-            let mut switches = switches(problem, 4, size, tile);
+            let mut switches = switches(problem, 4, size, tile, f16);
             switches.push("GRADIENTS");
             switches.extend(dropout_switches(problem));
             switches.extend(by_rows.then_some("BY_ROWS"));
@@ -105,18 +100,20 @@ fn scaled_passes(
     passes
 }
 
-fn half_passes(
+/// The same of elements that are operands of the matrices as they are.
+pub(crate) fn passes(
     problem: &Problem,
     form: CoopForm,
     [dkdv, dq]: [CoopBackwardTile; 2],
     format: MatrixFormat,
     layout: &MatrixLayout,
+    operands: Operands,
 ) -> Vec<Pass> {
     let shape = problem.shape;
     let group = shape.group() as u64;
     let size = format.size;
     let specialization = |[registers, workgroup]: [_; 2], entry, names: [_; 2], tile: CoopBackwardTile| {
-        let mut switches = switches(problem, 8, size, tile);
+        let mut switches = switches(problem, 8, size, tile, operands);
         let mut constants = vec![
             ("HEAD_DIM", shape.head_dim),
             ("HEAD_DIM_V", shape.head_dim_v),

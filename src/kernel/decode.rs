@@ -6,12 +6,13 @@ use crate::tune::DecodeTile;
 use crate::{ElementType, Kernel, Problem};
 
 /// From how many keys on this kernel is faster than another one, by how many rows at most share a key-value head: than the tile kernel,
-/// and than the coop kernel in f16, bf16 and f32. Measured on an H200 with 32 heads on 8 of head dim 128, one batch entry; docs/kernels/decode.md
+/// and than the coop kernel on 16 bits as they are, on bf16 scaled to f16, and on f32. Measured on an H200 with 32 heads on 8 of head dim 128, one batch entry; docs/kernels/decode.md
 /// has the times. The tile kernel computes 32 to 128 rows whatever there are; the coop kernel too, but on tensor cores.
 const FROM_KEYS: [(u64, [u32; 4]); 3] = [(4, [1, 96, 96, 1]), (8, [1, 320, 320, 32]), (16, [1, 2048, 2048, 96])];
 
-/// Whether this kernel computes a problem faster than the one that would take it otherwise.
-pub(crate) fn pays(problem: &Problem, otherwise: Kernel) -> bool {
+/// Whether this kernel computes a problem faster than the one that would take it otherwise, which may be the coop kernel with elements that it
+/// splits or scales to f16.
+pub(crate) fn pays(problem: &Problem, otherwise: Kernel, coop_is_scaled: bool) -> bool {
     let s = &problem.shape;
     // It sums scores in another order than every backward kernel, so that probabilities would not be recomputed as they were. In
     // f32 that shows.
@@ -20,9 +21,9 @@ pub(crate) fn pays(problem: &Problem, otherwise: Kernel) -> bool {
     }
     let rows = s.group() as u64 * s.seqlen_q as u64;
     let column = match (otherwise, problem.element_type) {
-        (Kernel::Coop, ElementType::F16) => 1,
-        (Kernel::Coop, ElementType::BF16) => 2,
         (Kernel::Coop, ElementType::F32) => 3,
+        (Kernel::Coop, _) if coop_is_scaled => 2,
+        (Kernel::Coop, _) => 1,
         _ => 0,
     };
     FROM_KEYS.iter().find(|(most, _)| rows <= *most).is_some_and(|(_, from)| problem.keys_in_sight() >= from[column])

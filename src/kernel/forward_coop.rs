@@ -1,7 +1,7 @@
 //! Host side of `shaders/kernel/forward_coop.wgsl` and `shaders/kernel/forward_coop_workgroup.wgsl`.
 
 use super::{FORWARD_BINDINGS, Part, Pass, score_bindings, switches};
-use crate::matrices::{Bit, MatrixFormat, MatrixLayout};
+use crate::matrices::{Bit, MatrixFormat, MatrixLayout, Operands};
 use crate::specialize::Specialization;
 use crate::tune::CoopTile;
 use crate::{CoopForm, Problem};
@@ -47,18 +47,27 @@ pub(crate) fn layout_constants(layout: &MatrixLayout) -> Vec<(&'static str, u32)
     constants
 }
 
-/// In the form that has a layout of elements, or through workgroup memory.
+/// With a smaller scale than this, kernels on matrices of bf16 hold scores instead of products: products may be so large that they matter all
+/// the same, and `SMALLEST_FACTOR` of `shaders/attention/softmax.wgsl` would take the place of the factor.
+const SMALL_SCALE: f32 = 1e-22;
+
+/// In the form that has a layout of elements, or through workgroup memory, on matrices of these operands.
 pub(crate) fn pass(
     problem: &Problem,
     form: CoopForm,
     tile: CoopTile,
     format: MatrixFormat,
     layout: &MatrixLayout,
+    operands: Operands,
 ) -> Pass {
     let shape = problem.shape;
     let MatrixFormat { size, lanes } = format;
     let rows = tile.rows(size);
     let mut on = switches(problem, 8);
+    on.extend(operands.switches());
+    if operands.bf16 && problem.effective_scale() < SMALL_SCALE && !on.contains(&"SHAPED") {
+        on.push("SHAPED");
+    }
     if size == 16 {
         on.push("MATRIX16");
     }

@@ -3,7 +3,7 @@
 
 use super::forward_coop::layout_constants;
 use super::{Access, GIVEN, Part, Pass, Slot, bindings, score_bindings, switches, switches_of, without_blocks};
-use crate::matrices::{MatrixFormat, MatrixLayout};
+use crate::matrices::{MatrixFormat, MatrixLayout, Operands};
 use crate::problem::Tensor;
 use crate::specialize::Specialization;
 use crate::tune::CoopTile;
@@ -97,12 +97,25 @@ pub(crate) fn ranges(problem: &Problem, backward: bool) -> [Pass; 2] {
 }
 
 /// What finds out about each head, the kernel for most of them, and the kernel for those whose numbers are far apart.
-pub(crate) fn passes(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout) -> Vec<Pass> {
-    let kernel = |by_rows| pass(problem, tile, format, layout, by_rows);
+pub(crate) fn passes(
+    problem: &Problem,
+    tile: CoopTile,
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+    f16: Operands,
+) -> Vec<Pass> {
+    let kernel = |by_rows| pass(problem, tile, format, layout, f16, by_rows);
     ranges(problem, false).into_iter().chain([kernel(false), kernel(true)]).collect()
 }
 
-fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &MatrixLayout, by_rows: bool) -> Pass {
+fn pass(
+    problem: &Problem,
+    tile: CoopTile,
+    format: MatrixFormat,
+    layout: &MatrixLayout,
+    f16: Operands,
+    by_rows: bool,
+) -> Pass {
     let shape = problem.shape;
     let parts = parts(problem.element_type);
     let size = format.size;
@@ -112,6 +125,7 @@ fn pass(problem: &Problem, tile: CoopTile, format: MatrixFormat, layout: &Matrix
     on.retain(|name| !["SEQLENS_Q", "SEQLENS_K"].contains(name));
     on.extend(problem.has_lengths().then_some("LENGTHS_IN_ROWS"));
     on.extend(by_rows.then_some("BY_ROWS"));
+    on.extend(f16.switches());
     if size == 16 {
         on.push("MATRIX16");
     }

@@ -253,6 +253,11 @@ impl Module {
         module
     }
 
+    /// Whether its matrices are of bf16, which its WGSL has as f16.
+    pub(crate) fn is_bf16(&self) -> bool {
+        self.specialization.switches.contains(&"BF16_MATRICES")
+    }
+
     /// Its WGSL, with all inputs as inputs.
     pub(crate) fn source(&self) -> Result<Source, SpecializeError> {
         let mut source = self.specialization.source()?;

@@ -84,6 +84,12 @@ pub enum ModuleError {
         /// The lanes of a subgroup.
         lanes: u32,
     },
+    /// A module that cannot be one on bf16, which has no arithmetic.
+    #[error("SPIR-V instruction {opcode} takes or gives a number of 16 bits; bf16 is only moved and converted")]
+    Bf16Arithmetic {
+        /// The instruction's opcode.
+        opcode: u32,
+    },
     /// A placeholder that the SPIR-V does not name, so that its harmless body would run.
     #[error("placeholder {function} is not in the SPIR-V that naga wrote")]
     Lost {

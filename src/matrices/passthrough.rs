@@ -39,7 +39,8 @@ pub(crate) fn shader_module(
     //   were checked above switch on, and wrote the SPIR-V, which declares no capability that these features do not bring (a
     //   test lists them; StorageInputOutput16, which naga adds by default, is switched off); ElementModule, which nothing else can make, only replaced
     //   what placeholder functions of checked signatures return, by element accesses inside the matrix. Its matrices are
-    //   of a format that the adapter listed, its workgroups whole subgroups; the plan has compared threads and workgroup
+    //   of a format that the adapter listed; those of bf16, and what they declare besides, are planned only in a context that was given
+    //   Bf16Matrices of this very device, which the probe's caller has too. Its workgroups are whole subgroups; the plan has compared threads and workgroup
     //   memory with the device's limits.
     // - Its bindings are where wgpu-hal puts them: ElementModule numbers them as it does, and the layout is written from
     //   the same list. A pipeline whose layout has other entries would be refused by nobody: the library builds

@@ -6,7 +6,9 @@ use naga::valid::Capabilities;
 use naga::{CooperativeRole, Scalar, TypeInner};
 
 use super::access::ModuleError;
+use super::bf16_words;
 use super::format::MatrixFormat;
+use super::words::{HEADER, instructions, push};
 
 /// What [`FEATURES`](super::FEATURES) let a module use. `pack2x16float` and its like need no feature on Vulkan.
 const CAPABILITIES: Capabilities = Capabilities::COOPERATIVE_MATRIX
@@ -49,6 +51,12 @@ impl ElementModule {
             spirv: unroll_counted_loops(fill_placeholders(&spirv, &placeholders)?),
             entry_points: module.entry_points.iter().map(|e| (e.name.clone(), e.workgroup_size)).collect(),
         })
+    }
+
+    /// The same module on bf16 in place of f16. Its text may do no arithmetic on f16. The device needs more for it than features of wgpu: see
+    /// [`Bf16Matrices`](super::Bf16Matrices).
+    pub fn into_bf16(self) -> Result<ElementModule, ModuleError> {
+        Ok(ElementModule { spirv: bf16_words::to_bf16(&self.spirv)?, ..self })
     }
 
     /// The words of the module.
@@ -217,24 +225,8 @@ mod op {
     pub const RETURN_VALUE: u32 = 254;
 }
 
-/// A SPIR-V module starts with five words; this one is the lowest number that no id has.
-const HEADER: usize = 5;
+/// The place in the header of the lowest number that no id has.
 const BOUND: usize = 3;
-
-/// The opcode and the operands of each instruction.
-fn instructions(mut words: &[u32]) -> impl Iterator<Item = (u32, &[u32])> {
-    std::iter::from_fn(move || {
-        let length = (*words.first()? >> 16) as usize;
-        let (instruction, rest) = words.split_at(length);
-        words = rest;
-        Some((instruction[0] & 0xffff, &instruction[1..]))
-    })
-}
-
-fn push(words: &mut Vec<u32>, opcode: u32, operands: &[u32]) {
-    words.push((operands.len() as u32 + 1) << 16 | opcode);
-    words.extend_from_slice(operands);
-}
 
 /// The text of a literal operand: UTF-8, ended by a zero byte.
 fn literal(words: &[u32]) -> String {

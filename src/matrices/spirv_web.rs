@@ -19,6 +19,11 @@ impl ElementModule {
         Err(ModuleError::Naga("browsers take no SPIR-V".into()))
     }
 
+    /// There is none to change.
+    pub fn into_bf16(self) -> Result<ElementModule, ModuleError> {
+        match self {}
+    }
+
     /// The words of the module.
     pub fn spirv(&self) -> &[u32] {
         match *self {}

@@ -5,8 +5,8 @@ use super::coop::{self, Coop};
 use crate::error::Error;
 use crate::facts::Facts;
 use crate::kernel::{
-    Cut, Part, Pass, Slot, backward_coop, backward_delta, backward_fused, backward_naive, backward_scores,
-    backward_tile, check_limits, forward_coop_scaled,
+    Cut, Part, Pass, Slot, backward_delta, backward_fused, backward_naive, backward_scores, backward_tile,
+    check_limits, forward_coop_scaled,
 };
 use crate::loops;
 use crate::names::{ElementType, Kernel};
@@ -22,25 +22,26 @@ fn candidates(
     forward: Kernel,
     coop: &Result<Coop, Error>,
 ) -> Vec<Candidate> {
-    let not_coop = coop::refusal(problem, facts, options, coop, not_measured(problem));
+    let scaled = coop::is_scaled(problem, facts, options);
+    let not_coop = coop::refusal(problem, facts, options, coop, not_measured(problem, scaled));
     let short = options.kernel.is_none() && forward == Kernel::Naive;
     let candidate = |kernel, takes, reason| Candidate { kernel, takes, reason };
     vec![
         candidate(Kernel::Naive, short, SHORT_SEQUENCES),
-        candidate(Kernel::Coop, not_coop.is_none(), coop::reason(problem.element_type)),
+        candidate(Kernel::Coop, not_coop.is_none(), coop::reason(problem, facts, options)),
         candidate(Kernel::Tile, true, not_coop.unwrap_or(ANYWHERE)),
     ]
 }
 
 /// Why the coop kernel is not for rows of this problem, if it is not.
-fn not_measured(problem: &Problem) -> Option<&'static str> {
+fn not_measured(problem: &Problem, scaled: bool) -> Option<&'static str> {
     let wide = problem.shape.head_dim.max(problem.shape.head_dim_v) > 128;
-    if wide && problem.element_type != ElementType::F16 {
+    if wide && scaled {
         return Some(
             "the coop kernel's backward pass in f32 and bf16 has no figures above a head dim of 128: ask for it",
         );
     }
-    (problem.element_type == ElementType::BF16 && !backward_coop::bf16_in_vectors(problem))
+    (scaled && coop::in_single_bf16(problem))
         .then_some("the coop kernel's backward pass in bf16 takes rows that begin and end at multiples of 4 elements")
 }
 
@@ -53,7 +54,7 @@ pub(super) fn recipe(
 ) -> Result<Recipe, Error> {
     let coop = coop::backward(problem, facts, options);
     let (kernel, reason) = first(options.backward, || candidates(problem, facts, options, forward, &coop));
-    let mut coop_form = None;
+    let (mut coop_form, mut has_ranges, mut vector) = (None, false, 4);
     let after_delta = |passes| {
         let mut all = vec![backward_delta::pass(problem, false)];
         all.extend::<Vec<Pass>>(passes);
@@ -62,6 +63,7 @@ pub(super) fn recipe(
     let mut passes = match kernel {
         Kernel::Coop => {
             let coop = coop?;
+            (has_ranges, vector) = (coop.scaled, coop.vector());
             coop_form = Some((coop.form, coop.why));
             after_delta(coop.passes)
         }
@@ -90,7 +92,6 @@ pub(super) fn recipe(
     passes.extend(backward_scores::passes(problem, tile, on_matrices));
     let problem = problem.clone();
     let workspaces = move |part: &Part| {
-        let has_ranges = kernel == Kernel::Coop && problem.element_type != ElementType::F16;
         let mut all = vec![(Slot::Workspace, backward_delta::workspace_bytes(&problem, part, has_ranges))];
         if has_ranges {
             all.push((Slot::WorkspaceSizes, forward_coop_scaled::sizes_bytes(&problem, part)));
@@ -107,6 +108,7 @@ pub(super) fn recipe(
         kernel,
         reason,
         coop_form,
+        vector,
         passes,
         workspaces: Box::new(workspaces),
         cut: Cut::Groups,

@@ -12,6 +12,8 @@ pub(crate) struct Recipe {
     pub reason: &'static str,
     /// The coop kernel's form, and why.
     pub coop_form: Option<(CoopForm, String)>,
+    /// How many elements are moved at a time, where rows lie so that it can be.
+    pub vector: u32,
     pub passes: Vec<Pass>,
     pub workspaces: Workspaces,
     /// How a problem that is too large for one launch may be cut.

@@ -5,7 +5,7 @@ use super::{backward, forward};
 use crate::error::Error;
 use crate::facts::Facts;
 use crate::kernel::check_limits;
-use crate::names::Kernel;
+use crate::names::{ElementType, Kernel};
 use crate::options::PlanOptions;
 use crate::problem::Problem;
 
@@ -28,7 +28,7 @@ pub(crate) fn recipes(problem: &Problem, facts: &Facts, options: &PlanOptions) -
         Some(_) => Some(with_mods(backward::recipe(problem, facts, options, forward.kernel)?)),
         None => None,
     };
-    check_options(options, &forward, backward.as_ref())?;
+    check_options(options, problem.element_type, &forward, backward.as_ref())?;
     for recipe in backward.iter().chain([&forward]) {
         check_limits(recipe.kernel, &recipe.passes, &facts.limits)?;
     }
@@ -36,7 +36,12 @@ pub(crate) fn recipes(problem: &Problem, facts: &Facts, options: &PlanOptions) -
 }
 
 /// An error if an option is for a kernel that is not taken.
-fn check_options(options: &PlanOptions, forward: &Recipe, backward: Option<&Recipe>) -> Result<(), Error> {
+fn check_options(
+    options: &PlanOptions,
+    element_type: ElementType,
+    forward: &Recipe,
+    backward: Option<&Recipe>,
+) -> Result<(), Error> {
     let taken = |recipe: &Recipe| (recipe.kernel, recipe.reason);
     let forward = taken(forward);
     let backward = backward.map(taken);
@@ -56,10 +61,15 @@ fn check_options(options: &PlanOptions, forward: &Recipe, backward: Option<&Reci
             return unused(option, needs, of_backward, taken);
         }
     }
-    if options.coop_form.is_some()
-        && ![Some(forward), backward].iter().flatten().any(|(kernel, _)| *kernel == Kernel::Coop)
-    {
-        return unused("coop_form", Kernel::Coop, false, Some(forward));
+    let takes_coop = [Some(forward), backward].iter().flatten().any(|(kernel, _)| *kernel == Kernel::Coop);
+    for (option, given) in [("coop_form", options.coop_form.is_some()), ("scaled_bf16", options.scaled_bf16)] {
+        if given && !takes_coop {
+            return unused(option, Kernel::Coop, false, Some(forward));
+        }
+    }
+    if options.scaled_bf16 && element_type != ElementType::BF16 {
+        let why = "PlanOptions::scaled_bf16 is for problems in bf16; leave it out";
+        return Err(Error::Unsupported { kernel: Kernel::Coop, element_type, why });
     }
     if options.fused_tile.is_some() && options.backward_tile.is_some() {
         return Err(Error::OptionsExclude { option: "fused_tile", other: "backward_tile" });
@@ -70,8 +80,8 @@ fn check_options(options: &PlanOptions, forward: &Recipe, backward: Option<&Reci
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matrices::{MatrixFormat, MatrixLayout};
-    use crate::names::{CoopForm, ElementType};
+    use crate::matrices::{MatrixFormat, MatrixLayout, Rounding};
+    use crate::names::CoopForm;
     use crate::problem::{Causal, Shape};
     use crate::tune::{self, BackwardTile, CoopBackwardTile, CoopTile, DecodeTile, FusedTile, Tile};
 
@@ -121,6 +131,7 @@ mod tests {
         ends_loops.loop_iterations = Some(65_535);
         let long = Problem::new(Shape::square(1, 1, 100_000, 64), F32);
         let odd = Problem::new(Shape { head_dim: 66, ..Shape::square(2, 8, 512, 64) }, BF16);
+        let with_bf16 = matrices().bf16_matrices(Rounding::Truncated);
         for (what, problem, facts, expected) in [
             ("any device", problem(F32, 64), &webgpu, vec![(Kernel::Tile, "every device")]),
             ("a GPU without matrices", problem(F16, 64), &large(), vec![(Kernel::Tile, "every device")]),
@@ -136,6 +147,7 @@ mod tests {
             ("loops that end", long.clone(), &ends_loops, vec![(Kernel::Decode, "long loops")]),
             ("f16", problem(F16, 128), &matrices(), vec![(Kernel::Coop, "f16")]),
             ("bf16", problem(BF16, 128), &matrices(), vec![(Kernel::Coop, "scaled to f16")]),
+            ("matrices of bf16", problem(BF16, 128), &with_bf16, vec![(Kernel::Coop, "matrices for bf16")]),
             ("f32", problem(F32, 128), &matrices(), vec![(Kernel::Coop, "two parts")]),
             ("wide f32", problem(F32, 136), &matrices(), vec![(Kernel::Tile, "registers")]),
             ("f32 without access", problem(F32, 64), &no_access(), vec![(Kernel::Tile, "f16 only")]),
@@ -150,6 +162,18 @@ mod tests {
                 problem(BF16, 200).with_gradients(),
                 &matrices(),
                 vec![(Kernel::Coop, "scaled"), (Kernel::Tile, "no figures")],
+            ),
+            (
+                "wide, on matrices of bf16",
+                problem(BF16, 200).with_gradients(),
+                &with_bf16,
+                vec![(Kernel::Coop, "for bf16"), (Kernel::Coop, "for bf16")],
+            ),
+            (
+                "odd, on matrices of bf16",
+                odd.clone().with_gradients(),
+                &with_bf16,
+                vec![(Kernel::Coop, "for bf16"), (Kernel::Coop, "for bf16")],
             ),
             (
                 "odd bf16",
@@ -170,6 +194,10 @@ mod tests {
             assert!(same, "{what}: {found:?}, not {expected:?}");
         }
         // Asked for.
+        let scaled = chosen(&problem(BF16, 64).with_gradients(), &with_bf16, PlanOptions::default().scaled_bf16(true));
+        assert!(scaled.iter().all(|(kernel, why)| *kernel == Kernel::Coop && why.contains("scaled")), "{scaled:?}");
+        let of_f16 = recipes(&problem(F16, 64), &with_bf16, &PlanOptions::default().scaled_bf16(true)).err();
+        assert!(matches!(of_f16, Some(Error::Unsupported { element_type: F16, .. })), "{of_f16:?}");
         let options = PlanOptions::default().kernel(Kernel::Naive).backward(Kernel::Tile);
         let found = chosen(&problem(F16, 64).with_gradients(), &matrices(), options);
         assert_eq!(found, [(Kernel::Naive, "asked for"), (Kernel::Tile, "asked for")]);

@@ -4,19 +4,33 @@ use super::candidate::{ANYWHERE, block, check_blocks};
 use crate::error::Error;
 use crate::facts::{Facts, Matrices};
 use crate::kernel::{Pass, backward_bias_coop, backward_coop, check_limits, forward_coop, forward_coop_scaled};
-use crate::matrices::{MatrixFormat, MatrixLayout};
+use crate::matrices::{MatrixFormat, MatrixLayout, Operands};
 use crate::names::{CoopForm, ElementType, Kernel};
 use crate::options::PlanOptions;
 use crate::problem::Problem;
 use crate::tune::{self, CoopBackwardTile, CoopTile};
 
-/// Why a plan takes the coop kernel for a type.
-pub(super) const fn reason(element_type: ElementType) -> &'static str {
-    match element_type {
-        ElementType::F32 => "the device has cooperative matrices; f32 is multiplied in two parts of f16",
-        ElementType::F16 => "the device has cooperative matrices for f16",
-        ElementType::BF16 => "the device has cooperative matrices; bf16 is scaled to f16",
+/// Why a plan takes the coop kernel.
+pub(super) fn reason(problem: &Problem, facts: &Facts, options: &PlanOptions) -> &'static str {
+    match (problem.element_type, is_scaled(problem, facts, options)) {
+        (ElementType::F32, _) => "the device has cooperative matrices; f32 is multiplied in two parts of f16",
+        (ElementType::F16, _) => "the device has cooperative matrices for f16",
+        (ElementType::BF16, true) => "the device has cooperative matrices; bf16 is scaled to f16",
+        (ElementType::BF16, false) => "the device has cooperative matrices for bf16",
     }
+}
+
+/// What elements of the problem are as they are in this form; `None` where they have to be split or scaled to f16.
+fn operands(problem: &Problem, matrices: &Matrices, options: &PlanOptions, form: CoopForm) -> Option<Operands> {
+    let operands = matrices.operands(problem.element_type, form)?;
+    (!(operands.bf16 && options.scaled_bf16)).then_some(operands)
+}
+
+/// Whether the coop kernel would split or scale the problem's elements to f16.
+pub(super) fn is_scaled(problem: &Problem, facts: &Facts, options: &PlanOptions) -> bool {
+    let scaled =
+        |matrices: &Matrices| operands(problem, matrices, options, matrices.form(options.coop_form).0).is_none();
+    facts.matrices.as_ref().map_or(problem.element_type != ElementType::F16, scaled)
 }
 
 /// Why a plan does not take it.
@@ -31,11 +45,20 @@ const F16_ONLY: &str = "through workgroup memory it takes f16 only";
 /// The passes of a problem on a device's matrices.
 pub(super) struct Coop {
     pub form: CoopForm,
-    /// Why this form.
+    /// Why this form and, of bf16, why these matrices.
     pub why: String,
+    /// Whether elements are split or scaled to f16, which takes ranges of each head.
+    pub scaled: bool,
     pub passes: Vec<Pass>,
     /// Queries and keys of a tile of the forward pass.
     pub rows_and_keys: Option<(u32, u32)>,
+}
+
+impl Coop {
+    /// How many elements are moved at a time.
+    pub const fn vector(&self) -> u32 {
+        if self.scaled { 4 } else { 8 }
+    }
 }
 
 /// Form, why this one, and how its elements lie.
@@ -44,8 +67,15 @@ fn form(
     matrices: &Matrices,
     options: &PlanOptions,
 ) -> Result<(CoopForm, String, MatrixLayout), Error> {
-    let (form, why) = matrices.form(options.coop_form);
+    let (form, mut why) = matrices.form(options.coop_form);
     let layout = matrices.layout(form).ok_or(unsupported(problem, NO_ACCESS))?;
+    if problem.element_type == ElementType::BF16 {
+        why += &match &matrices.bf16 {
+            Ok(_) if options.scaled_bf16 => "; bf16 is scaled to f16 as asked for".into(),
+            Ok(_) => "; it has matrices of bf16".into(),
+            Err(why) => format!("; bf16 is scaled to f16: {why}"),
+        };
+    }
     Ok((form, why, layout))
 }
 
@@ -94,25 +124,29 @@ pub(super) fn forward(problem: &Problem, facts: &Facts, options: &PlanOptions) -
     let (format, shape) = (matrices.format, problem.shape);
     let in_blocks = |tile: CoopTile| block(problem).map_or(tile, |block| tile.in_blocks(format.size, block));
     let check = |tile: CoopTile| check_blocks(Kernel::Coop, problem, [tile.rows(format.size), tile.keys], false);
-    let (tile, passes) = match (problem.element_type, form) {
-        (ElementType::F16, _) => {
+    let operands = operands(problem, matrices, options, form);
+    let (tile, passes) = match (operands, form) {
+        (Some(operands), _) => {
             let table = || in_blocks(tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v));
-            let long = || long_tile(problem, form, format, &layout, &facts.limits);
+            let long = || long_tile(problem, form, format, &layout, operands, &facts.limits);
             let tile = options.coop_tile.or_else(long).unwrap_or_else(table);
             tile.validate(form, format.size)?;
             check(tile)?;
-            (tile, vec![forward_coop::pass(problem, form, tile, format, &layout)])
+            (tile, vec![forward_coop::pass(problem, form, tile, format, &layout, operands)])
         }
-        (other, CoopForm::Registers) => {
-            let table = || in_blocks(tune::coop_scaled_tile(format.size, other, shape.head_dim, shape.head_dim_v));
+        (None, CoopForm::Registers) => {
+            let element_type = problem.element_type;
+            let table =
+                || in_blocks(tune::coop_scaled_tile(format.size, element_type, shape.head_dim, shape.head_dim_v));
             let tile = options.coop_tile.unwrap_or_else(table);
             tile.validate_scaled(format.size, format.lanes)?;
             check(tile)?;
-            (tile, forward_coop_scaled::passes(problem, tile, format, &layout))
+            (tile, forward_coop_scaled::passes(problem, tile, format, &layout, matrices.f16()))
         }
-        (_, CoopForm::WorkgroupMemory) => return Err(unsupported(problem, F16_ONLY)),
+        (None, CoopForm::WorkgroupMemory) => return Err(unsupported(problem, F16_ONLY)),
     };
-    Ok(Coop { form, why, passes, rows_and_keys: Some((tile.rows(format.size), tile.keys)) })
+    let rows_and_keys = Some((tile.rows(format.size), tile.keys));
+    Ok(Coop { form, why, scaled: operands.is_none(), passes, rows_and_keys })
 }
 
 /// The backward pass, but for the deltas before it.
@@ -121,48 +155,60 @@ pub(super) fn backward(problem: &Problem, facts: &Facts, options: &PlanOptions) 
     let (form, why, layout) = form(problem, matrices, options)?;
     let (format, shape) = (matrices.format, problem.shape);
     let widest = shape.head_dim.max(shape.head_dim_v);
-    let scaled = problem.element_type != ElementType::F16;
+    let operands = operands(problem, matrices, options, form);
+    let scaled = operands.is_none();
     let in_blocks = |[dkdv, dq]: [CoopBackwardTile; 2]| match block(problem) {
         Some([queries, keys]) => {
             [dkdv.in_blocks(format.size, scaled, [keys, queries]), dq.in_blocks(format.size, scaled, [queries, keys])]
         }
         None => [dkdv, dq],
     };
-    let tiles = match (problem.element_type, form) {
-        (ElementType::F16, _) => {
+    let tiles = match (operands, form) {
+        (Some(_), _) => {
             let table = || in_blocks(tune::coop_backward_tiles(form, format.size, shape.head_dim, shape.head_dim_v));
             let tiles = options.coop_backward_tiles.unwrap_or_else(table);
             tiles.iter().try_for_each(|tile| tile.validate(format.size))?;
             tiles
         }
-        (ElementType::BF16, CoopForm::Registers) if !backward_coop::bf16_in_vectors(problem) => {
-            let why = "its backward pass in bf16 takes rows that begin and end at multiples of 4 elements";
+        (None, CoopForm::Registers) if in_single_bf16(problem) => {
+            let why = "its backward pass in bf16 takes rows that begin and end at multiples of 4 elements, unless the device has matrices of bf16";
             return Err(unsupported(problem, why));
         }
-        (other, CoopForm::Registers) => {
-            let table =
-                || in_blocks(tune::coop_scaled_backward_tiles(format.size, other, shape.head_dim, shape.head_dim_v));
+        (None, CoopForm::Registers) => {
+            let tiles = |element_type| {
+                tune::coop_scaled_backward_tiles(format.size, element_type, shape.head_dim, shape.head_dim_v)
+            };
+            let table = || in_blocks(tiles(problem.element_type));
             let tiles = options.coop_backward_tiles.unwrap_or_else(table);
             tiles.iter().try_for_each(|tile| tile.validate_scaled(format.size, format.lanes, widest))?;
             tiles
         }
-        (_, CoopForm::WorkgroupMemory) => return Err(unsupported(problem, F16_ONLY)),
+        (None, CoopForm::WorkgroupMemory) => return Err(unsupported(problem, F16_ONLY)),
     };
     let [dkdv, dq] = tiles;
     let own = |tile: CoopBackwardTile| if scaled { tile.scaled_own(format.size) } else { tile.own(format.size) };
     check_blocks(Kernel::Coop, problem, [dkdv.step, own(dkdv)], true)?;
     check_blocks(Kernel::Coop, problem, [own(dq), dq.step], true)?;
-    let passes = backward_coop::passes(problem, form, tiles, format, &layout);
-    Ok(Coop { form, why, passes, rows_and_keys: None })
+    let passes = match operands {
+        Some(operands) => backward_coop::passes(problem, form, tiles, format, &layout, operands),
+        None => backward_coop::scaled_passes(problem, tiles, format, &layout, matrices.f16()),
+    };
+    Ok(Coop { form, why, scaled, passes, rows_and_keys: None })
+}
+
+/// Whether bf16 lie so that they are moved one by one, which the kernels that scale them to f16 do not do in the backward pass.
+pub(super) fn in_single_bf16(problem: &Problem) -> bool {
+    problem.element_type == ElementType::BF16 && !backward_coop::bf16_in_vectors(problem)
 }
 
 /// The gradient of the bias, if matrices compute it.
 pub(super) fn bias_gradient(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Option<Pass> {
     let matrices = facts.matrices.as_ref()?;
     let (form, _, layout) = form(problem, matrices, options).ok()?;
-    let bias = backward_bias_coop::bias(problem, &layout).filter(|_| form == CoopForm::Registers)?;
+    let operands = operands(problem, matrices, options, form).filter(|_| form == CoopForm::Registers)?;
+    let bias = backward_bias_coop::bias(problem, &layout)?;
     let tile = tune::bias_gradient_tile(matrices.format.size, problem.shape.head_dim, problem.shape.head_dim_v);
-    let pass = backward_bias_coop::pass(problem, &bias, tile, matrices.format, &layout);
+    let pass = backward_bias_coop::pass(problem, &bias, tile, matrices.format, &layout, operands);
     check_limits(Kernel::Coop, std::slice::from_ref(&pass), &facts.limits).is_ok().then_some(pass)
 }
 
@@ -172,6 +218,7 @@ fn long_tile(
     form: CoopForm,
     format: MatrixFormat,
     layout: &MatrixLayout,
+    operands: Operands,
     limits: &wgpu::Limits,
 ) -> Option<CoopTile> {
     let shape = &problem.shape;
@@ -182,8 +229,8 @@ fn long_tile(
     let suits = divides
         && shape.seqlen_q.min(end.saturating_sub(first)) >= tune::LONG
         && blocks * shape.batch as u64 * shape.heads_q as u64 >= tune::FULL_DEVICE;
-    let fits =
-        || check_limits(Kernel::Coop, &[forward_coop::pass(problem, form, tile, format, layout)], limits).is_ok();
+    let pass = || forward_coop::pass(problem, form, tile, format, layout, operands);
+    let fits = || check_limits(Kernel::Coop, &[pass()], limits).is_ok();
     (suits && fits()).then_some(tile)
 }
 
@@ -196,7 +243,7 @@ mod tests {
     fn long_rows_have_their_own_tile_where_it_fits() {
         let format = MatrixFormat { size: 16, lanes: 32 };
         let chosen = |problem: &Problem, format, limits| {
-            long_tile(problem, CoopForm::Registers, format, &MatrixLayout::rows(format), limits)
+            long_tile(problem, CoopForm::Registers, format, &MatrixLayout::rows(format), Operands::F16, limits)
         };
         let large = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() };
         let problem = |heads, seqlen| Problem::new(Shape::square(1, heads, seqlen, 64), ElementType::F16);

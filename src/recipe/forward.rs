@@ -17,6 +17,7 @@ use crate::tune::{self, Tile};
 fn candidates(problem: &Problem, facts: &Facts, options: &PlanOptions, coop: &Result<Coop, Error>) -> Vec<Candidate> {
     let not_coop = coop::refusal(problem, facts, options, coop, too_wide(problem));
     let many_queries = if not_coop.is_none() { Kernel::Coop } else { Kernel::Tile };
+    let is_scaled = coop::is_scaled(problem, facts, options);
     let tile = tile_of(problem, facts, options);
     let loops_end = tile.validate().is_ok() && tile_loops(problem, facts, tile).is_err();
     let has_dropout = problem.dropout_in_use().is_some();
@@ -25,10 +26,10 @@ fn candidates(problem: &Problem, facts: &Facts, options: &PlanOptions, coop: &Re
         candidate(Kernel::Naive, options.backward.is_none() && naive::suits(problem), SHORT_SEQUENCES),
         candidate(
             Kernel::Decode,
-            !has_dropout && decode::pays(problem, many_queries) && decode_fits(problem, facts, options),
+            !has_dropout && decode::pays(problem, many_queries, is_scaled) && decode_fits(problem, facts, options),
             "few queries: they share a tile, and splits of the keys fill the device",
         ),
-        candidate(Kernel::Coop, not_coop.is_none(), coop::reason(problem.element_type)),
+        candidate(Kernel::Coop, not_coop.is_none(), coop::reason(problem, facts, options)),
         candidate(
             Kernel::Decode,
             !has_dropout && problem.gradients.is_none() && loops_end && decode_fits(problem, facts, options),
@@ -85,6 +86,7 @@ fn plain(kernel: Kernel, rows: u32) -> Recipe {
         kernel,
         reason: "",
         coop_form: None,
+        vector: 4,
         passes: vec![],
         workspaces: Box::new(|_| vec![]),
         cut: Cut::HeadsAndRows(rows),
@@ -96,9 +98,9 @@ fn plain(kernel: Kernel, rows: u32) -> Recipe {
 
 fn of_coop(problem: &Problem, coop: Coop) -> Recipe {
     let rows = coop.rows_and_keys.map_or(problem.shape.seqlen_q, |(rows, _)| rows);
-    let workspaces: Workspaces = match problem.element_type {
-        ElementType::F16 => Box::new(|_| vec![]),
-        _ => {
+    let workspaces: Workspaces = match coop.scaled {
+        false => Box::new(|_| vec![]),
+        true => {
             let problem = problem.clone();
             Box::new(move |part: &Part| {
                 vec![
@@ -109,6 +111,7 @@ fn of_coop(problem: &Problem, coop: Coop) -> Recipe {
         }
     };
     Recipe {
+        vector: coop.vector(),
         coop_form: Some((coop.form, coop.why)),
         passes: coop.passes,
         workspaces,

@@ -18,6 +18,8 @@ pub struct PlannedModule {
     pub bindings: Vec<u32>,
     /// Whether it has placeholders for access to the elements of matrices.
     pub element_access: bool,
+    /// Whether its matrices are of bf16, which its WGSL has as f16.
+    pub bf16_matrices: bool,
     /// Threads of a workgroup.
     pub threads: u32,
     /// Workgroup memory.
@@ -33,6 +35,7 @@ impl PlannedModule {
             specialization: pass.specialization.clone(),
             bindings: pass.binding_numbers(),
             element_access: pass.element_access,
+            bf16_matrices: pass.module().is_bf16(),
             threads: pass.threads,
             workgroup_bytes: pass.workgroup_bytes,
             is_backward,

@@ -219,8 +219,12 @@ mod tests {
                         assert!(used <= bytes, "{form} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
                     }
                 }
-                let used =
-                    bias_gradient_tile(size, head_dim, head_dim_v).workgroup_bytes(CoopForm::Registers, size, head_dim, head_dim_v);
+                let used = bias_gradient_tile(size, head_dim, head_dim_v).workgroup_bytes(
+                    CoopForm::Registers,
+                    size,
+                    head_dim,
+                    head_dim_v,
+                );
                 assert!(used <= bytes, "bias {head_dim} {head_dim_v} {used} > {bytes}");
                 for (element_type, parts) in [(ElementType::F32, 2), (ElementType::BF16, 1)] {
                     let [dkdv, dq] = coop_scaled_backward_tiles(size, element_type, head_dim, head_dim_v);

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
-use wgpu_flash_attention::matrices::{Bit, MatrixFormat, MatrixLayout};
+use wgpu_flash_attention::matrices::{Bit, ElementModule, MatrixFormat, MatrixLayout};
 use wgpu_flash_attention::{Context, ElementType, HeadlessOptions, Kernel, PlanOptions, PlannedModule, wgpu};
 
 use crate::backward::{self, Ask};
@@ -26,6 +26,11 @@ pub fn context() -> Option<Context> {
 /// Whether a processor does the work of the device. It takes minutes to compile large tiles.
 pub fn is_software(context: &Context) -> bool {
     context.device().adapter_info().device_type == wgpu::DeviceType::Cpu
+}
+
+/// Whether kernels take matrices of bf16 on the context's device.
+pub fn has_bf16(context: &Context) -> bool {
+    context.facts().matrices.as_ref().is_some_and(|matrices| matrices.bf16.is_ok())
 }
 
 /// Rows and columns of the context's matrices: of software Vulkan, and of GPUs that these tests have run on.
@@ -130,7 +135,7 @@ fn instructions(words: &[u32]) -> impl Iterator<Item = (u32, &[u32])> {
 
 /// What a module may need of a device: what wgpu has seen to when the device has cooperative matrices, f16, subgroups and
 /// passthrough, on Vulkan 1.3.
-const CAPABILITIES: [(u32, &str); 12] = [
+const CAPABILITIES: [(u32, &str); 14] = [
     (1, "Shader"),
     (9, "Float16"),
     (61, "GroupNonUniform"),
@@ -141,6 +146,9 @@ const CAPABILITIES: [(u32, &str); 12] = [
     (66, "GroupNonUniformShuffleRelative"),
     (4433, "StorageBuffer16BitAccess"),
     (4434, "UniformAndStorageBuffer16BitAccess"),
+    // These two where the library made the device with VK_KHR_shader_bfloat16: it plans modules on bf16 for no other.
+    (5116, "BFloat16TypeKHR"),
+    (5118, "BFloat16CooperativeMatrixKHR"),
     (5345, "VulkanMemoryModel"),
     (6022, "CooperativeMatrixKHR"),
 ];
@@ -197,6 +205,21 @@ pub fn spirv_error(validator: &Path, name: &str, words: &[u32]) -> Option<String
     file.write_all(bytemuck::cast_slice(words)).unwrap();
     let output = Command::new(validator).args(["--target-env", "vulkan1.3"]).arg(file.path()).output().unwrap();
     (!output.status.success()).then(|| String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// naga takes the module, the library makes it one on bf16, and the validator of SPIR-V takes that.
+pub fn check_bf16(planned: &PlannedModule, format: MatrixFormat, checked: bool, spirv_val: Option<&Path>) {
+    let PlannedModule { specialization, bindings, .. } = planned;
+    let text = planned.source().unwrap().text;
+    assert_eq!(workgroup_bytes(&text), planned.workgroup_bytes, "{specialization:?}");
+    let module = ElementModule::new(&text, format, bindings, checked).and_then(ElementModule::into_bf16);
+    let module = module.unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
+    let has =
+        |capability| instructions(module.spirv()).any(|(opcode, operands)| (opcode, operands) == (17, &[capability]));
+    assert!(has(5116) && has(5118), "{specialization:?}");
+    if let Some(error) = spirv_val.and_then(|validator| spirv_error(validator, "bf16.spv", module.spirv())) {
+        panic!("{specialization:?}: {error}");
+    }
 }
 
 /// Matrices that devices without access to elements may have: of 2, 4 and 8 elements a lane.
