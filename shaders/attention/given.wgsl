@@ -32,10 +32,11 @@ fn bias_of(at: Sequence, i: i32, j: i32) -> f32 {
 #endif
 }
 
-// Of keys j and j + 1, of which j is even. With BIAS_PAIRED both lie in one word.
-fn bias2_of(at: Sequence, i: i32, j: i32) -> vec2f {
+// Of keys j + step and j + step + 1, of which the first is even, step being even too. With BIAS_PAIRED both lie in one word. A caller's step is a
+// constant, so that words of a row differ by constants.
+fn bias2_of(at: Sequence, i: i32, j: i32, step: u32) -> vec2f {
 #if BIAS_PAIRED
-    let word = bias_word(place_of_score(problem.bias, 1u, at, i, j) / 2u);
+    let word = bias_word(place_of_score(problem.bias, 1u, at, i, j) / 2u + step / 2u);
 #if BIAS_F16
     let two = unpack2x16float(word);
     return vec2f(bias_of_bits(bitcast<u32>(two.x)), bias_of_bits(bitcast<u32>(two.y)));
@@ -43,7 +44,8 @@ fn bias2_of(at: Sequence, i: i32, j: i32) -> vec2f {
     return vec2f(bias_of_bits(word << 16u), bias_of_bits(word & 0xffff0000u));
 #endif
 #else
-    return vec2f(bias_of(at, i, j), bias_of(at, i, j + 1));
+    let first = j + i32(step);
+    return vec2f(bias_of(at, i, first), bias_of(at, i, first + 1));
 #endif
 }
 

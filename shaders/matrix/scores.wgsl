@@ -47,7 +47,7 @@ fn added_lane(at: Sequence, i0: i32, j0: i32, lane: u32) -> Lane {
         if $keys_next == 0u {
             y[e] += bias_of(at, i, j);
         } else if (e & $keys_next) == 0u {
-            let of_two = bias2_of(at, i, j);
+            let of_two = bias2_of(at, i, j0 + held_$keys_place(lane, 0u), u32(held_$keys_place(0u, e)));
             y[e] += of_two.x;
             y[e | $keys_next] += of_two.y;
         }
