@@ -389,6 +389,16 @@ pub enum Error {
         /// The kernel that the plan takes there, and why; `None` of the backward pass of a problem without gradients.
         taken: Option<(Kernel, &'static str)>,
     },
+    /// An option for problems of another element type, so that it would change nothing.
+    #[error("PlanOptions::{option} is for problems in {needs}, and this one is in {found}; leave it out")]
+    OptionElementType {
+        /// The field of [`PlanOptions`](crate::PlanOptions).
+        option: &'static str,
+        /// The element type that it is for.
+        needs: ElementType,
+        /// The problem's.
+        found: ElementType,
+    },
     /// Two options of which only one can be followed.
     #[error("PlanOptions::{option} and PlanOptions::{other} exclude each other; leave one of them out")]
     OptionsExclude {

@@ -18,7 +18,7 @@ pub struct PlanOptions {
     /// The form of the coop kernel, forward and backward; `None` takes the faster of those that the device allows.
     pub coop_form: Option<CoopForm>,
     /// Scales bf16 to f16 in the coop kernel also where the device has matrices of bf16, forward and backward: slower, to be compared with, and
-    /// for scores above ±10⁷. For problems in bf16 only.
+    /// for scores above ±10⁷. For problems in bf16 only: others are an [`Error::OptionElementType`](crate::Error::OptionElementType).
     pub scaled_bf16: bool,
     /// Into how many splits the decode kernel cuts the keys; `None` takes `tune::decode_splits`.
     pub splits: Option<u32>,

@@ -34,6 +34,11 @@ fn of_f16(mut problem: Problem) -> Problem {
     problem
 }
 
+fn of_bf16(mut problem: Problem) -> Problem {
+    problem.element_type = ElementType::BF16;
+    problem
+}
+
 /// Problems and options that no plan is made for, and what the error says.
 #[test]
 fn plans() {
@@ -126,6 +131,27 @@ fn plans() {
                 taken: Some((Kernel::Tile, "asked for")),
             },
             "ask for the decode kernel by PlanOptions::kernel",
+        ),
+        (
+            of_f16(good()),
+            tile().scaled_bf16(true),
+            Error::OptionElementType {
+                option: "scaled_bf16",
+                needs: ElementType::BF16,
+                found: ElementType::F16,
+            },
+            "PlanOptions::scaled_bf16 is for problems in bf16, and this one is in f16",
+        ),
+        (
+            of_bf16(good()),
+            tile().scaled_bf16(true),
+            Error::OptionUnused {
+                option: "scaled_bf16",
+                needs: Kernel::Coop,
+                backward: false,
+                taken: Some((Kernel::Tile, "asked for")),
+            },
+            "ask for the coop kernel by PlanOptions::kernel",
         ),
     ];
     for (problem, options, expected, named) in refused {

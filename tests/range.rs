@@ -9,13 +9,16 @@ use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::ElementType::{self, BF16, F16, F32};
 use wgpu_flash_attention::tune::{CoopBackwardTile, CoopTile};
 use wgpu_flash_attention::wgpu::Buffer;
-use wgpu_flash_attention::{BackwardBuffers, Context, ForwardBuffers, Kernel, PlanOptions, Problem, Shape, reference};
+use wgpu_flash_attention::{
+    BackwardBuffers, Bias, Context, ForwardBuffers, Kernel, PlanOptions, Problem, ScoreLayout, Shape, reference,
+};
 
-/// A problem with gradients, q, k, v and do, as its type holds them.
+/// A problem with gradients, q, k, v and do, as its type holds them, and the bias of each key.
 #[derive(Clone)]
 struct Case {
     problem: Problem,
     inputs: [Vec<f32>; 4],
+    bias: Option<Vec<f32>>,
 }
 
 /// SplitMix64. The bounds here were found with its numbers, and depend on them: errors are relative to a row of a gradient, which
@@ -44,7 +47,7 @@ impl Case {
         let mut rng = Rng(0x5eed);
         let mut tensor = |rows: u32| (0..rows * dim).map(|_| 2.0 * rng.unit() - 1.0).collect::<Vec<f32>>();
         let inputs = [tensor(rows), tensor(keys), tensor(keys), tensor(rows)];
-        Case { problem: Problem::new(shape, element_type).with_gradients(), inputs }.rounded()
+        Case { problem: Problem::new(shape, element_type).with_gradients(), inputs, bias: None }.rounded()
     }
 
     /// Multiplies a row of a tensor (0 q, 1 k, 2 v, 3 do).
@@ -60,6 +63,16 @@ impl Case {
         self.rounded()
     }
 
+    /// A bias that masks a key of all queries, and is 0 elsewhere.
+    fn bias_masks(mut self, key: usize) -> Case {
+        let keys = self.problem.shape.seqlen_k;
+        let mut bias = vec![0.0; keys as usize];
+        bias[key] = f32::NEG_INFINITY;
+        self.problem = self.problem.with_bias(Bias::new(F32, ScoreLayout::contiguous([1, 1, 1, keys])));
+        self.bias = Some(bias);
+        self
+    }
+
     fn problem(mut self, change: impl FnOnce(Problem) -> Problem) -> Case {
         self.problem = change(self.problem);
         self
@@ -73,8 +86,9 @@ impl Case {
 
     fn expected(&self) -> Results {
         let [q, k, v, grad] = &self.inputs;
-        let forward = reference::forward(&self.problem, q, k, v, None);
-        let backward = reference::backward(&self.problem, [q, k, v, grad], None, None);
+        let extras = reference::Extras::default().bias(self.bias.as_deref());
+        let forward = reference::forward(&self.problem, q, k, v, extras);
+        let backward = reference::backward(&self.problem, [q, k, v, grad], None, extras);
         [forward.out, forward.lse, backward.query, backward.key, backward.value]
     }
 
@@ -95,8 +109,10 @@ impl Case {
         let lse = context.upload(&vec![0xff; 4 * self.problem.shape.rows() as usize]).unwrap();
         let words = |bytes: u64| (bytes > 0).then(|| context.upload(&vec![0xff; bytes as usize]).unwrap());
         let (workspace, backward_workspace) = (words(plan.workspace_bytes()), words(plan.backward_workspace_bytes()));
+        let bias = self.bias.as_ref().map(|bias| context.upload(bytemuck::cast_slice(bias)).unwrap());
         let mut encoder = context.device().create_command_encoder(&Default::default());
         let buffers = ForwardBuffers::new(&query, &key, &value, &out).lse(&lse).workspace(workspace.as_ref());
+        let buffers = buffers.bias(bias.as_ref());
         plan.forward(&mut encoder, &buffers).unwrap();
         let gradients = [&grad_query, &grad_key, &grad_value];
         let buffers = BackwardBuffers::new(&buffers, &grad_out, gradients).workspace(backward_workspace.as_ref());
@@ -230,6 +246,21 @@ fn huge_rows_leave_others_alone() {
         F32 => [2e-6, 2e-6, 1e-5, 1e-5, 1e-5],
         _ => [1e-2, 1e-2, 2e-2, 2e-2, 2e-2],
     });
+}
+
+/// A value whose product with the gradient of o is infinite in f32 changes nothing where a mask or a bias of -infinity excludes its key. Kernels on
+/// cooperative matrices see to that; in the others such products have to be finite.
+#[test]
+fn infinite_products_that_do_not_count() {
+    let case = || Case::random(BF16, [37, 70], 16).all(3, 1.0);
+    let huge = |mut case: Case| {
+        case.inputs[2][38 * 16..][..16].fill(3e38);
+        case.rounded()
+    };
+    let masked = huge(case().problem(|problem| problem.causal(TopLeft)));
+    let cases = [("a causal mask", masked), ("a bias", huge(case().bias_masks(38)))];
+    let cases = cases.map(|(by, case)| (format!("a value of 3e38 that {by} excludes"), case));
+    check_some(&cases, |way| way.starts_with("coop"), |_, _| [1e-2, 1e-2, 2e-2, 2e-2, 2e-2]);
 }
 
 /// No bound, but neither infinity nor NaN passes.

@@ -204,6 +204,9 @@ fn bias_gradient(
                     }
 #unroll
                     for (var e = 0u; e < ELEMENTS; e++) {
+#if BF16_MATRICES
+                        y[e] = of_what_counts(y[e], x[e]);
+#endif
                         sums[r][c][e] = fma(exp2(x[e]), y[e] - lane_stats[r][held_row(e)].y, sums[r][c][e]);
                     }
                 }

@@ -308,6 +308,11 @@ fn dkdv(
 #endif
                 }
                 for (var e = 0u; e < ELEMENTS; e++) {
+#if BF16_MATRICES
+#if BIAS
+                    y[e] = of_what_counts(y[e], x[e]);
+#endif
+#endif
                     x[e] = exp2(x[e]);
                     y[e] *= x[e];
                 }

@@ -281,6 +281,11 @@ fn dq(
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < ACROSS_KEYS; c++) {
                 for (var e = 0u; e < ELEMENTS; e++) {
+#if BF16_MATRICES
+#if BIAS
+                    ds[r][c][e] = of_what_counts(ds[r][c][e], p[r][c][e]);
+#endif
+#endif
                     ds[r][c][e] *= exp2(p[r][c][e]);
                 }
             }

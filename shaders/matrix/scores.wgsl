@@ -1,7 +1,7 @@
 // Score, mask and dropout on what a lane holds of a matrix, which has row i0 of the sequence and key j0 in its first element. Queries are
 // the matrix's $queries and keys its $keys, each `row` or `column`.
-// Needs: attention.wgsl, Lane, layout.wgsl. Gives: ShapedLane, shaped, added_lane, masked; held_delta, held_factor; with DROPOUT Kept, kept_lane, what_is_kept,
-// grad_of_kept.
+// Needs: attention.wgsl, Lane, layout.wgsl. Gives: ShapedLane, shaped, added_lane, masked; held_delta, held_factor; with
+// BF16_MATRICES and BIAS of_what_counts; with DROPOUT Kept, kept_lane, what_is_kept, grad_of_kept.
 
 // The scores (products as they are, unless SHAPED), and d score / d (scale · q·k), from the products and what added_lane gives.
 struct ShapedLane {
@@ -73,6 +73,19 @@ fn masked(x: Lane, at: Sequence, i0: i32, j0: i32, lane: u32, value: f32) -> Lan
     }
     return y;
 }
+
+#if BF16_MATRICES
+#if BIAS
+// exp2 of anything below this is 0 in f32.
+const VANISHES = -150.0;
+
+// The gradient y of a probability 2^x, or 0 where the probability vanishes. A bias of -infinity may mask the key there, and the key's value may be as
+// large as bf16 has it. Then y is infinite, and y times a probability of 0 would be NaN.
+fn of_what_counts(y: f32, x: f32) -> f32 {
+    return select(y, 0.0, x < VANISHES);
+}
+#endif
+#endif
 
 #if DROPOUT
 // Which of a lane's probabilities are kept.

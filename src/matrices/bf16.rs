@@ -1,4 +1,4 @@
-//! That a device has cooperative matrices of bf16, which wgpu does not know of.
+//! The proof that a device has cooperative matrices of bf16, of which wgpu knows nothing.
 
 use super::access::{FEATURES, NoElementAccess};
 use crate::error::features;
@@ -10,12 +10,15 @@ mod vulkan;
 #[path = "bf16_nowhere.rs"]
 mod vulkan;
 
-/// Knows of a device that it has cooperative matrices of bf16, so that [`Context::with_bf16_matrices`](crate::Context::with_bf16_matrices) may
-/// use them.
+/// The proof that a device has cooperative matrices (tensor cores) of bf16. [`Context::with_bf16_matrices`](crate::Context::with_bf16_matrices)
+/// takes it, and plans of that context compute problems in bf16 on them.
 ///
-/// Vulkan has them by the extension `VK_KHR_shader_bfloat16`, of which wgpu knows nothing: neither does `Adapter::request_device` switch it on, nor can a
-/// device be asked whether it is on. So there are two ways to one of these: [`request_device`](Self::request_device) makes the device, and
-/// [`of_device`](Self::of_device) takes the word of an application that made it.
+/// These matrices come with the Vulkan extension `VK_KHR_shader_bfloat16`, of which wgpu knows nothing: `Adapter::request_device` does not switch it
+/// on, and a device cannot be asked whether it is on. So there are two ways to a proof: [`request_device`](Self::request_device) makes the device,
+/// and [`of_device`](Self::of_device) takes the word of an application that made it.
+///
+/// You need none for a device of [`Context::headless_with`](crate::Context::headless_with), whose option `cooperative_matrices` sees to it, nor where
+/// you have no problems in bf16.
 #[derive(Clone, Debug)]
 pub struct Bf16Matrices {
     device: wgpu::Device,
@@ -53,7 +56,7 @@ pub enum NoBf16Matrices {
     /// A device that was made without the extension.
     #[error("the device was created without VK_KHR_shader_bfloat16; make it by Bf16Matrices::request_device")]
     NotEnabled,
-    /// The adapter is not the one that the device came from.
+    /// The adapter given to [`Bf16Matrices::of_device`] is not the one that the device came from.
     #[error("the adapter is another than the device's; pass the adapter that the device was requested from")]
     Adapter,
     /// They are those of another device.
@@ -62,7 +65,7 @@ pub enum NoBf16Matrices {
     /// The context uses no matrices of f16.
     #[error("the context uses no cooperative matrices yet; call Context::with_cooperative_matrices first")]
     NoMatrices,
-    /// There are none of the size that f16 has.
+    /// There are none of the size of the f16 matrices, which kernels use for both.
     #[error("matrices of f16 are {f16}x{f16}, and of bf16 there are none of this size")]
     OtherSize {
         /// Rows and columns.
@@ -77,11 +80,16 @@ pub enum NoBf16Matrices {
 }
 
 impl Bf16Matrices {
-    /// As [`wgpu::Adapter::request_device`], with `VK_KHR_shader_bfloat16` where the adapter has it. Its features are switched on only if
-    /// the physical device has them. The third value says whether the device now has matrices of bf16, or why not; the device is as good as any other
-    /// then.
+    /// As [`wgpu::Adapter::request_device`], with `VK_KHR_shader_bfloat16` where the adapter has it and matrices of bf16.
     ///
-    /// The descriptor has to ask for [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES) and `PASSTHROUGH_SHADERS`.
+    /// The third value is the proof, or why there is none. Then the device is what `wgpu::Adapter::request_device` makes of the descriptor.
+    ///
+    /// The descriptor has to ask for [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES) and `PASSTHROUGH_SHADERS`: without them the
+    /// third value is [`NoBf16Matrices::Features`].
+    ///
+    /// # Errors
+    ///
+    /// Those of `wgpu::Adapter::request_device`: the adapter cannot make the device that the descriptor asks for.
     ///
     /// ```no_run
     /// # async fn example(adapter: wgpu::Adapter, descriptor: wgpu::DeviceDescriptor<'_>) -> Result<(), Box<dyn std::error::Error>> {
@@ -110,19 +118,27 @@ impl Bf16Matrices {
         Ok((device, queue, Err(without)))
     }
 
-    /// Of a device that the application made itself, by `wgpu::hal::vulkan::Adapter::open_with_callback` or in Vulkan. That it did is checked as
-    /// far as wgpu knows it: the extension has to be among those that the device was opened with, and the physical device has to have
-    /// the features and the matrices.
+    /// The proof for a device that the application made itself with the extension, by `wgpu::hal::vulkan::Adapter::open_with_callback` or in Vulkan.
+    /// `adapter` is the one that the device came from.
+    ///
+    /// The application's word is checked as far as wgpu allows it: the extension has to be among those that wgpu was told that the device was opened
+    /// with, and the physical device has to have the extension's features and the matrices.
     ///
     /// # Safety
     ///
-    /// The device was created with `shaderBFloat16Type` and `shaderBFloat16CooperativeMatrix` of
-    /// `VkPhysicalDeviceShaderBfloat16FeaturesKHR` set to true: nobody can ask a device that. Without them the driver is given
-    /// shaders that it does not have to understand, and what it then does is undefined.
+    /// The device was created with `shaderBFloat16Type` and `shaderBFloat16CooperativeMatrix` of `VkPhysicalDeviceShaderBfloat16FeaturesKHR` set to
+    /// true, which a device cannot be asked. Without them the driver is given shaders that it does not have to understand, and what it then does is
+    /// undefined.
     #[allow(unsafe_code)]
     pub unsafe fn of_device(adapter: &wgpu::Adapter, device: &wgpu::Device) -> Result<Bf16Matrices, NoBf16Matrices> {
         let sizes = vulkan::sizes_of(adapter, device)?;
         Ok(Bf16Matrices { device: device.clone(), sizes })
+    }
+
+    /// As if the device had them, for a test.
+    #[cfg(test)]
+    pub(crate) fn of_sizes(device: &wgpu::Device, sizes: Vec<u32>) -> Bf16Matrices {
+        Bf16Matrices { device: device.clone(), sizes }
     }
 
     pub(crate) fn device(&self) -> &wgpu::Device {
@@ -134,8 +150,8 @@ impl Bf16Matrices {
     }
 }
 
-/// A device with the extension, and the sizes of its matrices. Whatever wgpu would refuse of the descriptor is left to `request_device`, which
-/// says so in wgpu's words.
+/// A device with the extension, and the sizes of its matrices. A descriptor that wgpu would refuse is an error here, so that `request_device` passes
+/// it on to wgpu, which says what is wrong with it.
 fn with_extension(
     adapter: &wgpu::Adapter,
     descriptor: &wgpu::DeviceDescriptor<'_>,

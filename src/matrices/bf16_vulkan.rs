@@ -1,4 +1,4 @@
-//! The one place that speaks to Vulkan past wgpu: it asks a physical device for matrices of bf16, and makes a device that has them.
+//! The one place that speaks to Vulkan past wgpu. It asks a physical device whether it has matrices of bf16, and makes a device that has them.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, c_void};
@@ -38,7 +38,7 @@ impl Features {
 /// The sizes of the square matrices with operands of bf16 and sums of f32 that the physical device has, 16 or 8.
 fn sizes(adapter: &vulkan::Adapter) -> Result<Vec<u32>, NoBf16Matrices> {
     let (shared, properties) = (adapter.shared_instance(), adapter.physical_device_capabilities());
-    // Features are asked for in a way that Vulkan 1.1 has, of the instance and of the device.
+    // Asking for features takes Vulkan 1.1, of the instance and of the device.
     let version = shared.instance_api_version().min(properties.properties().api_version);
     let has = |extension| properties.supports_extension(extension);
     if version < vk::API_VERSION_1_1 || !has(EXTENSION) || !has(ash::khr::cooperative_matrix::NAME) {
@@ -47,14 +47,15 @@ fn sizes(adapter: &vulkan::Adapter) -> Result<Vec<u32>, NoBf16Matrices> {
     let (instance, physical) = (shared.raw_instance(), adapter.raw_physical_device());
     let mut found = Features::new(false, false);
     let mut all = vk::PhysicalDeviceFeatures2 { p_next: (&raw mut found).cast(), ..Default::default() };
-    // SAFETY: both are at least of Vulkan 1.1. `found` is laid out as the extension says, which the device has, is named by its s_type, and
-    // outlives the call.
+    // SAFETY:
+    // - vkGetPhysicalDeviceFeatures2 is there: instance and device are at least of Vulkan 1.1.
+    // - The driver writes to `found`: it is laid out as the extension says, its s_type names it, and it outlives the call.
     unsafe { instance.get_physical_device_features2(physical, &mut all) };
     if found.ty == vk::FALSE || found.cooperative_matrix == vk::FALSE {
         return Err(NoBf16Matrices::MatrixFeature);
     }
     let matrices = ash::khr::cooperative_matrix::Instance::new(shared.entry(), instance);
-    // SAFETY: the physical device is the instance's, and has the extension that this function belongs to.
+    // SAFETY: the physical device is of this instance, and has VK_KHR_cooperative_matrix, of which this function is.
     let listed = unsafe { matrices.get_physical_device_cooperative_matrix_properties(physical) };
     let listed = listed.map_err(|error| NoBf16Matrices::Refused(error.to_string()))?;
     let is_listed = |size: &u32| {
@@ -69,10 +70,10 @@ fn sizes(adapter: &vulkan::Adapter) -> Result<Vec<u32>, NoBf16Matrices> {
     if sizes.is_empty() { Err(NoBf16Matrices::MatrixSize) } else { Ok(sizes) }
 }
 
-/// Those of a device that says that it was opened with the extension.
+/// The sizes of the matrices of a device that was opened with the extension, as far as wgpu was told.
 pub(super) fn sizes_of(adapter: &wgpu::Adapter, device: &wgpu::Device) -> Result<Vec<u32>, NoBf16Matrices> {
     let backend = adapter.get_info().backend;
-    // SAFETY: neither is destroyed or changed through these.
+    // SAFETY: nothing is destroyed or changed through the raw handles.
     let (adapter, device) = unsafe { (adapter.as_hal::<Vulkan>(), device.as_hal::<Vulkan>()) };
     let (Some(adapter), Some(device)) = (adapter, device) else {
         return Err(NoBf16Matrices::Backend(backend));
@@ -93,7 +94,7 @@ pub(super) fn request_device(
     adapter: &wgpu::Adapter,
     descriptor: &wgpu::DeviceDescriptor<'_>,
 ) -> Result<(wgpu::Device, wgpu::Queue, Vec<u32>), NoBf16Matrices> {
-    // SAFETY: the adapter is not destroyed or changed through this.
+    // SAFETY: nothing is destroyed or changed through the raw handle.
     let Some(hal) = (unsafe { adapter.as_hal::<Vulkan>() }) else {
         return Err(NoBf16Matrices::Backend(adapter.get_info().backend));
     };
@@ -109,12 +110,14 @@ pub(super) fn request_device(
     let refused = |error: &dyn std::fmt::Display| NoBf16Matrices::Refused(error.to_string());
     // SAFETY:
     // - The features and limits are the adapter's: the caller has checked them.
-    // - The callback adds an extension and two of its features, all of which `sizes` found the physical device to have, and removes nothing. The
-    //   structure is laid out as the extension says, is linked in front of the chain that was there, and outlives the call.
+    // - The callback removes nothing. It adds an extension and two of its features, which `sizes` found the physical device to have.
+    // - The structure with the features is laid out as the extension says, is linked in front of the chain that was there, and outlives the call. The
+    //   chain has no other of its type, since wgpu-hal 30 does not know the extension: look again with each new version of wgpu.
+    // - What the extension needs is on too: VK_KHR_cooperative_matrix, which wgpu-hal adds for EXPERIMENTAL_COOPERATIVE_MATRIX.
     let (features, limits) = (descriptor.required_features, &descriptor.required_limits);
     let open = unsafe { hal.open_with_callback(features, limits, &descriptor.memory_hints, Some(callback)) };
     let open = open.map_err(|error| refused(&error))?;
-    // SAFETY: the device was opened from this adapter, with the features of this descriptor.
+    // SAFETY: the device was opened from this adapter, with the features and limits of this descriptor, and nothing else uses it.
     let made = unsafe { adapter.create_device_from_hal::<Vulkan>(open, descriptor) };
     let (device, queue) = made.map_err(|error| refused(&error))?;
     Ok((device, queue, sizes))

@@ -35,13 +35,17 @@ pub(crate) fn recipes(problem: &Problem, facts: &Facts, options: &PlanOptions) -
     Ok(Recipes { forward, backward })
 }
 
-/// An error if an option is for a kernel that is not taken.
+/// An error if an option is for a kernel that is not taken, or for another element type.
 fn check_options(
     options: &PlanOptions,
     element_type: ElementType,
     forward: &Recipe,
     backward: Option<&Recipe>,
 ) -> Result<(), Error> {
+    if options.scaled_bf16 && element_type != ElementType::BF16 {
+        let (needs, found) = (ElementType::BF16, element_type);
+        return Err(Error::OptionElementType { option: "scaled_bf16", needs, found });
+    }
     let taken = |recipe: &Recipe| (recipe.kernel, recipe.reason);
     let forward = taken(forward);
     let backward = backward.map(taken);
@@ -66,10 +70,6 @@ fn check_options(
         if given && !takes_coop {
             return unused(option, Kernel::Coop, false, Some(forward));
         }
-    }
-    if options.scaled_bf16 && element_type != ElementType::BF16 {
-        let why = "PlanOptions::scaled_bf16 is for problems in bf16; leave it out";
-        return Err(Error::Unsupported { kernel: Kernel::Coop, element_type, why });
     }
     if options.fused_tile.is_some() && options.backward_tile.is_some() {
         return Err(Error::OptionsExclude { option: "fused_tile", other: "backward_tile" });
@@ -197,7 +197,7 @@ mod tests {
         let scaled = chosen(&problem(BF16, 64).with_gradients(), &with_bf16, PlanOptions::default().scaled_bf16(true));
         assert!(scaled.iter().all(|(kernel, why)| *kernel == Kernel::Coop && why.contains("scaled")), "{scaled:?}");
         let of_f16 = recipes(&problem(F16, 64), &with_bf16, &PlanOptions::default().scaled_bf16(true)).err();
-        assert!(matches!(of_f16, Some(Error::Unsupported { element_type: F16, .. })), "{of_f16:?}");
+        assert!(matches!(of_f16, Some(Error::OptionElementType { found: F16, .. })), "{of_f16:?}");
         let options = PlanOptions::default().kernel(Kernel::Naive).backward(Kernel::Tile);
         let found = chosen(&problem(F16, 64).with_gradients(), &matrices(), options);
         assert_eq!(found, [(Kernel::Naive, "asked for"), (Kernel::Tile, "asked for")]);
@@ -229,6 +229,7 @@ mod tests {
             ("tile", options().tile(tile), Kernel::Tile, false),
             ("coop_tile", options().coop_tile(coop_tile), Kernel::Coop, false),
             ("coop_form", options().coop_form(CoopForm::Registers), Kernel::Coop, false),
+            ("scaled_bf16", options().scaled_bf16(true), Kernel::Coop, false),
             ("backward_tile", options().backward_tile(backward_tile), Kernel::Tile, true),
             ("fused_tile", options().fused_tile(fused_tile), Kernel::Tile, true),
             ("coop_backward_tiles", options().coop_backward_tiles(coop_tiles), Kernel::Coop, true),
@@ -242,7 +243,11 @@ mod tests {
                 assert!(text.contains(&words), "{text:?} does not say {words:?}");
             }
             let kernels = if of_backward { [Kernel::Naive, needs] } else { [needs, Kernel::Naive] };
-            let problem = if option == "fused_tile" { f32.clone().with_gradients() } else { both.clone() };
+            let problem = match option {
+                "fused_tile" => f32.clone().with_gradients(),
+                "scaled_bf16" => problem(ElementType::BF16, 64).with_gradients(),
+                _ => both.clone(),
+            };
             let taken = recipes(&problem, &matrices(), &asked(given, kernels)).err();
             assert_eq!(taken, None, "{option}");
             if of_backward {

@@ -51,7 +51,8 @@ pub fn with_features(required_features: wgpu::Features) -> Option<Context> {
     Some(device_of(&adapter, wgpu::DeviceDescriptor { required_features, ..Default::default() }))
 }
 
-fn adapter() -> wgpu::Adapter {
+/// The system's adapter.
+pub fn adapter() -> wgpu::Adapter {
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.backends = wgpu::Backends::from_env().unwrap_or(wgpu::Backends::PRIMARY);
     pollster::block_on(wgpu::Instance::new(descriptor).request_adapter(&Default::default())).unwrap()

@@ -20,7 +20,7 @@ pub mod cases;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod coop;
 #[cfg(not(target_arch = "wasm32"))]
-mod devices;
+pub mod devices;
 mod extras;
 mod forward;
 pub mod loops;
