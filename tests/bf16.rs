@@ -5,9 +5,7 @@ use flash_attention_testing::devices::adapter;
 use flash_attention_testing::skipped::{NEWER_DRIVER, skipped};
 use flash_attention_testing::{case, coop, naive};
 use wgpu_flash_attention::matrices::FEATURES;
-use wgpu_flash_attention::{
-    Bf16Matrices, Context, ElementType, HeadlessOptions, NoBf16Matrices, Problem, Shape, wgpu,
-};
+use wgpu_flash_attention::{Bf16Matrices, Context, ElementType, HeadlessOptions, NoBf16Matrices, Problem, Shape, wgpu};
 
 type Requested = (wgpu::Device, wgpu::Queue, Result<Bf16Matrices, NoBf16Matrices>);
 

@@ -135,11 +135,7 @@ fn plans() {
         (
             of_f16(good()),
             tile().scaled_bf16(true),
-            Error::OptionElementType {
-                option: "scaled_bf16",
-                needs: ElementType::BF16,
-                found: ElementType::F16,
-            },
+            Error::OptionElementType { option: "scaled_bf16", needs: ElementType::BF16, found: ElementType::F16 },
             "PlanOptions::scaled_bf16 is for problems in bf16, and this one is in f16",
         ),
         (

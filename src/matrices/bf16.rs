@@ -82,7 +82,7 @@ pub enum NoBf16Matrices {
 impl Bf16Matrices {
     /// As [`wgpu::Adapter::request_device`], with `VK_KHR_shader_bfloat16` where the adapter has it and matrices of bf16.
     ///
-    /// The third value is the proof, or why there is none. Then the device is what `wgpu::Adapter::request_device` makes of the descriptor.
+    /// The third value is the proof, or why there is none. Where there is none, the device is what `wgpu::Adapter::request_device` makes of the descriptor.
     ///
     /// The descriptor has to ask for [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES) and `PASSTHROUGH_SHADERS`: without them the
     /// third value is [`NoBf16Matrices::Features`].
@@ -123,6 +123,10 @@ impl Bf16Matrices {
     ///
     /// The application's word is checked as far as wgpu allows it: the extension has to be among those that wgpu was told that the device was opened
     /// with, and the physical device has to have the extension's features and the matrices.
+    ///
+    /// # Errors
+    ///
+    /// [`NoBf16Matrices`] says which of these is missing, [`NoBf16Matrices::Adapter`] that the adapter is another.
     ///
     /// # Safety
     ///
