@@ -82,7 +82,8 @@ pub enum NoBf16Matrices {
 impl Bf16Matrices {
     /// As [`wgpu::Adapter::request_device`], with `VK_KHR_shader_bfloat16` where the adapter has it and matrices of bf16.
     ///
-    /// The third value is the proof, or why there is none. Where there is none, the device is what `wgpu::Adapter::request_device` makes of the descriptor.
+    /// The third value is the proof, or why there is none. Where there is none, the device is what `wgpu::Adapter::request_device` makes of the
+    /// descriptor.
     ///
     /// The descriptor has to ask for [`COOPERATIVE_MATRIX_FEATURES`](crate::COOPERATIVE_MATRIX_FEATURES) and `PASSTHROUGH_SHADERS`: without them the
     /// third value is [`NoBf16Matrices::Features`].

@@ -234,7 +234,12 @@ mod tests {
             ("fused_tile", options().fused_tile(fused_tile), Kernel::Tile, true),
             ("coop_backward_tiles", options().coop_backward_tiles(coop_tiles), Kernel::Coop, true),
         ] {
-            let error = recipes(&both, &matrices(), &asked(given, [Kernel::Naive; 2])).err().unwrap();
+            let problem = match option {
+                "fused_tile" => f32.clone().with_gradients(),
+                "scaled_bf16" => problem(ElementType::BF16, 64).with_gradients(),
+                _ => both.clone(),
+            };
+            let error = recipes(&problem, &matrices(), &asked(given, [Kernel::Naive; 2])).err().unwrap();
             let taken = Some((Kernel::Naive, "asked for"));
             assert_eq!(error, Error::OptionUnused { option, needs, backward: of_backward, taken });
             let method = if of_backward { "PlanOptions::backward" } else { "PlanOptions::kernel" };
@@ -243,11 +248,6 @@ mod tests {
                 assert!(text.contains(&words), "{text:?} does not say {words:?}");
             }
             let kernels = if of_backward { [Kernel::Naive, needs] } else { [needs, Kernel::Naive] };
-            let problem = match option {
-                "fused_tile" => f32.clone().with_gradients(),
-                "scaled_bf16" => problem(ElementType::BF16, 64).with_gradients(),
-                _ => both.clone(),
-            };
             let taken = recipes(&problem, &matrices(), &asked(given, kernels)).err();
             assert_eq!(taken, None, "{option}");
             if of_backward {
