@@ -13,10 +13,11 @@ use flash_attention_testing::{Case, TYPES, case, full};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::facts::Facts;
-use wgpu_flash_attention::matrices::{self, ElementModule, MatrixFormat, MatrixLayout, Rounding};
+use wgpu_flash_attention::matrices::{self, Bit, ElementModule, MatrixFormat, MatrixLayout, Rounding};
 use wgpu_flash_attention::tune::{self, CoopBackwardTile};
 use wgpu_flash_attention::{
-    Context, ElementType, Error, Kernel, PlanOptions, PlannedModule, Problem, Shape, Tensor, modules, wgpu,
+    Bias, Context, ElementType, Error, Kernel, PlanOptions, PlannedModule, Problem, ScoreLayout, Shape, Tensor,
+    modules, wgpu,
 };
 
 fn tile(subgroups: u32, matrices: u32, step: u32, columns: u32, ahead: bool) -> CoopBackwardTile {
@@ -414,6 +415,35 @@ fn modules_on_bf16_are_valid() {
                     assert_eq!((module.workgroup_bytes, module.bf16_matrices), (said, true));
                     check_bf16(module, format, said % 3 == 0, validator.as_deref().filter(|_| at_an_end));
                 }
+            }
+        }
+    }
+}
+
+/// Needs no device. The gradient of a bias has a module of its own.
+#[test]
+fn modules_of_a_bias_gradient_on_bf16_are_valid() {
+    let validator = validator();
+    for (format, layout) in known_matrices() {
+        for (element_type, dim, rounding) in [
+            (ElementType::F32, 64, Rounding::Truncated),
+            (ElementType::F32, 31, Rounding::Nearest),
+            (ElementType::BF16, 64, Rounding::Other),
+            (ElementType::BF16, 128, Rounding::Truncated),
+        ] {
+            let problem = Problem::new(Shape::square(2, 2, 64, dim), ElementType::BF16).with_gradients();
+            let bias = Bias::new(element_type, ScoreLayout::contiguous([1, 2, 64, 64]));
+            let problem = problem.with_bias(bias).with_grad_bias().with_dropout(0.5).causal(BottomRight);
+            let facts = Facts::with_limits(wgpu::Limits::unlimited()).matrices(format, Some(layout.clone()));
+            let facts = facts.bf16_matrices(rounding);
+            let all = modules(&problem, &facts, &backward(Kernel::Coop)).unwrap();
+            let of_bias = all.iter().filter(|module| module.specialization.file == "kernel/backward_bias_coop.wgsl");
+            // Where a lane holds no pairs of keys, another kernel writes a bias of 16 bits.
+            let pairs = matches!(layout.column[0], Bit::Element(_));
+            assert_eq!(of_bias.clone().count(), usize::from(element_type == ElementType::F32 || pairs));
+            for module in of_bias {
+                assert!(module.bf16_matrices);
+                check_bf16(module, format, false, validator.as_deref());
             }
         }
     }
