@@ -13,11 +13,10 @@ use flash_attention_testing::{Case, TYPES, case, full};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::CoopForm::{self, Registers, WorkgroupMemory};
 use wgpu_flash_attention::facts::Facts;
-use wgpu_flash_attention::matrices::{self, Bit, ElementModule, MatrixFormat, MatrixLayout, Rounding};
+use wgpu_flash_attention::matrices::{self, ElementModule, MatrixFormat, MatrixLayout, Rounding};
 use wgpu_flash_attention::tune::{self, CoopBackwardTile};
 use wgpu_flash_attention::{
-    Bias, Context, ElementType, Error, Kernel, PlanOptions, PlannedModule, Problem, ScoreLayout, Shape, Tensor,
-    modules, wgpu,
+    Context, ElementType, Error, Kernel, PlanOptions, PlannedModule, Problem, ScoreLayout, Shape, Tensor, modules, wgpu,
 };
 
 fn tile(subgroups: u32, matrices: u32, step: u32, columns: u32, ahead: bool) -> CoopBackwardTile {
@@ -311,6 +310,9 @@ fn problems(element_type: ElementType) -> Vec<(bool, Problem)> {
                 let aligned = Problem::new(shape, element_type).layout(Tensor::Query);
                 problem = problem.with_layout(Tensor::Query, aligned);
             }
+            if problem.bias.is_some() {
+                problem = problem.with_grad_bias();
+            }
             all.push((n < 2, problem));
         }
     }
@@ -351,8 +353,24 @@ fn modules_of(
 ) -> Vec<PlannedModule> {
     let facts = Facts::with_limits(wgpu::Limits::unlimited()).matrices(format, layout);
     let mut modules = modules(problem, &facts, &tiled(tiles).coop_form(form)).unwrap();
-    modules.retain(|module| ["dkdv", "dq"].contains(&module.specialization.entry));
+    modules.retain(|module| ["dkdv", "dq", BIAS_GRADIENT].contains(&module.specialization.entry));
     modules
+}
+
+const BIAS_GRADIENT: &str = "bias_gradient";
+
+/// What the tile of a module says of its workgroup memory and its subgroups.
+fn said(module: &PlannedModule, problem: &Problem, size: u32, [dkdv, dq]: [(CoopBackwardTile, u32); 2]) -> (u32, u32) {
+    let Shape { head_dim, head_dim_v, .. } = problem.shape;
+    match module.specialization.entry {
+        "dkdv" => (dkdv.1, dkdv.0.subgroups),
+        "dq" => (dq.1, dq.0.subgroups),
+        BIAS_GRADIENT => {
+            let tile = tune::bias_gradient_tile(size, head_dim, head_dim_v);
+            (tile.workgroup_bytes(Registers, size, head_dim, head_dim_v), tile.subgroups)
+        }
+        entry => panic!("{entry}"),
+    }
 }
 
 /// Needs no device: naga takes every module, its workgroup memory is what the tile says, and so does the validator of
@@ -360,15 +378,19 @@ fn modules_of(
 #[test]
 fn modules_are_valid() {
     let validator = validator();
+    let mut with_bias = false;
     for (format, layout) in known_matrices() {
         for (at_an_end, problem) in TYPES.into_iter().flat_map(problems) {
             for [dkdv, dq] in tiles(Registers, format.size, &problem) {
                 let modules = modules_of(&problem, Registers, [dkdv.0, dq.0], format, Some(layout.clone()));
-                for (module, (tile, said)) in modules.into_iter().zip([dkdv, dq, dkdv, dq]) {
+                let has_bias = modules.iter().any(|module| module.specialization.entry == BIAS_GRADIENT);
+                with_bias |= has_bias;
+                for module in modules {
+                    let (said, subgroups) = said(&module, &problem, format.size, [dkdv, dq]);
                     let text = module.source().unwrap().text;
                     let PlannedModule { specialization, bindings, element_access, .. } = module;
                     assert!(element_access);
-                    assert_eq!((module.workgroup_bytes, module.threads), (said, tile.subgroups * format.lanes));
+                    assert_eq!((module.workgroup_bytes, module.threads), (said, subgroups * format.lanes));
                     assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
                     let loops = uninitialised_in_loop(&text);
                     assert_eq!(loops, None, "a variable in a loop without a value: {specialization:?}");
@@ -379,7 +401,7 @@ fn modules_are_valid() {
                         problem.gradients.is_some_and(|gradients| gradients.accumulate),
                     )
                     .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
-                    assert_eq!(module.entry_points()[0].1, [tile.subgroups * format.lanes, 1, 1]);
+                    assert_eq!(module.entry_points()[0].1, [subgroups * format.lanes, 1, 1]);
                     // With none and with all of the switches; the validator takes its time.
                     let validator = validator.as_deref().filter(|_| at_an_end);
                     let refused = |path| spirv_error(path, "backward_coop.spv", module.spirv());
@@ -390,6 +412,39 @@ fn modules_are_valid() {
             }
         }
     }
+    assert!(with_bias, "no problem has a gradient of its bias on matrices");
+}
+
+/// Biases that batch entries and heads share or have their own of, in both types, rows whose ends cut tiles and words, a tile that no row sees.
+#[test]
+fn gradients_of_the_bias() {
+    let Some(context) = context() else { return };
+    let even = || case(2, [4, 2], [37, 70], [16, 12]);
+    let apart = ScoreLayout { row: 72, ..ScoreLayout::contiguous([1, 4, 37, 72]) };
+    let cases = named([
+        ("shared batch", even().bias([1, 4, 37, 70])),
+        ("shared heads, causal", case(2, [4, 2], [40, 72], [16, 12]).bias([2, 1, 40, 72]).causal(BottomRight)),
+        ("shared by all, in f32", even().bias_f32([1, 1, 37, 70]).window(3, 5)),
+        ("its own, lengths", even().bias([2, 4, 37, 70]).seqlens(&[70, 9]).seqlens_q(&[20, 37])),
+        ("rows apart, an odd last key", case(2, [4, 2], [37, 69], [16, 12]).bias_at(apart).softcap(2.0)),
+        ("odd rows: in tiles", case(2, [4, 2], [37, 69], [16, 12]).bias([1, 4, 37, 69])),
+        ("dropout", even().bias([1, 4, 37, 70]).dropout(0.25)),
+    ]);
+    // In bf16 the kernel needs matrices of bf16.
+    let types = [ElementType::F16].into_iter().chain(has_bf16(&context).then_some(ElementType::BF16));
+    for element_type in types {
+        for accumulate in [false, true] {
+            let ask = Ask { accumulate, ..Ask::default() };
+            let prepared = prepare(cases.clone(), element_type, ask);
+            check_all(&prepared, &[("coop", &context, backward(Kernel::Coop).coop_form(Registers))]);
+        }
+    }
+    let prepared = &prepare(cases, ElementType::F16, Ask::default())[0].1;
+    let plan = context.plan_with(&prepared.problem, &backward(Kernel::Coop)).unwrap();
+    assert!(
+        prepared.run(&context, &plan, 0).unwrap() == prepared.run(&context, &plan, 0).unwrap(),
+        "the same bits twice"
+    );
 }
 
 /// Needs no device. Modules on bf16 are those on f16 but for what they read of a bias and how they round. naga takes each of them, and the
@@ -410,40 +465,13 @@ fn modules_on_bf16_are_valid() {
                 let facts = facts.bf16_matrices(ways.next().unwrap());
                 let mut all = modules(&problem, &facts, &tiled([dkdv.0, dq.0]).coop_form(Registers)).unwrap();
                 all.retain(|module| module.is_backward && module.element_access);
-                assert_eq!(all.len(), 2, "one of each, whatever the ranges");
-                for (module, (_, said)) in all.iter().zip([dkdv, dq]) {
+                let of_bias = all.iter().filter(|module| module.specialization.entry == BIAS_GRADIENT).count();
+                assert_eq!(all.len() - of_bias, 2, "one of each, whatever the ranges");
+                for module in &all {
+                    let (said, _) = said(module, &problem, format.size, [dkdv, dq]);
                     assert_eq!((module.workgroup_bytes, module.bf16_matrices), (said, true));
                     check_bf16(module, format, said % 3 == 0, validator.as_deref().filter(|_| at_an_end));
                 }
-            }
-        }
-    }
-}
-
-/// Needs no device. The gradient of a bias has a module of its own.
-#[test]
-fn modules_of_a_bias_gradient_on_bf16_are_valid() {
-    let validator = validator();
-    for (format, layout) in known_matrices() {
-        for (element_type, dim, rounding) in [
-            (ElementType::F32, 64, Rounding::Truncated),
-            (ElementType::F32, 31, Rounding::Nearest),
-            (ElementType::BF16, 64, Rounding::Other),
-            (ElementType::BF16, 128, Rounding::Truncated),
-        ] {
-            let problem = Problem::new(Shape::square(2, 2, 64, dim), ElementType::BF16).with_gradients();
-            let bias = Bias::new(element_type, ScoreLayout::contiguous([1, 2, 64, 64]));
-            let problem = problem.with_bias(bias).with_grad_bias().with_dropout(0.5).causal(BottomRight);
-            let facts = Facts::with_limits(wgpu::Limits::unlimited()).matrices(format, Some(layout.clone()));
-            let facts = facts.bf16_matrices(rounding);
-            let all = modules(&problem, &facts, &backward(Kernel::Coop)).unwrap();
-            let of_bias = all.iter().filter(|module| module.specialization.file == "kernel/backward_bias_coop.wgsl");
-            // Where a lane holds no pairs of keys, another kernel writes a bias of 16 bits.
-            let pairs = matches!(layout.column[0], Bit::Element(_));
-            assert_eq!(of_bias.clone().count(), usize::from(element_type == ElementType::F32 || pairs));
-            for module in of_bias {
-                assert!(module.bf16_matrices);
-                check_bf16(module, format, false, validator.as_deref());
             }
         }
     }
@@ -457,8 +485,8 @@ fn modules_in_wgsl_alone_are_valid() {
         for (at_an_end, problem) in problems(ElementType::F16) {
             let spirv_val = spirv_val.as_deref().filter(|_| at_an_end);
             for [dkdv, dq] in tiles(WorkgroupMemory, format.size, &problem) {
-                let modules = modules_of(&problem, WorkgroupMemory, [dkdv.0, dq.0], format, None);
-                for (module, (_, said)) in modules.into_iter().zip([dkdv, dq]) {
+                for module in modules_of(&problem, WorkgroupMemory, [dkdv.0, dq.0], format, None) {
+                    let (said, _) = said(&module, &problem, format.size, [dkdv, dq]);
                     assert!(!module.element_access);
                     check_wgsl(&module, format, said, spirv_val);
                 }

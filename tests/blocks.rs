@@ -460,35 +460,59 @@ fn of_masks(context: &Context, case: &Case) -> Vec<u8> {
     })
 }
 
+/// Four documents, so that most blocks are of two of them and some of one.
+fn documents(case: Case) -> Case {
+    const SAME: &str = "var<storage, read> document: array<u32>;
+        fn mask_mod(at: Position) -> bool { return document[at.i] == document[at.j]; }";
+    let documents: Vec<u32> = (0..170).map(|n| n / 45).collect();
+    case.mods(SAME, &[("document", &documents)])
+}
+
+/// The case with lists that a device makes of its masks; the reference knows nothing of the lists.
+fn listed_by_masks(context: &Context, mut case: Case, lists: BlockLists) -> Case {
+    case.problem = case.problem.with_blocks(lists);
+    let words: Vec<u32> = bytemuck::pod_collect_to_vec(&of_masks(context, &case));
+    let all = case.problem.block_counts().iter().map(|&n| n as usize).product();
+    // Some blocks are not listed.
+    let everything = BlockMask::from_dense(&case.problem, &vec![true; all]).unwrap();
+    assert_ne!(words, bytemuck::pod_collect_to_vec::<u8, u32>(everything.bytes()), "{:?}", case.problem);
+    case.extras.blocks = Some((vec![true; all], BlockMask::from_words(words)));
+    case
+}
+
+/// On matrices, full blocks that are not asked about, by lists of masks.
+#[test]
+fn full_blocks_unmasked_coop() {
+    let Some(context) = context() else { return };
+    let lists = if is_software(&context) { BlockLists::new().size(64, 32) } else { BlockLists::new() };
+    let shape = case(2, [4, 2], [270, 290], [16, 12]);
+    let mut of_documents = documents(shape).causal(BottomRight);
+    let numbers: Vec<u32> = (0..290).map(|n| n / 140).collect();
+    of_documents.extras.mod_buffers = vec![("document".into(), bytemuck::cast_slice(&numbers).to_vec())];
+    let listed = listed_by_masks(&context, of_documents, lists.full_unmasked());
+    for element_type in [ElementType::F16, ElementType::BF16] {
+        check_passes(&context, vec![("documents".into(), listed.clone())], element_type);
+    }
+}
+
 /// Passes by lists that the device made of the masks give what the masks alone give.
 #[test]
 fn lists_of_masks_serve_every_pass() {
     let both = || case(2, [4, 2], [150, 170], [16, 12]);
     let lists = BlockLists::new().size(32, 32);
-    const DOCUMENTS: &str = "var<storage, read> document: array<u32>;
-        fn mask_mod(at: Position) -> bool { return document[at.i] == document[at.j]; }";
-    // Four documents, so that most blocks are of two of them.
-    let documents: Vec<u32> = (0..170).map(|n| n / 45).collect();
-    for (name, mut case, lists) in [
+    for (name, case, lists) in [
         ("a window", both().causal(BottomRight).window(40, -1), lists),
         ("lengths", both().seqlens(&[170, 33]).seqlens_q(&[20, 150]).causal(BottomRight), lists.per_batch()),
-        ("documents", both().mods(DOCUMENTS, &[("document", &documents)]), lists),
+        ("documents", documents(both()), lists),
+        ("documents, full blocks", documents(both()), lists.full_unmasked()),
         ("lengths, shared lists", both().seqlens(&[170, 33]).seqlens_q(&[20, 150]), lists),
     ] {
-        case.problem = case.problem.with_blocks(lists);
-        let words: Vec<u32> = bytemuck::pod_collect_to_vec(&of_masks(webgpu(), &case));
-        let all = case.problem.block_counts().iter().map(|&n| n as usize).product();
-        // Some blocks are not listed.
-        let everything = BlockMask::from_dense(&case.problem, &vec![true; all]).unwrap();
-        assert_ne!(words, bytemuck::pod_collect_to_vec::<u8, u32>(everything.bytes()), "{name}");
-        // The reference knows nothing of the lists.
-        case.extras.blocks = Some((vec![true; all], BlockMask::from_words(words)));
-        let named = [(name.to_string(), case)];
+        let named = [(name.to_string(), listed_by_masks(webgpu(), case, lists))];
         let ways = every_kernel(ElementType::F32, naive(), tile());
         check_all(&cases::prepare(named.clone(), ElementType::F32), &ways);
         let mut ways = every_kernel(ElementType::F32, backward(Kernel::Naive), backward(Kernel::Tile));
         // WebGPU's eight storage buffers are too few for the gradients of keys and values with lists and a buffer of mods.
-        ways.retain(|(way, ..)| name != "documents" || !way.contains("WebGPU"));
+        ways.retain(|(way, ..)| !name.starts_with("documents") || !way.contains("WebGPU"));
         ways.push(("two kernels", full(), two_kernels()));
         backward::check_all(&backward::prepare(named, ElementType::F32, Ask::default()), &ways);
     }

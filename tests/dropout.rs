@@ -419,22 +419,34 @@ fn check_lanes(module: &PlannedModule, keys_are_rows: bool, size: u32, lanes: u3
     let mut names =
         vec!["Sequence", "Wide", "coop_mul_wide", "philox_round", "philox", "dropout_bytes", "dropout_byte"];
     names.extend(["is_byte_kept", "source_bit", "row_of", "column_of", "held_row_place", "held_column_place", "M"]);
-    names.extend(["byte_number", "call_number", "Kept", "SHARING", "bytes_of_calls", "kept_lane"]);
+    names.extend(["row_bit_0", "row_next", "row_lane", "column_bit_0", "column_next", "column_lane"]);
+    names.extend(if size == 16 { &["row_bit_3", "column_bit_3"][..] } else { &[] });
+    names.extend(["byte_number", "call_number", "Kept", "SHARING", "bytes_of_calls", "find_bytes", "kept_lane"]);
     names.extend(specialization.constants.iter().map(|&(name, _)| name));
-    let text = items(&format!("\n{text}"), &names);
+    // A workgroup stands for a subgroup, which software Vulkan has smaller ones of.
+    let text = items(&format!("\n{text}"), &names).replace("subgroupShuffleXor(", "exchanged(");
     let [query, key] = if keys_are_rows { ["column", "row"] } else { ["row", "column"] };
     let (heads_q, probability) = (5, 0.3);
     let shape = Shape::square(3, heads_q, 3 * together.max(32), 8);
     let dropout = Dropout { probability, seed: 0xfedc_ba98_7654_3210, offset: (1 << 32) - 300 };
-    let (kept, keys, seed) = (dropout.kept_of_256(), shape.seqlen_k, dropout.seed);
+    let (last, keys, seed) = ((dropout.kept_of_256() << 24) - 1, shape.seqlen_k, dropout.seed);
     let text = format!(
-        "struct Problem {{ heads_q: u32, dropout_kept: u32 }}
-        const problem = Problem({heads_q}u, {kept}u);
+        "struct Problem {{ heads_q: u32, dropout_last: u32 }}
+        const problem = Problem({heads_q}u, {last}u);
         const rng_state = vec4u({}u, {}u, {}u, {}u);
         {text}
+        var<private> own_lane: u32;
+        var<workgroup> exchange: array<vec4u, {lanes}>;
+        fn exchanged(x: vec4u, lanes: u32) -> vec4u {{
+            workgroupBarrier();
+            exchange[own_lane] = x;
+            workgroupBarrier();
+            return exchange[own_lane ^ lanes];
+        }}
         @group(0) @binding(0) var<storage, read_write> mask: array<u32>;
         @compute @workgroup_size({lanes})
         fn main(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_index) lane: u32) {{
+            own_lane = lane;
             let at = Sequence(1u, 3u, 0u, {keys}, {keys});
             let i0 = i32(group.x * {size}u);
             for (var n = 0u; n < {together}u / {size}u; n++) {{

@@ -91,7 +91,8 @@ fn bias_gradient(
     for (var n = 0u; n < batches * sharing_heads; n++) {
         let at = sequence(first_batch + n / sharing_heads, first_head + n % sharing_heads);
         let some_count = i32(j0) < key_interval(at, i32(row1) - 1).y && i32(j0 + KEYS) > key_interval(at, i32(row0)).x;
-        if some_count {
+        // A loop of one trip at most: naga takes the condition for one that may differ between threads.
+        for (var once = u32(some_count); once > 0u; once--) {
             let last_row = last_query(at);
             let last = last_key(at);
             let keys = load_key(at, j0, last, thread);
@@ -108,7 +109,7 @@ fn bias_gradient(
                 }
             }
             workgroupBarrier();
-            var q: array<array<Left, ACROSS_DIM>, ROW_MATRICES>;
+            var q = array<array<Left, ACROSS_DIM>, ROW_MATRICES>();
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
@@ -127,7 +128,7 @@ fn bias_gradient(
                 }
             }
             workgroupBarrier();
-            var grad: array<array<Left, ACROSS_DIM_V>, ROW_MATRICES>;
+            var grad = array<array<Left, ACROSS_DIM_V>, ROW_MATRICES>();
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
@@ -140,7 +141,7 @@ fn bias_gradient(
             store_key(keys, 0u, thread);
             store_value(values, 0u, thread);
             // lse, in base 2, and delta of the rows that the lane holds
-            var lane_stats: array<array<vec2f, LANE_ROWS>, ROW_MATRICES>;
+            var lane_stats = array<array<vec2f, LANE_ROWS>, ROW_MATRICES>();
 #unroll
             for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll

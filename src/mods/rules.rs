@@ -294,28 +294,26 @@ fn smooth_step(b: &mut Builder, x: &[Value], n: usize, size: Option<VectorSize>)
     b.times(in_t, of_t)
 }
 
-/// tanh that neither overflows for large x nor cancels for small x: `tanh_exact` of shaders/attention/score.wgsl.
+/// `tanh_exact` of shaders/attention/score.wgsl, to the last bit.
 pub(super) fn tanh_exact(b: &mut Builder, x: Value, size: Option<VectorSize>) -> Value {
     use MathFunction as M;
     let mut number = |x: f32| b.number(x, size);
-    let [twenty, minus_two_log2_e, one, quarter] = [20.0, -2.0 * std::f32::consts::LOG2_E, 1.0, 0.25].map(&mut number);
-    let series = [-1.0 / 3.0, 2.0 / 15.0, -17.0 / 315.0, 62.0 / 2835.0].map(&mut number);
-    let a = b.math(M::Abs, &[x]);
-    let bounded = b.math(M::Min, &[a, twenty]);
-    let exponent = b.times(bounded, minus_two_log2_e);
-    let e = b.math(M::Exp2, &[exponent]);
-    let numerator = b.minus(one, e);
+    let [two_log2_e, largest, one, two, half] = [2.0 * std::f32::consts::LOG2_E, 126.0, 1.0, 2.0, 0.5].map(&mut number);
+    let series = [-0.333_331_48, 0.133_259_87, -0.053_052_92, 0.017_256_93].map(&mut number);
+    let exponent = b.times(x, two_log2_e);
+    let bounded = b.math(M::Min, &[exponent, largest]);
+    let e = b.math(M::Exp2, &[bounded]);
     let denominator = b.plus(one, e);
-    let large = b.over(numerator, denominator);
+    let rest = b.over(two, denominator);
+    let large = b.minus(one, rest);
     let y = b.times(x, x);
-    let mut small = series[3];
-    for coefficient in [series[2], series[1], series[0], one] {
-        let product = b.times(y, small);
-        small = b.plus(coefficient, product);
+    let mut sum = series[3];
+    for coefficient in [series[2], series[1], series[0]] {
+        sum = b.math(M::Fma, &[y, sum, coefficient]);
     }
-    let small = b.times(a, small);
-    let is_small = b.binary(BinaryOperator::Less, a, quarter);
-    let size_of_it = b.select(is_small, small, large);
-    let sign = b.math(M::Sign, &[x]);
-    b.times(sign, size_of_it)
+    let xy = b.times(x, y);
+    let small = b.math(M::Fma, &[xy, sum, x]);
+    let size_of_x = b.math(M::Abs, &[x]);
+    let is_small = b.binary(BinaryOperator::Less, size_of_x, half);
+    b.select(is_small, small, large)
 }

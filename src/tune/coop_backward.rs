@@ -191,7 +191,7 @@ pub fn coop_scaled_backward_tiles(
 }
 
 /// The tile of the gradient of the bias on cooperative matrices. Registers: at head dim 64 of a lane 64 hold sums, 64 Q and dO.
-pub(crate) fn bias_gradient_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
+pub fn bias_gradient_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let tile = |subgroups, row_matrices, keys| CoopTile { subgroups, row_matrices, keys, buffers: 1 };
     match (size, head_dim.max(head_dim_v)) {
         (16, 0..=64) => tile(4, 2, 64),
