@@ -198,10 +198,6 @@ fn bias_gradient(
                     }
                     if !full {
                         x = masked(x, at, i, j, lane, MASKED);
-#if BF16_MATRICES
-                        // dP may be infinite where a value that does not count is as large as bf16 has it.
-                        y = masked(y, at, i, j, lane, 0.0);
-#endif
                     }
 #unroll
                     for (var e = 0u; e < ELEMENTS; e++) {
