@@ -48,8 +48,8 @@ fn column_bit_3(lane: u32, e: u32) -> u32 {
 
 // If bit 0 is a bit of the element's number, that bit: such an element is followed by one in the next row, or column, that the lane holds
 // too. Else 0.
-const row_next = ROW_BIT_0 / 8u << (max(ROW_BIT_0, 8u) - 8u);
-const column_next = COLUMN_BIT_0 / 8u << (max(COLUMN_BIT_0, 8u) - 8u);
+const row_next = (ROW_BIT_0 / 8u) << (max(ROW_BIT_0, 8u) - 8u);
+const column_next = (COLUMN_BIT_0 / 8u) << (max(COLUMN_BIT_0, 8u) - 8u);
 // If bit 0 is a bit of the lane's number, that bit: what tells the lane of the next row, or column.
 const row_lane = 1u << (ROW_BIT_0 % 8u);
 const column_lane = 1u << (COLUMN_BIT_0 % 8u);
