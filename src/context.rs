@@ -63,7 +63,8 @@ impl Context {
     /// run the kernels of f16. Without them bf16 is scaled to f16, which takes 1.4 to 4 times as long on an H200.
     ///
     /// To learn how these matrices lie and how the device rounds this runs one more small kernel, and waits for it. Where the device has them and
-    /// kernels cannot use them, plans go on scaling and say why: that is no error.
+    /// kernels cannot use them, plans go on scaling and say why: that is no error. Call it last: `with_cooperative_matrices` begins anew, without
+    /// matrices of bf16.
     ///
     /// # Errors
     ///

@@ -49,7 +49,8 @@ impl Display for Plan {
             writeln!(f, "splits of the keys: {splits}")?;
         }
         if let Some(blocks) = p.blocks {
-            writeln!(f, "block lists: blocks of {} queries by {} keys", blocks.queries, blocks.keys)?;
+            let unmasked = if blocks.full_unmasked { "; full ones are not asked about masks" } else { "" };
+            writeln!(f, "block lists: blocks of {} queries by {} keys{unmasked}", blocks.queries, blocks.keys)?;
         }
         let aligned = p.is_aligned(&Tensor::FORWARD, self.forward.vector);
         writeln!(f, "access: {}", if aligned { "whole vectors" } else { "element by element" })?;

@@ -48,9 +48,7 @@ impl Facts {
 
     /// With matrices of bf16 too, which lie like those of f16, on a device that rounds to them like this.
     pub fn bf16_matrices(mut self, rounding: Rounding) -> Self {
-        if let Some(matrices) = &mut self.matrices {
-            matrices.bf16 = Ok(rounding);
-        }
+        self.matrices.as_mut().expect("`matrices` comes first").bf16 = Ok(rounding);
         self
     }
 }
@@ -121,7 +119,7 @@ impl Matrices {
         }
     }
 
-    /// Whether the kernels for f32 and bf16 can run, which have only the form in registers.
+    /// Whether the kernels for f32 and scaled bf16 can run, which have only the form in registers.
     pub fn in_registers(&self, asked: Option<CoopForm>) -> bool {
         self.form(asked).0 == CoopForm::Registers && self.elements.is_ok()
     }

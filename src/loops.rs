@@ -128,8 +128,9 @@ pub(crate) fn of_backward_tiles(problem: &Problem, [dkdv, dq]: [BackwardTile; 2]
     of_rows.max(of_keys)
 }
 
-/// Iterations of `shaders/kernel/backward_scores_tile.wgsl`, whichever of its two forms needs more.
-pub(crate) fn of_score_gradients(problem: &Problem, tile: BackwardTile) -> u64 {
+/// Iterations of `shaders/kernel/backward_scores_tile.wgsl`, whichever of its two forms needs more. `bias_in_tiles`: it computes the gradient of
+/// the bias.
+pub(crate) fn of_score_gradients(problem: &Problem, tile: BackwardTile, bias_in_tiles: bool) -> u64 {
     let s = &problem.shape;
     let scores = |dim: u32| outer(dim.div_ceil(4), tile.chunk / 4, tile.written_out);
     let dropout = of_dropout(problem, tile.own, tile.step, tile.threads());
@@ -141,7 +142,10 @@ pub(crate) fn of_score_gradients(problem: &Problem, tile: BackwardTile) -> u64 {
         (0..4).map(tiles).fold(of_tile, u64::saturating_mul)
     };
     let gradients = problem.gradients.unwrap_or_default();
-    let of_bias = problem.bias.filter(|_| gradients.bias).map(|bias| backward_scores::shared(problem, &bias.layout));
+    let of_bias = problem
+        .bias
+        .filter(|_| gradients.bias && bias_in_tiles)
+        .map(|bias| backward_scores::shared(problem, &bias.layout));
     // The gradient of slopes sums over the keys of a row.
     let of_slopes = gradients.alibi_slopes.then_some([false, false, false, true]);
     of_bias.into_iter().chain(of_slopes).map(of_shared).max().unwrap_or(0)

@@ -51,7 +51,8 @@ pub enum Kernel {
     Naive,
     /// Tiles on cooperative matrices (tensor cores), for contexts that
     /// [`Context::with_cooperative_matrices`](crate::Context::with_cooperative_matrices) made. The matrices are of f16, or of
-    /// bf16 in contexts [`with_bf16_matrices`](crate::Context::with_bf16_matrices). Else bf16 is scaled to f16. f32 is also split into two parts, which keep 22 bits of it.
+    /// bf16 in contexts [`with_bf16_matrices`](crate::Context::with_bf16_matrices). On devices without matrices of bf16, bf16 is scaled to f16. f32 is split
+    /// into two f16 parts, which keep 22 of its bits.
     Coop,
     /// Few queries, many keys: the keys are split over workgroups, and the splits' results merged. It takes neither dropout nor block lists.
     Decode,

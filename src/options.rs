@@ -25,7 +25,7 @@ pub struct PlanOptions {
     /// The tile of the tile kernel; `None` takes `tune::tile`.
     #[doc(hidden)]
     pub tile: Option<Tile>,
-    /// The tile of the coop kernel; `None` takes `tune::coop_tile`, or `tune::coop_scaled_tile` for f32 and bf16.
+    /// The tile of the coop kernel; `None` takes `tune::coop_tile`, or `tune::coop_scaled_tile` for f32 and scaled bf16.
     #[doc(hidden)]
     pub coop_tile: Option<CoopTile>,
     /// The tile of the decode kernel; `None` takes `tune::decode_tile`.
@@ -40,7 +40,7 @@ pub struct PlanOptions {
     #[doc(hidden)]
     pub fused_tile: Option<FusedTile>,
     /// The tiles of the backward pass' coop kernels, of the gradients of keys and values and of queries; `None` takes
-    /// `tune::coop_backward_tiles`, or `tune::coop_scaled_backward_tiles` for f32 and bf16.
+    /// `tune::coop_backward_tiles`, or `tune::coop_scaled_backward_tiles` for f32 and scaled bf16.
     #[doc(hidden)]
     pub coop_backward_tiles: Option<[CoopBackwardTile; 2]>,
 }

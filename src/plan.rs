@@ -128,7 +128,7 @@ impl Plan {
     }
 
     /// Bytes of the buffer that [`BackwardBuffers::workspace`](crate::BackwardBuffers::workspace) needs: some for each row, some
-    /// for each head in f32 and bf16 on cooperative matrices, and more for the naive kernel. 0 for a problem without gradients.
+    /// for each head in f32 and scaled bf16 on cooperative matrices, and more for the naive kernel. 0 for a problem without gradients.
     pub fn backward_workspace_bytes(&self) -> u64 {
         self.backward.as_ref().map_or(0, |schedule| schedule.workspace_bytes)
     }

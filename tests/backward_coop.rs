@@ -415,36 +415,62 @@ fn modules_are_valid() {
     assert!(with_bias, "no problem has a gradient of its bias on matrices");
 }
 
-/// Biases that batch entries and heads share or have their own of, in both types, rows whose ends cut tiles and words, a tile that no row sees.
+/// Biases that batch entries and heads share or have their own of, in f32 and in the element type, rows whose ends cut tiles and words, a tile that
+/// no row sees, gaps with infinity. Of 16 bits a lane must hold pairs of keys, which software Vulkan's do not; plans say which kernel they take.
 #[test]
 fn gradients_of_the_bias() {
     let Some(context) = context() else { return };
     let even = || case(2, [4, 2], [37, 70], [16, 12]);
-    let apart = ScoreLayout { row: 72, ..ScoreLayout::contiguous([1, 4, 37, 72]) };
-    let cases = named([
+    let apart = |head: u64| ScoreLayout { row: 72, head, ..ScoreLayout::contiguous([1, 4, 37, 72]) };
+    let odd = || case(2, [4, 2], [37, 69], [16, 12]);
+    let cases = [
         ("shared batch", even().bias([1, 4, 37, 70])),
         ("shared heads, causal", case(2, [4, 2], [40, 72], [16, 12]).bias([2, 1, 40, 72]).causal(BottomRight)),
-        ("shared by all, in f32", even().bias_f32([1, 1, 37, 70]).window(3, 5)),
+        ("shared by all", even().bias([1, 1, 37, 70]).window(3, 5)),
         ("its own, lengths", even().bias([2, 4, 37, 70]).seqlens(&[70, 9]).seqlens_q(&[20, 37])),
-        ("rows apart, an odd last key", case(2, [4, 2], [37, 69], [16, 12]).bias_at(apart).softcap(2.0)),
-        ("odd rows: in tiles", case(2, [4, 2], [37, 69], [16, 12]).bias([1, 4, 37, 69])),
+        ("rows apart, an odd last key", odd().bias_at(apart(37 * 72)).softcap(2.0)),
+        ("heads apart, infinity between them", odd().bias_at(apart(50 * 72)).bias_gaps()),
         ("dropout", even().bias([1, 4, 37, 70]).dropout(0.25)),
-    ]);
+    ];
+    let in_f32 = |(name, mut case): (_, Case)| {
+        case.bias_in_f32 = true;
+        (format!("{name}, in f32"), case)
+    };
+    let of_f32: Vec<_> = cases.clone().into_iter().map(in_f32).collect();
+    let of_type: Vec<_> = cases.into_iter().map(|(name, case)| (name.to_string(), case)).collect();
+    let options = backward(Kernel::Coop).coop_form(Registers);
+    let takes = |case: &PreparedBackward, text: &str| {
+        let plan = context.plan_with(&case.problem, &options).unwrap().to_string();
+        assert!(plan.contains(text), "{text:?} is not in {plan}");
+    };
     // In bf16 the kernel needs matrices of bf16.
     let types = [ElementType::F16].into_iter().chain(has_bf16(&context).then_some(ElementType::BF16));
     for element_type in types {
         for accumulate in [false, true] {
             let ask = Ask { accumulate, ..Ask::default() };
-            let prepared = prepare(cases.clone(), element_type, ask);
-            check_all(&prepared, &[("coop", &context, backward(Kernel::Coop).coop_form(Registers))]);
+            let of_f32 = prepare(of_f32.clone(), element_type, ask);
+            of_f32.iter().for_each(|(_, case)| takes(case, "the gradient of the bias on matrices, too"));
+            check_all(&of_f32, &[("coop", &context, options)]);
+            let of_type = prepare(of_type.clone(), element_type, ask);
+            if !is_software(&context) {
+                of_type.iter().for_each(|(_, case)| takes(case, "the gradient of the bias on matrices, too"));
+            }
+            check_all(&of_type, &[("coop", &context, options)]);
+        }
+        let in_tiles = [
+            ("odd rows", odd().bias([1, 4, 37, 69]), "rows that begin at even elements"),
+            ("one row", even().bias([1, 4, 1, 70]), "queries or keys share its elements"),
+        ];
+        for (name, case, why) in in_tiles {
+            let prepared = prepare([(name.to_string(), case)], element_type, Ask::default());
+            takes(&prepared[0].1, why);
+            check_all(&prepared, &[("coop", &context, options)]);
         }
     }
-    let prepared = &prepare(cases, ElementType::F16, Ask::default())[0].1;
-    let plan = context.plan_with(&prepared.problem, &backward(Kernel::Coop)).unwrap();
-    assert!(
-        prepared.run(&context, &plan, 0).unwrap() == prepared.run(&context, &plan, 0).unwrap(),
-        "the same bits twice"
-    );
+    let prepared = &prepare(of_f32, ElementType::F16, Ask::default())[0].1;
+    let plan = context.plan_with(&prepared.problem, &options).unwrap();
+    let [first, second] = [0, 0].map(|round| prepared.run(&context, &plan, round).unwrap());
+    assert!(first == second, "other bits the second time");
 }
 
 /// Needs no device. Modules on bf16 are those on f16 but for what they read of a bias and how they round. naga takes each of them, and the

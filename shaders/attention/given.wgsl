@@ -32,8 +32,8 @@ fn bias_of(at: Sequence, i: i32, j: i32) -> f32 {
 #endif
 }
 
-// Of keys j + step and j + step + 1, of which the first is even, step being even too. With BIAS_PAIRED both lie in one word. A caller's step is a
-// constant, so that words of a row differ by constants.
+// Gives the bias of keys j + step and j + step + 1. j and step are even: with BIAS_PAIRED both keys lie in one word. step is a constant, so that a
+// driver computes one address a row and adds constants.
 fn bias2_of(at: Sequence, i: i32, j: i32, step: u32) -> vec2f {
 #if BIAS_PAIRED
     let word = bias_word(place_of_score(problem.bias, 1u, at, i, j) / 2u + step / 2u);
@@ -111,7 +111,9 @@ fn sink_of(at: Sequence) -> f32 {
 // The bits of -1e30: larger bits are a lower number, -infinity, or a negative NaN.
 const BELOW_MASKS = 0xf149f2cau;
 
-// Kernels ask about rows and keys past the ends too, and may then get any element of the buffer.
+// Kernels ask about rows past the ends too. They get elements of the last row, since what lies behind it may be infinite, and 0 times that is
+// no number. Keys past the ends get any element of the buffer: `keep` leaves them out.
 fn place_of_score(t: Tensor, column: u32, at: Sequence, i: i32, j: i32) -> u32 {
-    return row_of_tensor(t, at.batch, at.head, u32(i)) + u32(j) * column;
+    let row = u32(clamp(i, i32(problem.row_begin), i32(problem.row_end) - 1));
+    return row_of_tensor(t, at.batch, at.head, row) + u32(j) * column;
 }

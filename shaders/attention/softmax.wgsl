@@ -17,7 +17,7 @@ const GROWTH = 8.0;
 // The smallest factor that the coop kernels for the forward pass multiply scores with. A smaller one is replaced by it. The quotient of
 // a masked score and the factor then stays finite.
 const SMALLEST_FACTOR = 1.0e-22;
-// With exponents of 2 larger than this, the coop kernel for f32 and bf16 rounds them before it subtracts the maximum.
+// With exponents of 2 larger than this, the coop kernel for f32 and scaled bf16 rounds them before it subtracts the maximum.
 const LARGEST_EXPONENT = 33554432.0;
 // lse in the backward pass of a row that sees no key: exp of any score less this vanishes.
 const NO_KEYS = 1.0e38;

@@ -26,7 +26,7 @@ enable wgpu_cooperative_matrix;
 // f32, or two elements of 16 bits a word.
 @group(0) @binding(23) var<storage, read_write> grad_bias: array<u32>;
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl" queries=row keys=column together=KEYS
+#include "matrix/scores.wgsl" queries=row keys=column together=M
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value

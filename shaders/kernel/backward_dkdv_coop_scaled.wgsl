@@ -1,4 +1,4 @@
-// What: gradients of K and V on cooperative matrices for f32 and bf16. Each tile is scaled and cut into PARTS f16 parts
+// What: gradients of K and V on cooperative matrices for f32 and scaled bf16. Each tile is scaled and cut into PARTS f16 parts
 //   (matrix/parts.wgsl).
 //
 //     dK = 0, dV = 0

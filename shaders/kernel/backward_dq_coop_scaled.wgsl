@@ -1,4 +1,4 @@
-// What: gradient of Q on cooperative matrices for f32 and bf16. Each tile is scaled and cut into PARTS f16 parts (matrix/parts.wgsl).
+// What: gradient of Q on cooperative matrices for f32 and scaled bf16. Each tile is scaled and cut into PARTS f16 parts (matrix/parts.wgsl).
 //
 //     dQ = 0
 //     for each tile of STEP keys that some row may see:

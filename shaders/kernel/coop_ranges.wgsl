@@ -1,4 +1,4 @@
-// What: decides for each query head which modules of the coop kernels for f32 and bf16 compute it. The range of a head is 1 for the
+// What: decides for each query head which modules of the coop kernels for f32 and scaled bf16 compute it. The range of a head is 1 for the
 //   modules with BY_ROWS, where each row of a tile may have a scale of its own (matrix/parts.wgsl), and 0 for those without.
 //
 //     range = 1 if the largest and the smallest size of a tensor are far apart, or scores may be so large that exponents of 2 are rounded

@@ -1,4 +1,4 @@
-// What: finds how large the numbers are that the coop kernels for f32 and bf16 will scale.
+// What: finds how large the numbers are that the coop kernels for f32 and scaled bf16 will scale.
 //
 //     of each tensor:  largest and smallest size, other than 0, of groups of four elements of rows that count
 //

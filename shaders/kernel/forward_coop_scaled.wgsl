@@ -1,4 +1,4 @@
-// What: forward pass on cooperative matrices for f32 and bf16. Matrix operands are f16, so each tile is scaled and cut into PARTS f16 parts
+// What: forward pass on cooperative matrices for f32 and scaled bf16. Matrix operands are f16, so each tile is scaled and cut into PARTS f16 parts
 //   (matrix/parts.wgsl).
 //
 //     m = EMPTY, l = 0, O = 0

@@ -1,4 +1,4 @@
-// What the backward kernels for f32 and bf16 share. A workgroup owns OWN rows of two tensors and walks over two more, STEP rows at a time:
+// What the backward kernels for f32 and scaled bf16 share. A workgroup owns OWN rows of two tensors and walks over two more, STEP rows at a time:
 // it owns K and V and takes steps of Q and dO, or it owns Q and dO and takes steps of K and V. One subgroup's registers would not hold
 // both owned tensors, in parts, beside gradients. So subgroups work in pairs; both halves of a pair have the same MATRICES · M rows:
 //

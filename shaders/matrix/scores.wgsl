@@ -18,6 +18,12 @@ fn shaped(x: Lane, added: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> Sh
         y.score[e] = of_pair.score;
 #if ADDED
         y.score[e] += added[e];
+#if BIAS
+#if !SMALL_SCORES
+        // The score may be so large that the sum would count.
+        y.score[e] = select(y.score[e], MASKED, added[e] < -1.0e30);
+#endif
+#endif
 #endif
         y.slope[e] = of_pair.slope;
 #else
@@ -28,7 +34,8 @@ fn shaped(x: Lane, added: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> Sh
     return y;
 }
 
-// What bias and ALiBi add to the scores. Of a score whose bias masks it that is so low that the sum stays below EMPTY.
+// What bias and ALiBi add to the scores: below -1e30 for a score that the bias masks. With SMALL_SCORES, of products of f16, kernels take the sum as
+// it is, for one operation less: it stays below EMPTY while scale · q·k is below 1e38.
 fn added_lane(at: Sequence, i0: i32, j0: i32, lane: u32) -> Lane {
     var y = Lane();
 #if ALIBI
@@ -97,7 +104,7 @@ const SHARING = min(((($together) ^ (($together) - 1u)) + 1u) / 2u, 32u) / M;
 // The bytes of the calls for the matrices of a turn, by the first element of a matrix that has a byte of the call.
 var<private> bytes_of_calls: array<vec4u, ELEMENTS>;
 
-// Numbers of an element's byte in its call and of the call, as far as the element's number decides them.
+// The number of an element's byte in its call, and the number of that call. Both leave out what the lane adds.
 fn byte_number(e: u32) -> u32 {
     return dropout_byte(u32(held_$queries_place(0u, e)), u32(held_$keys_place(0u, e)));
 }

@@ -71,7 +71,8 @@ impl BlockLists {
         self
     }
 
-    /// Mask and `mask_mod` keep all scores of full blocks.
+    /// Mask and `mask_mod` keep all scores of full blocks, and kernels do not ask about them. It is for the caller to know: where it is not true, it
+    /// is left open which scores of a full block count. For a problem with neither of them it changes nothing.
     pub const fn full_unmasked(mut self) -> Self {
         self.full_unmasked = true;
         self

@@ -8,14 +8,24 @@ use crate::specialize::Specialization;
 use crate::tune::CoopTile;
 use crate::{Bias, CoopForm, ElementType, Problem};
 
-/// The bias whose gradient the kernel computes: one with all rows and all keys, in f32, or of 16 bits where a lane holds pairs of keys and may write
-/// them at once.
-pub(crate) fn bias(problem: &Problem, layout: &MatrixLayout) -> Option<Bias> {
-    let bias = problem.bias.filter(|_| problem.gradients.is_some_and(|gradients| gradients.bias))?;
+/// The bias whose gradient the kernel computes, or why it does not compute it.
+pub(crate) fn bias(problem: &Problem, layout: &MatrixLayout) -> Result<Bias, &'static str> {
+    let bias = problem.bias.ok_or("there is no bias")?;
     let [_, _, rows, keys] = backward_scores::shared(problem, &bias.layout);
-    let pairs = bias.layout.is_paired() && matches!(layout.column.first(), Some(Bit::Element(_)));
-    let writes = bias.element_type == ElementType::F32 || pairs;
-    (!rows && !keys && writes).then_some(bias)
+    if rows || keys {
+        return Err("queries or keys share its elements");
+    }
+    if bias.element_type == ElementType::F32 {
+        return Ok(bias);
+    }
+    // A lane writes two elements of 16 bits at once, so that no other writes to their word.
+    if !bias.layout.is_paired() {
+        return Err("its keys do not lie side by side in rows that begin at even elements");
+    }
+    match layout.column.first() {
+        Some(Bit::Element(_)) => Ok(bias),
+        _ => Err("a lane of this device does not hold neighbouring keys"),
+    }
 }
 
 pub(crate) fn pass(

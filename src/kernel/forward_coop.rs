@@ -14,9 +14,13 @@ pub(crate) fn workgroup_switches(size: u32) -> Vec<&'static str> {
     on
 }
 
-/// For kernels with access to elements, which naga does not check.
-pub(crate) fn bias_ahead(problem: &Problem) -> Option<&'static str> {
-    problem.bias.map(|_| "BIAS_AHEAD")
+/// For kernels with access to elements, whose bindings wgpu does not compare with the module's.
+pub(crate) fn bias_switches(problem: &Problem, operands: Operands) -> Vec<&'static str> {
+    match (problem.bias, operands.bf16) {
+        (None, _) => vec![],
+        (Some(_), true) => vec!["BIAS_AHEAD"],
+        (Some(_), false) => vec!["BIAS_AHEAD", "SMALL_SCORES"],
+    }
 }
 
 /// How many steps without masked scores the kernel has written out. Drivers do so themselves with those of plain attention, but not with longer
@@ -76,7 +80,7 @@ pub(crate) fn pass(
     let file = match form {
         CoopForm::Registers => {
             on.push("UNROLL");
-            on.extend(bias_ahead(problem));
+            on.extend(bias_switches(problem, operands));
             "kernel/forward_coop.wgsl"
         }
         CoopForm::WorkgroupMemory => {

@@ -1,5 +1,5 @@
 //! Host side of `shaders/kernel/forward_coop_scaled.wgsl`, and of `shaders/kernel/coop_sizes.wgsl` and `shaders/kernel/coop_ranges.wgsl`,
-//! which run before the kernels for f32 and bf16, forward and backward.
+//! which run before the kernels for f32 and scaled bf16, forward and backward.
 
 use super::forward_coop::layout_constants;
 use super::{Access, GIVEN, Part, Pass, Slot, bindings, score_bindings, switches, switches_of, without_blocks};

@@ -12,7 +12,7 @@ pub enum Rounding {
 }
 
 impl Rounding {
-    /// What `found` says, the numbers as a type has them that keeps all but the last `cut` bits of an f32.
+    /// How a device rounded `numbers` to `found`, for a type that lacks the last `cut` bits of an f32.
     pub(crate) fn of(numbers: &[f32], found: &[f32], cut: u32) -> Rounding {
         let unit = 1u32 << cut;
         let all = |is_right: &dyn Fn(u32, u32) -> bool| {

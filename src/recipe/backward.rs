@@ -38,7 +38,7 @@ fn not_measured(problem: &Problem, scaled: bool) -> Option<&'static str> {
     let wide = problem.shape.head_dim.max(problem.shape.head_dim_v) > 128;
     if wide && scaled {
         return Some(
-            "the coop kernel's backward pass in f32 and bf16 has no figures above a head dim of 128: ask for it",
+            "the coop kernel's backward pass in f32 and scaled bf16 has no figures above a head dim of 128: ask for it",
         );
     }
     (scaled && coop::in_single_bf16(problem))
@@ -87,8 +87,18 @@ pub(super) fn recipe(
     let [_, tile] = tiles_of(problem, &facts.limits);
     tile.validate()?;
     let of_heads = loops::of_head_gradients(problem, backward_scores::HEAD_THREADS);
-    loops::check(facts.loop_iterations, Kernel::Tile, loops::of_score_gradients(problem, tile).max(of_heads))?;
-    let on_matrices = if kernel == Kernel::Coop { coop::bias_gradient(problem, facts, options) } else { None };
+    let mut on_matrices = None;
+    if let (Some((_, why)), true) = (&mut coop_form, problem.gradients.is_some_and(|gradients| gradients.bias)) {
+        match coop::bias_gradient(problem, facts, options) {
+            Ok(pass) => {
+                *why += "; the gradient of the bias on matrices, too";
+                on_matrices = Some(pass);
+            }
+            Err(because) => *why += &format!("; the gradient of the bias in tiles of f32: {because}"),
+        }
+    }
+    let of_scores = loops::of_score_gradients(problem, tile, on_matrices.is_none());
+    loops::check(facts.loop_iterations, Kernel::Tile, of_scores.max(of_heads))?;
     passes.extend(backward_scores::passes(problem, tile, on_matrices));
     let problem = problem.clone();
     let workspaces = move |part: &Part| {

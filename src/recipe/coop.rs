@@ -201,15 +201,19 @@ pub(super) fn in_single_bf16(problem: &Problem) -> bool {
     problem.element_type == ElementType::BF16 && !backward_coop::bf16_in_vectors(problem)
 }
 
-/// The gradient of the bias, if matrices compute it.
-pub(super) fn bias_gradient(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Option<Pass> {
-    let matrices = facts.matrices.as_ref()?;
-    let (form, _, layout) = form(problem, matrices, options).ok()?;
-    let operands = operands(problem, matrices, options, form).filter(|_| form == CoopForm::Registers)?;
+/// The gradient of the bias, or why matrices do not compute it.
+pub(super) fn bias_gradient(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Pass, &'static str> {
+    let matrices = facts.matrices.as_ref().ok_or(ANYWHERE)?;
+    let (form, _, layout) = form(problem, matrices, options).map_err(|_| NO_ACCESS)?;
+    if form != CoopForm::Registers {
+        return Err(NO_ACCESS);
+    }
+    let operands = operands(problem, matrices, options, form).ok_or("q, k and v are split or scaled to f16")?;
     let bias = backward_bias_coop::bias(problem, &layout)?;
     let tile = tune::bias_gradient_tile(matrices.format.size, problem.shape.head_dim, problem.shape.head_dim_v);
     let pass = backward_bias_coop::pass(problem, &bias, tile, matrices.format, &layout, operands);
-    check_limits(Kernel::Coop, std::slice::from_ref(&pass), &facts.limits).is_ok().then_some(pass)
+    let fits = check_limits(Kernel::Coop, std::slice::from_ref(&pass), &facts.limits).is_ok();
+    if fits { Ok(pass) } else { Err(LIMITS_TOO_SMALL) }
 }
 
 /// The tile for long rows, if the problem has such rows, and enough of them, and the device's limits are large enough.

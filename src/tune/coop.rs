@@ -82,7 +82,7 @@ impl CoopTile {
     pub fn validate_scaled(&self, size: u32, lanes: u32) -> Result<(), Error> {
         self.validate(CoopForm::Registers, size)?;
         if self.buffers != 1 {
-            return Err(Error::Tile("buffers must be 1 for f32 and bf16"));
+            return Err(Error::Tile("buffers must be 1 for f32 and scaled bf16"));
         }
         if self.subgroups > lanes {
             return Err(Error::Tile("a workgroup must have at most as many subgroups as a subgroup has lanes"));

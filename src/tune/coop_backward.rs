@@ -6,19 +6,19 @@ use crate::names::{CoopForm, ElementType};
 
 /// The tile of a backward kernel on cooperative matrices, `shaders/kernel/backward_dkdv_coop.wgsl` or
 /// `shaders/kernel/backward_dq_coop.wgsl`, through workgroup memory `shaders/kernel/backward_dkdv_coop_workgroup.wgsl` or
-/// `shaders/kernel/backward_dq_coop_workgroup.wgsl`, or for f32 and bf16 `shaders/kernel/backward_dkdv_coop_scaled.wgsl` or
+/// `shaders/kernel/backward_dq_coop_workgroup.wgsl`, or for f32 and scaled bf16 `shaders/kernel/backward_dkdv_coop_scaled.wgsl` or
 /// `shaders/kernel/backward_dq_coop_scaled.wgsl`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CoopBackwardTile {
-    /// Subgroups in a workgroup; even for f32 and bf16.
+    /// Subgroups in a workgroup; even for f32 and scaled bf16.
     pub subgroups: u32,
     /// Matrices of keys (for the gradients of keys and values) or of queries (for that of queries) that a subgroup owns,
-    /// or for f32 and bf16 a pair of subgroups.
+    /// or for f32 and scaled bf16 a pair of subgroups.
     pub matrices: u32,
     /// Queries, or keys, that a step of the loop takes; a multiple of the matrices' size.
     pub step: u32,
     /// Columns of a gradient that a workgroup computes; a multiple of the matrices' size. With fewer than the head dim,
-    /// scores are computed once for each block of them. For f32 and bf16 at least the head dims.
+    /// scores are computed once for each block of them. For f32 and scaled bf16 at least the head dims.
     pub columns: u32,
     /// Whether the next step's tile is loaded while one is in use, which takes registers.
     pub ahead: bool,
@@ -31,7 +31,7 @@ impl CoopBackwardTile {
     }
 
     /// The tile, made smaller where blocks of so many queries and keys, or keys and queries, that are owned and stepped over, do not divide into
-    /// tiles of it, if there is a smaller one that does. Of f32 and bf16 two subgroups own the same ones.
+    /// tiles of it, if there is a smaller one that does. Of f32 and scaled bf16 two subgroups own the same ones.
     pub(crate) fn in_blocks(mut self, size: u32, scaled: bool, [own, step]: [u32; 2]) -> Self {
         let share = 1 + scaled as u32;
         while !own.is_multiple_of((self.own(size) / share).max(1)) && self.matrices * self.subgroups > share {
@@ -95,12 +95,12 @@ impl CoopBackwardTile {
         2 * 8 * self.step * (d_stride + v_stride) + of_score * self.own(size) * (self.step + 8)
     }
 
-    /// Keys, or queries, that a workgroup owns for f32 and bf16.
+    /// Keys, or queries, that a workgroup owns for f32 and scaled bf16.
     pub const fn scaled_own(&self, size: u32) -> u32 {
         self.own(size) / 2
     }
 
-    /// Workgroup memory in bytes of the kernel for keys and values for f32 and bf16, with elements of so many parts.
+    /// Workgroup memory in bytes of the kernel for keys and values for f32 and scaled bf16, with elements of so many parts.
     pub const fn scaled_dkdv_bytes(&self, size: u32, parts: u32, head_dim: u32, head_dim_v: u32) -> u32 {
         self.scaled_dq_bytes(size, parts, head_dim, head_dim_v) + 8 * self.step
     }
@@ -130,17 +130,17 @@ impl CoopBackwardTile {
         Ok(())
     }
 
-    /// The same for f32 and bf16, with subgroups of `lanes` lanes and rows of `widest` elements at most.
+    /// The same for f32 and scaled bf16, with subgroups of `lanes` lanes and rows of `widest` elements at most.
     pub fn validate_scaled(&self, size: u32, lanes: u32, widest: u32) -> Result<(), Error> {
         self.validate(size)?;
         if !self.subgroups.is_multiple_of(2) {
-            return Err(Error::Tile("subgroups must be even for f32 and bf16"));
+            return Err(Error::Tile("subgroups must be even for f32 and scaled bf16"));
         }
         if self.subgroups > lanes {
             return Err(Error::Tile("a workgroup must have at most as many subgroups as a subgroup has lanes"));
         }
         if self.columns < widest {
-            return Err(Error::Tile("columns must be at least the head dims for f32 and bf16"));
+            return Err(Error::Tile("columns must be at least the head dims for f32 and scaled bf16"));
         }
         Ok(())
     }
@@ -170,7 +170,7 @@ pub fn coop_backward_tiles(form: CoopForm, size: u32, head_dim: u32, head_dim_v:
     }
 }
 
-/// The same for f32 and bf16. Registers: at head dim 64, of the first kernel, 64 of a lane hold both parts of K or V, 64 dV or
+/// The same for f32 and scaled bf16. Registers: at head dim 64, of the first kernel, 64 of a lane hold both parts of K or V, 64 dV or
 /// dK, 16 what a subgroup computes of S or dP, and 16 the next step; at 128 with half the keys the same.
 pub fn coop_scaled_backward_tiles(
     size: u32,
@@ -190,14 +190,14 @@ pub fn coop_scaled_backward_tiles(
     }
 }
 
-/// The tile of the gradient of the bias on cooperative matrices. Registers: at head dim 64 of a lane 64 hold sums, 64 Q and dO.
+/// The tile of the gradient of the bias on cooperative matrices. At head dim 64 a lane has 64 registers of sums, and 64 of Q and dO.
 pub fn bias_gradient_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let tile = |subgroups, row_matrices, keys| CoopTile { subgroups, row_matrices, keys, buffers: 1 };
     match (size, head_dim.max(head_dim_v)) {
         (16, 0..=64) => tile(4, 2, 64),
         (16, 65..=128) => tile(8, 1, 64),
         (16, _) => tile(4, 1, 32),
-        _ => tile(4, 1, 16),
+        _ => tile(2, 2, 16),
     }
 }
 

@@ -1,5 +1,7 @@
 //! What a test computes: a problem, how its tensors lie in memory, and what they hold.
 
+use std::collections::HashSet;
+
 use fastrand::Rng;
 use wgpu_flash_attention::{
     Alibi, Bias, BlockIndices, BlockLists, BlockMask, Causal, Dropout, ElementType, Layout, Mods, Probe, Problem,
@@ -32,7 +34,7 @@ pub struct Case {
     /// q, k and v lie in one buffer.
     pub one_buffer: bool,
     /// Whether a bias is f32, whatever the type of q, k and v.
-    bias_in_f32: bool,
+    pub bias_in_f32: bool,
 }
 
 /// `case(batch, [heads_q, heads_kv], [seqlen_q, seqlen_k], [head_dim, head_dim_v])`: contiguous, unmasked, with lse.
@@ -91,6 +93,21 @@ impl Case {
         self.extras.bias =
             Some((0..score_elements(&self.problem, &layout).max(1)).map(|_| numbers(&mut rng)).collect());
         self.problem.bias = Some(Bias::new(ElementType::F32, layout));
+        self
+    }
+
+    /// The bias with infinity in all places of its buffer that its layout leaves out.
+    pub fn bias_gaps(mut self) -> Self {
+        let (s, layout) = (&self.problem.shape, self.problem.bias.unwrap().layout);
+        let mut used = HashSet::new();
+        for (b, h) in (0..s.batch).flat_map(|b| (0..s.heads_q).map(move |h| (b, h))) {
+            for i in 0..s.seqlen_q {
+                used.extend((0..s.seqlen_k).map(|j| layout.place([b, h, i, j])));
+            }
+        }
+        let bias = self.extras.bias.as_mut().unwrap();
+        bias.resize(bias.len() + 64, 0.0);
+        (0..).zip(bias).filter(|(n, _)| !used.contains(n)).for_each(|(_, x)| *x = f32::INFINITY);
         self
     }
 
