@@ -131,7 +131,8 @@ fn dkdv(
                     s[r][c / 4u][c % 4u] = select(0.0, p, kept);
                     ds[r][c / 4u][c % 4u] = select(0.0, ds[r][c / 4u][c % 4u] * problem.dropout_scale, kept);
 #endif
-                    ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - stats.y) * x.slope;
+                    // dP of a key that does not count may be infinite.
+                    ds[r][c / 4u][c % 4u] = select(0.0, p * (ds[r][c / 4u][c % 4u] - stats.y) * x.slope, p > 0.0);
                 }
             }
 

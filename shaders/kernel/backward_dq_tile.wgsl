@@ -119,7 +119,8 @@ fn dq(
                 let kept = kept_of(i0, j0, u32(i), u32(j));
                 ds[r][c / 4u][c % 4u] = select(0.0, ds[r][c / 4u][c % 4u] * problem.dropout_scale, kept);
 #endif
-                ds[r][c / 4u][c % 4u] = p * (ds[r][c / 4u][c % 4u] - stats[r].y) * x.slope;
+                // dP of a key that does not count may be infinite.
+                ds[r][c / 4u][c % 4u] = select(0.0, p * (ds[r][c / 4u][c % 4u] - stats[r].y) * x.slope, p > 0.0);
             }
         }
 

@@ -270,17 +270,18 @@ fn fused(
                         add_to_dv(&dv, l, ty, tx);
                     }
 
-                    // dS = P (dP - delta) score'. A thread reads the P that it wrote.
+                    // dS = P (dP - delta) score'. A thread reads the P that it wrote. dP of a key that does not count may be infinite.
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
                         for (var r = 0u; r < KEY_PIECES; r++) {
 #if DROPOUT
                             let i = vec4u(i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u);
                             let j = vec4u(j0 + r * KEY_PIECE + 4u * ty) + vec4u(0u, 1u, 2u, 3u);
                             let kept = kept4_of(i0, j0, i, j);
-                            ds[c][r] = s[c][r] * (select(vec4f(), ds[c][r] * problem.dropout_scale, kept) - stats[c].y);
+                            let dp = select(vec4f(), ds[c][r] * problem.dropout_scale, kept);
+                            ds[c][r] = select(vec4f(), s[c][r] * (dp - stats[c].y), s[c][r] != vec4f());
 #else
                             let p = tiles[place_of_row(c, tx) + r * THREADS_Y + ty];
-                            ds[c][r] = p * (ds[c][r] - stats[c].y);
+                            ds[c][r] = select(vec4f(), p * (ds[c][r] - stats[c].y), p > vec4f());
 #if SHAPED
                             ds[c][r] *= s[c][r];
 #endif

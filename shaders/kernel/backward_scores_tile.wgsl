@@ -85,8 +85,8 @@ fn score_gradients(at: Sequence, i0: u32, j0: u32, thread: u32) -> Scores {
             let kept = kept_of(i0, j0, i, u32(j));
             gradients[r][c / 4u][c % 4u] = select(0.0, gradients[r][c / 4u][c % 4u] * problem.dropout_scale, kept);
 #endif
-            // The difference may be infinite, or no number, of a row that nothing reads.
-            gradients[r][c / 4u][c % 4u] = select(0.0, p * (gradients[r][c / 4u][c % 4u] - stats.y), seen);
+            // The difference may be infinite, or no number, of a row that nothing reads, and of a key that does not count.
+            gradients[r][c / 4u][c % 4u] = select(0.0, p * (gradients[r][c / 4u][c % 4u] - stats.y), p > 0.0);
         }
     }
     return gradients;

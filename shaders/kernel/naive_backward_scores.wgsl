@@ -46,6 +46,8 @@ fn scores_of(@builtin(workgroup_id) group: vec3u, @builtin(local_invocation_id) 
 #else
         p_and_ds = vec2f(p, p * (sum4(dp) - row_stats(row).y) * x.slope);
 #endif
+        // dP of a key that a bias masks may be infinite.
+        p_and_ds.y = select(0.0, p_and_ds.y, p > 0.0);
     }
     scores[row * problem.seqlen_k + j] = p_and_ds;
 }
