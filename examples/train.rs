@@ -15,7 +15,7 @@ use wgpu_flash_attention::{Context, Dropout, HeadlessOptions, Kernel, Shape};
 use flash_attention_testing::attention::{CachedAttention, DeviceAttention};
 use flash_attention_testing::buffers::{Number, adapter_name};
 use flash_attention_testing::output::OutputFile;
-use flash_attention_testing::terminal::harmless;
+use flash_attention_testing::terminal::{arguments, harmless};
 use flash_attention_testing::transformer::{AdamW, Sizes, Text, Transformer};
 
 /// What the host computes in.
@@ -284,17 +284,7 @@ fn run(args: &Args) -> Result<()> {
 }
 
 fn main() -> ExitCode {
-    let result = match Args::try_parse() {
-        Ok(args) => run(&args),
-        Err(error) if !error.use_stderr() => error.exit(),
-        // What is wrong, without the pages on usage that follow it.
-        Err(error) => {
-            let text = error.to_string();
-            let wrong: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-            Err(wrong.join(" ").trim_start_matches("error: ").to_string())
-        }
-    };
-    match result {
+    match arguments().and_then(|args| run(&args)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("train: {}", harmless(&error, false));

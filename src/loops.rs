@@ -179,15 +179,14 @@ pub(crate) fn of_blocks(problem: &Problem, from_masks: bool) -> u64 {
     let (Some(lists), Some(packing)) = (problem.blocks, problem.packing()) else { return 0 };
     let s = &problem.shape;
     let of_thread = |things: u64| things.div_ceil(block_lists::THREADS.into()) + 1;
-    let of_kinds = match from_masks {
-        false => of_thread(packing.row_words()) + 2 * of_thread(packing.columns.into()),
-        true => {
-            let [batches, heads] = [(lists.per_batch, s.batch), (lists.per_head, s.heads_q)]
-                .map(|(own, all)| if own { 1 } else { all as u64 });
-            let scores = lists.queries.min(s.seqlen_q) as u64 * lists.keys.min(s.seqlen_k) as u64;
-            let of_word = packing.across.min(16) as u64 * (of_thread(scores) + 1) + 1;
-            batches.saturating_mul(heads.saturating_mul(of_word) + 2) + SMALL_LOOPS
-        }
+    let of_kinds = if from_masks {
+        let [batches, heads] = [(lists.per_batch, s.batch), (lists.per_head, s.heads_q)]
+            .map(|(own, all)| if own { 1 } else { all as u64 });
+        let scores = lists.queries.min(s.seqlen_q) as u64 * lists.keys.min(s.seqlen_k) as u64;
+        let of_word = packing.across.min(16) as u64 * (of_thread(scores) + 1) + 1;
+        batches.saturating_mul(heads.saturating_mul(of_word) + 2) + SMALL_LOOPS
+    } else {
+        of_thread(packing.row_words()) + 2 * of_thread(packing.columns.into())
     };
     // A thread looks at all blocks of its lines three times.
     let of_lines = |lines: u32, of_line: u32| of_thread(lines.into()).saturating_mul(3 * (of_line as u64 + 1) + 4);

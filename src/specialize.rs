@@ -64,6 +64,7 @@ const FILES: &[(&str, &str)] = files![
     "matrix/layout.wgsl",
     "matrix/load.wgsl",
     "matrix/matrices.wgsl",
+    "matrix/own_rows.wgsl",
     "matrix/pairs.wgsl",
     "matrix/parts.wgsl",
     "matrix/row_sizes.wgsl",

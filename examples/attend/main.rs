@@ -22,7 +22,7 @@ use flash_attention_testing::buffers::{
 };
 use flash_attention_testing::output::OutputFile;
 use flash_attention_testing::sample::{Expected, GRADIENTS, sample_rows};
-use flash_attention_testing::terminal::{Form, Progress, cut, first_few, harmless};
+use flash_attention_testing::terminal::{Form, Progress, arguments, cut, first_few, harmless};
 use flash_attention_testing::timing::{clock, measure, pass_times};
 use flash_attention_testing::{Extras, bytes_of};
 
@@ -938,17 +938,7 @@ fn run(args: &Args) -> Result<bool> {
 }
 
 fn main() -> ExitCode {
-    let result = match Args::try_parse() {
-        Ok(args) => run(&args),
-        Err(error) if !error.use_stderr() => error.exit(),
-        // What is wrong, without the pages on usage that follow it.
-        Err(error) => {
-            let text = error.to_string();
-            let wrong: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-            Err(wrong.join(" ").trim_start_matches("error: ").to_string())
-        }
-    };
-    match result {
+    match arguments().and_then(|args| run(&args)) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
         Err(error) => {

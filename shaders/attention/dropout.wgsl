@@ -1,6 +1,6 @@
 // Which probabilities are dropped: FlashAttention-2's mask, bit for bit. A call of Philox4x32-7 (Salmon et al. 2011) gives 16 bytes, one for
 // each of 16 probabilities: rows i and i + 8 with keys j, j + 1 and those 8, 16 and 24 further, in a block of 16 rows and 32 keys. A probability
-// is kept if its byte is at most that of problem.dropout_last, the highest. It depends on positions in the sequence alone, whatever the tile.
+// is kept if its byte is at most the highest byte of problem.dropout_last. It depends on positions in the sequence alone, whatever the tile.
 // Needs: sequence.wgsl. Gives: dropout_bytes, dropout_byte, is_byte_kept, is_kept.
 
 // The seed, then the offset: 64 bits each, the low word first.

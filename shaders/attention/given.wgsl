@@ -68,7 +68,7 @@ fn mask_of(at: Sequence, i: i32, j: i32) -> bool {
     return ((mask_word(place / 4u) >> (8u * (place & 3u))) & 0xffu) != 0u;
 }
 
-// Of keys j and j + 1, of which j is even. With MASK_PAIRED both lie in one word.
+// Gives the mask of keys j and j + 1. j is even: with MASK_PAIRED both keys lie in one word.
 fn mask2_of(at: Sequence, i: i32, j: i32) -> vec2<bool> {
 #if MASK_PAIRED
     let place = place_of_score(problem.mask, 1u, at, i, j);
@@ -87,7 +87,7 @@ fn mask_word(n: u32) -> u32 {
 #if ALIBI
 @group(0) @binding(21) var<storage, read> alibi_slopes: array<f32>;
 
-// What ALiBi adds to the score of a query and a key so many steps behind it; ahead of it, if the number is below 0.
+// What ALiBi adds to the score of a query and a key that is so many steps behind the query. Steps below 0 are ahead of it.
 fn alibi_of(at: Sequence, steps: f32) -> f32 {
     return -alibi_slopes[at.batch * problem.slopes_batch + at.head] * abs(steps);
 }

@@ -1,7 +1,8 @@
 // Which tiles of keys a block of rows visits, and which tiles of rows a block of keys. A tile is `size` keys or rows, from a multiple
 // of `size` on. The tiles of which all scores count come first: kernels need not ask keep about their scores.
 // With BLOCKS they are those of listed blocks, each of which a tile's size divides.
-// Needs: keep.wgsl, blocks.wgsl; with BLOCKS constants BLOCK_QUERIES and BLOCK_KEYS. Gives: Tiles, key_tiles, row_tiles, tile; Walk, walk_rows, has_tile, next_tile, first_row.
+// Needs: keep.wgsl, blocks.wgsl; with BLOCKS constants BLOCK_QUERIES and BLOCK_KEYS.
+// Gives: Tiles, key_tiles, row_tiles, tile; Walk, walk_rows, has_tile, next_tile, first_row.
 
 struct Tiles {
     // Where the first tile begins, in the order of the sequence; how many keys or rows a tile has; how many tiles there are.

@@ -32,12 +32,10 @@ enable wgpu_cooperative_matrix;
 #include "memory/read_f16.wgsl" tensor=value
 #include "memory/read_f16.wgsl" tensor=grad_out
 
-const BUFFERS = 1u;
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
 #include "matrix/coop_tiles.wgsl" first=key second=value rows=KEYS
-// How many times eight elements each thread loads of Q and of dO.
-const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
-const DO_LOADS = (ROWS * V8 + THREADS - 1u) / THREADS;
+#include "matrix/own_rows.wgsl" tensor=query eights=D8 stride=D_STRIDE
+#include "matrix/own_rows.wgsl" tensor=grad_out eights=V8 stride=V_STRIDE
 // Workgroup memory: Q and then dO on their way to registers, then a tile of K and one of V.
 const TILES = max(D_SIZE + V_SIZE, ROWS * max(D_STRIDE, V_STRIDE));
 var<workgroup> tiles: array<Halves, TILES>;
@@ -99,15 +97,8 @@ fn bias_gradient(
             let values = load_value(at, j0, last, thread);
             // All are done with the tiles of the batch entry, or head, before.
             workgroupBarrier();
-            // Q, and after it dO, with 0 in the columns past the head dimension, so that they add nothing, whatever K and V have there
-            for (var m = 0u; m < Q_LOADS; m++) {
-                let t = thread + m * THREADS;
-                let d = 8u * (t % D8);
-                let x = read_query(query_row(at, min(row0 + t / D8, last_row)), d, HEAD_DIM);
-                if t < ROWS * D8 {
-                    store_eight(t / D8 * D_STRIDE + 8u / WIDTH * (t % D8), first_elements(x, max(d, HEAD_DIM) - d));
-                }
-            }
+            // Q, and after it dO
+            store_own_query(at, row0, HEAD_DIM, thread);
             workgroupBarrier();
             var q = array<array<Left, ACROSS_DIM>, ROW_MATRICES>();
 #unroll
@@ -119,14 +110,7 @@ fn bias_gradient(
                 }
             }
             workgroupBarrier();
-            for (var m = 0u; m < DO_LOADS; m++) {
-                let t = thread + m * THREADS;
-                let d = 8u * (t % V8);
-                let x = read_grad_out(grad_out_row(at, min(row0 + t / V8, last_row)), d, HEAD_DIM_V);
-                if t < ROWS * V8 {
-                    store_eight(t / V8 * V_STRIDE + 8u / WIDTH * (t % V8), first_elements(x, max(d, HEAD_DIM_V) - d));
-                }
-            }
+            store_own_grad_out(at, row0, HEAD_DIM_V, thread);
             workgroupBarrier();
             var grad = array<array<Left, ACROSS_DIM_V>, ROW_MATRICES>();
 #unroll

@@ -50,8 +50,8 @@ fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
 #include "matrix/coop_tiles.wgsl" first=key second=value rows=KEYS
-// How many times eight elements each thread loads of Q and stores of O.
-const Q_LOADS = (ROWS * D8 + THREADS - 1u) / THREADS;
+#include "matrix/own_rows.wgsl" tensor=query eights=D8 stride=D_STRIDE
+// How many times eight elements each thread stores of O.
 const O_STORES = (ROWS * V8 + THREADS - 1u) / THREADS;
 // Workgroup memory. In the loop: BUFFERS tiles of K and of V; of two tiles one is filled while the second is in use. Before the loop: Q.
 // After the loop: O.
@@ -77,16 +77,8 @@ fn forward(
     // masked_score · factor = -1e15 is far below EMPTY.
     let masked_score = -1.0e15 / factor;
 
-    // Q, with 0 in the columns past the head dimension, so that they add nothing, whatever K has there
-    for (var n = 0u; n < Q_LOADS; n++) {
-        let t = thread + n * THREADS;
-        let row = query_row(at, min(row0 + t / D8, last_query(at)));
-        let d = 8u * (t % D8);
-        let x = first_elements(read_query(row, d, HEAD_DIM), max(d, HEAD_DIM) - d);
-        if t < ROWS * D8 {
-            store_eight(t / D8 * D_STRIDE + 8u / WIDTH * (t % D8), x);
-        }
-    }
+    // Q
+    store_own_query(at, row0, HEAD_DIM, thread);
     workgroupBarrier();
     var q: array<array<Left, ACROSS_DIM>, ROW_MATRICES>;
 #unroll

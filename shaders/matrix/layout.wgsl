@@ -1,6 +1,7 @@
 // Where the elements of a matrix lie.
 // Needs: ROW_BIT_n, COLUMN_BIT_n, ELEMENT_ROW_BITS, LANE_COLUMN_BITS, as the device was found to have them (src/matrices/).
-// Gives: row_of, column_of, row_bit_0, row_bit_3, row_next, row_lane and the same of columns; held_row, held_column, row_max, row_sum.
+// Gives: row_of, row_bit_0, row_bit_3, row_next, row_lane; column_of, column_bit_0, column_bit_3, column_next, column_lane; held_row,
+// held_column, row_max, row_sum.
 //
 // Each bit of a row or column number is a bit of the lane's number (sources 0 to 7) or of the element's number (sources 8 and up).
 

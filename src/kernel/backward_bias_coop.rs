@@ -1,7 +1,7 @@
 //! Host side of `shaders/kernel/backward_bias_coop.wgsl`: the gradient of the bias on cooperative matrices.
 
-use super::backward_scores::{self, TILE_INPUTS};
-use super::forward_coop::layout_constants;
+use super::backward_scores::{self, TILE_INPUTS, owners};
+use super::forward_coop::{layout_constants, tile_constants};
 use super::{Access, Part, Pass, Slot, backward_switches, by_pair, score_bindings};
 use crate::matrices::{Bit, MatrixFormat, MatrixLayout, Operands};
 use crate::specialize::Specialization;
@@ -28,6 +28,7 @@ pub(crate) fn bias(problem: &Problem, layout: &MatrixLayout) -> Result<Bias, &'s
     }
 }
 
+/// Its pass, on matrices of these operands whose elements lie so.
 pub(crate) fn pass(
     problem: &Problem,
     bias: &Bias,
@@ -44,19 +45,8 @@ pub(crate) fn pass(
     switches.push("UNROLL");
     switches.extend((size == 16).then_some("MATRIX16"));
     switches.extend((bias.element_type == ElementType::F32).then_some("BIAS_WORDS"));
-    let mut constants = vec![
-        ("HEAD_DIM", shape.head_dim),
-        ("HEAD_DIM_V", shape.head_dim_v),
-        ("KEYS", tile.keys),
-        ("SUBGROUPS", tile.subgroups),
-        ("ROW_MATRICES", tile.row_matrices),
-        // Matrices across the keys of a tile, the head dimension, and the values' dimension.
-        ("ACROSS_KEYS", tile.keys / size),
-        ("ACROSS_DIM", shape.head_dim.div_ceil(size)),
-        ("ACROSS_DIM_V", shape.head_dim_v.div_ceil(size)),
-        ("SHARED_BATCH", batch.into()),
-        ("SHARED_HEADS", heads.into()),
-    ];
+    let mut constants = tile_constants(problem, tile, size);
+    constants.extend([("SHARED_BATCH", batch.into()), ("SHARED_HEADS", heads.into())]);
     constants.extend(layout_constants(layout));
     let mut used = TILE_INPUTS.to_vec();
     used.extend([(Slot::Workspace, Access::Read), (Slot::GradBias, Access::ReadWrite)]);
@@ -66,7 +56,6 @@ pub(crate) fn pass(
         tile.subgroups * format.lanes,
         tile.workgroup_bytes(CoopForm::Registers, size, shape.head_dim, shape.head_dim_v),
         Box::new(move |part: &Part| {
-            let owners = |shared: bool, count: u64| if shared { 1 } else { count };
             [
                 shape.seqlen_k.div_ceil(tile.keys).into(),
                 part.row_count().div_ceil(tile.rows(size).into()),

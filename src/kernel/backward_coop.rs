@@ -100,7 +100,7 @@ pub(crate) fn scaled_passes(
     passes
 }
 
-/// The same of elements that are operands of the matrices as they are.
+/// The gradients of keys and values, then that of queries, of elements that are operands of the matrices as they are.
 pub(crate) fn passes(
     problem: &Problem,
     form: CoopForm,

@@ -34,6 +34,11 @@ pub(crate) fn shared(problem: &Problem, layout: &ScoreLayout) -> [bool; 4] {
     [0, 1, 2, 3].map(|n| sizes[n] != all[n])
 }
 
+/// How many workgroups sum over so many tiles, heads or batch entries: one, where these share elements of the result.
+pub(crate) const fn owners(shared: bool, count: u64) -> u64 {
+    if shared { 1 } else { count }
+}
+
 /// The passes of all gradients besides dq, dk and dv that the problem asks for. `on_matrices` is that of the bias, where it is not in tiles.
 pub(crate) fn passes(problem: &Problem, tile: BackwardTile, on_matrices: Option<Pass>) -> Vec<Pass> {
     let Some(gradients) = problem.gradients else { return vec![] };
@@ -75,11 +80,10 @@ fn tiles(problem: &Problem, tile: BackwardTile, bias: Option<&ScoreLayout>) -> P
             // Whether a tile may count.
             + 4,
         Box::new(move |part: &Part| {
-            let some = |shared: bool, count: u64| if shared { 1 } else { count };
             [
-                some(shared[3], shape.seqlen_k.div_ceil(tile.step).into()),
-                some(shared[2], part.row_count().div_ceil(tile.own.into())),
-                some(shared[0], part.batch_count()) * some(shared[1], part.head_count()),
+                owners(shared[3], shape.seqlen_k.div_ceil(tile.step).into()),
+                owners(shared[2], part.row_count().div_ceil(tile.own.into())),
+                owners(shared[0], part.batch_count()) * owners(shared[1], part.head_count()),
             ]
         }),
     )

@@ -17,7 +17,7 @@ pub(crate) const DKDV_BINDINGS: &[(Slot, Access)] = &[
     (Slot::RngState, Access::Read),
 ];
 
-/// What the gradient of queries binds, on any kernel, likewise.
+/// What the gradient of queries binds, on any kernel, besides what it asks about scores.
 pub(crate) const DQ_BINDINGS: &[(Slot, Access)] = &[
     (Slot::Query, Access::Read),
     (Slot::Key, Access::Read),

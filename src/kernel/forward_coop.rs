@@ -53,6 +53,23 @@ pub(crate) fn layout_constants(layout: &MatrixLayout) -> Vec<(&'static str, u32)
     constants
 }
 
+/// The constants of a tile that `shaders/matrix/coop_tiles.wgsl` moves, with matrices of `size` rows.
+pub(crate) fn tile_constants(problem: &Problem, tile: CoopTile, size: u32) -> Vec<(&'static str, u32)> {
+    let shape = problem.shape;
+    vec![
+        ("HEAD_DIM", shape.head_dim),
+        ("HEAD_DIM_V", shape.head_dim_v),
+        ("KEYS", tile.keys),
+        ("BUFFERS", tile.buffers),
+        ("SUBGROUPS", tile.subgroups),
+        ("ROW_MATRICES", tile.row_matrices),
+        // Matrices across the keys of a tile, the head dimension, and the values' dimension.
+        ("ACROSS_KEYS", tile.keys / size),
+        ("ACROSS_DIM", shape.head_dim.div_ceil(size)),
+        ("ACROSS_DIM_V", shape.head_dim_v.div_ceil(size)),
+    ]
+}
+
 /// With a smaller scale than this, kernels on matrices of bf16 hold scores instead of products: products may be so large that they matter all
 /// the same, and `SMALLEST_FACTOR` of `shaders/attention/softmax.wgsl` would take the place of the factor.
 const SMALL_SCALE: f32 = 1e-22;
@@ -88,19 +105,8 @@ pub(crate) fn pass(
             "kernel/forward_coop_workgroup.wgsl"
         }
     };
-    let mut constants = vec![
-        ("STEPS", steps(&on)),
-        ("HEAD_DIM", shape.head_dim),
-        ("HEAD_DIM_V", shape.head_dim_v),
-        ("KEYS", tile.keys),
-        ("BUFFERS", tile.buffers),
-        ("SUBGROUPS", tile.subgroups),
-        ("ROW_MATRICES", tile.row_matrices),
-        // Matrices across the keys of a tile, the head dimension, and the values' dimension.
-        ("ACROSS_KEYS", tile.keys / size),
-        ("ACROSS_DIM", shape.head_dim.div_ceil(size)),
-        ("ACROSS_DIM_V", shape.head_dim_v.div_ceil(size)),
-    ];
+    let mut constants = tile_constants(problem, tile, size);
+    constants.push(("STEPS", steps(&on)));
     constants.extend(layout_constants(layout));
     Pass::new(
         Specialization { file, entry: "forward", switches: on, constants },

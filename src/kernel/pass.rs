@@ -197,7 +197,7 @@ impl Pass {
         Pass { mods: mods.filter(|_| calls).cloned(), ..self }
     }
 
-    /// With the sizes of the problem's blocks as constants, if the module visits tiles of listed blocks: each visit divides by a size.
+    /// With the sizes of the problem's blocks as constants, if the module knows block lists: each visit of a tile divides by a size.
     pub(crate) fn with_blocks(mut self, blocks: Option<BlockLists>) -> Self {
         if let Some(blocks) = blocks.filter(|_| self.specialization.switches.contains(&"BLOCKS")) {
             self.specialization.constants.extend([("BLOCK_QUERIES", blocks.queries), ("BLOCK_KEYS", blocks.keys)]);

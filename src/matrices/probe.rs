@@ -57,7 +57,7 @@ pub async fn probe(
     run(device, queue, format, &F16, module(format)?).await
 }
 
-/// The same of matrices of bf16, on the device that has them.
+/// Asks the device that has matrices of bf16 how their elements lie, and how it rounds to them.
 pub(crate) async fn probe_bf16(
     bf16: &Bf16Matrices,
     queue: &wgpu::Queue,

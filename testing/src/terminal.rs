@@ -6,6 +6,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 use wgpu_flash_attention::CoopForm;
 
@@ -24,6 +25,19 @@ pub fn harmless(text: &str, lines: bool) -> String {
         }
     }
     safe
+}
+
+/// The command's arguments. The error is what is wrong with them, without the pages on usage that clap puts after it. Where help or the version
+/// was asked for, that is printed and the process ends.
+pub fn arguments<A: Parser>() -> Result<A, String> {
+    A::try_parse().map_err(|error| {
+        if !error.use_stderr() {
+            error.exit();
+        }
+        let text = error.to_string();
+        let wrong: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+        wrong.join(" ").trim_start_matches("error: ").to_string()
+    })
 }
 
 /// How many characters of a name are shown.
