@@ -12,6 +12,8 @@ pub struct Facts {
     pub limits: wgpu::Limits,
     /// Lanes of the smallest subgroup there is, on devices that may use subgroup operations.
     pub lanes: Option<u32>,
+    /// Whether shaders may have integers of 64 bits.
+    pub int64: bool,
     /// How many iterations of loops the driver grants a shader, if it ends them.
     pub loop_iterations: Option<u64>,
     /// Its matrices, where kernels may use them.
@@ -28,6 +30,7 @@ impl Facts {
         Facts {
             limits: device.limits(),
             lanes: subgroups.then_some(info.subgroup_min_size),
+            int64: device.features().contains(wgpu::Features::SHADER_INT64),
             loop_iterations: loops::granted(&info),
             matrices: None,
         }

@@ -198,7 +198,7 @@ impl Context {
                 }
             }
         };
-        let mut useful = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP;
+        let mut useful = wgpu::Features::TIMESTAMP_QUERY | wgpu::Features::SUBGROUP | wgpu::Features::SHADER_INT64;
         let (mut wanted, mut experimental) = (wgpu::Features::empty(), wgpu::ExperimentalFeatures::disabled());
         if options.cooperative_matrices {
             useful |= wgpu::Features::PASSTHROUGH_SHADERS;

@@ -219,8 +219,7 @@ fn the_state_is_read_when_a_pass_runs() {
 }
 
 /// What a shader makes of a buffer that begins as this: `main` of the text, with the buffer at binding 0, in so many workgroups.
-fn run(text: &str, begin: &[u32], [x, y]: [u32; 2]) -> Vec<u32> {
-    let context = webgpu();
+fn run(context: &Context, text: &str, begin: &[u32], [x, y]: [u32; 2]) -> Vec<u32> {
     let device = context.device();
     let source = wgpu::ShaderSource::Wgsl(text.into());
     let module = device.create_shader_module(wgpu::ShaderModuleDescriptor { label: None, source });
@@ -271,7 +270,14 @@ fn items(text: &str, names: &[&str]) -> String {
 /// The arithmetic of `shaders/attention/dropout.wgsl`, against products of 64 bits and known vectors.
 #[test]
 fn the_generator_in_wgsl() {
-    let (file, switches) = ("kernel/naive_softmax.wgsl", vec!["DROPOUT"]);
+    check_generator(webgpu(), vec!["DROPOUT"]);
+    if full().device().features().contains(wgpu::Features::SHADER_INT64) {
+        check_generator(full(), vec!["DROPOUT", "INT64"]);
+    }
+}
+
+fn check_generator(context: &Context, switches: Vec<&'static str>) {
+    let file = "kernel/naive_softmax.wgsl";
     let module = Specialization { file, entry: "softmax", switches, constants: vec![] };
     let functions = items(&module.source().unwrap().text, &["Wide", "coop_mul_wide", "philox_round", "philox"]);
     let text = format!(
@@ -294,7 +300,7 @@ fn the_generator_in_wgsl() {
     let mut rng = fastrand::Rng::with_seed(1);
     numbers.resize_with(100_032, || [rng.u32(..), rng.u32(..), 0, 0]);
     let counters = [[0; 4], [u32::MAX; 4], [1, 2, 3, 4]];
-    let found = run(&text, [&numbers[..], &counters].concat().as_flattened(), [100_032 / 64, 1]);
+    let found = run(context, &text, [&numbers[..], &counters].concat().as_flattened(), [100_032 / 64, 1]);
     let (products, drawn) = found.split_at(4 * 100_032);
     for product in products.chunks_exact(4) {
         let [a, b, low, high] = product.iter().copied().map(u64::from).collect::<Vec<_>>()[..] else { panic!() };
@@ -465,7 +471,7 @@ fn check_lanes(module: &PlannedModule, keys_are_rows: bool, size: u32, lanes: u3
         dropout.offset >> 32
     );
     let (rows, columns) = (keys / size, keys / together);
-    let found = run(&text, &vec![2; (keys * keys) as usize], [rows, columns]);
+    let found = run(webgpu(), &text, &vec![2; (keys * keys) as usize], [rows, columns]);
     let all = dropout_mask(&shape, &dropout);
     let of_head = &all[(heads_q as usize + 3) * found.len()..][..found.len()];
     let wrong = (0..found.len()).find(|&n| found[n] != u32::from(of_head[n]));

@@ -113,9 +113,10 @@ fn validate(planned: &PlannedModule) -> (Module, ModuleInfo) {
         panic!("{}: {}", place(specialization, &source, line), error.emit_to_string(&source.text))
     });
     // What WebGPU has without any feature; naga counts unpack2x16float among what a device may lack. One form of decoding
-    // wants a feature.
+    // wants a feature, and one of dropout.
     let mut capabilities = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
     capabilities.set(Capabilities::SUBGROUP, specialization.switches.contains(&"SHUFFLES"));
+    capabilities.set(Capabilities::SHADER_INT64, specialization.switches.contains(&"INT64"));
     let info = Validator::new(ValidationFlags::all(), capabilities).validate(&module).unwrap_or_else(|error| {
         let line = error.location(&source.text).map(|location| location.line_number);
         panic!("{}: {}", place(specialization, &source, line), error.emit_to_string(&source.text))
@@ -230,9 +231,16 @@ fn fits(module: &Module, limits: &wgpu::Limits) {
     assert!(bytes <= limits.max_compute_workgroup_storage_size, "{name}: {bytes}");
 }
 
+/// A device with these limits. One with more workgroup memory than WebGPU's has integers of 64 bits too.
+fn facts(limits: &wgpu::Limits) -> Facts {
+    let mut facts = Facts::with_limits(limits.clone());
+    facts.int64 = *limits != wgpu::Limits::default();
+    facts
+}
+
 /// Every module of the forward pass by this kernel. Returns how many there are.
 fn check_forward(kernel: Kernel, limits: &wgpu::Limits) -> usize {
-    let (mut seen, facts) = (Seen::default(), Facts::with_limits(limits.clone()));
+    let (mut seen, facts) = (Seen::default(), facts(limits));
     for problem in problems() {
         seen.check(&problem, &facts, &PlanOptions::default().kernel(kernel), |_| true);
     }
@@ -267,7 +275,7 @@ fn tile_with_48_kib() {
 
 /// The backward pass on devices with these limits, or the naive one.
 fn check_backward(limits: &wgpu::Limits, kernel: Kernel) {
-    let (mut seen, facts) = (Seen::default(), Facts::with_limits(limits.clone()));
+    let (mut seen, facts) = (Seen::default(), facts(limits));
     for problem in problems_with_gradients() {
         let Shape { head_dim, head_dim_v, .. } = problem.shape;
         let mut options = PlanOptions::default().kernel(Kernel::Tile).backward(kernel);
@@ -299,7 +307,7 @@ fn backward_with_48_kib() {
 #[test]
 fn fused_backward_with_48_kib() {
     let limits = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() };
-    let (mut seen, facts) = (Seen::default(), Facts::with_limits(limits.clone()));
+    let (mut seen, facts) = (Seen::default(), facts(&limits));
     for mut problem in problems_with_gradients().into_iter().filter(|p| p.element_type == ElementType::F32) {
         // It takes no block lists.
         problem.blocks = None;

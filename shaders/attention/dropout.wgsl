@@ -12,8 +12,12 @@ struct Wide {
 }
 
 // The product, of 64 bits. In modules with access to the elements of matrices src/matrices/spirv.rs replaces the body by the one instruction for
-// it, which WGSL does not have.
+// it, which WGSL does not have. INT64 is for devices that have numbers of 64 bits.
 fn coop_mul_wide(a: u32, b: u32) -> Wide {
+#if INT64
+    let product = u64(a) * u64(b);
+    return Wide(u32(product), u32(product >> 32u));
+#else
     let al = a & 0xffffu;
     let ah = a >> 16u;
     let bl = b & 0xffffu;
@@ -22,6 +26,7 @@ fn coop_mul_wide(a: u32, b: u32) -> Wide {
     let middle = ah * bl + ((al * bl) >> 16u);
     let carried = (middle & 0xffffu) + al * bh;
     return Wide(a * b, ah * bh + (middle >> 16u) + (carried >> 16u));
+#endif
 }
 
 fn philox_round(counter: vec4u, key: vec2u) -> vec4u {

@@ -205,6 +205,15 @@ impl Pass {
         self
     }
 
+    /// On a device that has numbers of 64 bits, or not. Only the products of dropout's random numbers take them, and not in modules with
+    /// access to the elements of matrices, which have an instruction of their own for these.
+    pub(crate) fn with_int64(mut self, int64: bool) -> Self {
+        if int64 && !self.element_access && self.specialization.switches.contains(&"DROPOUT") {
+            self.specialization.switches.push("INT64");
+        }
+        self
+    }
+
     /// Dispatched once for each round of blocks.
     pub(crate) fn with_rounds(self, rounds: Rounds) -> Self {
         Pass { rounds: Some(rounds), ..self }

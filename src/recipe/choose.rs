@@ -4,7 +4,7 @@ use super::candidate::Recipe;
 use super::{backward, forward};
 use crate::error::Error;
 use crate::facts::Facts;
-use crate::kernel::check_limits;
+use crate::kernel::{Pass, check_limits};
 use crate::names::{ElementType, Kernel};
 use crate::options::PlanOptions;
 use crate::problem::Problem;
@@ -18,14 +18,15 @@ pub(crate) struct Recipes {
 /// How a problem is computed on a device that allows this.
 pub(crate) fn recipes(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<Recipes, Error> {
     problem.validate()?;
-    let with_mods = |recipe: Recipe| {
+    let specialized = |recipe: Recipe| {
         let passes = recipe.passes.into_iter();
-        let passes = passes.map(|pass| pass.with_mods(problem.mods.as_ref()).with_blocks(problem.blocks)).collect();
-        Recipe { passes, ..recipe }
+        let specialized =
+            |pass: Pass| pass.with_mods(problem.mods.as_ref()).with_blocks(problem.blocks).with_int64(facts.int64);
+        Recipe { passes: passes.map(specialized).collect(), ..recipe }
     };
-    let forward = with_mods(forward::recipe(problem, facts, options)?);
+    let forward = specialized(forward::recipe(problem, facts, options)?);
     let backward = match problem.gradients {
-        Some(_) => Some(with_mods(backward::recipe(problem, facts, options, forward.kernel)?)),
+        Some(_) => Some(specialized(backward::recipe(problem, facts, options, forward.kernel)?)),
         None => None,
     };
     check_options(options, problem.element_type, &forward, backward.as_ref())?;
