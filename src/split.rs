@@ -250,7 +250,7 @@ mod tests {
         let all = fields!(
             ProblemUniform: query, key, value, out, lse, grad_out, grad_query, grad_key, grad_value, rows, blocks, bias, mask, seqlen_q, seqlen_k, row_begin,
             row_end, batch_begin, head_begin, heads, batches, group, window_left, window_right, top_left, scale, softcap, splits,
-            split_rows, heads_first, block_keys, block_rows, round, lengths_at, ranges_at,
+            split_rows, order, block_keys, block_rows, round, lengths_at, ranges_at,
             bias_column, mask_column, slopes_batch, heads_q, dropout_last, dropout_scale
         );
         assert_eq!(members(&module, "Problem"), (all, size_of::<ProblemUniform>()));

@@ -74,8 +74,8 @@ struct Problem {
     // Results over parts of the keys that decode_combine.wgsl merges, and rows of each.
     splits: u32,
     split_rows: u32,
-    // Whether workgroups go by heads first: see in_order.
-    heads_first: u32,
+    // In which order workgroups start: see in_order.
+    order: u32,
     // backward_fused_tile.wgsl reads the blocks' sizes, and which pairs of blocks a dispatch computes.
     block_keys: u32,
     block_rows: u32,

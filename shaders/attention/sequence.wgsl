@@ -1,6 +1,6 @@
 // Which sequence a workgroup works on, how long it is, and where its rows lie.
 // Needs: with LENGTHS_IN_ROWS, `rows` of memory/row_stats.wgsl. Gives: Sequence, sequence, with_head; last_query, last_key; query_row,
-// key_row, value_row, out_row, grad_..._row; lse_row, row_number, range_number; in_order.
+// key_row, value_row, out_row, grad_..._row; lse_row, row_number, range_number; in_order, ordered, TILES_LAST.
 
 #include "attention/problem.wgsl"
 
@@ -132,16 +132,31 @@ fn range_number(at: Sequence) -> u32 {
     return problem.ranges_at + at.batch * problem.heads + at.head;
 }
 
-// The tile, head and batch entry of a workgroup, numbered as they start. A kernel's tiles of one head follow one another,
-// which read the same keys and values. But where a mask makes some tiles longer than others, the first tiles of all heads
-// come first, the longest ones, and short ones fill the device at the end.
+// The tile, head and batch entry of a workgroup, numbered as they start. A kernel's tiles of one head follow one another, which read the same
+// keys and values. But where a mask makes some tiles longer than others, TILES_LAST: the first tiles of all heads come first, the longest ones,
+// and short ones fill the device at the end. And heads, or batch entries, that share a bias or a mask are side by side in each tile, so that
+// what one of them reads is in the cache for all.
+const TILES_LAST = 1u;
+const HEADS_ABREAST = 2u;
+const BATCHES_ABREAST = 4u;
+
 fn in_order(group: vec3u, groups: vec3u) -> vec3u {
-    return select(group, by_heads(group, groups), problem.heads_first != 0u);
+    return ordered(group, groups, problem.order);
 }
 
-fn by_heads(group: vec3u, groups: vec3u) -> vec3u {
-    let heads = groups.y * groups.z;
+fn ordered(group: vec3u, groups: vec3u, order: u32) -> vec3u {
     let n = (group.z * groups.y + group.y) * groups.x + group.x;
-    let head = n % heads;
-    return vec3u(n / heads, head % groups.y, head / groups.y);
+    let heads_abreast = (order & HEADS_ABREAST) != 0u;
+    let batches_abreast = (order & BATCHES_ABREAST) != 0u;
+    let abreast = select(1u, groups.y, heads_abreast) * select(1u, groups.z, batches_abreast);
+    let others = groups.y * groups.z / abreast;
+    let m = n / abreast;
+    let tiles_last = (order & TILES_LAST) != 0u;
+    let tile = select(m % groups.x, m / others, tiles_last);
+    let other = select(m / groups.x, m % others, tiles_last);
+    if batches_abreast && !heads_abreast {
+        return vec3u(tile, other, n % abreast);
+    }
+    let head = other * abreast + n % abreast;
+    return vec3u(tile, head % groups.y, head / groups.y);
 }

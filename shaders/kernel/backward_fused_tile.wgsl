@@ -138,7 +138,7 @@ fn fused(
     @builtin(local_invocation_index) thread: u32,
 ) {
     // In this order, workgroups that run at the same time have blocks that take equally long.
-    let group = by_heads(workgroup_id, workgroups);
+    let group = ordered(workgroup_id, workgroups, TILES_LAST);
     let tx = thread_x(thread);
     let ty = thread_y(thread);
     let block = group.x;

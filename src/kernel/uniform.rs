@@ -1,6 +1,6 @@
 //! The numbers a launch is told: `struct Problem` of `shaders/attention/problem.wgsl`.
 
-use crate::{Alibi, Causal, Problem, dropout};
+use crate::{Alibi, Causal, Problem, ScoreLayout, dropout};
 
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, bytemuck::Pod, bytemuck::Zeroable)]
@@ -86,7 +86,7 @@ pub(crate) struct ProblemUniform {
     pub softcap: f32,
     pub splits: u32,
     pub split_rows: u32,
-    pub heads_first: u32,
+    pub order: u32,
     pub block_keys: u32,
     pub block_rows: u32,
     pub round: u32,
@@ -103,6 +103,24 @@ pub(crate) struct ProblemUniform {
 /// An open side of a window: past every key, and far enough from the ends of i32 that adding a position cannot wrap.
 const OPEN: i32 = 1 << 30;
 
+/// In which order workgroups start, as `in_order` in `shaders/attention/sequence.wgsl` takes it.
+fn order(problem: &Problem) -> u32 {
+    const TILES_LAST: u32 = 1;
+    const HEADS_ABREAST: u32 = 2;
+    const BATCHES_ABREAST: u32 = 4;
+    let given: Vec<_> = [problem.bias.map(|bias| bias.layout), problem.mask].into_iter().flatten().collect();
+    // What has one row for all queries is small, and stays in the cache.
+    let shared = |stride: fn(&ScoreLayout) -> u64| given.iter().any(|layout| layout.row > 0 && stride(layout) == 0);
+    [
+        (problem.rows_grow(), TILES_LAST),
+        (shared(|layout| layout.head), HEADS_ABREAST),
+        (shared(|layout| layout.batch), BATCHES_ABREAST),
+    ]
+    .iter()
+    .filter_map(|&(set, bit)| set.then_some(bit))
+    .sum()
+}
+
 impl ProblemUniform {
     /// The fields that are the same for every launch of a problem.
     pub(crate) fn of(problem: &Problem) -> Self {
@@ -118,7 +136,7 @@ impl ProblemUniform {
             top_left: if problem.causal == Some(Causal::TopLeft) { 0 } else { OPEN },
             scale: problem.effective_scale(),
             softcap: problem.softcap.unwrap_or(0.0),
-            heads_first: problem.rows_grow() as u32,
+            order: order(problem),
             heads_q: problem.shape.heads_q,
             dropout_last: problem.dropout.map_or(u32::MAX, dropout::last_word_kept),
             dropout_scale: problem.dropout.map_or(1.0, dropout::scale),
