@@ -75,12 +75,12 @@ fn listed_tile(tiles: Tiles, m: i32) -> i32 {
 }
 
 // The first of tiles begin .. end of a line that begins at x or later, all of them being of full blocks, or of partial ones: their beginnings ascend.
-// Masks mostly leave all of them or none, so that the ends are looked at first.
+// Masks mostly leave all of them or none, so that the ends are looked at first, and nothing is read where x is before or behind all blocks.
 fn first_from(tiles: Tiles, begin: i32, end: i32, x: i32) -> i32 {
-    if begin >= end || listed_tile(tiles, begin) >= x {
+    if begin >= end || x <= 0 || listed_tile(tiles, begin) >= x {
         return begin;
     }
-    if listed_tile(tiles, end - 1) < x {
+    if x > i32(tiles.blocks * tiles.block) - tiles.size || listed_tile(tiles, end - 1) < x {
         return end;
     }
     // The beginning of `low` is below x, that of `high` is not.
