@@ -1,5 +1,5 @@
 // What is given of each score or head beside Q, K and V: bias, boolean mask, slopes of ALiBi, sinks.
-// Needs: softmax.wgsl, sequence.wgsl. Gives: with BIAS bias_of, bias2_of; with MASK mask_of, mask2_of; with ALIBI alibi_of, steps_behind; with
+// Needs: softmax.wgsl, sequence.wgsl. Gives: with BIAS bias_of, bias2_of; with MASK mask_of, mask2_of; with ALIBI alibi_slope, alibi_of, steps_behind; with
 // SINKS sink_of.
 
 #if BIAS
@@ -22,7 +22,7 @@ fn bias_of(at: Sequence, i: i32, j: i32) -> f32 {
     let shift = 16u * (place & 1u);
 #endif
 #if BIAS_F16
-    return bias_of_bits(bitcast<u32>(unpack2x16float(bias_word(place / 2u) >> shift).x));
+    return bias_of_half(unpack2x16float(bias_word(place / 2u) >> shift).x);
 #else
 #if BIAS_BF16
     return bias_of_bits((bias_word(place / 2u) >> shift) << 16u);
@@ -39,7 +39,7 @@ fn bias2_of(at: Sequence, i: i32, j: i32, step: u32) -> vec2f {
     let word = bias_word(place_of_score(problem.bias, 1u, at, i, j) / 2u + step / 2u);
 #if BIAS_F16
     let two = unpack2x16float(word);
-    return vec2f(bias_of_bits(bitcast<u32>(two.x)), bias_of_bits(bitcast<u32>(two.y)));
+    return vec2f(bias_of_half(two.x), bias_of_half(two.y));
 #else
     return vec2f(bias_of_bits(word << 16u), bias_of_bits(word & 0xffff0000u));
 #endif
@@ -56,6 +56,16 @@ fn bias_word(n: u32) -> u32 {
 // Bits are compared, since WGSL may assume that infinity does not occur.
 fn bias_of_bits(bits: u32) -> f32 {
     return bitcast<f32>(select(bits, bitcast<u32>(MASKED), bits > BELOW_MASKS));
+}
+
+// Of numbers of f16 only -infinity is below -1e30.
+fn bias_of_half(x: f32) -> f32 {
+#if BIAS_AHEAD
+    // One operation instead of two. Kernels that ask ahead run on Vulkan only, whose drivers take the maximum of infinity and a number for what it is.
+    return max(x, MASKED);
+#else
+    return bias_of_bits(bitcast<u32>(x));
+#endif
 }
 #endif
 
@@ -87,9 +97,13 @@ fn mask_word(n: u32) -> u32 {
 #if ALIBI
 @group(0) @binding(21) var<storage, read> alibi_slopes: array<f32>;
 
+fn alibi_slope(at: Sequence) -> f32 {
+    return alibi_slopes[at.batch * problem.slopes_batch + at.head];
+}
+
 // What ALiBi adds to the score of a query and a key that is so many steps behind the query. Steps below 0 are ahead of it.
-fn alibi_of(at: Sequence, steps: f32) -> f32 {
-    return -alibi_slopes[at.batch * problem.slopes_batch + at.head] * abs(steps);
+fn alibi_of(slope: f32, steps: f32) -> f32 {
+    return -slope * abs(steps);
 }
 
 // How many steps key j is behind query i, the last query being at the last key.

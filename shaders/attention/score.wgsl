@@ -14,7 +14,7 @@ struct Scored {
 fn scored(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
     var x = scored_alone(dot, at, i, j);
 #if ALIBI
-    x.score += alibi_of(at, steps_behind(at, i, j));
+    x.score += alibi_of(alibi_slope(at), steps_behind(at, i, j));
 #endif
 #if BIAS
     let term = bias_of(at, i, j);

@@ -171,7 +171,7 @@ fn bias_gradient(
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
                     let i = i32(row0 + own_row + r * M);
-                    var x = shaped(elements_of(s[r]), added_lane(at, i, j, lane), at, i, j, lane).score;
+                    var x = shaped(elements_of(s[r]), added_lane(at, i, j, 0u, lane), at, i, j, lane).score;
                     var y = elements_of(dp[r]);
 #if DROPOUT
                     y = what_is_kept(y, kept_lane(at, i, j, c, lane));

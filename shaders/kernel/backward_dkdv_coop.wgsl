@@ -247,7 +247,7 @@ fn dkdv(
             let i = row0 + c * i32(M);
             var added = array<Lane, KEY_MATRICES>();
             for (var r = 0u; r < KEY_MATRICES; r++) {
-                added[r] = added_lane(at, i, i32(key0 + own_key + r * M), lane);
+                added[r] = added_lane(at, i, i32(key0 + own_key), r, lane);
             }
 
             // S^T = K Q^T,  dP^T = V dO^T

@@ -155,7 +155,7 @@ fn dkdv(
                         x[r][c][e] *= unscaling.halves.y;
                     }
 #endif
-                    let scores = shaped(x[r][c], added_lane(at, i, j, lane), at, i, j, lane);
+                    let scores = shaped(x[r][c], added_lane(at, i, j, 0u, lane), at, i, j, lane);
                     slope[r][c] = scores.slope;
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let lse = step_stats[c * M + column_of(lane, 0u) + column_of(0u, e)];

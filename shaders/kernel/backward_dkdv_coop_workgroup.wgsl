@@ -202,7 +202,7 @@ fn dkdv(
             for (var r = 0u; r < KEY_MATRICES; r++) {
                 let i = i0 + i32(c * M);
                 let j = i32(key0 + (own_block + r) * M);
-                let scores = shaped(get_elements(own_block + r, c, lane), added_lane(at, i, j, lane), at, i, j, lane);
+                let scores = shaped(get_elements(own_block + r, c, lane), added_lane(at, i, j, 0u, lane), at, i, j, lane);
                 var x = Lane();
                 var y = get_elements(SECOND + own_block + r, c, lane);
 #if DROPOUT

@@ -216,7 +216,7 @@ fn dq(
         var added = array<array<Lane, ACROSS_KEYS>, ROW_MATRICES>();
         for (var r = 0u; r < ROW_MATRICES; r++) {
             for (var c = 0u; c < ACROSS_KEYS; c++) {
-                added[r][c] = added_lane(at, i32(row0 + own_row + r * M), j0 + i32(c * M), lane);
+                added[r][c] = added_lane(at, i32(row0 + own_row + r * M), j0, c, lane);
             }
         }
 

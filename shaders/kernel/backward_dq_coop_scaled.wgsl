@@ -120,7 +120,7 @@ fn dq(
                         x[r][c][e] *= unscaling.halves.y;
                     }
 #endif
-                    let scores = shaped(x[r][c], added_lane(at, i, j, lane), at, i, j, lane);
+                    let scores = shaped(x[r][c], added_lane(at, i, j, 0u, lane), at, i, j, lane);
                     slope[r][c] = scores.slope;
                     for (var e = 0u; e < ELEMENTS; e++) {
                         let lse = lane_stat[r][held_row(e)];

@@ -179,7 +179,7 @@ fn dq(
             for (var r = 0u; r < ROW_MATRICES; r++) {
                 let i = i32(row0 + (own_block + r) * M);
                 let j = j0 + i32(c * M);
-                let scores = shaped(get_elements(own_block + r, c, lane), added_lane(at, i, j, lane), at, i, j, lane);
+                let scores = shaped(get_elements(own_block + r, c, lane), added_lane(at, i, j, 0u, lane), at, i, j, lane);
                 var x = Lane();
                 var y = get_elements(SECOND + own_block + r, c, lane);
 #if DROPOUT

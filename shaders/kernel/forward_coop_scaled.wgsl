@@ -329,7 +329,7 @@ fn forward_rows(at: Sequence, block: u32, blocks: u32, thread: u32, subgroup: u3
                 }
                 let i = i32(row0 + own_row + r * M);
                 let j = j0 + i32(c * M);
-                x[r][c] = shaped(x[r][c], added_lane(at, i, j, lane), at, i, j, lane).score;
+                x[r][c] = shaped(x[r][c], added_lane(at, i, j, 0u, lane), at, i, j, lane).score;
                 for (var e = 0u; e < ELEMENTS; e++) {
                     x[r][c][e] *= select(1.0, factor, by_rows);
                 }

@@ -157,7 +157,7 @@ fn forward(
             for (var c = 0u; c < ACROSS_KEYS; c++) {
                 let i = i32(row0 + (own_block + r) * M);
                 let j = j0 + i32(c * M);
-                x[r][c] = shaped(x[r][c], added_lane(at, i, j, lane), at, i, j, lane).score;
+                x[r][c] = shaped(x[r][c], added_lane(at, i, j, 0u, lane), at, i, j, lane).score;
             }
         }
 #endif

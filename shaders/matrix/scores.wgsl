@@ -3,7 +3,7 @@
 // Needs: attention.wgsl, Lane, layout.wgsl. Gives: ShapedLane, shaped, added_lane, masked; held_delta, held_factor; with
 // BF16_MATRICES and BIAS of_what_counts; with DROPOUT Kept, kept_lane, what_is_kept, grad_of_kept.
 
-// The scores (products as they are, unless SHAPED), and d score / d (scale · q·k), from the products and what added_lane gives.
+// The scores (products, unless SHAPED), and d score / d (scale · q·k), from the products and what added_lane gives.
 struct ShapedLane {
     score: Lane,
     slope: Lane,
@@ -28,33 +28,40 @@ fn shaped(x: Lane, added: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> Sh
         y.slope[e] = of_pair.slope;
 #else
         y.score[e] = x[e];
+#if ADDED
+        y.score[e] += added[e];
+#endif
         y.slope[e] = 1.0;
 #endif
     }
     return y;
 }
 
-// What bias and ALiBi add to the scores: below -1e30 for a score that the bias masks. With SMALL_SCORES, of products of f16, kernels take the sum as
-// it is, for one operation less: it stays below EMPTY while scale · q·k is below 1e38.
-fn added_lane(at: Sequence, i0: i32, j0: i32, lane: u32) -> Lane {
+// What bias and ALiBi add to the scores of the n-th of the matrices along the keys: below -1e30 for a score that the bias masks. n is a constant,
+// so that matrices share what depends on the distance of query and key alone. With SMALL_SCORES, of products of f16, kernels take the sum as it
+// is, for one operation less: it stays below EMPTY while scale · q·k is below 1e38.
+fn added_lane(at: Sequence, i0: i32, j0: i32, n: u32, lane: u32) -> Lane {
     var y = Lane();
 #if ALIBI
     // From the first element on, since whole numbers take long to become numbers of f32.
     let steps = steps_behind(at, i0 + held_$queries_place(lane, 0u), j0 + held_$keys_place(lane, 0u));
+    // Without SHAPED it is added to products.
+    let slope = alibi_slope(at) / score_unit();
 #unroll
     for (var e = 0u; e < ELEMENTS; e++) {
-        y[e] = alibi_of(at, steps + f32(held_$queries_place(0u, e) - held_$keys_place(0u, e)));
+        y[e] = alibi_of(slope, steps + f32(held_$queries_place(0u, e) - held_$keys_place(0u, e) - i32(n * M)));
     }
 #endif
 #if BIAS
 #unroll
     for (var e = 0u; e < ELEMENTS; e++) {
         let i = i0 + held_$queries_place(lane, e);
-        let j = j0 + held_$keys_place(lane, e);
+        let step = n * M + u32(held_$keys_place(0u, e));
+        let j = j0 + held_$keys_place(lane, 0u);
         if $keys_next == 0u {
-            y[e] += bias_of(at, i, j);
+            y[e] += bias_of(at, i, j + i32(step));
         } else if (e & $keys_next) == 0u {
-            let of_two = bias2_of(at, i, j0 + held_$keys_place(lane, 0u), u32(held_$keys_place(0u, e)));
+            let of_two = bias2_of(at, i, j, step);
             y[e] += of_two.x;
             y[e | $keys_next] += of_two.y;
         }

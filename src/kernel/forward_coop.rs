@@ -23,6 +23,20 @@ pub(crate) fn bias_switches(problem: &Problem, operands: Operands) -> Vec<&'stat
     }
 }
 
+/// Whether the kernels with access to elements hold products, and add ALiBi over the scale to them, though something is added to scores: for one
+/// operation less. Nothing else may be done to scores, and with such a scale no sum comes near `EMPTY` of `shaders/attention/softmax.wgsl`.
+fn adds_to_products(problem: &Problem) -> bool {
+    let alone = problem.softcap.is_none() && problem.bias.is_none() && !problem.has_score_mod();
+    problem.alibi.is_some() && alone && (1e-3..=1e3).contains(&problem.effective_scale())
+}
+
+/// The switches of a kernel with access to elements, of 16 bits as they are.
+pub(crate) fn hold_products(problem: &Problem, on: &mut Vec<&'static str>) {
+    if adds_to_products(problem) {
+        on.retain(|&name| name != "SHAPED");
+    }
+}
+
 /// How many steps without masked scores the kernel has written out. Drivers do so themselves with those of plain attention, but not with longer
 /// ones. Where every tile may be masked such steps are few, and two of them made the kernel slower: documents at head dim 64 from 0.20 to 0.59 ms on
 /// an H200.
@@ -98,6 +112,7 @@ pub(crate) fn pass(
         CoopForm::Registers => {
             on.push("UNROLL");
             on.extend(bias_switches(problem, operands));
+            hold_products(problem, &mut on);
             "kernel/forward_coop.wgsl"
         }
         CoopForm::WorkgroupMemory => {
