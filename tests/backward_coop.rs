@@ -375,44 +375,53 @@ fn said(module: &PlannedModule, problem: &Problem, size: u32, [dkdv, dq]: [(Coop
 
 /// Needs no device: naga takes every module, its workgroup memory is what the tile says, and so does the validator of
 /// SPIR-V, where it is there.
-#[test]
-fn modules_are_valid() {
+fn check_modules((format, layout): (MatrixFormat, MatrixLayout)) {
     let validator = validator();
     let mut with_bias = false;
-    for (format, layout) in known_matrices() {
-        for (at_an_end, problem) in TYPES.into_iter().flat_map(problems) {
-            for [dkdv, dq] in tiles(Registers, format.size, &problem) {
-                let modules = modules_of(&problem, Registers, [dkdv.0, dq.0], format, Some(layout.clone()));
-                let has_bias = modules.iter().any(|module| module.specialization.entry == BIAS_GRADIENT);
-                with_bias |= has_bias;
-                for module in modules {
-                    let (said, subgroups) = said(&module, &problem, format.size, [dkdv, dq]);
-                    let text = module.source().unwrap().text;
-                    let PlannedModule { specialization, bindings, element_access, .. } = module;
-                    assert!(element_access);
-                    assert_eq!((module.workgroup_bytes, module.threads), (said, subgroups * format.lanes));
-                    assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
-                    let loops = uninitialised_in_loop(&text);
-                    assert_eq!(loops, None, "a variable in a loop without a value: {specialization:?}");
-                    let module = ElementModule::new(
-                        &text,
-                        format,
-                        &bindings,
-                        problem.gradients.is_some_and(|gradients| gradients.accumulate),
-                    )
-                    .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
-                    assert_eq!(module.entry_points()[0].1, [subgroups * format.lanes, 1, 1]);
-                    // With none and with all of the switches; the validator takes its time.
-                    let validator = validator.as_deref().filter(|_| at_an_end);
-                    let refused = |path| spirv_error(path, "backward_coop.spv", module.spirv());
-                    if let Some(error) = validator.and_then(refused) {
-                        panic!("{specialization:?}: {error}");
-                    }
+    for (at_an_end, problem) in TYPES.into_iter().flat_map(problems) {
+        for [dkdv, dq] in tiles(Registers, format.size, &problem) {
+            let modules = modules_of(&problem, Registers, [dkdv.0, dq.0], format, Some(layout.clone()));
+            let has_bias = modules.iter().any(|module| module.specialization.entry == BIAS_GRADIENT);
+            with_bias |= has_bias;
+            for module in modules {
+                let (said, subgroups) = said(&module, &problem, format.size, [dkdv, dq]);
+                let text = module.source().unwrap().text;
+                let PlannedModule { specialization, bindings, element_access, .. } = module;
+                assert!(element_access);
+                assert_eq!((module.workgroup_bytes, module.threads), (said, subgroups * format.lanes));
+                assert_eq!(workgroup_bytes(&text), said, "{specialization:?}");
+                let loops = uninitialised_in_loop(&text);
+                assert_eq!(loops, None, "a variable in a loop without a value: {specialization:?}");
+                let module = ElementModule::new(
+                    &text,
+                    format,
+                    &bindings,
+                    problem.gradients.is_some_and(|gradients| gradients.accumulate),
+                )
+                .unwrap_or_else(|error| panic!("{specialization:?}: {error}"));
+                assert_eq!(module.entry_points()[0].1, [subgroups * format.lanes, 1, 1]);
+                // With none and with all of the switches; the validator takes its time.
+                let validator = validator.as_deref().filter(|_| at_an_end);
+                let refused = |path| spirv_error(path, "backward_coop.spv", module.spirv());
+                if let Some(error) = validator.and_then(refused) {
+                    panic!("{specialization:?}: {error}");
                 }
             }
         }
     }
     assert!(with_bias, "no problem has a gradient of its bias on matrices");
+}
+
+#[test]
+fn modules_on_matrices_of_an_h100_are_valid() {
+    let [h100, _] = known_matrices();
+    check_modules(h100);
+}
+
+#[test]
+fn modules_on_matrices_of_lavapipe_are_valid() {
+    let [_, lavapipe] = known_matrices();
+    check_modules(lavapipe);
 }
 
 /// Biases that batch entries and heads share or have their own of, in f32 and in the element type, rows whose ends cut tiles and words, a tile that

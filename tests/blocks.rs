@@ -1,7 +1,7 @@
 //! Block-sparse attention: every kernel, form and type by block lists, forward and backward, whole and split; and the lists themselves, which
 //! the host and the device make alike.
 
-use flash_attention_testing::backward::{self, Ask, backward, fused};
+use flash_attention_testing::backward::{self, Ask, backward, fused, in_small_bindings};
 use flash_attention_testing::coop::{check_passes, context, in_forms, is_software, known_matrices};
 use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
@@ -113,14 +113,14 @@ fn forward_in_wide_and_in_tall_blocks() {
 fn gradients() {
     let first = &cases([32, 32])[0].1.problem;
     let (narrow, less_narrow) = (with_bindings(20), with_bindings(420));
-    let by_naive = backward(Kernel::Naive);
-    assert_split(first, &narrow, two_kernels());
-    assert_split(first, &less_narrow, by_naive);
+    let [two_split, naive_split] = [two_kernels(), backward(Kernel::Naive)].map(in_small_bindings);
+    assert_split(first, &narrow, two_split);
+    assert_split(first, &less_narrow, naive_split);
     for element_type in TYPES {
         let mut ways = every_kernel(element_type, backward(Kernel::Naive), backward(Kernel::Tile));
         ways.push(("small tiles", full(), two_kernels()));
         if element_type == ElementType::F32 {
-            ways.extend([("small tiles, split", &narrow, two_kernels()), ("naive, split", &less_narrow, by_naive)]);
+            ways.extend([("small tiles, split", &narrow, two_split), ("naive, split", &less_narrow, naive_split)]);
         }
         let ask = Ask { grad_lse: true, accumulate: false };
         backward::check_all(&backward::prepare(cases_of([32, 32], element_type), element_type, ask), &ways);

@@ -1,6 +1,6 @@
 //! The forward pass by cases: each line is computed by every kernel, in every element type, and compared with the oracle.
 
-use flash_attention_testing::cases::{self, cases, dims_of, plain_cases, prepare};
+use flash_attention_testing::cases::{self, cases_of_features, dims_of, many_inputs_of, plain_cases, prepare};
 use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::{Context, ElementType, Error, Layout, PlanOptions, Problem, Shape, Tensor};
@@ -14,12 +14,7 @@ fn small_tile() -> PlanOptions {
     tiled(8, 16, (2, 4), 4, 8)
 }
 
-/// All cases in f32. The others have those without features: `tests/seams.rs` has each feature in each type.
-fn cases_of(element_type: ElementType) -> Vec<(String, Case)> {
-    if element_type == ElementType::F32 { cases() } else { plain_cases() }
-}
-
-fn run_cases(element_type: ElementType) {
+fn run_cases(cases: Vec<(String, Case)>, element_type: ElementType) {
     let mut ways = ways(element_type);
     // f16 and bf16 differ in how elements are read and written alone, so each goes through one of these.
     if element_type != ElementType::BF16 {
@@ -30,7 +25,7 @@ fn run_cases(element_type: ElementType) {
     if element_type != ElementType::F16 {
         ways.push(("tile of 40 by 72", full(), tiled(40, 72, (10, 6), 12, 36)));
     }
-    check_all(&prepare(cases_of(element_type), element_type), &ways);
+    check_all(&prepare(cases, element_type), &ways);
 }
 
 fn run_dims(element_type: ElementType) {
@@ -39,17 +34,23 @@ fn run_dims(element_type: ElementType) {
 
 #[test]
 fn cases_f32() {
-    run_cases(ElementType::F32);
+    run_cases(plain_cases(), ElementType::F32);
+}
+
+/// In f32 alone: `tests/seams.rs` has each feature in each type. A test of its own, so that two processors share the work.
+#[test]
+fn cases_of_features_f32() {
+    run_cases(cases_of_features(), ElementType::F32);
 }
 
 #[test]
 fn cases_f16() {
-    run_cases(ElementType::F16);
+    run_cases(plain_cases(), ElementType::F16);
 }
 
 #[test]
 fn cases_bf16() {
-    run_cases(ElementType::BF16);
+    run_cases(plain_cases(), ElementType::BF16);
 }
 
 #[test]
@@ -125,14 +126,13 @@ fn bytes_past_2_to_the_64() {
 #[test]
 fn many_inputs() {
     for element_type in TYPES {
-        let cases = cases::many_inputs();
-        for (name, case) in &cases {
+        for (name, case) in &cases::many_inputs() {
             let problem = case.clone().element_type(element_type).problem;
             let error = webgpu().plan_with(&problem, &tile()).unwrap_err();
             assert!(matches!(error, Error::StorageBuffers { .. }), "{name}: {error}");
             assert!(error.to_string().contains("bias"), "{error}");
         }
         let ways = [("naive", full(), naive()), ("tile", full(), tile()), ("small tile", full(), small_tile())];
-        check_all(&prepare(cases, element_type), &ways);
+        check_all(&prepare(many_inputs_of(element_type), element_type), &ways);
     }
 }

@@ -1,7 +1,7 @@
 //! Scores and masks that a user wrote, in every kernel, form and type, forward and backward, whole and split: compared with the reference,
 //! which runs the same text on the host, and with the library's own features.
 
-use flash_attention_testing::backward::{self, Ask, backward, fused, two_kernels};
+use flash_attention_testing::backward::{self, Ask, backward, fused, in_small_bindings, two_kernels};
 use flash_attention_testing::coop::{check_passes, context};
 use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
@@ -121,18 +121,36 @@ fn forward() {
     check_all(&cases::prepare(rest, ElementType::F32), &[("tile", full(), tile()), ("decode", full(), decode(2))]);
 }
 
-#[test]
-fn backward_pass() {
+fn check_backward(element_type: ElementType) {
     let ask = Ask { grad_lse: true, ..Ask::default() };
-    for element_type in TYPES {
-        let mut ways = every_kernel(element_type, backward(Kernel::Naive), backward(Kernel::Tile));
-        ways.push(("two kernels", full(), two_kernels()));
-        if element_type == ElementType::F32 {
-            ways.push(("fused", full(), fused([32, 64], 8, 8, 16, [32, 64])));
-        }
-        let cases = backward::prepare(of_webgpu(cases_of(element_type)), element_type, ask);
-        backward::check_all(&cases, &ways);
+    let mut ways = every_kernel(element_type, backward(Kernel::Naive), backward(Kernel::Tile));
+    ways.push(("two kernels", full(), two_kernels()));
+    if element_type == ElementType::F32 {
+        ways.push(("fused", full(), fused([32, 64], 8, 8, 16, [32, 64])));
     }
+    let cases = backward::prepare(of_webgpu(cases_of(element_type)), element_type, ask);
+    backward::check_all(&cases, &ways);
+}
+
+#[test]
+fn backward_f32() {
+    check_backward(ElementType::F32);
+}
+
+#[test]
+fn backward_f16() {
+    check_backward(ElementType::F16);
+}
+
+#[test]
+fn backward_bf16() {
+    check_backward(ElementType::BF16);
+}
+
+/// More buffers than WebGPU's eight.
+#[test]
+fn backward_with_many_buffers() {
+    let ask = Ask { grad_lse: true, ..Ask::default() };
     let rest = cases().into_iter().filter(|(name, _)| name.contains("bias"));
     backward::check_all(&backward::prepare(rest, ElementType::F32, ask), &[("two kernels", full(), two_kernels())]);
 }
@@ -149,7 +167,8 @@ fn split_launches() {
     }
     check_all(&cases::prepare(all.clone(), ElementType::F32), &ways);
     let ways =
-        [("two", &narrow, two_kernels()), ("naive", &wide, backward(Kernel::Naive)), ("fused", &narrow, at_once)];
+        [("two", &narrow, two_kernels()), ("naive", &wide, backward(Kernel::Naive)), ("fused", &narrow, at_once)]
+            .map(|(name, context, options)| (name, context, in_small_bindings(options)));
     for (_, context, options) in &ways {
         assert_split(&all[1].1.problem, context, *options);
     }

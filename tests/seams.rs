@@ -1,7 +1,7 @@
 //! The questions that kernels ask of `shaders/attention/`: features, and variants of attention that only tests plan, each of which is wrong
 //! in a kernel that answers one of these questions by itself. Every kernel, form and type, forward and backward, whole and split.
 
-use flash_attention_testing::backward::{self, Ask, backward, fused, two_kernels};
+use flash_attention_testing::backward::{self, Ask, backward, fused, in_small_bindings, two_kernels};
 use flash_attention_testing::coop::{check_passes, context};
 use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
@@ -67,17 +67,18 @@ fn check_backward(feature: Feature) {
     let (_, plain) = &cases(feature)[0];
     let (narrow, less_narrow) = (narrow(feature, 20), narrow(feature, 280));
     let at_once = fused([32, 64], 8, 8, 16, [32, 64]);
-    let by_naive = backward(Kernel::Naive);
-    for (context, options) in [(&narrow, two_kernels()), (&narrow, at_once), (&less_narrow, by_naive)] {
+    let split = [two_kernels(), at_once, backward(Kernel::Naive)].map(in_small_bindings);
+    let [two_split, at_once_split, naive_split] = split;
+    for (context, options) in [(&narrow, two_split), (&narrow, at_once_split), (&less_narrow, naive_split)] {
         assert_split(&plain.problem, context, options);
     }
     for element_type in TYPES {
         let mut ways = every_kernel(element_type, backward(Kernel::Naive), backward(Kernel::Tile));
         ways.extend([("two kernels", full(), two_kernels())]);
         if element_type == ElementType::F32 {
-            ways.extend([("naive, split", &less_narrow, by_naive)]);
-            ways.extend([("fused", full(), at_once), ("fused, split", &narrow, at_once)]);
-            ways.extend([("two kernels, split", &narrow, two_kernels())]);
+            ways.extend([("naive, split", &less_narrow, naive_split)]);
+            ways.extend([("fused", full(), at_once), ("fused, split", &narrow, at_once_split)]);
+            ways.extend([("two kernels, split", &narrow, two_split)]);
         }
         let ask = Ask { grad_lse: true, accumulate: false };
         backward::check_all(&backward::prepare(cases_of(feature, element_type), element_type, ask), &ways);

@@ -182,6 +182,8 @@ fn interleaved_gradients() {
             .flat_map(|n| inputs.iter().flat_map(move |tensor| tensor[n * row_bytes..][..row_bytes].to_vec()))
             .collect();
         for options in [backward(Kernel::Naive), backward(Kernel::Tile)] {
+            // Forward without a workspace.
+            let options = options.kernel(Kernel::Tile);
             let context = webgpu();
             let buffer = |bytes: usize| context.upload(&vec![POISON; bytes]).unwrap();
             // Both with inputs as they are made, and outputs as they are compared.

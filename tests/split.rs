@@ -1,6 +1,6 @@
 //! Work that exceeds a binding or a dispatch is split. Devices are made with limits lowered on purpose.
 
-use flash_attention_testing::backward::{Ask, backward, fused};
+use flash_attention_testing::backward::{Ask, backward, fused, in_small_bindings};
 use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::tune::BackwardTile;
@@ -128,6 +128,7 @@ fn check_backward_split(context: &Context, kernel: Kernel, least: usize, cases: 
 }
 
 fn check_backward_split_with(context: &Context, options: &PlanOptions, least: usize, cases: &[(&str, Case)]) {
+    let options = &in_small_bindings(*options);
     let fused = options.fused_tile.is_some();
     for (n, (name, case)) in cases.iter().enumerate() {
         for &element_type in if fused { &[ElementType::F32] } else { types_of(n, name) } {

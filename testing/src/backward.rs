@@ -16,9 +16,15 @@ use crate::forward::why_broken;
 use crate::memory::{GUARD, end, from_bits, guarded, places, poison, row_places, to_bits, unguard};
 use crate::{Case, Extras, Inputs, Prepared};
 
-/// The plan's own choice of forward kernel, and this one for the backward pass.
+/// This kernel for the backward pass. A plan builds the pipelines of its forward pass, too, which no test of gradients runs: those of the naive
+/// kernel are built soonest.
 pub fn backward(kernel: Kernel) -> PlanOptions {
-    PlanOptions::default().kernel(Kernel::Tile).backward(kernel)
+    PlanOptions::default().kernel(Kernel::Naive).backward(kernel)
+}
+
+/// The same for a device with small bindings, which may not hold the scores of the naive kernel: the tile kernel for the forward pass.
+pub fn in_small_bindings(options: PlanOptions) -> PlanOptions {
+    options.kernel(Kernel::Tile)
 }
 
 /// The tile kernels for each gradient, with a tile smaller than cases are, so that there are several; no size but the grid's is a power of

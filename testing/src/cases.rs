@@ -195,11 +195,31 @@ pub fn cases() -> Vec<(String, Case)> {
 /// Those of [`cases`] without bias, boolean mask, ALiBi, sinks and dropout: on matrices, which a processor takes long to compile for,
 /// `tests/seams.rs` has each of these.
 pub fn plain_cases() -> Vec<(String, Case)> {
-    let is_plain = |problem: &Problem| {
-        let given = problem.bias.is_some() || problem.mask.is_some() || problem.alibi.is_some() || problem.sinks;
-        !given && problem.dropout.is_none()
-    };
     cases().into_iter().filter(|(_, case)| is_plain(&case.problem)).collect()
+}
+
+/// The rest of [`cases`].
+pub fn cases_of_features() -> Vec<(String, Case)> {
+    cases().into_iter().filter(|(_, case)| !is_plain(&case.problem)).collect()
+}
+
+fn is_plain(problem: &Problem) -> bool {
+    let given = problem.bias.is_some() || problem.mask.is_some() || problem.alibi.is_some() || problem.sinks;
+    !given && problem.dropout.is_none()
+}
+
+/// Cases with more inputs than kernels can bind within WebGPU's limits: all in f32, and half of them in each other type, which changes how
+/// elements are read and written. `tests/seams.rs` has each feature in each type.
+pub fn many_inputs_of(element_type: ElementType) -> Vec<(String, Case)> {
+    let mut cases = many_inputs();
+    match element_type {
+        ElementType::F16 => {
+            cases.retain(|(name, _)| ["mask and bias", "dropout, ALiBi, bias"].contains(&name.as_str()))
+        }
+        ElementType::BF16 => cases.retain(|(name, _)| ["ALiBi, bias, softcap", "all inputs"].contains(&name.as_str())),
+        _ => {}
+    }
+    cases
 }
 
 /// Cases with more inputs than kernels can bind within WebGPU's limits.
