@@ -46,14 +46,20 @@ pub(crate) enum Kind {
 }
 
 impl BlockMask {
-    /// From a matrix of blocks, `[B|1, Hq|1, R, C]` ([`Problem::block_counts`]): true is listed, as a full block. Other masks of the problem
-    /// still count inside it.
+    /// From a matrix of blocks, `[B|1, Hq|1, R, C]` ([`Problem::block_counts`]): true is listed. The problem's other masks still count inside the
+    /// block. So it is listed as a full one, unless kernels do not ask about full ones
+    /// ([`BlockLists::full_unmasked`](crate::BlockLists::full_unmasked)): then as a partial one, if the problem has a mask or a `mask_mod`.
     ///
     /// An error if the problem has no block lists, or `listed` has another length, or a row lists more blocks than the lists have columns for.
     pub fn from_dense(problem: &Problem, listed: &[bool]) -> Result<Self, Error> {
         let packing = packing_of(problem)?;
         check_length("listed", listed.len(), packing.row_count().saturating_mul(packing.across.into()))?;
-        let kinds: Vec<_> = listed.iter().map(|&listed| if listed { Kind::Full } else { Kind::None }).collect();
+        let unasked = problem.blocks.is_some_and(|blocks| blocks.full_unmasked);
+        let kind = match unasked && (problem.mask.is_some() || problem.has_mask_mod()) {
+            true => Kind::Partial,
+            false => Kind::Full,
+        };
+        let kinds: Vec<_> = listed.iter().map(|&listed| if listed { kind } else { Kind::None }).collect();
         for (row, kinds) in kinds.chunks(packing.across.max(1) as usize).enumerate() {
             let found = kinds.iter().filter(|&&kind| kind != Kind::None).count();
             if found > packing.columns as usize {

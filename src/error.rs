@@ -127,8 +127,21 @@ pub enum Error {
         /// `bias`, `sinks` or `alibi_slopes`.
         argument: &'static str,
     },
+    /// A contiguous bias, or mask, of other sizes than the problem's.
+    #[error(
+        "{argument} is of sizes {found:?}; each must be 1 or that of [batch, heads_q, seqlen_q, seqlen_k], which is {needed:?} (ScoreLayout::strided \
+         takes strides, whatever the sizes are)"
+    )]
+    ScoreSizes {
+        /// `bias` or `mask`.
+        argument: &'static str,
+        /// Its sizes.
+        found: [u32; 4],
+        /// Those of the problem.
+        needed: [u32; 4],
+    },
     /// A bias in a type that kernels do not read.
-    #[error("the bias is {found}; it must be f32 or the type of the problem, {problem}")]
+    #[error("the bias (attn_mask) is {found}; it must be f32 or the type of the problem, {problem}")]
     BiasType {
         /// Its type.
         found: ElementType,
@@ -202,18 +215,21 @@ pub enum Error {
     },
     /// The problem has more inputs than a kernel can bind on the device.
     #[error(
-        "with {} the {kernel} kernel binds {needed} storage buffers, and the device allows {found} \
-         (max_storage_buffers_per_shader_stage); request a larger limit, or leave out one of these inputs", list(.inputs)
+        "with {} the {kernel} kernel binds {needed} storage buffers{}, and the device allows {found} (max_storage_buffers_per_shader_stage); \
+         request the adapter's limit where it is larger, or leave out one of these inputs",
+        list(.inputs), if *backward { " in the backward pass" } else { "" }
     )]
     StorageBuffers {
         /// The kernel.
         kernel: Kernel,
+        /// Whether it is in the backward pass.
+        backward: bool,
         /// Its storage buffers.
         needed: u32,
         /// What the device allows.
         found: u32,
-        /// The inputs besides q, k, v and their gradients that it binds.
-        inputs: Vec<&'static str>,
+        /// The inputs besides q, k, v and their gradients that it binds. Buffers of mods have their names in the text.
+        inputs: Vec<String>,
     },
     /// The driver ends a shader's loops before the kernel is done, as Mesa's software driver did for many years.
     #[error(
@@ -267,8 +283,8 @@ pub enum Error {
     },
     /// Bytes to be downloaded that a copy cannot reach.
     #[error(
-        "download of {bytes} bytes at {offset} of a buffer of {size}; the offset must be a multiple of 4, and the bytes, \
-         rounded up to one, must end in the buffer"
+        "download of {bytes} bytes at {offset} of a buffer of {size}; the offset must be a multiple of 4, and offset and bytes together, rounded up \
+         to a multiple of 4, at most {size}"
     )]
     DownloadRange {
         /// The first byte asked for.
@@ -525,11 +541,14 @@ pub(crate) fn features(features: wgpu::Features) -> String {
 }
 
 /// Names in a row, as one says them.
-fn list(names: &[&str]) -> String {
+fn list(names: &[impl AsRef<str>]) -> String {
     match names {
         [] => "these inputs".into(),
-        [one] => one.to_string(),
-        [first @ .., last] => format!("{} and {last}", first.join(", ")),
+        [one] => one.as_ref().to_string(),
+        [first @ .., last] => {
+            let first: Vec<_> = first.iter().map(AsRef::as_ref).collect();
+            format!("{} and {}", first.join(", "), last.as_ref())
+        }
     }
 }
 

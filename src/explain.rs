@@ -6,7 +6,7 @@ use crate::dropout;
 use crate::kernel::{Rounds, forward_tile};
 use crate::names::Kernel;
 use crate::plan::Plan;
-use crate::problem::Tensor;
+use crate::problem::{Causal, Problem, Tensor};
 use crate::schedule::Schedule;
 
 impl Display for Plan {
@@ -18,6 +18,10 @@ impl Display for Plan {
             "{} forward: batch {}, {} query heads on {} key-value heads, {} queries, {} keys, head dim {} and {}",
             p.element_type, s.batch, s.heads_q, s.heads_kv, s.seqlen_q, s.seqlen_k, s.head_dim, s.head_dim_v
         )?;
+        let asked = [("masks", masks(p)), ("scores", scores(p))];
+        for (name, all) in asked.iter().filter(|(_, all)| !all.is_empty()) {
+            writeln!(f, "{name}: {}", all.join(", "))?;
+        }
         if let Some(probability) = p.dropout_in_use() {
             let kept = dropout::kept_of_256(probability);
             writeln!(
@@ -58,7 +62,7 @@ impl Display for Plan {
         let stored = if self.kernel() == Kernel::Naive { "kept in the workspace" } else { "kept in no buffer" };
         write!(
             f,
-            "tensors: {}; scores: {}, {stored}",
+            "tensors: {}; all scores: {}, {stored}",
             Bytes(p.forward_bytes()),
             Bytes(saturated(4 * s.rows() as u128 * s.seqlen_k as u128))
         )?;
@@ -75,6 +79,40 @@ impl Display for Plan {
         }
         Ok(())
     }
+}
+
+/// What decides which scores count, besides block lists.
+fn masks(p: &Problem) -> Vec<String> {
+    let side = |width: Option<u32>| width.map_or("all".into(), |n| n.to_string());
+    let window = p.window_left.is_some() || p.window_right.is_some();
+    [
+        p.causal.map(|causal| match causal {
+            Causal::TopLeft => "causal (top-left)".into(),
+            Causal::BottomRight => "causal (bottom-right)".into(),
+        }),
+        window.then(|| format!("window of {} keys before and {} after", side(p.window_left), side(p.window_right))),
+        p.seqlens_q.then(|| "lengths of queries".into()),
+        p.seqlens_k.then(|| "lengths of keys".into()),
+        p.mask.map(|mask| format!("boolean {:?}", mask.sizes_in(&p.shape))),
+        p.has_mask_mod().then(|| "mask_mod".into()),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// What scores are besides scale · q·k, and what joins their softmax.
+fn scores(p: &Problem) -> Vec<String> {
+    [
+        p.softcap.map(|softcap| format!("softcap {softcap}")),
+        p.has_score_mod().then(|| "score_mod".into()),
+        p.bias.map(|bias| format!("bias {} {:?}", bias.element_type, bias.layout.sizes_in(&p.shape))),
+        p.alibi.map(|_| "ALiBi".into()),
+        p.sinks.then(|| "sinks".into()),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 impl Display for Schedule {

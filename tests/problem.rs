@@ -153,8 +153,9 @@ fn slopes_of_alibi() {
 #[test]
 fn what_is_wrong_with_what_scores_are_given() {
     let layout = ScoreLayout::contiguous([2, 4, 6, 9]);
-    assert_eq!(layout, ScoreLayout { offset: 0, batch: 216, head: 54, row: 9, column: 1 });
-    assert_eq!(ScoreLayout::contiguous([2, 1, 6, 1]), ScoreLayout { offset: 0, batch: 6, head: 0, row: 1, column: 0 });
+    let strides = |layout: ScoreLayout| ScoreLayout { sizes: None, ..layout };
+    assert_eq!(strides(layout), ScoreLayout::strided(0, [216, 54, 9, 1]));
+    assert_eq!(strides(ScoreLayout::contiguous([2, 1, 6, 1])), ScoreLayout::strided(0, [6, 0, 1, 0]));
     let bias = |layout| problem().with_bias(Bias::new(ElementType::F32, layout));
     for (problem, expected, named) in [
         (problem().with_grad_bias(), Error::GradientOfNothing { argument: "bias" }, "no bias"),
@@ -166,6 +167,16 @@ fn what_is_wrong_with_what_scores_are_given() {
             "must be f32",
         ),
         (bias(ScoreLayout { batch: u64::MAX, ..layout }), Error::LayoutOverflow { argument: "bias" }, "bias"),
+        (
+            bias(ScoreLayout::contiguous([1, 4, 9, 6])),
+            Error::ScoreSizes { argument: "bias", found: [1, 4, 9, 6], needed: [2, 4, 6, 9] },
+            "each must be 1 or",
+        ),
+        (
+            problem().with_mask(ScoreLayout::contiguous([3, 1, 1, 9])),
+            Error::ScoreSizes { argument: "mask", found: [3, 1, 1, 9], needed: [2, 4, 6, 9] },
+            "mask",
+        ),
         (bias(layout.at(u64::MAX)), Error::LayoutOverflow { argument: "bias" }, "bias"),
         (
             problem().with_mask(ScoreLayout { column: u64::MAX / 4, ..layout }),

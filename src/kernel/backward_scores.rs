@@ -30,7 +30,7 @@ pub(crate) fn row_sums_bytes(part: &Part) -> u64 {
 pub(crate) fn shared(problem: &Problem, layout: &ScoreLayout) -> [bool; 4] {
     let s = &problem.shape;
     let all = [s.batch, s.heads_q, s.seqlen_q, s.seqlen_k];
-    let sizes = layout.sizes(s);
+    let sizes = layout.sizes_in(s);
     [0, 1, 2, 3].map(|n| sizes[n] != all[n])
 }
 

@@ -305,8 +305,14 @@ pub(crate) fn check_limits(kernel: Kernel, passes: &[Pass], limits: &wgpu::Limit
         let found = limits.max_storage_buffers_per_shader_stage;
         // It is these inputs that are too many, if it would do without them.
         if (found + 1..=found + inputs.len() as u32).contains(&storage_buffers) {
-            let inputs = inputs.into_iter().map(Slot::name).collect();
-            return Err(Error::StorageBuffers { kernel, needed: storage_buffers, found, inputs });
+            // A buffer of the user's has the name that the text gives it.
+            let of_text = |slot| {
+                let n = Slot::MOD_BUFFERS.iter().position(|&of_mods| of_mods == slot)?;
+                pass.mods.as_ref()?.buffers().nth(n)
+            };
+            let inputs = inputs.into_iter().map(|slot| of_text(slot).unwrap_or(slot.name()).to_string()).collect();
+            let backward = pass.bindings.iter().any(|&(slot, _)| slot == Slot::GradOut);
+            return Err(Error::StorageBuffers { kernel, backward, needed: storage_buffers, found, inputs });
         }
         let bindings = pass.binding_numbers().into_iter().max().unwrap_or(0) + 1;
         let uniform_bytes = size_of::<ProblemUniform>() as u64;

@@ -1,8 +1,8 @@
 //! What is wrong with the text of mods.
 
-/// What is wrong with the text of [`Mods`](crate::Mods), and where.
+/// What is wrong with the text of [`Mods`](crate::Mods), and where. In words it ends with the line and a mark below the place.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("line {line}, column {column}: {what}")]
+#[error("line {line}, column {column}: {what}{}", shown(.text_line, *.column))]
 #[non_exhaustive]
 pub struct ModError {
     /// The line of the text, from 1.
@@ -11,6 +11,22 @@ pub struct ModError {
     pub column: u32,
     /// What is wrong, and what would be right.
     pub what: String,
+    /// The line.
+    pub text_line: String,
+}
+
+/// The line and a mark below its byte `column`, from 1. Of a long line it is what lies around the mark; control characters, which a
+/// terminal might obey, are left out.
+fn shown(line: &str, column: u32) -> String {
+    const AROUND: usize = 60;
+    let before = line.char_indices().take_while(|(place, _)| place + 1 < column as usize).count();
+    let first = before.saturating_sub(AROUND);
+    let part = line.chars().skip(first).take(2 * AROUND);
+    let part: String = part.map(|c| if c.is_control() { ' ' } else { c }).collect();
+    if part.trim().is_empty() {
+        return String::new();
+    }
+    format!("\n    {}\n    {}^", part.trim_end(), " ".repeat(before - first))
 }
 
 /// Something that mods may not do, and where in the text it stands.
@@ -30,6 +46,8 @@ impl Refusal {
         let before = &text.as_bytes()[..start];
         let line_start = before.iter().rposition(|&byte| byte == b'\n').map_or(0, |place| place + 1);
         let line = before.iter().filter(|&&byte| byte == b'\n').count() as u32 + 1;
-        ModError { line, column: (start - line_start) as u32 + 1, what: self.what }
+        // The place may lie within a character, and the line begins at one.
+        let text_line = text[line_start..].lines().next().unwrap_or_default().to_string();
+        ModError { line, column: (start - line_start) as u32 + 1, what: self.what, text_line }
     }
 }

@@ -9,6 +9,7 @@ mod interpret;
 mod number;
 mod operate;
 mod parse;
+mod reasons;
 mod rules;
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,6 @@
 //! From the user's text to a module that holds nothing but what mods may have.
 
 use std::collections::HashMap;
-use std::error::Error as _;
 
 use naga::front::wgsl::ParseError;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
@@ -11,6 +10,7 @@ use naga::{
 };
 
 use super::error::{ModError, Refusal};
+use super::reasons::{of_numbers, reason};
 
 /// What every text may use. It is parsed behind the text, so that lines are those of the text.
 const PRELUDE: &str = "
@@ -65,14 +65,7 @@ fn checked(text: &str, whole: &str) -> Result<Parsed, Refusal> {
         let spans: Vec<_> = error.spans().map(|(span, _)| *span).collect();
         let inside = |span: &&Span| span.to_range().is_some_and(|range| range.start < text.len());
         let span = spans.iter().rev().find(inside).copied().unwrap_or_default();
-        let inner = error.as_inner();
-        let mut what = inner.to_string();
-        let mut source = inner.source();
-        while let Some(error) = source {
-            what = format!("{what}: {error}");
-            source = error.source();
-        }
-        Refusal::new(span, what)
+        Refusal::new(span, reason(error.as_inner(), &module, text))
     })?;
     check_calls(&module)?;
 
@@ -124,6 +117,9 @@ fn unparsed(error: &ParseError, text: &str) -> Refusal {
     let inside = |(span, _): &(Span, &str)| span.to_range().is_some_and(|range| range.start < text.len());
     let (span, label) = error.labels().find(inside).or(error.labels().next()).unwrap_or_default();
     let message = error.message();
+    if let Some(message) = of_numbers(message) {
+        return Refusal::new(span, message);
+    }
     match label.is_empty() || message.contains(label) {
         true => Refusal::new(span, message),
         false => Refusal::new(span, format!("{message} ({label})")),

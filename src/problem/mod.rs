@@ -511,6 +511,12 @@ impl Problem {
         }
         for (argument, layout) in [("bias", self.bias.map(|bias| bias.layout)), ("mask", self.mask)] {
             let Some(layout) = layout else { continue };
+            let needed = [s.batch, s.heads_q, s.seqlen_q, s.seqlen_k];
+            if let Some(found) = layout.sizes
+                && (0..4).any(|n| found[n] != 1 && found[n] != needed[n])
+            {
+                return Err(Error::ScoreSizes { argument, found, needed });
+            }
             if self.score_bytes(&layout, 8).is_none() {
                 return Err(Error::LayoutOverflow { argument });
             }
@@ -596,7 +602,7 @@ impl Problem {
     pub(crate) fn score_region(&self, layout: &ScoreLayout, element_bytes: u64) -> Region {
         let s = &self.shape;
         let (rows, span) = layout.rows(s.seqlen_k);
-        let dims = layout.sizes(s);
+        let dims = layout.sizes_in(s);
         // Rows whole, whatever lies between their elements.
         let span = u32::try_from(span).unwrap_or(u32::MAX);
         Region::of(rows.offset, [rows.batch, rows.head, rows.row], [dims[0], dims[1], dims[2], span], element_bytes)

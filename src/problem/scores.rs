@@ -19,10 +19,14 @@ pub struct ScoreLayout {
     pub row: u64,
     /// From one key to the next.
     pub column: u64,
+    /// The sizes that [`ScoreLayout::contiguous`] was given, which have to suit the problem. `None` where there are none to compare with the
+    /// problem's: of strides that the caller found.
+    pub sizes: Option<[u32; 4]>,
 }
 
 impl ScoreLayout {
-    /// Contiguous `[batch, heads_q, seqlen_q, seqlen_k]`, of which a size of 1 broadcasts, as in PyTorch.
+    /// Contiguous `[batch, heads_q, seqlen_q, seqlen_k]`, of which a size of 1 broadcasts, as in PyTorch. In a problem of other sizes it is an
+    /// [`Error::ScoreSizes`](crate::Error::ScoreSizes).
     pub const fn contiguous([batch, heads, queries, keys]: [u32; 4]) -> Self {
         const fn stride(size: u32, inner: u64) -> u64 {
             if size == 1 { 0 } else { inner }
@@ -34,7 +38,13 @@ impl ScoreLayout {
             head: stride(heads, of_queries),
             row: stride(queries, keys as u64),
             column: stride(keys, 1),
+            sizes: Some([batch, heads, queries, keys]),
         }
+    }
+
+    /// Strides from one batch entry, query head, query and key to the next, from element `offset` on.
+    pub const fn strided(offset: u64, [batch, head, row, column]: [u64; 4]) -> Self {
+        ScoreLayout { offset, batch, head, row, column, sizes: None }
     }
 
     /// The same layout, `elements` further into the buffer.
@@ -65,7 +75,7 @@ impl ScoreLayout {
     }
 
     /// The sizes of what it holds: 1 where it broadcasts.
-    pub(crate) const fn sizes(&self, shape: &Shape) -> [u32; 4] {
+    pub(crate) const fn sizes_in(&self, shape: &Shape) -> [u32; 4] {
         const fn size(stride: u64, all: u32) -> u32 {
             if stride == 0 && all > 1 { 1 } else { all }
         }
@@ -134,7 +144,7 @@ pub fn alibi_slopes(heads: u32) -> Vec<f32> {
 /// Whether two elements of what lies so would be in one place, other than by broadcasting.
 pub(super) fn score_layout_overlaps(layout: &ScoreLayout, shape: &Shape) -> bool {
     let strides = [layout.batch, layout.head, layout.row, layout.column];
-    let mut axes: Vec<_> = strides.into_iter().zip(layout.sizes(shape)).filter(|&(_, n)| n > 1).collect();
+    let mut axes: Vec<_> = strides.into_iter().zip(layout.sizes_in(shape)).filter(|&(_, n)| n > 1).collect();
     axes.sort();
     let mut span = 1u64;
     axes.into_iter().any(|(stride, n)| {

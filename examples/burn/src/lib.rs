@@ -300,7 +300,7 @@ impl Operand {
         let mut strides = self.strides.map(|stride| stride * self.element_bytes / unit);
         strides.iter_mut().zip(self.shape).filter(|(_, size)| *size == 1).for_each(|(stride, _)| *stride = 0);
         let [batch, head, row, column] = strides;
-        ScoreLayout { offset: self.start / unit, batch, head, row, column }
+        ScoreLayout::strided(self.start / unit, [batch, head, row, column])
     }
 
     fn binding(&self) -> BufferBinding<'_> {

@@ -17,7 +17,12 @@ fn errors_say_where_and_why() {
         ("fn mask_mod(at: Position) { }".into(), [1, 1], "mask_mod must be"),
         (mask.to_string() + "fn score_mod_slope(score: f32, at: Position) -> f32 { return 1.0; }", [2, 1], "missing"),
         (score("return scor;"), [2, 8], "scor"),
-        (score("return score + 1u;"), [2, 8], ""),
+        (score("return score + 1u;"), [2, 8], "`+` stands between the f32 `score` and the u32 `1u`"),
+        (score("return score * at.h;"), [2, 8], "convert one"),
+        (score("return score * f32(at.h * 0.5);"), [2, 27], "convert the whole number"),
+        (score("return vec2f(score, 1.0);"), [2, 8], "`vec2f(score, 1.0)` is returned, and the function must return f32"),
+        (score("let x = score;"), [1, 1], "without `return`"),
+        (score("return -1.0 / 0.0;"), [2, 8], "infinite"),
         (score("return at.row;"), [2, 11], "row"),
         (score("return 1.0"), [3, 1], "expected"),
         (score("return score;") + "\nfn f(", [4, 6], "expected"),
@@ -69,6 +74,10 @@ fn errors_say_where_and_why() {
         assert_eq!([error.line, error.column], [line, column], "{error}: {text}");
         assert!(error.what.contains(word), "{error} does not say {word:?}: {text}");
     }
+    // The line with a mark below the place, without what a terminal would obey.
+    let error = Mods::parse("fn mask_mod(at: Position) -> bool {\n\treturn /* é\u{1b}[31m */ at.k;\n}").unwrap_err();
+    let lines: Vec<_> = error.to_string().lines().map(str::to_string).collect();
+    assert_eq!(lines[1..], ["     return /* é [31m */ at.k;", "                            ^"], "{error}");
     let buffers: String = (0..9).map(|n| format!("var<storage, read> x{n}: array<f32>;\n")).collect();
     let error = Mods::parse(&(buffers + mask)).unwrap_err();
     assert_eq!((error.line, error.what.contains("at most 8")), (9, true), "{error}");

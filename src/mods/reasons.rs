@@ -1,0 +1,132 @@
+//! naga's reasons why a text is not valid, in the words of the text.
+
+use std::error::Error as _;
+
+use naga::valid::{ExpressionError, FunctionError, ValidationError};
+use naga::{BinaryOperator, Expression, Function, Handle, Module, ScalarKind, TypeInner};
+
+/// Of a module that was made of this text and what the library put behind it.
+pub(super) fn reason(error: &ValidationError, module: &Module, text: &str) -> String {
+    let of_function = match error {
+        ValidationError::Function { handle, source, .. } => Some((&module.functions[*handle], source)),
+        _ => None,
+    };
+    let written = |function: &Function, handle: Handle<Expression>| {
+        let range = function.expressions.get_span(handle).to_range()?;
+        text.get(range).map(str::trim).filter(|text| !text.is_empty()).map(|text| format!("`{text}`"))
+    };
+    let said = match of_function {
+        Some((
+            function,
+            FunctionError::Expression {
+                source: ExpressionError::InvalidBinaryOperandTypes { op, lhs_type, rhs_type, lhs_expr, rhs_expr },
+                ..
+            },
+        )) => {
+            let side = |ty, handle| match written(function, handle) {
+                Some(text) => format!("{} {text}", type_name(ty)),
+                None => type_name(ty),
+            };
+            let (op, left, right) = (operator(*op), side(lhs_type, *lhs_expr), side(rhs_type, *rhs_expr));
+            Some(format!(
+                "`{op}` stands between the {left} and the {right}; both sides must be of one type that has it: convert one, by f32(…), i32(…) or u32(…)"
+            ))
+        }
+        Some((function, FunctionError::InvalidReturnType { expression, expected_ty })) => {
+            let expected = expected_ty.map_or("nothing".into(), |ty| type_name(&module.types[ty].inner));
+            let found = expression.map(|handle| written(function, handle).unwrap_or("something else".into()));
+            Some(match found {
+                Some(found) => format!("{found} is returned, and the function must return {expected}"),
+                None => format!("the function may end without `return`, and must return {expected}"),
+            })
+        }
+        _ => None,
+    };
+    said.unwrap_or_else(|| {
+        let mut what = error.to_string();
+        let mut source = error.source();
+        while let Some(error) = source {
+            what = format!("{what}: {error}");
+            source = error.source();
+        }
+        if let Some(what) = of_numbers(&what) {
+            return what.into();
+        }
+        let what = match of_function {
+            Some((function, _)) => with_texts(&what, |n| {
+                let (handle, _) = function.expressions.iter().nth(n)?;
+                written(function, handle)
+            }),
+            None => what,
+        };
+        ["Float, width: 4|f32", "Uint, width: 4|u32", "Sint, width: 4|i32", "Bool, width: 1|bool"]
+            .iter()
+            .filter_map(|pair| pair.split_once('|'))
+            .fold(what, |what, (kind, name)| what.replace(&format!("Scalar(Scalar {{ kind: {kind} }})"), name))
+    })
+}
+
+/// In the place of naga's reasons why numbers cannot be.
+pub(super) fn of_numbers(what: &str) -> Option<&'static str> {
+    if what.contains("Abstract types") {
+        return Some("a number with a point stands beside a whole number here; convert the whole number, by f32(…)");
+    }
+    (what.contains("overflowed") || what.contains("accurately"))
+        .then_some("the value of this constant is infinite, is no number, or does not fit its type")
+}
+
+/// naga numbers expressions from 0 and writes `[n]`. In its place comes what the user wrote.
+fn with_texts(what: &str, written: impl Fn(usize) -> Option<String>) -> String {
+    let mut out = String::new();
+    let mut rest = what;
+    while let Some(begin) = rest.find('[') {
+        let Some(length) = rest[begin..].find(']') else { break };
+        let number = rest[begin + 1..begin + length].parse().ok();
+        out += &rest[..begin];
+        match number.and_then(&written) {
+            Some(text) => out += &text,
+            None => out += &rest[begin..=begin + length],
+        }
+        rest = &rest[begin + length + 1..];
+    }
+    out + rest
+}
+
+fn type_name(ty: &TypeInner) -> String {
+    let scalar = |kind: ScalarKind| match kind {
+        ScalarKind::Float | ScalarKind::AbstractFloat => "f32",
+        ScalarKind::Sint | ScalarKind::AbstractInt => "i32",
+        ScalarKind::Uint => "u32",
+        ScalarKind::Bool => "bool",
+    };
+    match ty {
+        TypeInner::Scalar(of) => scalar(of.kind).into(),
+        TypeInner::Vector { size, scalar: of } => format!("vec{}<{}>", *size as u32, scalar(of.kind)),
+        TypeInner::Array { .. } => "array".into(),
+        TypeInner::Struct { .. } => "struct".into(),
+        _ => "value".into(),
+    }
+}
+
+fn operator(op: BinaryOperator) -> &'static str {
+    match op {
+        BinaryOperator::Add => "+",
+        BinaryOperator::Subtract => "-",
+        BinaryOperator::Multiply => "*",
+        BinaryOperator::Divide => "/",
+        BinaryOperator::Modulo => "%",
+        BinaryOperator::Equal => "==",
+        BinaryOperator::NotEqual => "!=",
+        BinaryOperator::Less => "<",
+        BinaryOperator::LessEqual => "<=",
+        BinaryOperator::Greater => ">",
+        BinaryOperator::GreaterEqual => ">=",
+        BinaryOperator::And => "&",
+        BinaryOperator::ExclusiveOr => "^",
+        BinaryOperator::InclusiveOr => "|",
+        BinaryOperator::LogicalAnd => "&&",
+        BinaryOperator::LogicalOr => "||",
+        BinaryOperator::ShiftLeft => "<<",
+        BinaryOperator::ShiftRight => ">>",
+    }
+}
