@@ -82,7 +82,8 @@ fn main() -> Result<ExitCode, Box<dyn std::error::Error>> {
 
         // With one position, [batch, position, head, dim] and [batch, head, position, dim] are the same order.
         let found: Vec<f32> = bytemuck::pod_collect_to_vec(&context.download(&o, 0, o.size())?);
-        let exact = reference::forward(&problem, &query, &cache.host[0], &cache.host[1], Some(&counts[..])).out;
+        let extras = reference::Extras::default().seqlens_k(&counts[..]);
+        let exact = reference::forward(&problem, &query, &cache.host[0], &cache.host[1], extras).out;
         let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
         let difference = squares(&mut found.iter().zip(&exact).map(|(&x, y)| x as f64 - y));
         let error = (difference / squares(&mut exact.iter().copied())).sqrt();

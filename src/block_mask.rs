@@ -70,7 +70,7 @@ impl BlockMask {
         Ok(BlockMask::of(&packing, &kinds))
     }
 
-    /// From FlexAttention's lists.
+    /// From FlexAttention's lists. docs/features.md in the repository has an example.
     ///
     /// An error that names the argument if a length is wrong, a count is not from 0 to C, an index is not from 0 to the number of blocks less one,
     /// or a row lists a block twice.

@@ -57,6 +57,26 @@ pub enum BlockSource {
 ///     context.queue().submit([encoder.finish()]);
 ///     Ok((problem, blocks))
 /// }
+///
+/// /// A problem with a document mask and its lists. `document` has the number of the document of each position, u32.
+/// # #[cfg(feature = "mods")]
+/// fn documents(
+///     context: &Context,
+///     problem: Problem,
+///     document: &wgpu::Buffer,
+/// ) -> Result<(Problem, wgpu::Buffer), Box<dyn std::error::Error>> {
+///     let text = "var<storage, read> document: array<u32>;
+///         fn mask_mod(at: Position) -> bool { return document[at.i] == document[at.j]; }";
+///     let problem = problem.with_mods(wgpu_flash_attention::Mods::parse(text)?);
+///     // Full blocks lie inside a document: passes need not ask the mask about them.
+///     let problem = problem.with_blocks(BlockLists::new().full_unmasked());
+///     let plan = context.plan_blocks(&problem, BlockSource::Masks)?;
+///     let blocks = plan.create_buffer()?;
+///     let mut encoder = context.device().create_command_encoder(&Default::default());
+///     plan.record(&mut encoder, &BlockBuffers::new(&blocks).mod_buffer("document", document))?;
+///     context.queue().submit([encoder.finish()]);
+///     Ok((problem, blocks)) // forward and backward passes take `document` by `mod_buffer`, too
+/// }
 /// ```
 #[derive(Debug)]
 pub struct BlockPlan {

@@ -9,7 +9,13 @@ use crate::problem::Shape;
 /// [`reference::dropout_mask`](crate::reference::dropout_mask) gives it.
 ///
 /// A plan knows the probability ([`Problem::with_dropout`](crate::Problem::with_dropout)). Seed and offset change at every step of training,
-/// so they are in a buffer, which each pass is given ([`ForwardBuffers::rng_state`](crate::ForwardBuffers::rng_state)):
+/// so they are in a buffer, which each pass is given ([`ForwardBuffers::rng_state`](crate::ForwardBuffers::rng_state)). Only these two go to the
+/// device there: [`probability`](Dropout::probability) must be that of the plan's problem, and nothing compares the two. What takes a `Dropout`
+/// on the host has the probability from it: [`reference::dropout_mask`](crate::reference::dropout_mask),
+/// [`reference::Extras::dropout`](crate::reference::Extras::dropout) and [`SdpaOptions::dropout`](crate::SdpaOptions::dropout).
+///
+/// Several passes of one submission need a buffer each, or a slot of one buffer each ([why](crate::ForwardBuffers::rng_state)). docs/features.md in
+/// the repository has a training step over two layers.
 ///
 /// ```
 /// use wgpu_flash_attention::{Dropout, Shape};
@@ -23,7 +29,8 @@ use crate::problem::Shape;
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Dropout {
-    /// How likely it is that a probability is dropped, from 0 to below 1.
+    /// How likely it is that a probability is dropped, from 0 to below 1. It must be that of
+    /// [`Problem::with_dropout`](crate::Problem::with_dropout), which nothing checks.
     ///
     /// As in FlashAttention-2 a byte decides: kept are those below `⌊255 (1 − probability)⌋ + 1`, of 256, and what is kept is divided by
     /// `1 − probability`. So the share that is kept is a little off: 0.8984 of 0.9, say, 0.8008 of 0.8, and exactly half of 0.5.

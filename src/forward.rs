@@ -45,7 +45,12 @@ pub struct ForwardBuffers<'a> {
     pub seqlens_k: Option<BufferBinding<'a>>,
     /// Seed and offset of dropout, two u64, little endian, as [`Dropout::rng_state`](crate::Dropout::rng_state) has them; given exactly when the
     /// problem has [`dropout`](crate::Problem::dropout). It is read as a uniform: it needs `BufferUsages::UNIFORM`, an offset that is a
-    /// multiple of the device's `min_uniform_buffer_offset_alignment`, and a buffer without outputs. It is read when the pass runs.
+    /// multiple of the device's `min_uniform_buffer_offset_alignment`, and a buffer without outputs.
+    ///
+    /// It is read when the pass runs. Passes of one submission that drop differently need a state each, because wgpu carries out every
+    /// `queue.write_buffer` before the submission that follows it: with one state all of them would read what was written last. Give each layer
+    /// a buffer of its own, or a slot of one buffer, at a multiple of the alignment. The backward pass needs the state of its forward
+    /// pass.
     pub rng_state: Option<BufferBinding<'a>>,
     /// Packed block lists, [`Problem::blocks_bytes`](crate::Problem::blocks_bytes); given exactly when the problem has `blocks`.
     pub blocks: Option<BufferBinding<'a>>,
@@ -108,7 +113,8 @@ impl<'a> ForwardBuffers<'a> {
         self
     }
 
-    /// Seed and offset of dropout, of a problem with it.
+    /// Seed and offset of dropout, of a problem with it. Passes of one submission that drop differently need
+    /// [a state each](ForwardBuffers::rng_state).
     pub fn rng_state(mut self, rng_state: impl ToOptionalBinding<'a>) -> Self {
         self.rng_state = rng_state.to_optional_binding();
         self

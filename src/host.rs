@@ -45,7 +45,8 @@ pub struct HostTensor<'a, T> {
     pub shape: [usize; 4],
 }
 
-/// PyTorch's `attn_mask`: a tensor `[B, Hq, Nq, Nk]`, of which each size may be 1 instead, for all.
+/// PyTorch's `attn_mask`: a tensor `[B, Hq, Nq, Nk]`, of which each size may be 1 instead, for all. It always has four dimensions: PyTorch's
+/// `[Nq, Nk]` is `[1, 1, Nq, Nk]` here.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum AttnMask<'a> {
@@ -79,8 +80,9 @@ pub struct SdpaOptions<'a> {
     pub attn_mask: Option<AttnMask<'a>>,
     /// Query `i` sees keys `j ≤ i`: PyTorch's causal mask, aligned to the top left.
     pub is_causal: bool,
-    /// PyTorch's `dropout_p`, with the seed and offset that PyTorch's generator would give: dropout of the probabilities after
-    /// the softmax. The mask is FlashAttention-2's.
+    /// PyTorch's `dropout_p`, with a seed and an offset: dropout of the probabilities after the softmax. PyTorch takes seed and offset from a
+    /// global generator, which it moves on at each call. Here you give both, and count on with [`Dropout::next`] after each call: the
+    /// options keep no state, so that equal ones drop alike. The mask is FlashAttention-2's.
     pub dropout: Option<Dropout>,
     /// Factor of the scores; `None` is `1/√dim`.
     pub scale: Option<f32>,
@@ -102,7 +104,7 @@ impl<'a> SdpaOptions<'a> {
         self
     }
 
-    /// Dropout of the probabilities after the softmax.
+    /// Dropout of the probabilities after the softmax; give each call another offset, by [`Dropout::next`].
     pub fn dropout(mut self, dropout: impl Into<Option<Dropout>>) -> Self {
         self.dropout = dropout.into();
         self

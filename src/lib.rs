@@ -46,7 +46,8 @@
 //! [`mod@reference`] has the same mathematics on the host, in loops one can read: in f64, and rounded as each element type rounds. It also
 //! says how far a kernel's results may be from that.
 //!
-//! `examples/decode.rs` is a decode loop on a cache of keys and values.
+//! `examples/decode.rs` is a decode loop on a cache of keys and values. docs/features.md in the repository has a recipe of a few lines for each of
+//! the larger features: bias with gradient, boolean mask, ALiBi, sinks, dropout, document mask, block lists, gradients that are added.
 //!
 //! # Conventions
 //!
@@ -65,7 +66,7 @@
 //! | [sinks](Problem::sinks) | `[Hq]`, f32: one more score in the denominator, neither scaled nor capped |
 //! | causal | [bottom-right](Causal::BottomRight), `j ≤ i + Nk − Nq`, as flash-attention, or [top-left](Causal::TopLeft), `j ≤ i`, as PyTorch |
 //! | window | inclusive, from `i + Nk − Nq − left` to `i + Nk − Nq + right`, each side optional |
-//! | key lengths, query lengths | how many keys, and queries, of each batch entry count; the bottom-right diagonal and the window use them for `Nk` and `Nq` |
+//! | key lengths, query lengths | how many keys, and queries, of each batch entry count; the bottom-right diagonal, the window, ALiBi and a mod's `Position::shift` use them for `Nk` and `Nq` |
 //! | dropout | after the softmax, on probabilities; FlashAttention-2's mask of a seed and an offset, bit for bit ([`Dropout`]). lse is not affected, sinks are not dropped. The decode kernel has none |
 //! | block lists | scores count in listed blocks of queries and keys only, where every other mask lets them ([`BlockLists`]); as FlexAttention's `BlockMask` |
 //! | lse | natural logarithm, f32; includes scale, softcap, bias, ALiBi, masks and sink |
@@ -202,3 +203,7 @@ struct Readme;
 #[cfg(doctest)]
 #[doc = include_str!("../docs/devices.md")]
 struct Devices;
+
+#[cfg(all(doctest, feature = "mods"))]
+#[doc = include_str!("../docs/features.md")]
+struct Features;

@@ -54,7 +54,7 @@ pub(crate) const FIRST_BINDING: u32 = 40;
 ///
 ///     // Whether it counts.
 ///     fn mask_mod(at: Position) -> bool {
-///         return document[at.i] == document[at.j] && at.j <= at.i;
+///         return document[at.i] == document[at.j] && i32(at.j) <= i32(at.i) + at.shift;
 ///     }
 ///     ",
 /// )?;
@@ -83,7 +83,8 @@ pub(crate) const FIRST_BINDING: u32 = 40;
 ///
 /// Batch entry `b`, query head `h`, query `i` and key `j` are numbers of the problem, whatever part of it a dispatch computes. `queries`
 /// and `keys` are how many of the batch entry are valid, `shift` is `keys - queries`: query `i` is on the bottom-right
-/// diagonal with key `i + shift`. Functions are asked about valid queries and keys only.
+/// diagonal with key `i + shift`. Functions are asked about valid queries and keys only. Convert positions to i32 before you subtract: a
+/// difference of u32 below 0 wraps around.
 ///
 /// # What it gives
 ///

@@ -34,14 +34,17 @@ pub enum Causal {
     TopLeft,
 }
 
-/// What the backward pass is given and gives beyond the gradients of o, q, k and v. Those have the shapes of what they are
-/// the gradients of, and the problem's element type; sums are f32. Where they lie is [`Problem::layout`]'s to say.
+/// What the backward pass is given and gives beyond the gradients that every backward pass has: that of o, which is given, and those of q, k
+/// and v. These four have the shapes of o, q, k and v, and the problem's element type; sums are f32. [`Problem::layout`] says where
+/// they lie. The gradient of the bias has the type and the layout of the bias.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Gradients {
     /// Whether a gradient of lse is given too, f32 `[batch, heads_q, seqlen_q]`, contiguous: for losses that use lse.
     pub lse: bool,
-    /// Whether all gradients are added to what their buffers hold instead of written over it.
+    /// Whether all gradients are added to what their buffers hold instead of written over it. It is all or nothing: those of q, k and v
+    /// are added too where only that of a bias should be. A gradient in 16 bits is rounded after each pass. Where many layers share a bias, give
+    /// it in f32, so that the sum of its gradient stays in f32.
     pub accumulate: bool,
     /// Whether the gradient of the bias is computed: in the bias' type, where its layout puts its elements, summed over what it
     /// broadcasts to. Sums are f32; where the plan splits the problem between batch entries or heads that share elements of a bias in 16
@@ -56,6 +59,11 @@ pub struct Gradients {
 /// One attention problem, as plain data.
 ///
 /// Build it with [`Problem::new`] and the methods that follow, in any order; the fields are public to be read and set alike.
+///
+/// A method is called `with_…` where a pass has a buffer for what it adds: `with_bias`, `with_lse`, `with_grad_bias`, and `with_dropout` for seed
+/// and offset. `with_layout` and `with_mods` are called so as well: a layout says where a tensor lies, and mods may have buffers. Numbers
+/// and switches have their own names, as `scale`, `causal` and `accumulate` do. docs/features.md in the repository has a recipe for each feature.
+///
 /// Problems are equal if they are the same in every part, numbers by their bits, so that a map from problems to plans works:
 /// a scale of 0 is another than one of −0, and NaN (which no plan takes) is equal to itself.
 ///
@@ -239,25 +247,25 @@ impl Problem {
         self
     }
 
-    /// Adds a bias to the scores.
+    /// Adds a bias to the scores. docs/features.md in the repository has an example with its gradient.
     pub const fn with_bias(mut self, bias: Bias) -> Self {
         self.bias = Some(bias);
         self
     }
 
-    /// Adds ALiBi's terms to the scores.
+    /// Adds ALiBi's terms to the scores. docs/features.md in the repository has a decode step with ALiBi and sinks.
     pub const fn with_alibi(mut self, alibi: Alibi) -> Self {
         self.alibi = Some(alibi);
         self
     }
 
-    /// Masks scores by a boolean mask that lies so.
+    /// Masks scores by a boolean mask that lies so, one byte for each score. docs/features.md in the repository has an example.
     pub const fn with_mask(mut self, mask: ScoreLayout) -> Self {
         self.mask = Some(mask);
         self
     }
 
-    /// Gives each query head a sink.
+    /// Gives each query head a [sink](Problem::sinks). docs/features.md in the repository has a decode step with ALiBi and sinks.
     pub const fn with_sinks(mut self) -> Self {
         self.sinks = true;
         self
@@ -296,7 +304,8 @@ impl Problem {
     }
 
     /// Drops probabilities after the softmax, each with this probability, which is from 0 to below 1, and divides the others by 1 less it:
-    /// [`dropout`](Problem::dropout).
+    /// [`dropout`](Problem::dropout). Seed and offset are in a buffer, and passes of one submission that drop differently need
+    /// [a buffer each](crate::ForwardBuffers::rng_state). docs/features.md in the repository has a training step.
     pub const fn with_dropout(mut self, probability: f32) -> Self {
         self.dropout = Some(probability);
         self
@@ -356,7 +365,8 @@ impl Problem {
         self
     }
 
-    /// Plans the backward pass for a loss that uses lse: expects the gradient of it, f32 `[batch, heads_q, seqlen_q]`.
+    /// Plans the backward pass for a loss that uses lse: expects the gradient of it, f32 `[batch, heads_q, seqlen_q]`. Implies
+    /// [`with_gradients`](Problem::with_gradients), in any order.
     pub const fn with_grad_lse(mut self) -> Self {
         self = self.with_gradients();
         if let Some(gradients) = &mut self.gradients {
@@ -365,7 +375,8 @@ impl Problem {
         self
     }
 
-    /// Plans a backward pass that gives the gradient of the bias too.
+    /// Plans a backward pass that gives the gradient of the bias too, in the bias' type and layout. Implies
+    /// [`with_gradients`](Problem::with_gradients), in any order.
     pub const fn with_grad_bias(mut self) -> Self {
         self = self.with_gradients();
         if let Some(gradients) = &mut self.gradients {
@@ -374,7 +385,7 @@ impl Problem {
         self
     }
 
-    /// Plans a backward pass that gives the gradient of the sinks too.
+    /// Plans a backward pass that gives the gradient of the sinks too. Implies [`with_gradients`](Problem::with_gradients), in any order.
     pub const fn with_grad_sinks(mut self) -> Self {
         self = self.with_gradients();
         if let Some(gradients) = &mut self.gradients {
@@ -383,7 +394,8 @@ impl Problem {
         self
     }
 
-    /// Plans a backward pass that gives the gradient of ALiBi's slopes too.
+    /// Plans a backward pass that gives the gradient of ALiBi's slopes too. Implies [`with_gradients`](Problem::with_gradients), in any
+    /// order.
     pub const fn with_grad_alibi_slopes(mut self) -> Self {
         self = self.with_gradients();
         if let Some(gradients) = &mut self.gradients {
@@ -392,7 +404,8 @@ impl Problem {
         self
     }
 
-    /// Plans a backward pass that adds all gradients to what their buffers hold.
+    /// Plans a backward pass that adds all gradients to what their buffers hold, [all or none](Gradients::accumulate). Implies
+    /// [`with_gradients`](Problem::with_gradients), in any order. docs/features.md in the repository has an example.
     pub const fn accumulate(mut self) -> Self {
         self = self.with_gradients();
         if let Some(gradients) = &mut self.gradients {

@@ -7,6 +7,17 @@ use crate::names::ElementType;
 /// `offset + b·batch + h·head + i·row + j·column`.
 ///
 /// A stride of 0 broadcasts: one element then serves all batch entries, say. This is plain data that stays as it is.
+///
+/// ```
+/// use wgpu_flash_attention::{Bias, ElementType, Problem, ScoreLayout, Shape};
+///
+/// // A bias `[heads, queries, keys]` for all batch entries, as T5's; a mask of keys, `[batch, keys]`, for all heads and queries.
+/// let bias = Bias::new(ElementType::F32, ScoreLayout::contiguous([1, 8, 512, 512]));
+/// let mask = ScoreLayout::contiguous([2, 1, 1, 512]);
+/// let problem = Problem::new(Shape::square(2, 8, 512, 64), ElementType::F16).with_bias(bias).with_grad_bias().with_mask(mask);
+/// assert_eq!(bias.layout.batch, 0);
+/// assert_eq!(mask.place([1, 7, 300, 5]), 512 + 5);
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ScoreLayout {
     /// First element.

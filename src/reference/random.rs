@@ -37,8 +37,8 @@ impl Dropout {
     }
 }
 
-/// Which probabilities a pass of this shape keeps, `[batch, heads_q, seqlen_q, seqlen_k]`. Those that masks leave out count for nothing,
-/// whatever it says of them.
+/// Which probabilities a pass of this shape keeps, `[batch, heads_q, seqlen_q, seqlen_k]`, by seed, offset and probability of `dropout`. Those
+/// that masks leave out count for nothing, whatever it says of them.
 pub fn dropout_mask(shape: &Shape, dropout: &Dropout) -> Vec<bool> {
     let mut kept = vec![];
     for (b, h) in (0..shape.batch).flat_map(|b| (0..shape.heads_q).map(move |h| (b, h))) {

@@ -55,7 +55,7 @@ pub struct Extras<'a> {
     pub seqlens_q: Option<&'a [i32]>,
     /// Valid keys, `[batch]`.
     pub seqlens_k: Option<&'a [i32]>,
-    /// Dropout, whatever the problem's [`dropout`](Problem::dropout) is.
+    /// Dropout. Its probability counts here, whatever the problem's [`dropout`](Problem::dropout) is; without it nothing is dropped.
     pub dropout: Option<Dropout>,
     /// Which blocks are listed, of a problem with block lists, `[B|1, Hq|1, R, C]` ([`Problem::block_counts`]); `None`: all of them.
     pub blocks: Option<&'a [bool]>,
@@ -91,7 +91,7 @@ impl<'a> Extras<'a> {
         self
     }
 
-    /// Dropout.
+    /// Dropout: probability, seed and offset. The problem's probability is not looked at.
     pub fn dropout(mut self, dropout: impl Into<Option<Dropout>>) -> Self {
         self.dropout = dropout.into();
         self
