@@ -37,6 +37,9 @@ pub struct BlockIndices<'a> {
     pub full: Option<[&'a [i32]; 2]>,
 }
 
+/// The most blocks of lists that are made on the host, which takes memory for each of them, listed or not. Their kinds alone are 32 MiB.
+const MOST_BLOCKS: u64 = 1 << 27;
+
 /// What a list says of a block.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -159,7 +162,12 @@ impl BlockMask {
 
 fn packing_of(problem: &Problem) -> Result<Packing, Error> {
     problem.validate()?;
-    problem.packing().ok_or(Error::BlocksMissing)
+    let packing = problem.packing().ok_or(Error::BlocksMissing)?;
+    let found = packing.row_count().saturating_mul(packing.across.into());
+    match found > MOST_BLOCKS {
+        true => Err(Error::TooManyBlocks { found, most: MOST_BLOCKS }),
+        false => Ok(packing),
+    }
 }
 
 fn check_length(argument: &'static str, found: usize, needed: u64) -> Result<(), Error> {

@@ -59,6 +59,16 @@ pub enum Error {
         /// Queries and keys of the kernel's smallest tile on this device, or of that which was asked for.
         tile: [u32; 2],
     },
+    /// Lists on the host of more blocks than they are made for.
+    #[error(
+        "the block lists would tell of {found} blocks, listed or not; lists on the host tell of {most} at most: take larger blocks"
+    )]
+    TooManyBlocks {
+        /// The blocks of all lists.
+        found: u64,
+        /// The most.
+        most: u64,
+    },
     /// Lists of blocks are to be made for a problem that has none.
     #[error("the problem has no block lists; give it some by Problem::with_blocks")]
     BlocksMissing,

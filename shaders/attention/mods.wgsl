@@ -4,9 +4,9 @@
 
 #if MODS
 // The nearest that is valid: kernels ask about queries and keys past the ends, too, and nobody but they should meet one.
-fn mod_position(at: Sequence, i: i32, j: i32) -> user_Position {
+fn mod_position(at: Sequence, i: i32, j: i32) -> mods_Position {
     let query = u32(max(min(i, at.queries - 1), 0));
     let key = u32(max(min(j, at.keys - 1), 0));
-    return user_Position(at.batch, at.head, query, key, u32(at.queries), u32(at.keys), at.keys - at.queries);
+    return mods_Position(at.batch, at.head, query, key, u32(at.queries), u32(at.keys), at.keys - at.queries);
 }
 #endif

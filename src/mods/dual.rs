@@ -52,8 +52,12 @@ pub(super) fn module(parsed: &Parsed) -> Result<Module, Refusal> {
         rewrite.keep(mask)?;
     }
     let Rewrite { types, variables, functions, .. } = rewrite;
-    let mut module =
-        Module { functions, global_variables: variables, types: renamed_types(&types), ..parsed.module.clone() };
+    let mut module = Module {
+        functions,
+        global_variables: variables,
+        types: renamed_types(&types, parsed.position),
+        ..parsed.module.clone()
+    };
     for (_, constant) in module.constants.iter_mut() {
         constant.name = constant.name.is_some().then(|| renamed(&constant.name));
     }
@@ -64,11 +68,13 @@ pub(super) fn module(parsed: &Parsed) -> Result<Module, Refusal> {
     Ok(module)
 }
 
-/// The types with names of structs that are no kernel's. Handles stay as they are: so does the order.
-fn renamed_types(types: &UniqueArena<Type>) -> UniqueArena<Type> {
+/// The types with names of structs that are no kernel's. `Position`, which kernels make, has a name that no struct of the user's can have.
+/// Handles stay as they are: so does the order.
+fn renamed_types(types: &UniqueArena<Type>, position: Handle<Type>) -> UniqueArena<Type> {
     let mut all = UniqueArena::new();
-    for (_, ty) in types.iter() {
-        let name = ty.name.is_some().then(|| renamed(&ty.name));
+    for (handle, ty) in types.iter() {
+        let of_user = ty.name.is_some().then(|| renamed(&ty.name));
+        let name = if handle == position { Some("mods_Position".into()) } else { of_user };
         all.insert(Type { name, inner: ty.inner.clone() }, Span::UNDEFINED);
     }
     all
@@ -155,12 +161,17 @@ impl Rewrite<'_> {
         builder.function.arguments = types.iter().map(|&ty| argument(ty)).collect();
         builder.function.result = Some(FunctionResult { ty: result, binding: None });
         let arguments = (0..types.len() as u32).map(|n| builder.add(Expression::FunctionArgument(n))).collect();
+        self.count_anew(&mut builder);
+        (builder, arguments)
+    }
+
+    /// Begins to count the iterations of a call of a mod.
+    fn count_anew(&self, builder: &mut Builder) {
         if let Some(iterations) = self.iterations {
             let pointer = builder.add(Expression::GlobalVariable(iterations));
             let zero = builder.literal(Literal::U32(0));
             builder.store(pointer, zero);
         }
-        (builder, arguments)
     }
 
     /// `fn mods_score(score: f32, at: Position) -> vec2<f32>`: the score and its slope.
@@ -172,7 +183,9 @@ impl Rewrite<'_> {
         let components = if let Some(slope) = self.parsed.slope {
             let passive = |function| (function, vec![false, false]);
             let (value, slope) = (self.function(passive(score))?, self.function(passive(slope))?);
-            [call(&mut b, value, arguments.clone()), call(&mut b, slope, arguments)]
+            let value = call(&mut b, value, arguments.clone());
+            self.count_anew(&mut b);
+            [value, call(&mut b, slope, arguments)]
         } else if self.activities.of(&dual)?.result {
             let function = self.function(dual)?;
             let one = b.number(1.0, None);

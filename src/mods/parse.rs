@@ -21,6 +21,14 @@ struct Position { b: u32, h: u32, i: u32, j: u32, queries: u32, keys: u32, shift
 pub(crate) const MOST_BUFFERS: usize = 8;
 /// The most calls that one call of a mod may make. Compilers for GPUs put every call in line.
 const MOST_CALLS: u64 = 4096;
+/// What a text may have at most: bytes, functions, operators of one expression, and `else` of one `if`. naga, and what is done to its modules here,
+/// go down into expressions and calls by recursion, on a stack that may be small; and naga reads no more than so many levels of what it wrote.
+const MOST_BYTES: usize = 1 << 16;
+const MOST_FUNCTIONS: usize = 256;
+const MOST_OPERATORS: usize = 100;
+const MOST_ELSES: usize = 50;
+/// The most numbers in a value. A thread has all of a variable in its registers, or in memory of its own.
+const MOST_NUMBERS: u64 = 1024;
 
 const SCORE_MOD: &str = "fn score_mod(score: f32, at: Position) -> f32";
 const SCORE_MOD_SLOPE: &str = "fn score_mod_slope(score: f32, at: Position) -> f32";
@@ -50,6 +58,7 @@ pub(super) fn parse(text: &str) -> Result<Parsed, ModError> {
 
 /// `text` is the user's part of the whole.
 fn checked(text: &str, whole: &str) -> Result<Parsed, Refusal> {
+    check_size(text)?;
     let module = naga::front::wgsl::parse_str(whole).map_err(|error| {
         let inside = |(span, _): &(Span, &str)| span.to_range().is_some_and(|range| range.start < text.len());
         // Where the text ends too early, what follows it is not what the user wrote.
@@ -57,8 +66,9 @@ fn checked(text: &str, whole: &str) -> Result<Parsed, Refusal> {
         unparsed(&alone.unwrap_or(error), text)
     })?;
     check_globals(&module)?;
+    check_types(&module)?;
     for (_, function) in module.functions.iter() {
-        check_function(function)?;
+        check_function(&module, function)?;
     }
     let flags = ValidationFlags::all() - ValidationFlags::BINDINGS;
     let info = Validator::new(flags, CAPABILITIES).validate(&module).map_err(|error| {
@@ -124,6 +134,111 @@ fn unparsed(error: &ParseError, text: &str) -> Refusal {
         true => Refusal::new(span, message),
         false => Refusal::new(span, format!("{message} ({label})")),
     }
+}
+
+/// Refuses texts that are too long, or too deep, before naga reads them.
+fn check_size(text: &str) -> Result<(), Refusal> {
+    let refuse = |place: usize, what: String| Err(Refusal::new(Span::new(place as u32, place as u32), what));
+    if text.len() > MOST_BYTES {
+        return refuse(0, format!("the text has {} bytes; at most {MOST_BYTES}", text.len()));
+    }
+    let (mut functions, mut operators) = (0, 0);
+    // Of each block that is open, how many `else` follow one another in it.
+    let mut elses = vec![0];
+    for (place, token) in tokens(text) {
+        match token {
+            "fn" => functions += 1,
+            "else" => *elses.last_mut().expect("a block") += 1,
+            "{" => elses.push(0),
+            "}" if elses.len() > 1 => _ = elses.pop(),
+            ";" => *elses.last_mut().expect("a block") = 0,
+            _ => {}
+        }
+        operators = match token {
+            ";" | "{" | "}" | "," => 0,
+            _ => {
+                operators + usize::from(token.starts_with(|c: char| c.is_ascii_punctuation() && !"_.)]:@".contains(c)))
+            }
+        };
+        if functions > MOST_FUNCTIONS {
+            return refuse(place, format!("mods have at most {MOST_FUNCTIONS} functions"));
+        }
+        if operators > MOST_OPERATORS {
+            let what = format!(
+                "an expression has at most {MOST_OPERATORS} operators and parentheses; give parts of it names by `let`"
+            );
+            return refuse(place, what);
+        }
+        if elses.last().is_some_and(|&n| n > MOST_ELSES) {
+            return refuse(place, format!("an `if` has at most {MOST_ELSES} `else`; take `switch`, or an array"));
+        }
+    }
+    Ok(())
+}
+
+/// Words and single signs, without comments, and where they begin.
+fn tokens(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let mut place = 0;
+    std::iter::from_fn(move || {
+        loop {
+            let rest = &text[place..];
+            let first = rest.chars().next()?;
+            let is_word = |c: char| c.is_alphanumeric() || c == '_';
+            if rest.starts_with("//") {
+                place += rest.find('\n').unwrap_or(rest.len());
+            } else if rest.starts_with("/*") {
+                place += comment(rest);
+            } else if first.is_whitespace() {
+                place += first.len_utf8();
+            } else {
+                let length = rest.find(|c| !is_word(c)).filter(|&n| n > 0);
+                let length = if is_word(first) { length.unwrap_or(rest.len()) } else { first.len_utf8() };
+                place += length;
+                return Some((place - length, &rest[..length]));
+            }
+        }
+    })
+}
+
+/// The length of a comment, in which there may be others.
+fn comment(text: &str) -> usize {
+    let mut depth = 0;
+    let mut place = 0;
+    while place < text.len() {
+        let rest = &text.as_bytes()[place..];
+        let mark = [rest.starts_with(b"/*"), rest.starts_with(b"*/")];
+        depth = depth + i32::from(mark[0]) - i32::from(mark[1]);
+        place += if mark.contains(&true) { 2 } else { 1 };
+        if depth == 0 {
+            break;
+        }
+    }
+    (place..=text.len()).find(|&n| text.is_char_boundary(n)).unwrap_or(text.len())
+}
+
+/// Refuses values of very many numbers.
+fn check_types(module: &Module) -> Result<(), Refusal> {
+    let mut numbers = HashMap::new();
+    // A type comes after those that it is made of.
+    for (handle, ty) in module.types.iter() {
+        let of = |part: &Handle<Type>| numbers.get(part).copied().unwrap_or(1u64);
+        let count = match &ty.inner {
+            TypeInner::Vector { size, .. } => *size as u64,
+            TypeInner::Matrix { columns, rows, .. } => *columns as u64 * *rows as u64,
+            TypeInner::Array { base, size: ArraySize::Constant(n), .. } => of(base).saturating_mul(n.get().into()),
+            TypeInner::Struct { members, .. } => {
+                members.iter().fold(0, |sum, member| of(&member.ty).saturating_add(sum))
+            }
+            _ => 1,
+        };
+        if count > MOST_NUMBERS {
+            let what =
+                format!("a value of mods has at most {MOST_NUMBERS} numbers, and this type has {count}; read a buffer");
+            return Err(Refusal::new(first_use(module, handle), what));
+        }
+        numbers.insert(handle, count);
+    }
+    Ok(())
 }
 
 fn check_globals(module: &Module) -> Result<(), Refusal> {
@@ -197,7 +312,7 @@ fn first_use(module: &Module, ty: Handle<Type>) -> Span {
 }
 
 /// Refuses what reaches beyond an invocation or writes memory.
-fn check_function(function: &Function) -> Result<(), Refusal> {
+fn check_function(module: &Module, function: &Function) -> Result<(), Refusal> {
     use Expression as E;
     for (handle, expression) in function.expressions.iter() {
         let what = match expression {
@@ -235,7 +350,24 @@ fn check_function(function: &Function) -> Result<(), Refusal> {
         };
         return Err(Refusal::new(function.expressions.get_span(handle), what));
     }
-    check_block(&function.body)
+    check_block(module, function, &function.body)
+}
+
+/// Whether it is a pointer to a part of a variable, for which naga writes no SPIR-V where it is passed on.
+fn points_to_a_part(module: &Module, function: &Function, expression: Handle<Expression>) -> bool {
+    let mut root = expression;
+    while let Expression::Access { base, .. } | Expression::AccessIndex { base, .. } = function.expressions[root] {
+        root = base;
+    }
+    root != expression
+        && match function.expressions[root] {
+            Expression::LocalVariable(_) | Expression::GlobalVariable(_) => true,
+            Expression::FunctionArgument(n) => {
+                let ty = function.arguments[n as usize].ty;
+                matches!(module.types[ty].inner, TypeInner::Pointer { .. } | TypeInner::ValuePointer { .. })
+            }
+            _ => false,
+        }
 }
 
 /// Whether interpret.rs has a function too.
@@ -261,27 +393,36 @@ fn is_for_mods(fun: MathFunction) -> bool {
     )
 }
 
-fn check_block(block: &Block) -> Result<(), Refusal> {
+fn check_block(module: &Module, function: &Function, block: &Block) -> Result<(), Refusal> {
     use Statement as S;
+    let check = |inner| check_block(module, function, inner);
     for (statement, span) in block.span_iter() {
         let what = match statement {
-            S::Emit(_) | S::Break | S::Continue | S::Return { .. } | S::Store { .. } | S::Call { .. } => continue,
+            S::Emit(_) | S::Break | S::Continue | S::Return { .. } | S::Store { .. } => continue,
+            S::Call { arguments, .. } => {
+                match arguments.iter().any(|&argument| points_to_a_part(module, function, argument)) {
+                    true => {
+                        "functions take pointers to whole variables; copy the part to a variable of its own, and back"
+                    }
+                    false => continue,
+                }
+            }
             S::Block(inner) => {
-                check_block(inner)?;
+                check(inner)?;
                 continue;
             }
             S::If { accept, reject, .. } => {
-                check_block(accept)?;
-                check_block(reject)?;
+                check(accept)?;
+                check(reject)?;
                 continue;
             }
             S::Switch { cases, .. } => {
-                cases.iter().try_for_each(|case| check_block(&case.body))?;
+                cases.iter().try_for_each(|case| check(&case.body))?;
                 continue;
             }
             S::Loop { body, continuing, .. } => {
-                check_block(body)?;
-                check_block(continuing)?;
+                check(body)?;
+                check(continuing)?;
                 continue;
             }
             S::Kill => "discard is for fragment shaders; return a value, and mask with mask_mod",

@@ -20,7 +20,11 @@ fn errors_say_where_and_why() {
         (score("return score + 1u;"), [2, 8], "`+` stands between the f32 `score` and the u32 `1u`"),
         (score("return score * at.h;"), [2, 8], "convert one"),
         (score("return score * f32(at.h * 0.5);"), [2, 27], "convert the whole number"),
-        (score("return vec2f(score, 1.0);"), [2, 8], "`vec2f(score, 1.0)` is returned, and the function must return f32"),
+        (
+            score("return vec2f(score, 1.0);"),
+            [2, 8],
+            "`vec2f(score, 1.0)` is returned, and the function must return f32",
+        ),
         (score("let x = score;"), [1, 1], "without `return`"),
         (score("return -1.0 / 0.0;"), [2, 8], "infinite"),
         (score("return at.row;"), [2, 11], "row"),
@@ -74,6 +78,57 @@ fn errors_say_where_and_why() {
         assert_eq!([error.line, error.column], [line, column], "{error}: {text}");
         assert!(error.what.contains(word), "{error} does not say {word:?}: {text}");
     }
+    // What would overflow a stack, take for ever, or end in a module that naga does not write.
+    let many = |n: usize, of: &str| of.repeat(n);
+    let helpers: String = (0..300).map(|n| format!("fn f{n}(x: f32) -> f32 {{ return x; }}\n")).collect();
+    let nested: String = (1..16).map(|n| format!("const a{n} = array(a{m}, a{m});\n", m = n - 1)).collect();
+    for (text, word) in [
+        (score(&format!("return score{};", many(4000, " + 1.5"))), "by `let`"),
+        (score(&format!("return {}score;", many(4000, "- "))), "by `let`"),
+        (score(&format!("return {}score{};", many(200, "("), many(200, ")"))), "by `let`"),
+        (
+            score(&format!(
+                "if score > 1.0 {{ return 1.0; }}{} return score;",
+                many(200, " else if score > 2.0 { return 2.0; }")
+            )),
+            "`else`",
+        ),
+        (helpers + &score("return score;"), "functions"),
+        (mask.to_string() + &many(1 << 16, " "), "bytes"),
+        (
+            "const a0 = array<f32, 2>(1.0, 2.0);\n".to_string() + &nested + &score("var x = a15; return score;"),
+            "numbers",
+        ),
+        (kept("var a: array<u32, 2000>; a[at.i] = 1u;"), "numbers"),
+        (
+            "fn v(p: ptr<function, f32>) { *p += 0.5; }\n".to_string()
+                + &score("var x = array<f32, 3>(); v(&x[1]); return x[1] + score;"),
+            "whole variables",
+        ),
+        (
+            "struct S { a: f32, b: f32 }\nfn v(p: ptr<function, f32>) { *p += 0.5; }\n".to_string()
+                + &score("var x: S; v(&x.b); return x.b + score;"),
+            "whole variables",
+        ),
+    ] {
+        let error = std::thread::spawn(move || Mods::parse(&text).unwrap_err()).join().unwrap();
+        assert!(error.what.contains(word), "{error} does not say {word:?}");
+    }
+    // What is just below.
+    for text in [
+        score(&format!("return score{};", many(99, " + 1.5"))),
+        score(&format!(
+            "if score > 1.0 {{ return 1.0; }}{} return score;",
+            many(49, " else if score > 2.0 { return 2.0; }")
+        )),
+        "const t = array<f32, 500>(".to_string()
+            + &many(500, "-1.5, ")
+            + ");\n"
+            + &score("return score + t[at.j]; // + /* + */"),
+        "struct Position_ { x: f32 }\n".to_string() + &score("var p: Position_; p.x = 2.0; return score * p.x;"),
+    ] {
+        std::thread::spawn(move || Mods::parse(&text).map(drop)).join().unwrap().unwrap();
+    }
     // The line with a mark below the place, without what a terminal would obey.
     let error = Mods::parse("fn mask_mod(at: Position) -> bool {\n\treturn /* é\u{1b}[31m */ at.k;\n}").unwrap_err();
     let lines: Vec<_> = error.to_string().lines().map(str::to_string).collect();
@@ -86,6 +141,18 @@ fn errors_say_where_and_why() {
     (1..30).for_each(|n| text += &format!("fn f{n}(x: f32) -> f32 {{ return f{m}(x) + f{m}(x); }}\n", m = n - 1));
     let error = Mods::parse(&(text + &score("return f29(score);"))).unwrap_err();
     assert!(error.what.contains("calls") || error.what.contains("4096"), "{error}");
+}
+
+/// Each call of a function of the user's has all iterations.
+#[test]
+fn iterations_are_counted_by_call() {
+    let body = "var x = 1.0; for (var n = 0u; n < 9u; n++) { x += 0.5; } return x";
+    let mods = parse(&format!(
+        "fn score_mod(score: f32, at: Position) -> f32 {{ {body} + score; }}
+        fn score_mod_slope(score: f32, at: Position) -> f32 {{ {body}; }}
+        fn mask_mod(at: Position) -> bool {{ {body} > 1.0; }}"
+    ));
+    assert_eq!(mods.printed().matches("mods_iterations = 0u").count(), 3, "{}", mods.printed());
 }
 
 /// No name of the text is one of ours.
@@ -105,7 +172,7 @@ fn names_do_not_clash() {
         fn mask_mod(at: Position) -> bool { return mods_keep(); }
     ";
     let mods = parse(text);
-    let of_ours = ["mods_score", "mods_keep"];
+    let of_ours = ["mods_score", "mods_keep", "mods_Position"];
     for line in mods.printed().lines() {
         for word in ["fn ", "struct ", "const ", "read> "] {
             if let Some((before, name)) = line.split_once(word) {
@@ -115,7 +182,7 @@ fn names_do_not_clash() {
             }
         }
     }
-    for line in ["fn mods_score(", "fn mods_keep(", "struct user_Position {"] {
+    for line in ["fn mods_score(", "fn mods_keep(", "struct mods_Position {"] {
         assert_eq!(mods.printed().lines().filter(|l| l.starts_with(line)).count(), 1, "{line}: {}", mods.printed());
     }
 }
