@@ -571,8 +571,9 @@ impl Problem {
         self.gradients.is_some_and(|gradients| gradients.sinks || gradients.alibi_slopes)
     }
 
-    /// Bytes from the start of the binding to the end of the tensor, 0 for a tensor without elements.
-    pub(crate) fn tensor_bytes(&self, tensor: Tensor) -> u64 {
+    /// Bytes from the start of the binding to the end of the tensor, where its layout puts it; 0 for a tensor without elements. A buffer of so
+    /// many bytes holds it. lse takes 4 bytes for each of [`Shape::rows`].
+    pub fn tensor_bytes(&self, tensor: Tensor) -> u64 {
         let dims = self.shape.dims(tensor);
         if dims.contains(&0) {
             return 0;
