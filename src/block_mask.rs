@@ -37,7 +37,7 @@ pub struct BlockIndices<'a> {
     pub full: Option<[&'a [i32]; 2]>,
 }
 
-/// The most blocks of lists that are made on the host, which takes memory for each of them, listed or not. Their kinds alone are 32 MiB.
+/// The most blocks of lists that are made on the host, which takes memory for each of them, listed or not. Packed lists of so many take over 1 GiB.
 const MOST_BLOCKS: u64 = 1 << 27;
 
 /// What a list says of a block.

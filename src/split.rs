@@ -215,7 +215,7 @@ mod tests {
     use super::*;
     use crate::facts::Facts;
     use crate::kernel::naive;
-    use crate::kernel::uniform::BlocksUniform;
+    use crate::kernel::uniform::{BATCHES_ABREAST, BlocksUniform, HEADS_ABREAST, TILES_LAST};
     use crate::names::{ElementType, Kernel};
     use crate::options::PlanOptions;
     use crate::problem::Shape;
@@ -254,6 +254,22 @@ mod tests {
             bias_column, mask_column, slopes_batch, heads_q, dropout_last, dropout_scale
         );
         assert_eq!(members(&module, "Problem"), (all, size_of::<ProblemUniform>()));
+        // The bits of `order`.
+        let bits = [("TILES_LAST", TILES_LAST), ("HEADS_ABREAST", HEADS_ABREAST), ("BATCHES_ABREAST", BATCHES_ABREAST)];
+        for (name, expected) in bits {
+            let (_, constant) = module.constants.iter().find(|(_, c)| c.name.as_deref() == Some(name)).unwrap();
+            let found = &module.global_expressions[constant.init];
+            assert_eq!(*found, naga::Expression::Literal(naga::Literal::U32(expected)), "{name}");
+        }
+        let given = |sizes| {
+            let layout = ScoreLayout::contiguous(sizes);
+            let shape = Shape { heads_q: 3, heads_kv: 3, ..Shape::square(2, 3, 5, 4) };
+            ProblemUniform::of(&Problem::new(shape, ElementType::F32).with_mask(layout)).order
+        };
+        let orders = [[2, 3, 5, 5], [1, 3, 5, 5], [2, 1, 5, 5], [1, 1, 5, 5], [2, 1, 1, 5]].map(given);
+        assert_eq!(orders, [0, BATCHES_ABREAST, HEADS_ABREAST, HEADS_ABREAST | BATCHES_ABREAST, 0]);
+        let causal = Problem::new(Shape::square(2, 3, 5, 4), ElementType::F32).causal(crate::Causal::BottomRight);
+        assert_eq!(ProblemUniform::of(&causal).order, TILES_LAST);
     }
 
     /// The parts of a problem on a device that allows so many bytes in a binding and so many workgroups.

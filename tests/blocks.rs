@@ -480,6 +480,31 @@ fn listed_by_masks(context: &Context, mut case: Case, lists: BlockLists) -> Case
     case
 }
 
+/// Where kernels do not ask masks about full blocks, a matrix of blocks lists partial ones: the masks count inside.
+#[test]
+fn dense_blocks_leave_masks_their_say() {
+    let shape = case(1, [1, 1], [4, 4], [8, 8]).problem;
+    let words = |problem: &Problem| {
+        let mask = BlockMask::from_dense(problem, &[true; 4]).unwrap();
+        bytemuck::pod_collect_to_vec::<u8, u32>(mask.bytes())
+    };
+    let lists = BlockLists::new().size(2, 2);
+    let plain = shape.clone().with_blocks(lists.full_unmasked());
+    let masked = shape.with_mask(ScoreLayout::contiguous([1, 1, 4, 4]));
+    let asked = masked.clone().with_blocks(lists);
+    let unasked = masked.with_blocks(lists.full_unmasked());
+    // Two bits for each of two blocks: 2 is full, 1 is partial.
+    assert_eq!([&plain, &asked, &unasked].map(|problem| words(problem)[0]), [0b1010, 0b1010, 0b0101]);
+}
+
+#[test]
+fn lists_of_too_many_blocks() {
+    let shape = Shape { seqlen_q: 1 << 14, seqlen_k: 1 << 14, ..Shape::square(1, 1, 1, 1) };
+    let problem = Problem::new(shape, ElementType::F32).with_blocks(BlockLists::new().size(1, 1));
+    let error = BlockMask::from_dense(&problem, &[]).unwrap_err();
+    assert_eq!(error, Error::TooManyBlocks { found: 1 << 28, most: 1 << 27 });
+}
+
 /// On matrices, full blocks that are not asked about, by lists of masks.
 #[test]
 fn full_blocks_unmasked_coop() {

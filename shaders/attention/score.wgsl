@@ -2,8 +2,8 @@
 // the score's place in the problem. A score whose bias masks it is MASKED.
 // Needs: softmax.wgsl, sequence.wgsl, given.wgsl, mods.wgsl. Gives: scored, scored4, scored_alone, score_unit, score_factor, exponent_bound.
 //
-// Unless SHAPED, a score is a positive factor times the product q·k, and kernels may hold products instead of scores. Then score_unit()
-// times a product is a score, and score_factor() times a product is an exponent of 2. With SHAPED kernels hold scores.
+// Unless SHAPED, a score is a positive factor times what kernels hold: the product q·k, or on matrices that product plus ALiBi over the scale.
+// Then score_unit() times what is held is a score, and score_factor() times it is an exponent of 2. With SHAPED kernels hold scores.
 
 struct Scored {
     // The score, and d score / d (scale · q·k).

@@ -3,7 +3,7 @@
 //! bf16, `shaders/kernel/backward_dkdv_coop_scaled.wgsl` and `shaders/kernel/backward_dq_coop_scaled.wgsl`.
 
 use super::backward_tile::{DKDV_BINDINGS, DQ_BINDINGS, workgroups_by_keys, workgroups_by_rows};
-use super::forward_coop::{bias_switches, hold_products, layout_constants, workgroup_switches};
+use super::forward_coop::{bias_switches, layout_constants, workgroup_switches};
 use super::forward_coop_scaled::{self, parts};
 use super::{Access, Part, Pass, Slot, backward_switches, score_bindings};
 use crate::matrices::{MatrixFormat, MatrixLayout, Operands};
@@ -131,7 +131,6 @@ pub(crate) fn passes(
                 }
                 switches.extend(dropout_switches(problem));
                 switches.extend(bias_switches(problem, operands));
-                hold_products(problem, &mut switches);
                 registers
             }
             CoopForm::WorkgroupMemory => {

@@ -7,7 +7,7 @@ use crate::{ElementType, Kernel, Problem};
 
 /// From how many keys on this kernel is faster than another one, by how many rows at most share a key-value head: than the tile kernel,
 /// and than the coop kernel on 16 bits as they are, on bf16 scaled to f16, and on f32. Measured on an H200 with 32 heads on 8 of head dim 128,
-/// one batch entry, but for scaled bf16, which has the numbers of 16 bits as they are; docs/kernels/decode.md has the times. The tile kernel computes 32 to 128 rows whatever there are; the coop kernel too, but on tensor cores.
+/// one batch entry; docs/kernels/decode.md has the times. Scaled bf16 was not measured, and takes the numbers of bf16's matrices. The tile kernel computes 32 to 128 rows whatever there are; the coop kernel too, but on tensor cores.
 const FROM_KEYS: [(u64, [u32; 4]); 3] = [(4, [1, 96, 96, 1]), (8, [1, 320, 320, 32]), (16, [1, 2048, 2048, 96])];
 
 /// Whether this kernel computes a problem faster than the one that would take it otherwise, which may be the coop kernel with elements that it

@@ -23,18 +23,11 @@ pub(crate) fn bias_switches(problem: &Problem, operands: Operands) -> Vec<&'stat
     }
 }
 
-/// Whether the kernels with access to elements hold products, and add ALiBi over the scale to them, though something is added to scores: for one
-/// operation less. Nothing else may be done to scores, and with such a scale no sum comes near `EMPTY` of `shaders/attention/softmax.wgsl`.
+/// Whether ALiBi is added to products, divided by the scale, so that scores need no multiplication by the scale: where nothing else is done to
+/// scores, and the scale is such that no sum comes near `EMPTY` of `shaders/attention/softmax.wgsl`.
 fn adds_to_products(problem: &Problem) -> bool {
     let alone = problem.softcap.is_none() && problem.bias.is_none() && !problem.has_score_mod();
     problem.alibi.is_some() && alone && (1e-3..=1e3).contains(&problem.effective_scale())
-}
-
-/// The switches of a kernel with access to elements, of 16 bits as they are.
-pub(crate) fn hold_products(problem: &Problem, on: &mut Vec<&'static str>) {
-    if adds_to_products(problem) {
-        on.retain(|&name| name != "SHAPED");
-    }
 }
 
 /// How many steps without masked scores the kernel has written out. Drivers do so themselves with those of plain attention, but not with longer
@@ -112,7 +105,9 @@ pub(crate) fn pass(
         CoopForm::Registers => {
             on.push("UNROLL");
             on.extend(bias_switches(problem, operands));
-            hold_products(problem, &mut on);
+            if adds_to_products(problem) {
+                on.retain(|&name| name != "SHAPED");
+            }
             "kernel/forward_coop.wgsl"
         }
         CoopForm::WorkgroupMemory => {
@@ -131,4 +126,23 @@ pub(crate) fn pass(
         Box::new(move |part: &Part| [part.row_count().div_ceil(rows as u64), part.head_count(), part.batch_count()]),
     )
     .with_element_access(form == CoopForm::Registers)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::adds_to_products;
+    use crate::{Alibi, Bias, ElementType, Problem, ScoreLayout, Shape};
+
+    #[test]
+    fn alibi_is_added_to_products_where_it_stands_alone() {
+        let plain = Problem::new(Shape::square(1, 1, 8, 64), ElementType::F16);
+        let alibi = plain.clone().with_alibi(Alibi::PerHead);
+        assert!(adds_to_products(&alibi) && !adds_to_products(&plain));
+        let scales = [(1e-3, true), (1e3, true), (9e-4, false), (1.1e3, false), (0.0, false), (-0.1, false)];
+        for (scale, expected) in scales {
+            assert_eq!(adds_to_products(&alibi.clone().scale(scale)), expected, "{scale}");
+        }
+        let bias = Bias::new(ElementType::F16, ScoreLayout::contiguous([1, 1, 8, 8]));
+        assert!(!adds_to_products(&alibi.clone().softcap(30.0)) && !adds_to_products(&alibi.with_bias(bias)));
+    }
 }

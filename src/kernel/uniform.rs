@@ -103,11 +103,13 @@ pub(crate) struct ProblemUniform {
 /// An open side of a window: past every key, and far enough from the ends of i32 that adding a position cannot wrap.
 const OPEN: i32 = 1 << 30;
 
-/// In which order workgroups start, as `in_order` in `shaders/attention/sequence.wgsl` takes it.
+/// The bits of [`ProblemUniform::order`], as `in_order` in `shaders/attention/sequence.wgsl` takes them.
+pub(crate) const TILES_LAST: u32 = 1;
+pub(crate) const HEADS_ABREAST: u32 = 2;
+pub(crate) const BATCHES_ABREAST: u32 = 4;
+
+/// In which order workgroups start.
 fn order(problem: &Problem) -> u32 {
-    const TILES_LAST: u32 = 1;
-    const HEADS_ABREAST: u32 = 2;
-    const BATCHES_ABREAST: u32 = 4;
     let given: Vec<_> = [problem.bias.map(|bias| bias.layout), problem.mask].into_iter().flatten().collect();
     // What has one row for all queries is small, and stays in the cache.
     let shared = |stride: fn(&ScoreLayout) -> u64| given.iter().any(|layout| layout.row > 0 && stride(layout) == 0);

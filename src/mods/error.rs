@@ -15,18 +15,24 @@ pub struct ModError {
     pub text_line: String,
 }
 
-/// The line and a mark below its byte `column`, from 1. Of a long line it is what lies around the mark; control characters, which a
-/// terminal might obey, are left out.
+/// The line and a mark below its byte `column`, from 1. Of a long line it is what lies around the mark. In the place of characters that a terminal
+/// might obey are blanks.
 fn shown(line: &str, column: u32) -> String {
     const AROUND: usize = 60;
     let before = line.char_indices().take_while(|(place, _)| place + 1 < column as usize).count();
     let first = before.saturating_sub(AROUND);
     let part = line.chars().skip(first).take(2 * AROUND);
-    let part: String = part.map(|c| if c.is_control() { ' ' } else { c }).collect();
+    let part: String = part.map(|c| if is_hidden(c) { ' ' } else { c }).collect();
     if part.trim().is_empty() {
         return String::new();
     }
     format!("\n    {}\n    {}^", part.trim_end(), " ".repeat(before - first))
+}
+
+/// Whether a character has no picture of its own: control characters, and those that change directions or end lines.
+pub(super) fn is_hidden(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 /// Something that mods may not do, and where in the text it stands.

@@ -63,6 +63,7 @@ fn checked(text: &str, whole: &str) -> Result<Parsed, Refusal> {
         let inside = |(span, _): &(Span, &str)| span.to_range().is_some_and(|range| range.start < text.len());
         // Where the text ends too early, what follows it is not what the user wrote.
         let alone = naga::front::wgsl::parse_str(text).err().filter(|_| !error.labels().any(|label| inside(&label)));
+        let alone = alone.filter(|alone| !alone.message().contains("`Position`"));
         unparsed(&alone.unwrap_or(error), text)
     })?;
     check_globals(&module)?;
@@ -130,69 +131,141 @@ fn unparsed(error: &ParseError, text: &str) -> Refusal {
     if let Some(message) = of_numbers(message) {
         return Refusal::new(span, message);
     }
+    // naga has no place for it.
+    if message.starts_with("Invalid access into expression") {
+        return Refusal::new(span, "an index, or a member, is asked of what has none: a number, say");
+    }
     match label.is_empty() || message.contains(label) {
         true => Refusal::new(span, message),
         false => Refusal::new(span, format!("{message} ({label})")),
     }
 }
 
-/// Refuses texts that are too long, or too deep, before naga reads them.
+/// Refuses texts that are too long or too deep, before naga reads them.
 fn check_size(text: &str) -> Result<(), Refusal> {
     let refuse = |place: usize, what: String| Err(Refusal::new(Span::new(place as u32, place as u32), what));
     if text.len() > MOST_BYTES {
         return refuse(0, format!("the text has {} bytes; at most {MOST_BYTES}", text.len()));
     }
-    let (mut functions, mut operators) = (0, 0);
-    // Of each block that is open, how many `else` follow one another in it.
-    let mut elses = vec![0];
+    let mut functions = 0;
+    // Of each bracket that is open: the operators of the expression that it stands in, those up to here, and how many `else` follow one another.
+    let mut open = vec![(0, 0, 0)];
+    let (mut before, mut large) = ("", LargeConstants::default());
     for (place, token) in tokens(text) {
-        match token {
-            "fn" => functions += 1,
-            "else" => *elses.last_mut().expect("a block") += 1,
-            "{" => elses.push(0),
-            "}" if elses.len() > 1 => _ = elses.pop(),
-            ";" => *elses.last_mut().expect("a block") = 0,
-            _ => {}
+        functions += usize::from(token == "fn");
+        let (outer, operators, elses) = open.last_mut().expect("what is outside of all brackets is never closed");
+        if before == "}" && token != "else" {
+            *elses = 0;
         }
-        operators = match token {
-            ";" | "{" | "}" | "," => 0,
-            _ => {
-                operators + usize::from(token.starts_with(|c: char| c.is_ascii_punctuation() && !"_.)]:@".contains(c)))
+        match token {
+            "else" => *elses += 1,
+            ";" | "," => *operators = *outer,
+            "(" | "[" => {
+                let inside = *operators + 1;
+                open.push((inside, inside, 0));
             }
-        };
+            "{" => open.push((0, 0, 0)),
+            ")" | "]" | "}" => {
+                if open.len() > 1 {
+                    open.pop();
+                }
+                if token == "}" {
+                    let (outer, operators, _) = open.last_mut().expect("what is outside of all brackets");
+                    *operators = *outer;
+                }
+            }
+            _ => *operators += usize::from(!token.starts_with(|c: char| c.is_alphanumeric() || "_)]}:@".contains(c))),
+        }
+        let (_, operators, elses) = open[open.len() - 1];
         if functions > MOST_FUNCTIONS {
             return refuse(place, format!("mods have at most {MOST_FUNCTIONS} functions"));
         }
         if operators > MOST_OPERATORS {
             let what = format!(
-                "an expression has at most {MOST_OPERATORS} operators and parentheses; give parts of it names by `let`"
+                "an expression has at most {MOST_OPERATORS} operators, with the parentheses it stands in; give parts of it names by `let`"
             );
             return refuse(place, what);
         }
-        if elses.last().is_some_and(|&n| n > MOST_ELSES) {
+        if elses > MOST_ELSES {
             return refuse(place, format!("an `if` has at most {MOST_ELSES} `else`; take `switch`, or an array"));
         }
+        if large.are_nested_by(token) {
+            return refuse(
+                place,
+                "a constant of many numbers is not made of others; write its numbers, or read a buffer".into(),
+            );
+        }
+        before = token;
     }
     Ok(())
 }
 
-/// Words and single signs, without comments, and where they begin.
+/// Constants whose declaration names an array or a struct. naga copies such a constant, with all that it is made of, wherever it is named. So one
+/// that is made of two others, which are made of two others, takes for ever.
+#[derive(Default)]
+struct LargeConstants<'t> {
+    structs: Vec<&'t str>,
+    names: Vec<&'t str>,
+    before: &'t str,
+    /// In a declaration: its name, whether it makes something large, and whether it names a constant that is large.
+    open: Option<(&'t str, bool, bool)>,
+}
+
+impl<'t> LargeConstants<'t> {
+    /// Takes the next word or sign, and says whether it is of a large constant that is made of another.
+    fn are_nested_by(&mut self, token: &'t str) -> bool {
+        match (self.before, &mut self.open) {
+            ("struct", _) => self.structs.push(token),
+            ("const", _) => self.open = Some((token, false, false)),
+            (_, Some((name, makes, _))) if token == ";" => {
+                if *makes {
+                    self.names.push(name);
+                }
+                self.open = None;
+            }
+            (_, Some((_, makes, names))) => {
+                *makes |= token == "array" || self.structs.contains(&token);
+                *names |= self.names.contains(&token);
+            }
+            _ => {}
+        }
+        self.before = token;
+        self.open.is_some_and(|(_, makes, names)| makes && names)
+    }
+}
+
+/// The operators of more than one sign, longer ones first.
+const LONG_OPERATORS: [&str; 21] = [
+    "<<=", ">>=", "&&", "||", "==", "!=", "<=", ">=", "<<", ">>", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=", "->",
+    "++", "--",
+];
+
+/// Words, numbers, operators and other signs, without comments, and where they begin.
 fn tokens(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    const LINE_ENDS: [char; 7] = ['\n', '\r', '\u{b}', '\u{c}', '\u{85}', '\u{2028}', '\u{2029}'];
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
     let mut place = 0;
     std::iter::from_fn(move || {
         loop {
             let rest = &text[place..];
             let first = rest.chars().next()?;
-            let is_word = |c: char| c.is_alphanumeric() || c == '_';
             if rest.starts_with("//") {
-                place += rest.find('\n').unwrap_or(rest.len());
+                place += rest.find(LINE_ENDS).unwrap_or(rest.len());
             } else if rest.starts_with("/*") {
                 place += comment(rest);
             } else if first.is_whitespace() {
                 place += first.len_utf8();
             } else {
-                let length = rest.find(|c| !is_word(c)).filter(|&n| n > 0);
-                let length = if is_word(first) { length.unwrap_or(rest.len()) } else { first.len_utf8() };
+                let length = if is_word(first) {
+                    let number = first.is_ascii_digit();
+                    let word = |rest: &str| rest.find(|c| !(is_word(c) || number && c == '.')).unwrap_or(rest.len());
+                    let n = word(rest);
+                    // The sign of an exponent is of the number.
+                    let signed = number && rest[..n].ends_with(['e', 'E', 'p', 'P']);
+                    if signed && rest[n..].starts_with(['+', '-']) { n + 1 + word(&rest[n + 1..]) } else { n }
+                } else {
+                    LONG_OPERATORS.iter().find(|op| rest.starts_with(**op)).map_or(first.len_utf8(), |op| op.len())
+                };
                 place += length;
                 return Some((place - length, &rest[..length]));
             }

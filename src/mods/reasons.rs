@@ -2,8 +2,10 @@
 
 use std::error::Error as _;
 
-use naga::valid::{ExpressionError, FunctionError, ValidationError};
+use naga::valid::{CallError, ExpressionError, FunctionError, ValidationError};
 use naga::{BinaryOperator, Expression, Function, Handle, Module, ScalarKind, TypeInner};
+
+use super::error::is_hidden;
 
 /// Of a module that was made of this text and what the library put behind it.
 pub(super) fn reason(error: &ValidationError, module: &Module, text: &str) -> String {
@@ -13,7 +15,7 @@ pub(super) fn reason(error: &ValidationError, module: &Module, text: &str) -> St
     };
     let written = |function: &Function, handle: Handle<Expression>| {
         let range = function.expressions.get_span(handle).to_range()?;
-        text.get(range).map(str::trim).filter(|text| !text.is_empty()).map(|text| format!("`{text}`"))
+        text.get(range).map(in_one_line).filter(|text| !text.is_empty()).map(|text| format!("`{text}`"))
     };
     let said = match of_function {
         Some((
@@ -29,9 +31,21 @@ pub(super) fn reason(error: &ValidationError, module: &Module, text: &str) -> St
             };
             let (op, left, right) = (operator(*op), side(lhs_type, *lhs_expr), side(rhs_type, *rhs_expr));
             Some(format!(
-                "`{op}` stands between the {left} and the {right}; both sides must be of one type that has it: convert one, by f32(…), i32(…) or u32(…)"
+                "`{op}` stands between the {left} and the {right}, which have no such operator; convert one, by f32(…), i32(…), u32(…) or bool(…)"
             ))
         }
+        Some((function, FunctionError::InvalidIfType(condition))) => {
+            Some(format!("the condition {} is no bool", written(function, *condition).unwrap_or_default()))
+        }
+        Some((
+            function,
+            FunctionError::InvalidCall { error: CallError::ArgumentType { index, required, seen_expression }, .. },
+        )) => Some(format!(
+            "argument {} of the call, {}, must be {}",
+            index + 1,
+            written(function, *seen_expression).unwrap_or("which is of another type".into()),
+            type_name(&module.types[*required].inner)
+        )),
         Some((function, FunctionError::InvalidReturnType { expression, expected_ty })) => {
             let expected = expected_ty.map_or("nothing".into(), |ty| type_name(&module.types[ty].inner));
             let found = expression.map(|handle| written(function, handle).unwrap_or("something else".into()));
@@ -43,8 +57,17 @@ pub(super) fn reason(error: &ValidationError, module: &Module, text: &str) -> St
         _ => None,
     };
     said.unwrap_or_else(|| {
-        let mut what = error.to_string();
-        let mut source = error.source();
+        // What naga says of the function, or of the expression in it: where that is the mark in the text shows.
+        let (function, mut what) = match of_function {
+            Some((function, FunctionError::Expression { source, .. })) => (Some(function), source.to_string()),
+            Some((_, error)) => (None, error.to_string()),
+            None => (None, error.to_string()),
+        };
+        let mut source = match of_function {
+            Some((_, FunctionError::Expression { source, .. })) => source.source(),
+            Some((_, error)) => error.source(),
+            None => error.source(),
+        };
         while let Some(error) = source {
             what = format!("{what}: {error}");
             source = error.source();
@@ -52,13 +75,11 @@ pub(super) fn reason(error: &ValidationError, module: &Module, text: &str) -> St
         if let Some(what) = of_numbers(&what) {
             return what.into();
         }
-        let what = match of_function {
-            Some((function, _)) => with_texts(&what, |n| {
-                let (handle, _) = function.expressions.iter().nth(n)?;
-                written(function, handle)
-            }),
-            None => what,
-        };
+        let what = with_texts(&what, |n| {
+            let function = function?;
+            let (handle, _) = function.expressions.iter().nth(n)?;
+            written(function, handle)
+        });
         ["Float, width: 4|f32", "Uint, width: 4|u32", "Sint, width: 4|i32", "Bool, width: 1|bool"]
             .iter()
             .filter_map(|pair| pair.split_once('|'))
@@ -68,14 +89,27 @@ pub(super) fn reason(error: &ValidationError, module: &Module, text: &str) -> St
 
 /// In the place of naga's reasons why numbers cannot be.
 pub(super) fn of_numbers(what: &str) -> Option<&'static str> {
+    // With the blank before it, none of these words is a name of the user's.
     if what.contains("Abstract types") {
         return Some("a number with a point stands beside a whole number here; convert the whole number, by f32(…)");
     }
-    (what.contains("overflowed") || what.contains("accurately"))
+    (what.contains(" overflowed") || what.contains(" accurately"))
         .then_some("the value of this constant is infinite, is no number, or does not fit its type")
 }
 
-/// naga numbers expressions from 0 and writes `[n]`. In its place comes what the user wrote.
+/// A text that the user wrote, without what would break a line, and not too long.
+fn in_one_line(text: &str) -> String {
+    const MOST: usize = 60;
+    let words: Vec<_> =
+        text.split(|c: char| c.is_whitespace() || is_hidden(c)).filter(|word| !word.is_empty()).collect();
+    let line = words.join(" ");
+    match line.char_indices().nth(MOST) {
+        Some((end, _)) => line[..end].to_string() + " …",
+        None => line,
+    }
+}
+
+/// naga numbers the expressions of a function from 0 and writes `[n]`. In its place comes what the user wrote, or nothing is known of it.
 fn with_texts(what: &str, written: impl Fn(usize) -> Option<String>) -> String {
     let mut out = String::new();
     let mut rest = what;
@@ -85,6 +119,7 @@ fn with_texts(what: &str, written: impl Fn(usize) -> Option<String>) -> String {
         out += &rest[..begin];
         match number.and_then(&written) {
             Some(text) => out += &text,
+            None if number.is_some() => out += "this",
             None => out += &rest[begin..=begin + length],
         }
         rest = &rest[begin + length + 1..];

@@ -27,6 +27,16 @@ fn errors_say_where_and_why() {
         ),
         (score("let x = score;"), [1, 1], "without `return`"),
         (score("return -1.0 / 0.0;"), [2, 8], "infinite"),
+        (score("return overflowed;"), [2, 8], "no definition"),
+        (score("if score { return 1.0; } return score;"), [1, 14], "the condition `score` is no bool"),
+        (
+            "fn f(x: f32) -> f32 { return x; }\n".to_string() + &score("return f(at.h);"),
+            [3, 10],
+            "argument 1 of the call, `at.h`, must be f32",
+        ),
+        (score("return score[1];"), [1, 1], "an index"),
+        (score("let x = array<f32, 2>(1.0, 2.0); return x[score];"), [2, 41], "index `score`"),
+        (score("return score << 1u;"), [2, 8], "no such operator"),
         (score("return at.row;"), [2, 11], "row"),
         (score("return 1.0"), [3, 1], "expected"),
         (score("return score;") + "\nfn f(", [4, 6], "expected"),
@@ -93,6 +103,18 @@ fn errors_say_where_and_why() {
             )),
             "`else`",
         ),
+        (score(&format!("return score{};", many(4000, " + max(0.,1.)"))), "by `let`"),
+        (score(&format!("return vec2f(score){}.x;", many(4000, ".xy"))), "by `let`"),
+        (score(&format!("return !{}(score > 1.0);", many(4000, "!"))), "by `let`"),
+        (score(&format!("// a\rreturn score{};", many(4000, " + 1.5"))), "by `let`"),
+        (
+            score("const a0 = array(1.0, 2.0); const a1 = array(a0, a0); let x = a1[0][0]; return score + x;"),
+            "of others",
+        ),
+        (
+            "struct S { a: f32, b: f32 }\nconst a = S(1.0, 2.0); const b = array(a, a);\n".to_string() + mask,
+            "of others",
+        ),
         (helpers + &score("return score;"), "functions"),
         (mask.to_string() + &many(1 << 16, " "), "bytes"),
         (
@@ -125,6 +147,10 @@ fn errors_say_where_and_why() {
             + &many(500, "-1.5, ")
             + ");\n"
             + &score("return score + t[at.j]; // + /* + */"),
+        score(&format!("return f32(at.j == 1u{});", many(30, " || at.j >= 2u"))),
+        score(&format!("var x = 0.0; {} return score + x;", many(60, "if at.i > 1u { x = 1.0; } else { x = 2.0; }"))),
+        score(&format!("return score{};", many(40, " + 1.5e-5 * 0x1p-3"))),
+        "const t = array(1.5, 2.5); const u = t[1] * 2.0;\n".to_string() + &score("return score * u + t[at.i];"),
         "struct Position_ { x: f32 }\n".to_string() + &score("var p: Position_; p.x = 2.0; return score * p.x;"),
     ] {
         std::thread::spawn(move || Mods::parse(&text).map(drop)).join().unwrap().unwrap();
