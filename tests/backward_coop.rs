@@ -351,7 +351,9 @@ fn modules_of(
     format: MatrixFormat,
     layout: Option<MatrixLayout>,
 ) -> Vec<PlannedModule> {
-    let facts = Facts::with_limits(wgpu::Limits::unlimited()).matrices(format, layout);
+    let mut facts = Facts::with_limits(wgpu::Limits::unlimited()).matrices(format, layout);
+    // So that modules with integers of 64 bits have their turn, and those without.
+    facts.int64 = format.size == 16;
     let mut modules = modules(problem, &facts, &tiled(tiles).coop_form(form)).unwrap();
     modules.retain(|module| ["dkdv", "dq", BIAS_GRADIENT].contains(&module.specialization.entry));
     modules

@@ -156,9 +156,11 @@ fn instructions(words: &[u32]) -> impl Iterator<Item = (u32, &[u32])> {
 
 /// What a module may need of a device: what wgpu has seen to when the device has cooperative matrices, f16, subgroups and
 /// passthrough, on Vulkan 1.3.
-const CAPABILITIES: [(u32, &str); 14] = [
+const CAPABILITIES: [(u32, &str); 15] = [
     (1, "Shader"),
     (9, "Float16"),
+    // Where the device was made with SHADER_INT64: the library plans modules with INT64 for no other.
+    (11, "Int64"),
     (61, "GroupNonUniform"),
     (62, "GroupNonUniformVote"),
     (63, "GroupNonUniformArithmetic"),
@@ -264,7 +266,8 @@ pub fn check_wgsl(planned: &PlannedModule, format: MatrixFormat, said: u32, spir
     }
     let module = naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
     assert_eq!(workgroup_bytes_of(&module), said, "{specialization:?}");
-    let capabilities = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
+    let mut capabilities = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
+    capabilities.set(Capabilities::SHADER_INT64, specialization.switches.contains(&"INT64"));
     let mut validator = Validator::new(ValidationFlags::all(), capabilities);
     let info = validator.validate(&module).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
     // As wgpu writes it for Vulkan 1.3, on a device without StorageInputOutput16.
