@@ -4,11 +4,11 @@
 use std::collections::HashSet;
 
 use flash_attention_testing::TYPES;
+use flash_attention_testing::coop::workgroup_sizes;
 use flash_attention_testing::loops::uninitialised_in_loop;
 use flash_attention_testing::stores::stores_components;
 use flash_attention_testing::switches::{switched, switched_with_gradients};
 use naga::back::{hlsl, msl, spv};
-use naga::proc::Layouter;
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
 use wgpu_flash_attention::facts::Facts;
@@ -153,21 +153,13 @@ fn write(specialization: &Specialization, module: &Module, info: &ModuleInfo) {
     }
 }
 
-/// Sizes of the workgroup variables.
-fn workgroup_bytes(module: &Module) -> Vec<u32> {
-    let mut layouter = Layouter::default();
-    layouter.update(module.to_ctx()).unwrap();
-    let variables = module.global_variables.iter().map(|(_, variable)| variable);
-    variables.filter(|v| v.space == AddressSpace::WorkGroup).map(|v| layouter[v.ty].size).collect()
-}
-
 /// A module that is valid, which every backend can write, and which needs what the plan says and no more than these limits.
 fn check(planned: &PlannedModule, source: &Source, limits: &wgpu::Limits) {
     let specialization = &planned.specialization;
     let (module, info) = validate(specialization, source);
     write(specialization, &module, &info);
     fits(&module, limits);
-    assert_eq!(workgroup_bytes(&module).iter().sum::<u32>(), planned.workgroup_bytes, "{planned:?}");
+    assert_eq!(workgroup_sizes(&module).iter().sum::<u32>(), planned.workgroup_bytes, "{planned:?}");
     assert_eq!(module.entry_points[0].workgroup_size.iter().product::<u32>(), planned.threads, "{planned:?}");
 }
 
@@ -233,7 +225,7 @@ fn fits(module: &Module, limits: &wgpu::Limits) {
     let storage = module.global_variables.iter().filter(|(_, v)| matches!(v.space, AddressSpace::Storage { .. }));
     assert!(storage.count() <= limits.max_storage_buffers_per_shader_stage as usize, "{name}");
     // As WebGPU counts it: each variable rounded up to 16.
-    let bytes: u32 = workgroup_bytes(module).iter().map(|bytes| bytes.next_multiple_of(16)).sum();
+    let bytes: u32 = workgroup_sizes(module).iter().map(|bytes| bytes.next_multiple_of(16)).sum();
     assert!(bytes <= limits.max_compute_workgroup_storage_size, "{name}: {bytes}");
 }
 

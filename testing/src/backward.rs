@@ -22,7 +22,7 @@ pub fn backward(kernel: Kernel) -> PlanOptions {
     PlanOptions::default().kernel(Kernel::Naive).backward(kernel)
 }
 
-/// The same for a device with small bindings, which may not hold the scores of the naive kernel: the tile kernel for the forward pass.
+/// These options with the tile kernel for the forward pass: small bindings may not hold the scores of the naive one.
 pub fn in_small_bindings(options: PlanOptions) -> PlanOptions {
     options.kernel(Kernel::Tile)
 }

@@ -103,9 +103,9 @@ pub fn known_matrices() -> [(MatrixFormat, MatrixLayout); 2] {
     [(MatrixFormat { size: 16, lanes: 32 }, h100), (MatrixFormat { size: 8, lanes: 8 }, lavapipe)]
 }
 
-/// Sizes of the workgroup variables of a module. Functions declare none: without them naga has a tenth to read.
+/// Bytes of the workgroup variables of a module. Functions declare none: without them naga has a tenth to read.
 pub fn workgroup_bytes(text: &str) -> u32 {
-    workgroup_bytes_of(&naga::front::wgsl::parse_str(&without_functions(text)).unwrap())
+    workgroup_sizes(&naga::front::wgsl::parse_str(&without_functions(text)).unwrap()).iter().sum()
 }
 
 /// The lines of a module that are not of its functions. Each function begins on a line of its own.
@@ -126,11 +126,12 @@ fn without_functions(text: &str) -> String {
     kept
 }
 
-fn workgroup_bytes_of(module: &naga::Module) -> u32 {
+/// Sizes of the workgroup variables of a module.
+pub fn workgroup_sizes(module: &naga::Module) -> Vec<u32> {
     let mut layouter = naga::proc::Layouter::default();
     layouter.update(module.to_ctx()).unwrap();
     let variables = module.global_variables.iter().map(|(_, variable)| variable);
-    variables.filter(|v| v.space == naga::AddressSpace::WorkGroup).map(|v| layouter[v.ty].size).sum()
+    variables.filter(|v| v.space == naga::AddressSpace::WorkGroup).map(|v| layouter[v.ty].size).collect()
 }
 
 /// The validator of SPIR-V, where it is there.
@@ -265,7 +266,7 @@ pub fn check_wgsl(planned: &PlannedModule, format: MatrixFormat, said: u32, spir
         fail(&format!("line {line}: a variable in a loop without a value: {text}"));
     }
     let module = naga::front::wgsl::parse_str(&text).unwrap_or_else(|e| fail(&e.emit_to_string(&text)));
-    assert_eq!(workgroup_bytes_of(&module), said, "{specialization:?}");
+    assert_eq!(workgroup_sizes(&module).iter().sum::<u32>(), said, "{specialization:?}");
     let mut capabilities = Capabilities::COOPERATIVE_MATRIX | Capabilities::SHADER_FLOAT16 | Capabilities::SUBGROUP;
     capabilities.set(Capabilities::SHADER_INT64, specialization.switches.contains(&"INT64"));
     let mut validator = Validator::new(ValidationFlags::all(), capabilities);
