@@ -49,9 +49,9 @@ pub(crate) enum Kind {
 }
 
 impl BlockMask {
-    /// From a matrix of blocks, `[B|1, Hq|1, R, C]` ([`Problem::block_counts`]): true is listed. The problem's other masks still count inside the
-    /// block. So it is listed as a full one, unless kernels do not ask about full ones
-    /// ([`BlockLists::full_unmasked`](crate::BlockLists::full_unmasked)): then as a partial one, if the problem has a mask or a `mask_mod`.
+    /// From a matrix of blocks, `[B|1, Hq|1, R, C]` ([`Problem::block_counts`]): true is listed. The problem's other masks count inside a listed
+    /// block. It is listed as a full one. But with [`BlockLists::full_unmasked`](crate::BlockLists::full_unmasked) kernels do not ask a mask or a
+    /// `mask_mod` about full blocks. For a problem that has one of these it is then listed as a partial one.
     ///
     /// An error if the problem has no block lists, or `listed` has another length, or a row lists more blocks than the lists have columns for.
     pub fn from_dense(problem: &Problem, listed: &[bool]) -> Result<Self, Error> {

@@ -1,6 +1,6 @@
 // What is given of each score or head beside Q, K and V: bias, boolean mask, slopes of ALiBi, sinks.
-// Needs: softmax.wgsl, sequence.wgsl. Gives: with BIAS bias_of, bias2_of; with MASK mask_of, mask2_of; with ALIBI alibi_slope, alibi_of, steps_behind; with
-// SINKS sink_of.
+// Needs: softmax.wgsl, sequence.wgsl. Gives: with BIAS bias_of, bias2_of; with MASK mask_of, mask2_of; with ALIBI alibi_slope,
+// alibi_of, steps_behind; with SINKS sink_of.
 
 #if BIAS
 // f32, or two elements of 16 bits a word.

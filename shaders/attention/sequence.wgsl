@@ -132,14 +132,16 @@ fn range_number(at: Sequence) -> u32 {
     return problem.ranges_at + at.batch * problem.heads + at.head;
 }
 
-// The tile, head and batch entry of a workgroup, numbered as they start. A kernel's tiles of one head follow one another, which read the same
-// keys and values. But where a mask makes some tiles longer than others, TILES_LAST: the first tiles of all heads come first, the longest ones,
-// and short ones fill the device at the end. And heads, or batch entries, that share a bias or a mask are side by side in each tile, so that
-// what one of them reads is in the cache for all.
+// In which order workgroups start, as bits of problem.order. Without any of them a kernel's tiles of one head follow one another, for they read
+// the keys and values of that head.
+// The first tiles of all heads start first. Under a causal mask they are the longest, and short ones fill the device at the end.
 const TILES_LAST = 1u;
+// Heads, or batch entries, that share a bias or a mask follow one another in each tile. The first of them reads it from memory, and the others from
+// the cache.
 const HEADS_ABREAST = 2u;
 const BATCHES_ABREAST = 4u;
 
+// The tile, head and batch entry of a workgroup.
 fn in_order(group: vec3u, groups: vec3u) -> vec3u {
     return ordered(group, groups, problem.order);
 }
@@ -148,6 +150,7 @@ fn ordered(group: vec3u, groups: vec3u, order: u32) -> vec3u {
     let n = (group.z * groups.y + group.y) * groups.x + group.x;
     let heads_abreast = (order & HEADS_ABREAST) != 0u;
     let batches_abreast = (order & BATCHES_ABREAST) != 0u;
+    // How many workgroups follow one another in a tile, and how many times as many there are in it.
     let abreast = select(1u, groups.y, heads_abreast) * select(1u, groups.z, batches_abreast);
     let others = groups.y * groups.z / abreast;
     let m = n / abreast;

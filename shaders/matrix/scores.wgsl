@@ -38,8 +38,8 @@ fn shaped(x: Lane, added: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> Sh
 }
 
 // What bias and ALiBi add to the scores of the n-th of the matrices along the keys: below -1e30 for a score that the bias masks. n is a constant
-// where loops are written out, by us or by the driver, so that matrices share what depends on the distance of query and key alone. With SMALL_SCORES, of products of f16, kernels take the sum as it
-// is, for one operation less: it stays below EMPTY while scale · q·k is below 1e38.
+// where loops are written out, by us or by the driver, so that matrices share what depends on the distance of query and key alone. With
+// SMALL_SCORES, of products of f16, kernels take the sum as it is, for one operation less: it stays below EMPTY while scale · q·k is below 1e38.
 fn added_lane(at: Sequence, i0: i32, j0: i32, n: u32, lane: u32) -> Lane {
     var y = Lane();
 #if ALIBI

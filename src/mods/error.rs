@@ -11,7 +11,7 @@ pub struct ModError {
     pub column: u32,
     /// What is wrong, and what would be right.
     pub what: String,
-    /// The line.
+    /// That line of the text, without its end.
     pub text_line: String,
 }
 
@@ -29,10 +29,9 @@ fn shown(line: &str, column: u32) -> String {
     format!("\n    {}\n    {}^", part.trim_end(), " ".repeat(before - first))
 }
 
-/// Whether a character has no picture of its own: control characters, and those that change directions or end lines.
+/// Whether one does not see a character, so that Rust escapes it in a literal. Quotes and backslashes are escaped for another reason.
 pub(super) fn is_hidden(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+    !['"', '\'', '\\'].contains(&c) && c.escape_debug().len() > 1
 }
 
 /// Something that mods may not do, and where in the text it stands.

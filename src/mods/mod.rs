@@ -11,6 +11,7 @@ mod operate;
 mod parse;
 mod reasons;
 mod rules;
+mod size;
 #[cfg(test)]
 mod tests;
 mod value;

@@ -11,6 +11,7 @@ use naga::{
 
 use super::error::{ModError, Refusal};
 use super::reasons::{of_numbers, reason};
+use super::size::check_size;
 
 /// What every text may use. It is parsed behind the text, so that lines are those of the text.
 const PRELUDE: &str = "
@@ -21,12 +22,6 @@ struct Position { b: u32, h: u32, i: u32, j: u32, queries: u32, keys: u32, shift
 pub(crate) const MOST_BUFFERS: usize = 8;
 /// The most calls that one call of a mod may make. Compilers for GPUs put every call in line.
 const MOST_CALLS: u64 = 4096;
-/// What a text may have at most: bytes, functions, operators of one expression, and `else` of one `if`. naga, and what is done to its modules here,
-/// go down into expressions and calls by recursion, on a stack that may be small; and naga reads no more than so many levels of what it wrote.
-const MOST_BYTES: usize = 1 << 16;
-const MOST_FUNCTIONS: usize = 256;
-const MOST_OPERATORS: usize = 100;
-const MOST_ELSES: usize = 50;
 /// The most numbers in a value. A thread has all of a variable in its registers, or in memory of its own.
 const MOST_NUMBERS: u64 = 1024;
 
@@ -139,154 +134,6 @@ fn unparsed(error: &ParseError, text: &str) -> Refusal {
         true => Refusal::new(span, message),
         false => Refusal::new(span, format!("{message} ({label})")),
     }
-}
-
-/// Refuses texts that are too long or too deep, before naga reads them.
-fn check_size(text: &str) -> Result<(), Refusal> {
-    let refuse = |place: usize, what: String| Err(Refusal::new(Span::new(place as u32, place as u32), what));
-    if text.len() > MOST_BYTES {
-        return refuse(0, format!("the text has {} bytes; at most {MOST_BYTES}", text.len()));
-    }
-    let mut functions = 0;
-    // Of each bracket that is open: the operators of the expression that it stands in, those up to here, and how many `else` follow one another.
-    let mut open = vec![(0, 0, 0)];
-    let (mut before, mut large) = ("", LargeConstants::default());
-    for (place, token) in tokens(text) {
-        functions += usize::from(token == "fn");
-        let (outer, operators, elses) = open.last_mut().expect("what is outside of all brackets is never closed");
-        if before == "}" && token != "else" {
-            *elses = 0;
-        }
-        match token {
-            "else" => *elses += 1,
-            ";" | "," => *operators = *outer,
-            "(" | "[" => {
-                let inside = *operators + 1;
-                open.push((inside, inside, 0));
-            }
-            "{" => open.push((0, 0, 0)),
-            ")" | "]" | "}" => {
-                if open.len() > 1 {
-                    open.pop();
-                }
-                if token == "}" {
-                    let (outer, operators, _) = open.last_mut().expect("what is outside of all brackets");
-                    *operators = *outer;
-                }
-            }
-            _ => *operators += usize::from(!token.starts_with(|c: char| c.is_alphanumeric() || "_)]}:@".contains(c))),
-        }
-        let (_, operators, elses) = open[open.len() - 1];
-        if functions > MOST_FUNCTIONS {
-            return refuse(place, format!("mods have at most {MOST_FUNCTIONS} functions"));
-        }
-        if operators > MOST_OPERATORS {
-            let what = format!(
-                "an expression has at most {MOST_OPERATORS} operators, with the parentheses it stands in; give parts of it names by `let`"
-            );
-            return refuse(place, what);
-        }
-        if elses > MOST_ELSES {
-            return refuse(place, format!("an `if` has at most {MOST_ELSES} `else`; take `switch`, or an array"));
-        }
-        if large.are_nested_by(token) {
-            return refuse(
-                place,
-                "a constant of many numbers is not made of others; write its numbers, or read a buffer".into(),
-            );
-        }
-        before = token;
-    }
-    Ok(())
-}
-
-/// Constants whose declaration names an array or a struct. naga copies such a constant, with all that it is made of, wherever it is named. So one
-/// that is made of two others, which are made of two others, takes for ever.
-#[derive(Default)]
-struct LargeConstants<'t> {
-    structs: Vec<&'t str>,
-    names: Vec<&'t str>,
-    before: &'t str,
-    /// In a declaration: its name, whether it makes something large, and whether it names a constant that is large.
-    open: Option<(&'t str, bool, bool)>,
-}
-
-impl<'t> LargeConstants<'t> {
-    /// Takes the next word or sign, and says whether it is of a large constant that is made of another.
-    fn are_nested_by(&mut self, token: &'t str) -> bool {
-        match (self.before, &mut self.open) {
-            ("struct", _) => self.structs.push(token),
-            ("const", _) => self.open = Some((token, false, false)),
-            (_, Some((name, makes, _))) if token == ";" => {
-                if *makes {
-                    self.names.push(name);
-                }
-                self.open = None;
-            }
-            (_, Some((_, makes, names))) => {
-                *makes |= token == "array" || self.structs.contains(&token);
-                *names |= self.names.contains(&token);
-            }
-            _ => {}
-        }
-        self.before = token;
-        self.open.is_some_and(|(_, makes, names)| makes && names)
-    }
-}
-
-/// The operators of more than one sign, longer ones first.
-const LONG_OPERATORS: [&str; 21] = [
-    "<<=", ">>=", "&&", "||", "==", "!=", "<=", ">=", "<<", ">>", "+=", "-=", "*=", "/=", "%=", "&=", "|=", "^=", "->",
-    "++", "--",
-];
-
-/// Words, numbers, operators and other signs, without comments, and where they begin.
-fn tokens(text: &str) -> impl Iterator<Item = (usize, &str)> {
-    const LINE_ENDS: [char; 7] = ['\n', '\r', '\u{b}', '\u{c}', '\u{85}', '\u{2028}', '\u{2029}'];
-    let is_word = |c: char| c.is_alphanumeric() || c == '_';
-    let mut place = 0;
-    std::iter::from_fn(move || {
-        loop {
-            let rest = &text[place..];
-            let first = rest.chars().next()?;
-            if rest.starts_with("//") {
-                place += rest.find(LINE_ENDS).unwrap_or(rest.len());
-            } else if rest.starts_with("/*") {
-                place += comment(rest);
-            } else if first.is_whitespace() {
-                place += first.len_utf8();
-            } else {
-                let length = if is_word(first) {
-                    let number = first.is_ascii_digit();
-                    let word = |rest: &str| rest.find(|c| !(is_word(c) || number && c == '.')).unwrap_or(rest.len());
-                    let n = word(rest);
-                    // The sign of an exponent is of the number.
-                    let signed = number && rest[..n].ends_with(['e', 'E', 'p', 'P']);
-                    if signed && rest[n..].starts_with(['+', '-']) { n + 1 + word(&rest[n + 1..]) } else { n }
-                } else {
-                    LONG_OPERATORS.iter().find(|op| rest.starts_with(**op)).map_or(first.len_utf8(), |op| op.len())
-                };
-                place += length;
-                return Some((place - length, &rest[..length]));
-            }
-        }
-    })
-}
-
-/// The length of a comment, in which there may be others.
-fn comment(text: &str) -> usize {
-    let mut depth = 0;
-    let mut place = 0;
-    while place < text.len() {
-        let rest = &text.as_bytes()[place..];
-        let mark = [rest.starts_with(b"/*"), rest.starts_with(b"*/")];
-        depth = depth + i32::from(mark[0]) - i32::from(mark[1]);
-        place += if mark.contains(&true) { 2 } else { 1 };
-        if depth == 0 {
-            break;
-        }
-    }
-    (place..=text.len()).find(|&n| text.is_char_boundary(n)).unwrap_or(text.len())
 }
 
 /// Refuses values of very many numbers.

@@ -1,6 +1,6 @@
 //! naga's reasons why a text is not valid, in the words of the text.
 
-use std::error::Error as _;
+use std::error::Error;
 
 use naga::valid::{CallError, ExpressionError, FunctionError, ValidationError};
 use naga::{BinaryOperator, Expression, Function, Handle, Module, ScalarKind, TypeInner};
@@ -57,21 +57,14 @@ pub(super) fn reason(error: &ValidationError, module: &Module, text: &str) -> St
         _ => None,
     };
     said.unwrap_or_else(|| {
-        // What naga says of the function, or of the expression in it: where that is the mark in the text shows.
-        let (function, mut what) = match of_function {
-            Some((function, FunctionError::Expression { source, .. })) => (Some(function), source.to_string()),
-            Some((_, error)) => (None, error.to_string()),
-            None => (None, error.to_string()),
+        // What naga says of the expression, or of the function. The mark in the text shows where that is.
+        let (function, error): (_, &dyn Error) = match of_function {
+            Some((function, FunctionError::Expression { source, .. })) => (Some(function), source),
+            Some((_, error)) => (None, error),
+            None => (None, error),
         };
-        let mut source = match of_function {
-            Some((_, FunctionError::Expression { source, .. })) => source.source(),
-            Some((_, error)) => error.source(),
-            None => error.source(),
-        };
-        while let Some(error) = source {
-            what = format!("{what}: {error}");
-            source = error.source();
-        }
+        let causes = std::iter::successors(Some(error), |&error| error.source());
+        let what = causes.map(|error| error.to_string()).collect::<Vec<_>>().join(": ");
         if let Some(what) = of_numbers(&what) {
             return what.into();
         }
@@ -89,10 +82,10 @@ pub(super) fn reason(error: &ValidationError, module: &Module, text: &str) -> St
 
 /// In the place of naga's reasons why numbers cannot be.
 pub(super) fn of_numbers(what: &str) -> Option<&'static str> {
-    // With the blank before it, none of these words is a name of the user's.
     if what.contains("Abstract types") {
         return Some("a number with a point stands beside a whole number here; convert the whole number, by f32(…)");
     }
+    // The blanks tell these words from names of the user's, which naga quotes.
     (what.contains(" overflowed") || what.contains(" accurately"))
         .then_some("the value of this constant is infinite, is no number, or does not fit its type")
 }
@@ -109,7 +102,7 @@ fn in_one_line(text: &str) -> String {
     }
 }
 
-/// naga numbers the expressions of a function from 0 and writes `[n]`. In its place comes what the user wrote, or nothing is known of it.
+/// naga numbers the expressions of a function from 0 and writes `[n]`. In its place comes what the user wrote, or `this` where that is not known.
 fn with_texts(what: &str, written: impl Fn(usize) -> Option<String>) -> String {
     let mut out = String::new();
     let mut rest = what;

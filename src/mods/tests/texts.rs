@@ -115,6 +115,13 @@ fn errors_say_where_and_why() {
             "struct S { a: f32, b: f32 }\nconst a = S(1.0, 2.0); const b = array(a, a);\n".to_string() + mask,
             "of others",
         ),
+        (
+            score(&format!(
+                "if score > 1.0 {{ return 1.0; }}{} return score;",
+                many(60, " else if score > 2.0 { if at.i > 1u { return 2.0; } }")
+            )),
+            "`else`",
+        ),
         (helpers + &score("return score;"), "functions"),
         (mask.to_string() + &many(1 << 16, " "), "bytes"),
         (
