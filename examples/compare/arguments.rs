@@ -68,6 +68,10 @@ pub struct Args {
     /// Times the decode kernel with this tile in place of the tuned one
     #[arg(long, value_name = "ROWS,THREADS,KEY_THREADS,THREAD_KEYS,LANES", value_parser = parse_decode_tile)]
     pub decode_tile: Option<DecodeTile>,
+    /// How many rows of each output are checked against f64. With few of them the check takes seconds
+    #[arg(long, value_name = "ROWS", default_value_t = 64)]
+    pub checked_rows: u64,
+
     /// The adapter whose name holds this text
     #[arg(long)]
     pub adapter: Option<String>,

@@ -28,9 +28,6 @@ use report::{Figure, Report, Task, label};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// How many rows of each output are checked.
-const SAMPLES: u64 = 64;
-
 /// What is wrong with a result, if anything.
 fn check<T: Number>(sample: &Sample, problem: &Problem, out: &[T], lse: &[f32]) -> std::result::Result<(), String> {
     let is_nan = |&x: &T| -> bool { x.into().is_nan() };
@@ -213,9 +210,9 @@ fn compare_all<T: Number>(
             tensors.extras = extras;
             let inputs = Inputs::upload(context, &problem, &tensors)?;
             given += input_bytes(&problem) + extra_bytes(&problem, &tensors.extras);
-            let rows = sample_rows([shape.batch, shape.heads_q, shape.seqlen_q], SAMPLES);
+            let rows = sample_rows([shape.batch, shape.heads_q, shape.seqlen_q], args.checked_rows);
             let sample = Sample::of(&problem, &tensors, rows.clone());
-            let keys = sample_rows([shape.batch, shape.heads_kv, shape.seqlen_k], SAMPLES);
+            let keys = sample_rows([shape.batch, shape.heads_kv, shape.seqlen_k], args.checked_rows);
             let gradients = needed.then(|| GradientSample::of(context, &problem, &tensors, &upstream, rows, keys));
             let task = Task { problem, mask, feature, share };
             subjects.push(Subject { task, inputs, sample, gradients: gradients.transpose()? });

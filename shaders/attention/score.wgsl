@@ -25,11 +25,27 @@ fn scored(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
 
 // `scored` less what bias and ALiBi add.
 fn scored_alone(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
-    var x = Scored(problem.scale * dot, 1.0);
 #if SOFTCAP
-    let t = tanh_exact(x.score * (1.0 / problem.softcap));
-    x = Scored(problem.softcap * t, 1.0 - t * t);
+    return scored_of_tanh(tanh_exact(over_cap(dot)), at, i, j);
+#else
+    return scored_by_mod(Scored(problem.scale * dot, 1.0), at, i, j);
 #endif
+}
+
+#if SOFTCAP
+// What softcap takes tanh of.
+fn over_cap(dot: f32) -> f32 {
+    return problem.scale * dot * (1.0 / problem.softcap);
+}
+
+// scored_alone from t = tanh(over_cap(dot)).
+fn scored_of_tanh(t: f32, at: Sequence, i: i32, j: i32) -> Scored {
+    return scored_by_mod(Scored(problem.softcap * t, 1.0 - t * t), at, i, j);
+}
+#endif
+
+fn scored_by_mod(given: Scored, at: Sequence, i: i32, j: i32) -> Scored {
+    var x = given;
 #if SCORE_MOD
     // The score and its slope.
     let of_user = mods_score(x.score, mod_position(at, i, j));
@@ -78,12 +94,18 @@ fn exponent_bound(largest: f32) -> f32 {
 }
 
 #if SOFTCAP
-// tanh to the last bits, whatever the driver's own does. 1 - 2 / (1 + e^2x) cancels near 0, where x (1 - x^2 / 3 + ...) takes its place:
-// the first terms of a series, fitted to |x| < 0.5.
+// tanh to the last bits, whatever the driver's own does. 1 - 2 / (1 + e^2x) cancels near 0, where tanh_of_small takes its place.
 fn tanh_exact(x: f32) -> f32 {
     let large = 1.0 - 2.0 / (1.0 + exp2(min(x * (2.0 * LOG2_E), 126.0)));
+    return select(large, tanh_of_small(x), abs(x) < SMALL_FOR_TANH);
+}
+
+// tanh of |x| < SMALL_FOR_TANH by x (1 - x^2 / 3 + ...), the first terms of a series, fitted to these x. It takes no exponential.
+const SMALL_FOR_TANH = 0.5;
+
+fn tanh_of_small(x: f32) -> f32 {
     let y = x * x;
     let series = fma(y, fma(y, fma(y, 0.01725693, -0.05305292), 0.13325987), -0.33333148);
-    return select(large, fma(x * y, series, x), abs(x) < 0.5);
+    return fma(x * y, series, x);
 }
 #endif
