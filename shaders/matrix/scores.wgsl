@@ -11,10 +11,19 @@ struct ShapedLane {
 
 fn shaped(x: Lane, added: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> ShapedLane {
     var y: ShapedLane;
+#if SOFTCAP
+    let tanhs = tanhs_of_caps(x);
+#endif
 #unroll
     for (var e = 0u; e < ELEMENTS; e++) {
 #if SHAPED
-        let of_pair = scored_alone(x[e], at, i0 + held_$queries_place(lane, e), j0 + held_$keys_place(lane, e));
+        let i = i0 + held_$queries_place(lane, e);
+        let j = j0 + held_$keys_place(lane, e);
+#if SOFTCAP
+        let of_pair = scored_of_tanh(tanhs[e], at, i, j);
+#else
+        let of_pair = scored_alone(x[e], at, i, j);
+#endif
         y.score[e] = of_pair.score;
 #if ADDED
         y.score[e] += added[e];
@@ -36,6 +45,31 @@ fn shaped(x: Lane, added: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> Sh
     }
     return y;
 }
+
+#if SOFTCAP
+// tanh of products over the cap. Where all that a lane holds are small, none takes an exponential, whose unit is the slowest of those used here.
+fn tanhs_of_caps(x: Lane) -> Lane {
+    var y = Lane();
+    var largest = 0.0;
+#unroll
+    for (var e = 0u; e < ELEMENTS; e++) {
+        y[e] = over_cap(x[e]);
+        largest = max(largest, abs(y[e]));
+    }
+    if largest < SMALL_FOR_TANH {
+#unroll
+        for (var e = 0u; e < ELEMENTS; e++) {
+            y[e] = tanh_of_small(y[e]);
+        }
+    } else {
+#unroll
+        for (var e = 0u; e < ELEMENTS; e++) {
+            y[e] = tanh_exact(y[e]);
+        }
+    }
+    return y;
+}
+#endif
 
 // What bias and ALiBi add to the scores of the n-th of the matrices along the keys: below -1e30 for a score that the bias masks. n is a constant
 // where loops are written out, by us or by the driver, so that matrices share what depends on the distance of query and key alone. With
