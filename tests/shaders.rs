@@ -7,7 +7,7 @@ use flash_attention_testing::TYPES;
 use flash_attention_testing::coop::workgroup_sizes;
 use flash_attention_testing::loops::uninitialised_in_loop;
 use flash_attention_testing::stores::stores_components;
-use flash_attention_testing::switches::{switched, switched_with_gradients};
+use flash_attention_testing::switches::{of_nth_shape, switched, switched_with_gradients};
 use naga::back::{hlsl, msl, spv};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use naga::{AddressSpace, Module, StorageAccess};
@@ -56,12 +56,12 @@ fn of_scale_0(problem: Problem) -> [Problem; 2] {
 
 /// Problems that differ in a switch or a constant.
 fn problems() -> Vec<Problem> {
-    let of_shape = |(shape, element_type)| {
-        let mut all = switched(shape, element_type);
+    let of_shape = |(n, (shape, element_type))| {
+        let mut all = of_nth_shape(n, switched(shape, element_type));
         all.extend(of_scale_0(Problem::new(shape, element_type).with_lse()));
         all
     };
-    shapes().flat_map(of_shape).chain(of_probes(Problem::with_lse)).collect()
+    shapes().enumerate().flat_map(of_shape).chain(of_probes(Problem::with_lse)).collect()
 }
 
 /// Biases in each type, and all gradients besides dq, dk and dv, of one element for each score and of one for many.
@@ -86,12 +86,12 @@ fn of_probes(and: fn(Problem) -> Problem) -> impl Iterator<Item = Problem> {
 
 /// The same with gradients, and what only they have.
 fn problems_with_gradients() -> Vec<Problem> {
-    let of_shape = |(shape, element_type)| {
-        let mut all = switched_with_gradients(shape, element_type);
+    let of_shape = |(n, (shape, element_type))| {
+        let mut all = of_nth_shape(n, switched_with_gradients(shape, element_type));
         all.extend(of_scale_0(Problem::new(shape, element_type).with_gradients()));
         all
     };
-    shapes().flat_map(of_shape).chain(of_probes(Problem::with_gradients)).chain(of_biases()).collect()
+    shapes().enumerate().flat_map(of_shape).chain(of_probes(Problem::with_gradients)).chain(of_biases()).collect()
 }
 
 /// Line `line` of a module, for a message.
@@ -253,7 +253,7 @@ fn naive() {
 
 fn check_tile(limits: &wgpu::Limits) {
     let count = check_forward(Kernel::Tile, limits);
-    assert!(count >= 300, "only {count} modules");
+    assert!(count >= 250, "only {count} modules");
 }
 
 #[test]
