@@ -54,11 +54,9 @@ fn check_forward(feature: Feature) {
     for element_type in TYPES {
         let mut ways = every_kernel(element_type, naive(), tile());
         ways.extend([("decode", full(), decode(1)), ("decode in 3 splits", full(), decode(3))]);
-        ways.extend([("small tile", full(), small)]);
-        // Parts of the work are launches of the same modules in each type, and each device compiles them anew.
+        ways.extend([("small tile", full(), small), ("small tile, split", &narrow, small)]);
         if element_type == ElementType::F32 {
             ways.extend([("naive, split", &less_narrow, naive()), ("decode, split", &narrow, decode(2))]);
-            ways.extend([("small tile, split", &narrow, small)]);
         }
         ways.retain(|(_, _, options)| decodes(options));
         check_all(&cases::prepare(cases_of(feature, element_type), element_type), &ways);

@@ -35,16 +35,17 @@ const DIMS: &[[u32; 2]] = &[
     [256, 256],
 ];
 
-/// The shapes of problems that differ in a constant.
-fn shapes() -> impl Iterator<Item = (Shape, ElementType)> {
+/// The shapes of problems that differ in a constant, each with the number of its head dims.
+fn shapes() -> impl Iterator<Item = (usize, (Shape, ElementType))> {
     let of_type = |element_type| {
         // With 8,192 keys f32 has sums of sums.
         let seqlens: &[u32] = if element_type == ElementType::F32 { &[8, 8192] } else { &[8] };
         seqlens.iter().map(move |&seqlen| (seqlen, element_type))
     };
-    let all = DIMS.iter().flat_map(move |&dims| TYPES.into_iter().flat_map(of_type).map(move |rest| (dims, rest)));
-    all.map(|([head_dim, head_dim_v], (seqlen, element_type))| {
-        (Shape { head_dim_v, ..Shape::square(2, 2, seqlen, head_dim) }, element_type)
+    let all = DIMS.iter().enumerate();
+    let all = all.flat_map(move |dims| TYPES.into_iter().flat_map(of_type).map(move |rest| (dims, rest)));
+    all.map(|((n, &[head_dim, head_dim_v]), (seqlen, element_type))| {
+        (n, (Shape { head_dim_v, ..Shape::square(2, 2, seqlen, head_dim) }, element_type))
     })
 }
 
@@ -61,7 +62,7 @@ fn problems() -> Vec<Problem> {
         all.extend(of_scale_0(Problem::new(shape, element_type).with_lse()));
         all
     };
-    shapes().enumerate().flat_map(of_shape).chain(of_probes(Problem::with_lse)).collect()
+    shapes().flat_map(of_shape).chain(of_probes(Problem::with_lse)).collect()
 }
 
 /// Biases in each type, and all gradients besides dq, dk and dv, of one element for each score and of one for many.
@@ -91,7 +92,7 @@ fn problems_with_gradients() -> Vec<Problem> {
         all.extend(of_scale_0(Problem::new(shape, element_type).with_gradients()));
         all
     };
-    shapes().enumerate().flat_map(of_shape).chain(of_probes(Problem::with_gradients)).chain(of_biases()).collect()
+    shapes().flat_map(of_shape).chain(of_probes(Problem::with_gradients)).chain(of_biases()).collect()
 }
 
 /// Line `line` of a module, for a message.
@@ -183,8 +184,6 @@ impl Seen {
             Ok(modules) => modules,
             // Of bf16 the coop kernel's backward pass takes whole vectors only.
             Err(Error::Unsupported { kernel: Kernel::Coop, element_type: ElementType::BF16, .. }) => return,
-            // Decoding has no dropout.
-            Err(Error::Unsupported { kernel: Kernel::Decode, .. }) if problem.dropout.is_some() => return,
             Err(error) => panic!("{error}: {problem:?}"),
         };
         for planned in &modules {
@@ -327,8 +326,8 @@ fn fused_backward_with_48_kib() {
 fn decode_within_the_default_limits() {
     let mut seen = Seen::default();
     for mut problem in problems() {
-        // It takes no block lists.
-        problem.blocks = None;
+        // It takes no block lists and no dropout.
+        (problem.blocks, problem.dropout) = (None, None);
         for (rows, splits, lanes) in
             [(1, 3, None), (7, 64, None), (1, 64, Some(32)), (7, 3, Some(16)), (7, 3, Some(64))]
         {

@@ -69,9 +69,8 @@ pub struct Args {
     #[arg(long, value_name = "ROWS,THREADS,KEY_THREADS,THREAD_KEYS,LANES", value_parser = parse_decode_tile)]
     pub decode_tile: Option<DecodeTile>,
     /// How many rows of each output are checked against f64. With few of them the check takes seconds
-    #[arg(long, value_name = "ROWS", default_value_t = 64)]
+    #[arg(long, value_name = "ROWS", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..))]
     pub checked_rows: u64,
-
     /// The adapter whose name holds this text
     #[arg(long)]
     pub adapter: Option<String>,

@@ -1,6 +1,7 @@
 // What a score is: scale · q·k, then softcap · tanh(score / softcap), then the user's score_mod, then plus bias and ALiBi. Kernels ask with
 // the score's place in the problem. A score whose bias masks it is MASKED.
-// Needs: softmax.wgsl, sequence.wgsl, given.wgsl, mods.wgsl. Gives: scored, scored4, scored_alone, score_unit, score_factor, exponent_bound.
+// Needs: softmax.wgsl, sequence.wgsl, given.wgsl, mods.wgsl. Gives: scored, scored4, scored_alone, score_unit, score_factor, exponent_bound; with
+// SOFTCAP over_cap, scored_of_tanh, tanh_exact, tanh_of_small.
 //
 // Unless SHAPED, a score is a positive factor times what kernels hold: the product q·k, or on matrices that product plus ALiBi over the scale.
 // Then score_unit() times what is held is a score, and score_factor() times it is an exponent of 2. With SHAPED kernels hold scores.
@@ -44,6 +45,7 @@ fn scored_of_tanh(t: f32, at: Sequence, i: i32, j: i32) -> Scored {
 }
 #endif
 
+// A score and its slope after the user's score_mod, if there is one.
 fn scored_by_mod(given: Scored, at: Sequence, i: i32, j: i32) -> Scored {
     var x = given;
 #if SCORE_MOD

@@ -43,7 +43,8 @@ pub struct Gradients {
     /// Whether a gradient of lse is given too, f32 `[batch, heads_q, seqlen_q]`, contiguous: for losses that use lse.
     pub lse: bool,
     /// Whether all gradients are added to what their buffers hold instead of written over it. It is all or nothing: those of q, k and v
-    /// are added too where only that of a bias should be. A gradient in 16 bits is rounded before and after the addition, as in PyTorch. Where many layers share a bias, give
+    /// are added too where only that of a bias should be. A gradient in 16 bits is rounded after the addition, and by the
+    /// coop kernel, where f16 or bf16 are operands of its matrices, before it too, as in PyTorch. Where many layers share a bias, give
     /// it in f32, so that the sum of its gradient stays in f32.
     pub accumulate: bool,
     /// Whether the gradient of the bias is computed: in the bias' type, where its layout puts its elements, summed over what it

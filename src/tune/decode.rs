@@ -90,19 +90,19 @@ pub fn decode_tile(
     tile
 }
 
-/// Workgroups that fill a large device: two on each of the 132 multiprocessors of an H100.
+/// Workgroups that fill a large device where each has many registers: two on each of the 132 multiprocessors of an H100.
 pub(crate) const FULL_DEVICE: u64 = 264;
 
-/// Into how many splits the keys go when `workgroups` take all of them, in `tiles` tiles of `rows` rows each: as many as fill the device, and no more
-/// than whole tiles need.
+/// Into how many splits the keys go when `workgroups` take all of them in `tiles` tiles, each workgroup for `rows` rows: as many as fill the device,
+/// and no more than whole tiles need.
 ///
-/// With 4 rows four workgroups of 128 threads run on a multiprocessor at once, and hide each other's waits. So the splits of two tiles and more may be
-/// twice as many: 32,768 keys of 8 heads of f16 took 47.9 µs on an H200 in 32 splits, 41.6 in 64; 16 · 8,192 keys 158.0 in 2, 131.2 in 4, and 159.6 in
-/// 6, which are more than run at once. Splits of one tile gain nothing: 4,096 keys took 11.1 µs in 32 splits, 11.7 in 64.
+/// For 4 rows four workgroups of 128 threads run on a multiprocessor at once, and hide each other's waits. So there may be twice as many splits, of two
+/// tiles each at the least. f16 at D 128 on an H200: 32,768 keys of 8 heads took 47.9 µs in 32 splits, 41.6 in 64; 16 · 8,192 keys 158.0 in 2, 131.2 in
+/// 4, and 159.6 in 6, which are more than run at once. Splits of one tile gain nothing: 4,096 keys took 11.1 µs in 32 splits, 11.7 in 64.
 pub fn decode_splits(workgroups: u64, tiles: u64, rows: u32) -> u32 {
-    let of_tiles = |workgroups_at_once: u64, most: u64| (workgroups_at_once / workgroups.max(1)).min(most);
-    let many = if rows <= 4 { of_tiles(2 * FULL_DEVICE, tiles / 2) } else { 0 };
-    let most = of_tiles(FULL_DEVICE, tiles).max(many).max(1);
+    let filling = |at_once: u64, limit: u64| (at_once / workgroups.max(1)).min(limit);
+    let many = if rows <= 4 { filling(2 * FULL_DEVICE, tiles / 2) } else { 0 };
+    let most = filling(FULL_DEVICE, tiles).max(many).max(1);
     let tiles_of_split = tiles.div_ceil(most).max(1);
     tiles.div_ceil(tiles_of_split).max(1) as u32
 }
@@ -138,6 +138,8 @@ mod tests {
         // Of two tiles each at the least where there are more than two workgroups a multiprocessor.
         assert_eq!(decode_splits(8, 64, 4), 32);
         assert_eq!(decode_splits(512, 16, 4), 1);
+        assert_eq!(decode_splits(200, 7, 4), 2);
+        assert_eq!(decode_splits(200, 7, 8), 1);
         // Never less than a tile each, and none without a tile.
         assert_eq!(decode_splits(8, 10, 4), 10);
         assert_eq!(decode_splits(50, 12, 8), 4);

@@ -210,7 +210,7 @@ impl PreparedBackward {
             sums.into_iter().enumerate().map(|(place, x)| x + before(place)).collect()
         };
         let expected = [sums(0, exact.query), sums(1, exact.key), sums(2, exact.value)];
-        // Like PyTorch, which adds a gradient of the type to what is there.
+        // Kernels on matrices, like PyTorch, add a gradient that is rounded already to what is there.
         let near = |x: Vec<f64>| -> Vec<f64> { x.into_iter().map(|x| nearest(ty, x as f32).into()).collect() };
         let plain = [sums(0, near(plain.query)), sums(1, near(plain.key)), sums(2, near(plain.value))];
         let plain = [0, 1, 2].map(|n| Errors::of(plain[n].iter().map(|&x| nearest(ty, x as f32)), &expected[n]));

@@ -48,10 +48,11 @@ pub fn dims_of(context: &Context) -> Vec<(String, Case)> {
     dims
 }
 
-/// A context of a device with these features, and WebGPU's limits but for its workgroup memory.
+/// A context of a device with these features, and WebGPU's limits but for its workgroup memory: so many bytes with matrices of 8, and with
+/// matrices of 16, whose tiles are larger.
 #[allow(unsafe_code)]
-pub fn small_device(features: wgpu::Features, workgroup_bytes: u32) -> Option<Context> {
-    context()?;
+pub fn small_device(features: wgpu::Features, [of_8, of_16]: [u32; 2]) -> Option<Context> {
+    let workgroup_bytes = if matrix_size(&context()?) == 16 { of_16 } else { of_8 };
     let instance = wgpu::Instance::default();
     let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
     let descriptor = wgpu::DeviceDescriptor {

@@ -120,10 +120,11 @@ pub fn switched_with_gradients(shape: Shape, element_type: ElementType) -> Vec<P
     all(Problem::new(shape, element_type).with_gradients(), &[&BOTH[..], &BACKWARD].concat())
 }
 
-/// Those that the n-th of several shapes is tried with: with none and with all of the switches, and a third of the rest, another one for the next
-/// shape. So each pair of switches meets with several shapes, and each switch with every shape, for less than half of the modules.
+/// Those that the n-th of several shapes is tried with: with none and with all of the switches, and a third of the rest. Any three shapes 3n, 3n + 1 and
+/// 3n + 2 have all thirds between them, and the next three in another order, so that no third goes with every third shape. Each pair of switches
+/// meets some of the shapes, and each switch all of them, for half of the modules.
 pub fn of_nth_shape(n: usize, switched: Vec<Problem>) -> Vec<Problem> {
-    let taken = |row: usize| row < 2 || row % 3 == n % 3;
+    let taken = |row: usize| row < 2 || row % 3 == (n + n / 3) % 3;
     switched.into_iter().enumerate().filter(|(row, _)| taken(*row)).map(|(_, problem)| problem).collect()
 }
 
