@@ -365,16 +365,8 @@ impl<N: Real> Attention<'_, N> {
             if let (Some(sums), Some(sink)) = (&mut sinks, self.sink(h))
                 && i < self.extras.lengths(problem, b).0
             {
-                // delta is a sum too, over the columns of o, each of which is rounded by itself.
-                let (out, _) = self.forward_row([tensors[0], tensors[1], tensors[2]], [b, h, i]);
-                let squares = out.iter().zip(row(tensors[3], n, s.head_dim_v)).map(|(&o, &grad)| {
-                    let (o, grad): (f64, f64) = (o.into(), grad.into());
-                    (o * grad).powi(2)
-                });
-                let of_sink = (sink - lse[n]).exp();
-                let whole: f64 = delta[n].into();
-                let size = squares.sum::<f64>().sqrt().max(whole.abs());
-                sums.add_one(h as usize, of_sink * delta[n] * N::of(-1.0), size * of_sink.into());
+                let term = (sink - lse[n]).exp() * delta[n] * N::of(-1.0);
+                sums.add_one(h as usize, term, term.into());
             }
             if bias.is_none() && slopes.is_none() {
                 continue;

@@ -159,17 +159,6 @@ mod tests {
         assert!((result.lse[0] - 4f64.ln()).abs() < 1e-12);
     }
 
-    /// One key of score 0 and a sink of 0: o is half of v, and delta = do · o = 1/2 - 1/2.
-    #[test]
-    fn terms_of_sinks_do_not_cancel() {
-        let shape = Shape { head_dim_v: 2, ..Shape::square(1, 1, 1, 1) };
-        let problem = Problem::new(shape, ElementType::F32).with_sinks().with_grad_sinks();
-        let extras = Extras::default().sinks(&[0.0][..]);
-        let sinks = backward(&problem, [&[0.0f64], &[0.0], &[1.0, 1.0], &[1.0, -1.0]], None, extras).sinks.unwrap();
-        assert_eq!(sinks.values, [0.0]);
-        assert!((sinks.terms - 0.5 * 0.5f64.sqrt()).abs() < 1e-12, "{}", sinks.terms);
-    }
-
     #[test]
     fn softcap_bounds_the_scores() {
         let result = forward(&problem(1, 1).softcap(2.0), &[1e6f64], &[1.0], &[1.0], None);

@@ -40,8 +40,7 @@ pub struct Summed {
     /// The sums.
     pub values: Vec<f64>,
     /// The norm of what was summed, with p·dp and p·delta apart. What scores of one row add to one element is one term: they have one
-    /// delta and one lse, and what the rounding of these costs. A term of a sink is a multiple of delta, which is a sum over columns: it counts as large as
-    /// the norm of what delta sums, since each element of o is rounded by itself.
+    /// delta and one lse, and what the rounding of these costs.
     pub terms: f64,
 }
 
