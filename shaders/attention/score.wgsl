@@ -1,7 +1,7 @@
 // What a score is: scale · q·k, then softcap · tanh(score / softcap), then the user's score_mod, then plus bias and ALiBi. Kernels ask with
 // the score's place in the problem. A score whose bias masks it is MASKED.
 // Needs: softmax.wgsl, sequence.wgsl, given.wgsl, mods.wgsl. Gives: scored, scored4, scored_alone, score_unit, score_factor, exponent_bound; with
-// SOFTCAP over_cap, scored_of_tanh, tanh_exact, tanh_of_small.
+// SOFTCAP over_cap, scored_of_tanh, tanh_exact, tanh_of_small, SMALL_FOR_TANH.
 //
 // Unless SHAPED, a score is a positive factor times what kernels hold: the product q·k, or on matrices that product plus ALiBi over the scale.
 // Then score_unit() times what is held is a score, and score_factor() times it is an exponent of 2. With SHAPED kernels hold scores.
@@ -96,7 +96,7 @@ fn exponent_bound(largest: f32) -> f32 {
 }
 
 #if SOFTCAP
-// tanh to the last bits, whatever the driver's own does. 1 - 2 / (1 + e^2x) cancels near 0, where tanh_of_small takes its place.
+// tanh to the last bits, whatever the driver's own does. 1 - 2 / (1 + e^2x) cancels near 0. There tanh_of_small is taken.
 fn tanh_exact(x: f32) -> f32 {
     let large = 1.0 - 2.0 / (1.0 + exp2(min(x * (2.0 * LOG2_E), 126.0)));
     return select(large, tanh_of_small(x), abs(x) < SMALL_FOR_TANH);

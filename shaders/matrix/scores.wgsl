@@ -47,8 +47,8 @@ fn shaped(x: Lane, added: Lane, at: Sequence, i0: i32, j0: i32, lane: u32) -> Sh
 }
 
 #if SOFTCAP
-// tanh of scores over the cap, from products. Where all that a lane holds is small, nothing takes an exponential, whose unit is the slowest of those
-// used here. Lanes may take different branches. They meet again behind them, before the next product of matrices.
+// tanh of scores over the cap, from products. A lane whose scores are all small takes no exponential: the unit for exponentials is the slowest of those
+// used here. Lanes may take different branches, and meet again behind them, before the next product of matrices.
 fn tanhs_of_caps(x: Lane) -> Lane {
     var y = Lane();
     var largest = 0.0;

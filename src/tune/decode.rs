@@ -130,21 +130,25 @@ mod tests {
 
     #[test]
     fn splits_fill_the_device() {
-        // 32,768 keys in tiles of 64 for 8 key-value heads.
-        assert_eq!(decode_splits(8, 512, 4), 64);
-        assert_eq!(decode_splits(8, 512, 8), 32);
-        assert_eq!(decode_splits(128, 128, 4), 4);
-        assert_eq!(decode_splits(128, 128, 16), 2);
-        // Of two tiles each at the least where there are more than two workgroups a multiprocessor.
-        assert_eq!(decode_splits(8, 64, 4), 32);
-        assert_eq!(decode_splits(512, 16, 4), 1);
-        assert_eq!(decode_splits(200, 7, 4), 2);
-        assert_eq!(decode_splits(200, 7, 8), 1);
-        // Never less than a tile each, and none without a tile.
-        assert_eq!(decode_splits(8, 10, 4), 10);
-        assert_eq!(decode_splits(50, 12, 8), 4);
-        assert_eq!(decode_splits(50, 11, 8), 4);
-        assert_eq!(decode_splits(1000, 50, 4), 1);
-        assert_eq!(decode_splits(8, 0, 4), 1);
+        for (workgroups, tiles, rows, splits) in [
+            // 32,768 keys in tiles of 64 for 8 key-value heads.
+            (8, 512, 4, 64),
+            (8, 512, 8, 32),
+            (128, 128, 4, 4),
+            (128, 128, 16, 2),
+            // Of two tiles each at the least where there are more than two workgroups a multiprocessor.
+            (8, 64, 4, 32),
+            (512, 16, 4, 1),
+            (200, 7, 4, 2),
+            (200, 7, 8, 1),
+            // Never less than a tile each, and none without a tile.
+            (8, 10, 4, 10),
+            (50, 12, 8, 4),
+            (50, 11, 8, 4),
+            (1000, 50, 4, 1),
+            (8, 0, 4, 1),
+        ] {
+            assert_eq!(decode_splits(workgroups, tiles, rows), splits, "{workgroups} {tiles} {rows}");
+        }
     }
 }
