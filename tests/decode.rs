@@ -176,11 +176,13 @@ fn the_plan_chooses_by_shape() {
     };
     assert_eq!(chosen(8, 1, 4096), Kernel::Decode);
     assert_eq!(chosen(8, 4, 256), Kernel::Decode);
-    assert_eq!(chosen(8, 5, 4096), Kernel::Tile);
+    assert_eq!(chosen(8, 16, 4096), Kernel::Decode);
+    assert_eq!(chosen(8, 17, 4096), Kernel::Tile);
     assert_eq!(chosen(8, 1, 1), Kernel::Decode);
     assert_eq!(chosen(8, 1, 255), Kernel::Decode);
     assert_eq!(chosen(8, 4, 16), Kernel::Decode);
-    assert_eq!(chosen(34, 1, 4096), Kernel::Tile);
+    assert_eq!(chosen(128, 1, 4096), Kernel::Decode);
+    assert_eq!(chosen(130, 1, 4096), Kernel::Tile);
     assert_eq!(chosen(8, 0, 4096), Kernel::Tile);
 }
 

@@ -30,7 +30,6 @@
 
 const KEY_GROUPS = THREADS / KEY_THREADS;
 const KEYS = KEY_GROUPS * THREAD_KEYS;
-const ROWS4 = ROWS / 4u;
 // Vectors of a key that a thread takes.
 const KEY_VECTORS = (HEAD_DIM + 4u * KEY_THREADS - 1u) / (4u * KEY_THREADS);
 const COLUMNS4 = (HEAD_DIM_V + 3u) / 4u;
@@ -219,6 +218,7 @@ fn decode_split(
     var m: array<vec4f, ROWS4>;
     // Each thread sums over its own keys only.
     var l: array<vec4f, ROWS4>;
+#unroll
     for (var r4 = 0u; r4 < ROWS4; r4++) {
         m[r4] = vec4f(LOWEST);
         l[r4] = vec4f();
@@ -240,6 +240,7 @@ fn decode_split(
 
         // S = Q K^T, what each score is, and whether it counts
         var s = array<vec4f, ROWS4>();
+#unroll
         for (var r4 = 0u; r4 < ROWS4; r4++) {
             var dots = array<vec4f, THREAD_KEYS>();
             for (var c = 0u; c < KEY_VECTORS; c++) {
@@ -270,6 +271,7 @@ fn decode_split(
         }
 
         // m' = max(m, rowmax S),  P = exp(S - m'),  l = exp(m - m') l + rowsum P,  O = exp(m - m') O
+#unroll
         for (var r4 = 0u; r4 < ROWS4; r4++) {
             var new_max = m[r4];
             for (var x = 0u; x < PARTIALS; x++) {
@@ -292,6 +294,7 @@ fn decode_split(
         // O = O + P V
         for (var n = 0u; n < SLICE_KEYS; n++) {
             let x = unpack4(v[n]);
+#unroll
             for (var r4 = 0u; r4 < ROWS4; r4++) {
                 let weight = p[r4 * P_STRIDE + thread / COLUMNS4 + n * SLICES];
                 o[4u * r4] = fma(vec4f(weight.x), x, o[4u * r4]);
@@ -305,6 +308,7 @@ fn decode_split(
     // l is spread over the threads with a key.
     workgroupBarrier();
     if own.there {
+#unroll
         for (var r4 = 0u; r4 < ROWS4; r4++) {
             p[r4 * P_STRIDE + own.key] = l[r4];
         }
@@ -319,6 +323,7 @@ fn decode_split(
     }
 
     // O is spread over the slices.
+#unroll
     for (var r4 = 0u; r4 < ROWS4; r4++) {
         workgroupBarrier();
         for (var r = 0u; r < 4u; r++) {

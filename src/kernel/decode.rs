@@ -7,11 +7,15 @@ use crate::{ElementType, Kernel, Problem};
 
 /// From how many keys on this kernel is faster than another one, by how many rows at most share a key-value head: than the tile kernel,
 /// and than the coop kernel on 16 bits as they are, on bf16 scaled to f16, and on f32. Measured on an H200 with 32 heads on 8 of head dim 128,
-/// one batch entry; docs/kernels/decode.md has the times. Scaled bf16 was not measured, and takes the numbers of bf16's matrices. The tile kernel computes 32 to 128 rows whatever there are; the coop kernel too, but on tensor cores.
-const FROM_KEYS: [(u64, [u32; 4]); 3] = [(4, [1, 96, 96, 1]), (8, [1, 320, 320, 32]), (16, [1, 2048, 2048, 96])];
+/// one batch entry; docs/kernels/decode.md has the times. Scaled bf16 was not measured, and takes the numbers of bf16's matrices.
+const FROM_KEYS: [(u64, [u32; 4]); 3] = [(4, [1, 96, 96, 1]), (8, [1, 160, 160, 1]), (64, [1, 192, 192, 1])];
+
+/// So many workgroups leave a large device room for more, each having a multiprocessor to itself.
+const ROOM_FOR_MORE: u64 = 128;
 
 /// Whether this kernel computes a problem faster than the one that would take it otherwise, which may be the coop kernel with elements that it
-/// splits or scales to f16.
+/// splits or scales to f16. That one computes 32 to 128 queries of each head whatever there are. So this one gains where queries are few, and as well
+/// where heads are so few that the other one leaves a large device idle. With 16 heads on 2 and 16 queries each, say, the coop kernel has 16 workgroups.
 pub(crate) fn pays(problem: &Problem, otherwise: Kernel, coop_is_scaled: bool) -> bool {
     let s = &problem.shape;
     // It sums scores in another order than every backward kernel, so that probabilities would not be recomputed as they were. In
@@ -19,7 +23,12 @@ pub(crate) fn pays(problem: &Problem, otherwise: Kernel, coop_is_scaled: bool) -
     if s.seqlen_q == 0 || problem.element_type == ElementType::F32 && problem.gradients.is_some() {
         return false;
     }
+    let (few_queries, tile_rows) = if problem.element_type == ElementType::F32 { (16, 16) } else { (8, 8) };
     let rows = s.group() as u64 * s.seqlen_q as u64;
+    let workgroups = s.batch as u64 * s.heads_kv as u64 * rows.div_ceil(tile_rows);
+    if s.seqlen_q > few_queries && workgroups > ROOM_FOR_MORE {
+        return false;
+    }
     let column = match (otherwise, problem.element_type) {
         (Kernel::Coop, ElementType::F32) => 3,
         (Kernel::Coop, _) if coop_is_scaled => 2,
@@ -56,10 +65,12 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
         ("HEAD_DIM", shape.head_dim),
         ("HEAD_DIM_V", shape.head_dim_v),
         ("ROWS", tile.rows),
+        ("ROWS4", tile.rows / 4),
         ("THREADS", tile.threads),
         ("KEY_THREADS", tile.key_threads),
         ("THREAD_KEYS", tile.thread_keys),
     ];
+    on.push("UNROLL");
     if tile.lanes > 0 {
         on.push("SHUFFLES");
         constants.push(("LANES", tile.lanes));

@@ -128,6 +128,10 @@ mod tests {
             let shape = Shape { seqlen_q: 1, seqlen_k: 4096, ..Shape::square(1, 8, 1, 128) };
             Problem::new(shape, element_type)
         };
+        let some = |element_type, batch, seqlen_q| {
+            let shape = Shape { heads_kv: 8, seqlen_k: 4096, ..Shape::square(batch, 32, seqlen_q, 128) };
+            Problem::new(shape, element_type)
+        };
         let mut ends_loops = webgpu.clone();
         ends_loops.loop_iterations = Some(65_535);
         let long = Problem::new(Shape::square(1, 1, 100_000, 64), F32);
@@ -145,6 +149,11 @@ mod tests {
                 &webgpu,
                 vec![(Kernel::Tile, "every device"), (Kernel::Tile, "every device")],
             ),
+            ("8 queries", some(F16, 16, 8), &matrices(), vec![(Kernel::Decode, "few queries")]),
+            ("9 queries", some(F16, 16, 9), &matrices(), vec![(Kernel::Coop, "f16")]),
+            ("16 queries of few heads", some(F16, 2, 16), &matrices(), vec![(Kernel::Decode, "few queries")]),
+            ("17 queries", some(F16, 1, 17), &matrices(), vec![(Kernel::Coop, "f16")]),
+            ("16 queries in f32", some(F32, 16, 16), &matrices(), vec![(Kernel::Decode, "few queries")]),
             ("loops that end", long.clone(), &ends_loops, vec![(Kernel::Decode, "long loops")]),
             ("f16", problem(F16, 128), &matrices(), vec![(Kernel::Coop, "f16")]),
             ("bf16", problem(BF16, 128), &matrices(), vec![(Kernel::Coop, "scaled to f16")]),

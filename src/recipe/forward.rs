@@ -27,7 +27,7 @@ fn candidates(problem: &Problem, facts: &Facts, options: &PlanOptions, coop: &Re
         candidate(
             Kernel::Decode,
             !has_dropout && decode::pays(problem, many_queries, is_scaled) && decode_fits(problem, facts, options),
-            "few queries: they share a tile, and splits of the keys fill the device",
+            "few queries: heads share tiles of rows, and splits of the keys fill the device",
         ),
         candidate(Kernel::Coop, not_coop.is_none(), coop::reason(problem, facts, options)),
         candidate(
