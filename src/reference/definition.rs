@@ -113,8 +113,13 @@ impl<N: Real> Attention<'_, N> {
         result
     }
 
-    /// Every row of the backward pass, from lse and delta of every row of queries. Nothing rounds the sums.
-    pub fn backward<T: Copy + Into<f64>>(&self, tensors: Tensors<'_, T>, [lse, delta]: [&[N]; 2]) -> Backward {
+    /// Every row of the backward pass, from lse and delta of every row of queries, and the sizes of delta. Nothing rounds the sums.
+    pub fn backward<T: Copy + Into<f64>>(
+        &self,
+        tensors: Tensors<'_, T>,
+        [lse, delta]: [&[N]; 2],
+        delta_sizes: &[f64],
+    ) -> Backward {
         let s = &self.problem.shape;
         let [mut dq, mut dk, mut dv] = [0, 1, 2].map(|_| GradientRow::zeros(0));
         for at in rows(s.batch, s.heads_q, s.seqlen_q) {
@@ -128,7 +133,7 @@ impl<N: Real> Attention<'_, N> {
         }
         let terms = [&dq, &dk, &dv].map(|gradient| gradient.squares.sqrt());
         let all: Vec<_> = rows(s.batch, s.heads_q, s.seqlen_q).collect();
-        let [bias, sinks, alibi_slopes] = self.shared_gradients(tensors, [lse, delta], &all);
+        let [bias, sinks, alibi_slopes] = self.shared_gradients(tensors, [lse, delta], delta_sizes, &all);
         let [query, key, value] = [dq, dk, dv].map(|gradient| gradient.values.into_iter().map(Into::into).collect());
         Backward { query, key, value, terms, bias, sinks, alibi_slopes }
     }
@@ -144,6 +149,23 @@ impl<N: Real> Attention<'_, N> {
         let of_row = |n| {
             let (grad_out, out) = (row(grad_out, n, s.head_dim_v), row(out, n, s.head_dim_v));
             self.delta(grad_out, out, grad_lse.map_or(0.0, |grad| grad[n]))
+        };
+        (0..s.rows() as usize).map(of_row).collect()
+    }
+
+    /// How large `delta` of every row would be if the columns of o did not cancel: the norm of what it sums. Each of these is rounded by itself.
+    pub fn delta_sizes<T: Copy + Into<f64>, O: Copy + Into<f64>>(
+        &self,
+        grad_out: &[T],
+        out: &[O],
+        grad_lse: Option<&[f32]>,
+    ) -> Vec<f64> {
+        let s = &self.problem.shape;
+        let of_row = |n| {
+            let (grad_out, out) = (row(grad_out, n, s.head_dim_v), row(out, n, s.head_dim_v));
+            let squares = grad_out.iter().zip(out).map(|(&x, &y)| (x.into() * y.into()).powi(2));
+            let of_lse = grad_lse.map_or(0.0, |grad| f64::from(grad[n]).powi(2));
+            (squares.sum::<f64>() + of_lse).sqrt()
         };
         (0..s.rows() as usize).map(of_row).collect()
     }
@@ -350,6 +372,7 @@ impl<N: Real> Attention<'_, N> {
         &self,
         tensors: Tensors<'_, T>,
         [lse, delta]: [&[N]; 2],
+        delta_sizes: &[f64],
         rows: &[[u32; 3]],
     ) -> [Option<Summed>; 3] {
         let (problem, s) = (self.problem, &self.problem.shape);
@@ -365,8 +388,11 @@ impl<N: Real> Attention<'_, N> {
             if let (Some(sums), Some(sink)) = (&mut sinks, self.sink(h))
                 && i < self.extras.lengths(problem, b).0
             {
-                let term = (sink - lse[n]).exp() * delta[n] * N::of(-1.0);
-                sums.add_one(h as usize, term, term.into());
+                let of_sink = (sink - lse[n]).exp();
+                // What lse is off by costs a share of the whole delta, and what o is off by a share of what delta sums.
+                let whole: f64 = delta[n].into();
+                let size = delta_sizes[n].max(whole.abs());
+                sums.add_one(h as usize, of_sink * delta[n] * N::of(-1.0), size * of_sink.into());
             }
             if bias.is_none() && slopes.is_none() {
                 continue;

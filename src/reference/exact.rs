@@ -60,7 +60,8 @@ pub fn backward<'a, T: Copy + Into<f64>>(
     let [query, key, value, grad_out] = tensors;
     let Forward { out, lse } = forward(problem, query, key, value, extras);
     let delta = delta(problem, grad_out, &out, grad_lse);
-    exact(problem, extras).backward(tensors, [&lse, &delta])
+    let sizes = delta_sizes(problem, grad_out, &out, grad_lse);
+    exact(problem, extras).backward(tensors, [&lse, &delta], &sizes)
 }
 
 /// One row of dq, at batch entry, query head and position `[b, h, i]`; otherwise as [`backward`].
@@ -104,18 +105,18 @@ pub fn backward_key_row<'a, T: Copy + Into<f64>>(
 /// What rows of queries, each at batch entry, query head and position `[b, h, i]`, add to the gradients of the bias, of the sinks and of ALiBi's
 /// slopes, of those that the problem asks for. All rows add up to what [`backward`] gives of them.
 ///
-/// `lse` and [`delta()`] are those of every query, as for [`backward_key_row`].
+/// `lse` and [`delta()`] are those of every query, as for [`backward_key_row`], and so are [`delta_sizes`].
 ///
 /// # Panics
 /// If a slice is shorter than the problem's shape says.
 pub fn backward_shared_rows<'a, T: Copy + Into<f64>>(
     problem: &Problem,
     tensors: [&[T]; 4],
-    [lse, delta]: [&[f64]; 2],
+    [lse, delta, delta_sizes]: [&[f64]; 3],
     extras: impl Into<Extras<'a>>,
     rows: &[[u32; 3]],
 ) -> [Option<Summed>; 3] {
-    exact(problem, extras.into()).shared_gradients(tensors, [lse, delta], rows)
+    exact(problem, extras.into()).shared_gradients(tensors, [lse, delta], delta_sizes, rows)
 }
 
 /// `do · o − dlse` of each row, `[batch, heads_q, seqlen_q]`: what the backward pass needs of o.
@@ -129,6 +130,19 @@ pub fn delta<T: Copy + Into<f64>, O: Copy + Into<f64>>(
     grad_lse: Option<&[f32]>,
 ) -> Vec<f64> {
     exact(problem, Extras::default()).deltas(grad_out, out, grad_lse)
+}
+
+/// The norm of what [`delta()`] sums of each row, `[batch, heads_q, seqlen_q]`. Where these cancel, an error of delta is relative to it.
+///
+/// # Panics
+/// If a slice is shorter than the problem's shape says.
+pub fn delta_sizes<T: Copy + Into<f64>, O: Copy + Into<f64>>(
+    problem: &Problem,
+    grad_out: &[T],
+    out: &[O],
+    grad_lse: Option<&[f32]>,
+) -> Vec<f64> {
+    exact(problem, Extras::default()).delta_sizes(grad_out, out, grad_lse)
 }
 
 #[cfg(test)]
@@ -157,6 +171,25 @@ mod tests {
         let result = forward(&problem(1, 2), &[1.0f64], &[0.0, 3f64.ln()], &[4.0, 8.0], None);
         assert!((result.out[0] - 7.0).abs() < 1e-12, "(1·4 + 3·8) / 4");
         assert!((result.lse[0] - 4f64.ln()).abs() < 1e-12);
+    }
+
+    #[test]
+    fn sizes_of_delta_do_not_cancel() {
+        let problem = Problem::new(Shape::square(1, 1, 1, 2), ElementType::F32).with_sinks().with_grad_sinks();
+        let (grad_out, out) = ([3.0f64, -4.0], [1.0f64, 0.75]);
+        assert_eq!(delta(&problem, &grad_out, &out, None), [0.0]);
+        assert_eq!(delta_sizes(&problem, &grad_out, &out, None), [18f64.sqrt()]);
+        assert_eq!(delta_sizes(&problem, &grad_out, &out, Some(&[2.0])), [22f64.sqrt()]);
+        // A score and a sink of 0 share the row: o is half of v.
+        let found = backward(
+            &problem,
+            [&[0.0; 2], &[0.0; 2], &[2.0, 1.5], &grad_out],
+            None,
+            Extras::default().sinks(&[0.0][..]),
+        );
+        let sinks = found.sinks.unwrap();
+        assert_eq!(sinks.values, [0.0]);
+        assert!((sinks.terms - 18f64.sqrt() / 2.0).abs() < 1e-12, "{}", sinks.terms);
     }
 
     #[test]

@@ -15,6 +15,8 @@ mod random;
 pub mod rounded;
 mod values;
 
-pub use exact::{backward, backward_key_row, backward_query_row, backward_shared_rows, delta, forward, forward_row};
+pub use exact::{
+    backward, backward_key_row, backward_query_row, backward_shared_rows, delta, delta_sizes, forward, forward_row,
+};
 pub use random::dropout_mask;
 pub use values::{Backward, Extras, Forward, Summed};

@@ -59,6 +59,7 @@ pub fn forward_row<'a, T: Copy + Into<f64>>(
 pub struct Rows {
     lse: Vec<f32>,
     delta: Vec<f32>,
+    delta_sizes: Vec<f64>,
 }
 
 impl Rows {
@@ -74,8 +75,11 @@ impl Rows {
         grad_lse: Option<&[f32]>,
     ) -> Self {
         let all = Extras::default();
-        let delta = rounded(problem, all, |attention| attention.deltas(grad_out, out, grad_lse));
-        Rows { lse: lse.to_vec(), delta }
+        rounded(problem, all, |attention| Rows {
+            lse: lse.to_vec(),
+            delta: attention.deltas(grad_out, out, grad_lse),
+            delta_sizes: attention.delta_sizes(grad_out, out, grad_lse),
+        })
     }
 }
 
@@ -89,7 +93,9 @@ pub fn backward<'a, T: Copy + Into<f64>>(
     rows: &Rows,
     extras: impl Into<Extras<'a>>,
 ) -> Backward {
-    rounded(problem, extras.into(), |attention| attention.backward(tensors, [&rows.lse, &rows.delta]))
+    rounded(problem, extras.into(), |attention| {
+        attention.backward(tensors, [&rows.lse, &rows.delta], &rows.delta_sizes)
+    })
 }
 
 /// Some rows of a gradient.

@@ -137,7 +137,8 @@ impl GradientSample {
             dv.extend(of_value);
         }
 
-        let shared = shared_samples(problem, all, [&lse_f64, &delta], extras)?;
+        let sizes = reference::delta_sizes(problem, &upstream.out, &out, upstream.lse.as_deref());
+        let shared = shared_samples(problem, all, [&lse_f64, &delta, &sizes], extras)?;
         let out: Vec<T> = out.into_iter().map(T::nearest).collect();
         let rows = rounded::Rows::new(problem, &upstream.out, &out, &lse, upstream.lse.as_deref());
         let plain_dq = rounded::backward_query_rows(problem, all, &rows, extras, &queries);
@@ -188,7 +189,7 @@ impl GradientSample {
 fn shared_samples<T: Number>(
     problem: &Problem,
     tensors: [&[T]; 4],
-    rows: [&[f64]; 2],
+    rows: [&[f64]; 3],
     extras: reference::Extras,
 ) -> Result<[Option<SharedSample>; 3], String> {
     let s = &problem.shape;
