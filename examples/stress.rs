@@ -402,7 +402,7 @@ fn run_case<T: Number>(context: &Context, seed: u64, totals: &mut Totals) -> Res
 
     let mut kernels = vec![(Kernel::Tile, None)];
     kernels.extend((s.rows() * s.seqlen_k as u64 <= 1 << 20).then_some((Kernel::Naive, None)));
-    kernels.extend((s.seqlen_q <= 16).then_some((Kernel::Decode, None)));
+    kernels.extend((s.seqlen_q <= 16 || s.group() as u64 * s.seqlen_q as u64 <= 64).then_some((Kernel::Decode, None)));
     kernels.extend([CoopForm::Registers, CoopForm::WorkgroupMemory].map(|form| (Kernel::Coop, Some(form))));
     let mut kernels: Vec<_> = kernels.into_iter().map(|(kernel, form)| (kernel, form, false)).collect();
     let has_bf16 = context.facts().matrices.as_ref().is_some_and(|matrices| matrices.bf16.is_ok());

@@ -185,6 +185,7 @@ fn tiles_that_do_not_divide_are_refused() {
     }
 }
 
+/// Of more queries than the decode kernel is for.
 fn plan_of(context: &Context, head_dim: u32) -> Plan {
     context.plan(&Problem::new(Shape::square(1, 1, 64, head_dim), ElementType::F16)).unwrap()
 }

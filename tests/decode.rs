@@ -177,7 +177,8 @@ fn the_plan_chooses_by_shape() {
     assert_eq!(chosen(8, 1, 4096), Kernel::Decode);
     assert_eq!(chosen(8, 4, 256), Kernel::Decode);
     assert_eq!(chosen(8, 16, 4096), Kernel::Decode);
-    assert_eq!(chosen(8, 17, 4096), Kernel::Tile);
+    assert_eq!(chosen(2, 16, 4096), Kernel::Decode);
+    assert_eq!(chosen(2, 17, 4096), Kernel::Tile);
     assert_eq!(chosen(8, 1, 1), Kernel::Decode);
     assert_eq!(chosen(8, 1, 255), Kernel::Decode);
     assert_eq!(chosen(8, 4, 16), Kernel::Decode);
@@ -388,6 +389,11 @@ fn a_part_without_keys_adds_nothing() {
             assert_eq!(lse, [0.5, EMPTY, -3e4]);
         }
         assert_eq!(merged(full(), element_type, 3, &[]), (vec![0.0; 9], vec![EMPTY; 3]));
+        // A sink of -infinity is none, and one is all that a row without keys has.
+        let problem = MergeProblem::new(2, 3, 3, element_type).with_sinks(3, 1);
+        let (out, lse) = merge(full(), &problem, &[&a, &b], Some(&[EMPTY, 1.5, EMPTY]));
+        assert_eq!(out, [1.0, -2.0, 0.5, 0.0, 0.0, 0.0, 4.0, 5.0, -6.0]);
+        assert_eq!(lse, [0.5, 1.5, -3e4]);
     }
 }
 

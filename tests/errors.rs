@@ -5,8 +5,8 @@ use flash_attention_testing::*;
 use wgpu_flash_attention::tune::{BackwardTile, Tile};
 use wgpu_flash_attention::wgpu::{self, BufferBinding, BufferSize, BufferUsages, ErrorFilter};
 use wgpu_flash_attention::{
-    Alibi, BackwardBuffers, Context, ElementType, Error, ForwardBuffers, HeadlessOptions, Kernel, Layout, MergeProblem,
-    PlanOptions, Problem, Shape, Tensor,
+    Alibi, BackwardBuffers, Bias, Context, ElementType, Error, ForwardBuffers, HeadlessOptions, Kernel, Layout,
+    MergeProblem, PlanOptions, Problem, ScoreLayout, Shape, Tensor,
 };
 
 const POISON: u32 = 0x7fc5_a5a5;
@@ -534,6 +534,14 @@ fn backward_buffers() {
     let plan = context.plan_with(&problem_with_gradients(), &tile).unwrap();
     // Of each row two numbers, and of each batch entry two lengths.
     assert_eq!(plan.backward_workspace_bytes(), 2 * 4 * 6 * 8 + 2 * 8);
+    let seqlen_k = problem().shape.seqlen_k;
+    // The gradient of a bias takes nothing more, and none of it grows with the scores.
+    for sizes in [[2, 4, 6, seqlen_k], [1, 4, 6, seqlen_k], [1, 1, 6, 1], [1, 1, 1, 1]] {
+        let bias = Bias::new(ElementType::F32, ScoreLayout::contiguous(sizes));
+        let problem = problem_with_gradients().with_bias(bias).with_grad_bias();
+        let with_bias = context.plan_with(&problem, &tile).unwrap();
+        assert_eq!(with_bias.backward_workspace_bytes(), plan.backward_workspace_bytes(), "{sizes:?}");
+    }
     for (change, expected) in refused {
         let buffers = GradientBuffers::new(context, plan.backward_workspace_bytes());
         let good = buffers.bound();

@@ -33,7 +33,7 @@ fn many_keys() {
     for (keys, dim) in [(12_000, 256), (24_000, 128), (30_000, 64), (48_000, 16)] {
         let long = case(1, [1, 1], [3, keys], [dim, 8]);
         assert_eq!(is_planned(&long, tile()), !ends_loops(), "{keys} keys of {dim}");
-        // The plan's own choice is right on every driver, of few queries and of more than decode is taken for.
+        // The plan's own choice is right on every driver, of few queries and, below, of more than decode is taken for.
         assert!(is_planned(&long, PlanOptions::default()));
     }
     let queries = case(1, [1, 1], [20, 30_000], [64, 8]);

@@ -56,10 +56,20 @@ const DOCUMENTS: &str = "
     fn mask_mod(at: Position) -> bool { return document[at.i] == document[at.j]; }
 ";
 
-/// Both, with an index that is past the end but for the first few keys.
+/// Both, with indices that are past the end but for the first few keys: of reads, and of writes to vectors and to what a pointer points to.
+/// The last element stands for all that there are not.
 const TABLE: &str = "
     var<storage, read> table: array<f32>;
-    fn score_mod(score: f32, at: Position) -> f32 { return score * table[at.j] + table[i32(at.h) - 1]; }
+    fn store(values: ptr<function, array<f32, 3>>, n: u32, x: f32) { (*values)[n] = x; }
+    fn score_mod(score: f32, at: Position) -> f32 {
+        var values = array<f32, 3>(0.5, 0.25, 1.0);
+        var of_score = vec3f();
+        var two = vec2f(0.75, 0.5);
+        of_score[at.j] = 0.125 * score;
+        store(&values, at.i + 4000000000u, values[0] + 0.5);
+        two[i32(at.j) - 5] = 1.5;
+        return score * table[at.j] + table[i32(at.h) - 1] + of_score[0] + of_score[2] * two.y + values[2] * two.x;
+    }
     fn mask_mod(at: Position) -> bool { return table[at.i + 4000000000u] > 0.0 && at.j % 4u != at.i % 4u; }
 ";
 
@@ -89,6 +99,7 @@ fn cases() -> Vec<(String, Case)> {
         ),
         ("past the end", both().mods(TABLE, &[("table", &table)])),
         ("slope by hand", case(2, [3, 3], [150, 110], [12, 16]).mods(BY_HAND, NONE)),
+        ("with a mask and sinks", both().mask([1, 4, 110, 1]).sinks().mods(POSITIONS, NONE)),
         ("with bias and ALiBi", both().bias([2, 1, 110, 150]).alibi(Alibi::PerHead).mods(STATEMENTS, NONE)),
     ];
     all.map(|(name, case)| (name.to_string(), case)).into()
@@ -105,7 +116,7 @@ fn cases_of(element_type: ElementType) -> Vec<(String, Case)> {
 
 /// Without those that bind more than WebGPU's eight buffers.
 fn of_webgpu(cases: Vec<(String, Case)>) -> Vec<(String, Case)> {
-    cases.into_iter().filter(|(name, _)| !name.contains("bias")).collect()
+    cases.into_iter().filter(|(name, _)| !name.starts_with("with ")).collect()
 }
 
 #[test]
@@ -117,7 +128,7 @@ fn forward() {
         ways.push(("small tile", full(), small));
         check_all(&cases::prepare(of_webgpu(cases_of(element_type)), element_type), &ways);
     }
-    let rest = cases().into_iter().filter(|(name, _)| name.contains("bias"));
+    let rest = cases().into_iter().filter(|(name, _)| name.starts_with("with "));
     check_all(&cases::prepare(rest, ElementType::F32), &[("tile", full(), tile()), ("decode", full(), decode(2))]);
 }
 
@@ -151,7 +162,7 @@ fn backward_bf16() {
 #[test]
 fn backward_with_many_buffers() {
     let ask = Ask { grad_lse: true, ..Ask::default() };
-    let rest = cases().into_iter().filter(|(name, _)| name.contains("bias"));
+    let rest = cases().into_iter().filter(|(name, _)| name.starts_with("with "));
     backward::check_all(&backward::prepare(rest, ElementType::F32, ask), &[("two kernels", full(), two_kernels())]);
 }
 

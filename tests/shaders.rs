@@ -328,9 +328,15 @@ fn decode_within_the_default_limits() {
     for mut problem in problems() {
         // It takes no block lists and no dropout.
         (problem.blocks, problem.dropout) = (None, None);
-        for (rows, splits, lanes) in
-            [(1, 3, None), (7, 64, None), (1, 64, Some(32)), (7, 3, Some(16)), (7, 3, Some(64))]
-        {
+        for (rows, splits, lanes) in [
+            (1, 3, None),
+            (7, 64, None),
+            (1, 64, Some(32)),
+            (7, 3, Some(16)),
+            (7, 3, Some(64)),
+            (12, 3, None),
+            (16, 3, Some(32)),
+        ] {
             let mut facts = Facts::with_limits(wgpu::Limits::default());
             facts.lanes = lanes;
             let (d, dv) = (problem.shape.head_dim, problem.shape.head_dim_v);

@@ -4,7 +4,9 @@ use flash_attention_testing::backward::{Ask, backward, fused, in_small_bindings}
 use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::tune::BackwardTile;
-use wgpu_flash_attention::{Context, ElementType, Error, Kernel, Layout, Plan, PlanOptions, Problem, Shape, Tensor};
+use wgpu_flash_attention::{
+    Alibi, Context, ElementType, Error, Kernel, Layout, Plan, PlanOptions, Problem, Shape, Tensor,
+};
 
 fn narrow(binding: u64, workgroups: u32) -> Context {
     with_limits(|limits| {
@@ -174,6 +176,24 @@ fn backward_by_binding() {
     check_backward_split(&narrow(12 << 10, 65535), Kernel::Tile, 2, &[("plain", case(7, [4, 2], [37, 40], [16, 12]))]);
     // P and dS of a head, 37 · 40 · 8 bytes.
     check_backward_split(&narrow(12 << 10, 65535), Kernel::Naive, 3, &[("plain", case(3, [3, 3], [37, 40], [16, 12]))]);
+}
+
+/// Gradients of what batch entries or heads share are sums over parts.
+#[test]
+fn shared_gradients_by_binding() {
+    let plain = || case(7, [4, 2], [37, 40], [16, 12]);
+    let cases = [
+        ("bias of all batch entries", plain().bias([1, 4, 37, 40])),
+        ("bias of all heads", plain().bias([7, 1, 37, 40])),
+        ("bias of all rows", plain().bias([1, 4, 1, 40])),
+        ("bias of all keys", plain().bias_f32([1, 1, 37, 1])),
+        ("bias of everything", plain().bias_f32([1, 1, 1, 1])),
+        ("ALiBi, sinks", plain().alibi(Alibi::PerHead).sinks().causal(BottomRight)),
+    ];
+    // For the naive kernel P and dS of a group of heads, 2 · 37 · 40 · 8 bytes.
+    for (kernel, binding) in [(Kernel::Tile, 12 << 10), (Kernel::Naive, 24 << 10)] {
+        check_backward_split(&narrow(binding, 65535), kernel, 2, &cases);
+    }
 }
 
 /// Heads that share a key-value head are one sum.

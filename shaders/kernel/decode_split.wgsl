@@ -9,7 +9,8 @@
 //         l = exp(m - m') l + rowsum P
 //         O = exp(m - m') O + P V                   ROWS x HEAD_DIM_V
 //
-// Who: the rows of a tile are the queries of all heads of a group, so K and V are read once. A vec4f has one number for each of four rows.
+// Who: the rows of a tile are the queries of all heads of a group, so K and V are read once for each tile of rows. A vec4f has one number for
+//   each of four rows. Loops over these vectors are written out: NVIDIA's driver keeps them otherwise, and then has the sums of O in memory.
 // - S: KEY_THREADS neighbours share THREAD_KEYS keys. Thread kx takes vectors kx, kx + KEY_THREADS, ... of each key. Subgroup operations or
 //   workgroup memory sum the neighbours' partial dot products. In the softmax each thread has one key, its own.
 // - O: thread (slice, column) has four columns of all rows, and every SLICES-th key. The slices are summed after the last tile.
@@ -223,6 +224,7 @@ fn decode_split(
         m[r4] = vec4f(LOWEST);
         l[r4] = vec4f();
     }
+#unroll
     for (var r = 0u; r < ROWS; r++) {
         o[r] = vec4f();
     }

