@@ -261,6 +261,8 @@ impl Problem {
     }
 
     /// Masks scores by a boolean mask that lies so, one byte for each score. docs/features.md in the repository has an example.
+    ///
+    /// A mask alone makes kernels skip nothing. [`Context::plan_blocks`](crate::Context::plan_blocks) makes block lists of it, with which they skip blocks that are false throughout.
     pub const fn with_mask(mut self, mask: ScoreLayout) -> Self {
         self.mask = Some(mask);
         self
