@@ -153,6 +153,57 @@ fn slopes_are_those_of_differences() {
     }
 }
 
+/// Functions on whole numbers, bits and truth values have WGSL's values, on the host and in the text that kernels include. Query 5 and key 3.
+#[test]
+fn values_without_a_slope() {
+    let negative = "(2 - i32(at.i))"; // -3
+    for (expression, expected) in [
+        ("f32(countOneBits(at.i))", 2.0),
+        ("f32(countLeadingZeros(at.i))", 29.0),
+        ("f32(countTrailingZeros(at.i + 3u))", 3.0),
+        ("f32(countTrailingZeros(at.i - 5u))", 32.0),
+        ("f32(reverseBits(at.i) >> 28u)", 10.0),
+        ("f32(firstLeadingBit(at.i))", 2.0),
+        ("f32(firstLeadingBit(NEGATIVE))", 1.0),
+        ("f32(i32(firstLeadingBit(at.i - 5u)))", -1.0),
+        ("f32(firstTrailingBit(at.i + 3u))", 3.0),
+        ("f32(extractBits(at.i * 16u, 4u, 2u))", 1.0),
+        ("f32(extractBits(i32(at.i) * 16, 4u, 3u))", -3.0),
+        ("f32(extractBits(at.i, 40u, 3u))", 0.0),
+        ("f32(insertBits(at.i, at.j, 4u, 2u))", 53.0),
+        ("f32(abs(NEGATIVE) + sign(NEGATIVE) * 10)", -7.0),
+        ("f32(clamp(NEGATIVE, -2, 4) + min(NEGATIVE, 1) + max(NEGATIVE, 1))", -4.0),
+        ("f32(clamp(at.i, 1u, 4u) + min(at.i, 3u) + max(at.i, 9u))", 16.0),
+        ("f32(at.i ^ 3u) + f32(at.i & 4u) + f32(at.i | 2u) + f32(~at.i >> 30u)", 20.0),
+        ("f32(NEGATIVE >> 1u) + f32(NEGATIVE / 2) + f32(NEGATIVE % 2)", -4.0),
+        ("f32(dot(vec2u(at.i, at.j), vec2u(2u, 3u)))", 19.0),
+        ("unpack2x16float(0x3c00u + at.i - 5u).x", 1.0),
+        ("unpack2x16unorm(0xffffu + at.i - 5u).x", 1.0),
+        ("unpack2x16snorm(0x80010000u + at.i - 5u).y", -1.0),
+        ("unpack4x8unorm(0xff00u + at.i - 5u).y", 1.0),
+        ("unpack4x8snorm(0x81u + at.i - 5u).x", -1.0),
+        ("f32(any(vec2<bool>(at.i == 5u, at.j == 5u))) + 2.0 * f32(all(vec2<bool>(at.i == 5u, at.j == 5u)))", 1.0),
+        ("f32(all(vec2<bool>(at.i == 5u, at.j == 3u))) + 2.0 * f32(any(vec2<bool>(at.i == 4u, at.j == 5u)))", 1.0),
+        ("transpose(mat2x3f(1.0, 2.0, 3.0, 4.0, f32(at.i), 6.0))[1].y", 5.0),
+        ("reflect(vec2f(1.0, f32(at.i)), vec2f(0.0, 1.0)).y", -5.0),
+        ("faceForward(vec2f(1.0, 2.0), vec2f(f32(at.i), 0.0), vec2f(1.0, 0.0)).y", -2.0),
+    ] {
+        let expression = expression.replace("NEGATIVE", negative);
+        let mods = of_body(&format!("return score + {expression};"));
+        for score in [0.0, 0.5] {
+            let expected = [score + expected, 1.0];
+            assert_eq!(mods.score(score, AT, &[]), expected, "{expression}");
+            assert_eq!(printed_score(&mods, score, &[]), expected, "{expression}: what kernels have");
+        }
+    }
+    // Its differences are 0 or large. What is computed with the rounded value learns as if nothing were rounded.
+    let mods = of_body("return 3.0 * quantizeToF16(score);");
+    for (score, expected) in [(1.0 / 3.0, 3.0 * 0.333251953125), (-0.5, -1.5)] {
+        assert_eq!(mods.score(score, AT, &[]), [expected, 3.0]);
+        assert_eq!(printed_score(&mods, score, &[]), [expected, 3.0]);
+    }
+}
+
 /// Variables, branches, loops and calls.
 #[test]
 fn slopes_follow_statements() {
