@@ -9,7 +9,7 @@ use wgpu_flash_attention::facts::Facts;
 use wgpu_flash_attention::tune::BackwardTile;
 use wgpu_flash_attention::{
     Alibi, BlockBuffers, BlockIndices, BlockLists, BlockMask, BlockPattern, BlockSource, Context, ElementType, Error,
-    Kernel, PlanOptions, Problem, ScoreLayout, Shape, modules, wgpu,
+    ForwardBuffers, Kernel, PlanOptions, Problem, ScoreLayout, Shape, modules, reference, wgpu,
 };
 
 /// So many of each hundred blocks by chance, of all lists of a case.
@@ -468,6 +468,14 @@ fn documents(case: Case) -> Case {
     case.mods(SAME, &[("document", &documents)])
 }
 
+/// The same documents by a boolean mask of all heads and batch entries.
+fn documents_by_mask(case: Case) -> Case {
+    let mut case = case.mask([1, 1, 150, 170]);
+    case.problem.mask = Some(ScoreLayout::contiguous([1, 1, 150, 170]));
+    case.extras.mask = Some((0..150 * 170).map(|n| n / 170 / 45 == n % 170 / 45).collect());
+    case
+}
+
 /// The case with lists that a device makes of its masks; the reference knows nothing of the lists.
 fn listed_by_masks(context: &Context, mut case: Case, lists: BlockLists) -> Case {
     case.problem = case.problem.with_blocks(lists);
@@ -530,6 +538,8 @@ fn lists_of_masks_serve_every_pass() {
         ("lengths", both().seqlens(&[170, 33]).seqlens_q(&[20, 150]).causal(BottomRight), lists.per_batch()),
         ("documents", documents(both()), lists),
         ("documents, full blocks", documents(both()), lists.full_unmasked()),
+        ("documents by a mask", documents_by_mask(both()), lists),
+        ("documents by a mask, full blocks", documents_by_mask(both()), lists.full_unmasked()),
         ("lengths, shared lists", both().seqlens(&[170, 33]).seqlens_q(&[20, 150]), lists),
     ] {
         let named = [(name.to_string(), listed_by_masks(webgpu(), case, lists))];
@@ -540,6 +550,35 @@ fn lists_of_masks_serve_every_pass() {
         ways.retain(|(way, ..)| !name.starts_with("documents") || !way.contains("WebGPU"));
         ways.push(("two kernels", full(), two_kernels()));
         backward::check_all(&backward::prepare(named, ElementType::F32, Ask::default()), &ways);
+    }
+}
+
+/// One encoder makes the lists and runs two layers with them. Nothing comes to the host in between.
+#[test]
+fn lists_are_made_and_used_in_one_encoder() {
+    let context = webgpu();
+    let problem =
+        Problem::new(Shape::square(1, 2, 150, 16), ElementType::F32).causal(BottomRight).window(Some(40), None);
+    let listed = problem.clone().with_blocks(BlockLists::new().size(32, 32));
+    let tensors = [1, 2, 3].map(|seed| flash_attention_testing::buffers::random::<f32>(2 * 150 * 16, seed));
+    let [q, k, v] = tensors.each_ref().map(|x| context.upload(bytemuck::cast_slice(x)).unwrap());
+    let outs = [0, 1].map(|_| context.upload(&[0xff; 2 * 150 * 16 * 4]).unwrap());
+    let of_lists = context.plan_blocks(&listed, BlockSource::Masks).unwrap();
+    let blocks = of_lists.create_buffer().unwrap();
+    let mut encoder = context.device().create_command_encoder(&Default::default());
+    of_lists.record(&mut encoder, &BlockBuffers::new(&blocks)).unwrap();
+    for (options, out) in [naive(), tile()].into_iter().zip(&outs) {
+        let plan = context.plan_with(&listed, &options).unwrap();
+        let workspace = plan.create_workspace().unwrap();
+        let buffers = ForwardBuffers::new(&q, &k, &v, out).blocks(&blocks).workspace(workspace.as_ref());
+        plan.forward(&mut encoder, &buffers).unwrap();
+    }
+    context.queue().submit([encoder.finish()]);
+    let [q, k, v] = &tensors;
+    let expected = reference::forward(&problem, q, k, v, None).out;
+    for out in &outs {
+        let found: Vec<f32> = bytemuck::pod_collect_to_vec(&context.download(out, 0, 2 * 150 * 16 * 4).unwrap());
+        assert!(found.iter().zip(&expected).all(|(&x, y)| (f64::from(x) - y).abs() < 1e-5));
     }
 }
 
