@@ -230,6 +230,15 @@ pub fn many_inputs() -> Vec<(String, Case)> {
             "all inputs",
             wide().alibi(Alibi::PerBatchAndHead).bias([2, 1, 37, 70]).mask([1, 4, 37, 1]).seqlens_q(&[20, 37]),
         ),
+        (
+            "large head dims",
+            case(1, [2, 1], [37, 70], [136, 200])
+                .sinks()
+                .alibi(Alibi::PerHead)
+                .bias([1, 2, 37, 70])
+                .mask([1, 1, 37, 70])
+                .dropout(0.2),
+        ),
     ];
     all.into_iter().map(|(name, case)| (name.to_string(), case)).collect()
 }
