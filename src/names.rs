@@ -54,7 +54,9 @@ pub enum Kernel {
     /// bf16 in contexts [`with_bf16_matrices`](crate::Context::with_bf16_matrices). On devices without matrices of bf16, bf16 is scaled to f16. f32 is split
     /// into two f16 parts, which keep 22 of its bits.
     Coop,
-    /// Few queries, many keys: the keys are split over workgroups, and the splits' results merged. It takes neither dropout nor block lists.
+    /// The keys are split over workgroups, and the splits' results merged: for few queries. It takes neither dropout nor block lists. Plans take it by
+    /// themselves for at most 16 queries, and at most 64 rows that share a key-value head (queries times query heads of the group).
+    /// `docs/kernels/decode.md` has the other conditions.
     Decode,
     /// Tiles and an online softmax within WebGPU's default limits, larger tiles where the device allows them.
     Tile,

@@ -71,7 +71,9 @@ impl PlanOptions {
         self
     }
 
-    /// The splits of the decode kernel.
+    /// Into how many splits the decode kernel divides the keys. 0 counts as 1, and more than the device's `max_compute_workgroups_per_dimension` as that
+    /// number. Splits without a tile of keys are launched all the same: each takes workspace, f32 of the size of o. By itself a plan takes as many
+    /// as fill the device.
     pub fn splits(mut self, splits: impl Into<Option<u32>>) -> Self {
         self.splits = splits.into();
         self

@@ -468,14 +468,6 @@ fn documents(case: Case) -> Case {
     case.mods(SAME, &[("document", &documents)])
 }
 
-/// The same documents by a boolean mask of all heads and batch entries.
-fn documents_by_mask(case: Case) -> Case {
-    let mut case = case.mask([1, 1, 150, 170]);
-    case.problem.mask = Some(ScoreLayout::contiguous([1, 1, 150, 170]));
-    case.extras.mask = Some((0..150 * 170).map(|n| n / 170 / 45 == n % 170 / 45).collect());
-    case
-}
-
 /// The case with lists that a device makes of its masks; the reference knows nothing of the lists.
 fn listed_by_masks(context: &Context, mut case: Case, lists: BlockLists) -> Case {
     case.problem = case.problem.with_blocks(lists);
@@ -533,13 +525,15 @@ fn full_blocks_unmasked_coop() {
 fn lists_of_masks_serve_every_pass() {
     let both = || case(2, [4, 2], [150, 170], [16, 12]);
     let lists = BlockLists::new().size(32, 32);
+    // Whether query and key are of one document, as `documents` has them.
+    let of_a_document = |i: usize, j: usize| i / 45 == j / 45;
     for (name, case, lists) in [
         ("a window", both().causal(BottomRight).window(40, -1), lists),
         ("lengths", both().seqlens(&[170, 33]).seqlens_q(&[20, 150]).causal(BottomRight), lists.per_batch()),
         ("documents", documents(both()), lists),
         ("documents, full blocks", documents(both()), lists.full_unmasked()),
-        ("documents by a mask", documents_by_mask(both()), lists),
-        ("documents by a mask, full blocks", documents_by_mask(both()), lists.full_unmasked()),
+        ("documents by a mask", both().mask_where(of_a_document), lists),
+        ("documents by a mask, full blocks", both().mask_where(of_a_document), lists.full_unmasked()),
         ("lengths, shared lists", both().seqlens(&[170, 33]).seqlens_q(&[20, 150]), lists),
     ] {
         let named = [(name.to_string(), listed_by_masks(webgpu(), case, lists))];

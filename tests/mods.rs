@@ -7,7 +7,7 @@ use flash_attention_testing::*;
 use wgpu_flash_attention::Causal::{BottomRight, TopLeft};
 use wgpu_flash_attention::{
     Alibi, BackwardBuffers, ElementType, Error, ForwardBuffers, Kernel, ModBufferFault, Mods, PlanOptions, Problem,
-    ScoreLayout, Shape, reference, wgpu,
+    Shape, reference, wgpu,
 };
 
 const NONE: &[(&str, &[u32])] = &[];
@@ -221,10 +221,7 @@ fn twins() -> Vec<(&'static str, Case, Case)> {
     let square = || case(2, [4, 2], [150, 150], [16, 12]);
     let of_documents = || {
         let ids = documents();
-        let mut case = square().mask([1, 1, 150, 150]);
-        case.problem.mask = Some(ScoreLayout::contiguous([1, 1, 150, 150]));
-        case.extras.mask = Some((0..150 * 150).map(|n| ids[n / 150] == ids[n % 150]).collect());
-        case
+        square().mask_where(|i, j| ids[i] == ids[j])
     };
     vec![
         ("identity", both(), both().mods("fn score_mod(score: f32, at: Position) -> f32 { return score; }", NONE)),

@@ -7,7 +7,8 @@ use crate::{ElementType, Kernel, Problem};
 
 /// From how many keys on this kernel is faster than another one, by how many rows at most share a key-value head: than the tile kernel,
 /// and than the coop kernel on 16 bits as they are, on bf16 scaled to f16, and on f32. Measured on an H200 with 32 heads on 8 of head dim 128,
-/// one batch entry; docs/kernels/decode.md has the times. On a full device so few keys were not measured. Scaled bf16 was not measured, and takes the numbers of bf16's matrices.
+/// one batch entry; docs/kernels/decode.md has the times. Few keys were not measured on a full device. Scaled bf16 was not measured, and takes the numbers
+/// of bf16's matrices.
 const FROM_KEYS: [(u64, [u32; 4]); 3] = [(4, [1, 96, 96, 1]), (8, [1, 160, 160, 1]), (64, [1, 192, 192, 1])];
 
 /// More queries than this were not measured.
@@ -21,7 +22,7 @@ const FEW_TILES: u64 = 128;
 const TILE_ROWS: u64 = 8;
 
 /// Whether this kernel computes a problem faster than the one that would take it otherwise, which may be the coop kernel with elements that it
-/// splits or scales to f16. That one computes 32 to 128 queries of each head whatever there are, and takes all keys in one loop.
+/// splits or scales to f16. The tile and coop kernels compute 32 to 128 queries of each head whatever there are, and take all keys in one loop.
 pub(crate) fn pays(problem: &Problem, otherwise: Kernel, coop_is_scaled: bool) -> bool {
     let s = &problem.shape;
     // It sums scores in another order than every backward kernel, so that probabilities would not be recomputed as they were. In
@@ -37,7 +38,8 @@ pub(crate) fn pays(problem: &Problem, otherwise: Kernel, coop_is_scaled: bool) -
     };
     let rows = s.group() as u64 * s.seqlen_q as u64;
     let tiles = s.batch as u64 * s.heads_kv as u64 * rows.div_ceil(TILE_ROWS);
-    let coop_fills = matches!(column, 1 | 2) && s.seqlen_q > FEW_QUERIES && tiles > FEW_TILES;
+    let coop_on_16_bits = otherwise == Kernel::Coop && problem.element_type != ElementType::F32;
+    let coop_fills = coop_on_16_bits && s.seqlen_q > FEW_QUERIES && tiles > FEW_TILES;
     if s.seqlen_q > MOST_QUERIES || coop_fills {
         return false;
     }

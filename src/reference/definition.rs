@@ -145,29 +145,34 @@ impl<N: Real> Attention<'_, N> {
         out: &[O],
         grad_lse: Option<&[f32]>,
     ) -> Vec<N> {
-        let s = &self.problem.shape;
-        let of_row = |n| {
-            let (grad_out, out) = (row(grad_out, n, s.head_dim_v), row(out, n, s.head_dim_v));
-            self.delta(grad_out, out, grad_lse.map_or(0.0, |grad| grad[n]))
-        };
-        (0..s.rows() as usize).map(of_row).collect()
+        self.of_rows(grad_out, out, grad_lse, |grad_out, out, grad_lse| self.delta(grad_out, out, grad_lse))
     }
 
-    /// How large `delta` of every row would be if the columns of o did not cancel: the norm of what it sums. Each of these is rounded by itself.
+    /// How large `delta` of every row would be if the columns of o did not cancel: the norm of what it sums. Each element of o is rounded by itself.
     pub fn delta_sizes<T: Copy + Into<f64>, O: Copy + Into<f64>>(
         &self,
         grad_out: &[T],
         out: &[O],
         grad_lse: Option<&[f32]>,
     ) -> Vec<f64> {
-        let s = &self.problem.shape;
-        let of_row = |n| {
-            let (grad_out, out) = (row(grad_out, n, s.head_dim_v), row(out, n, s.head_dim_v));
+        self.of_rows(grad_out, out, grad_lse, |grad_out, out, grad_lse| {
             let squares = grad_out.iter().zip(out).map(|(&x, &y)| (x.into() * y.into()).powi(2));
-            let of_lse = grad_lse.map_or(0.0, |grad| f64::from(grad[n]).powi(2));
-            (squares.sum::<f64>() + of_lse).sqrt()
-        };
-        (0..s.rows() as usize).map(of_row).collect()
+            (squares.sum::<f64>() + f64::from(grad_lse).powi(2)).sqrt()
+        })
+    }
+
+    /// What `of_row` makes of do, o and dlse of each row.
+    fn of_rows<T, O, R>(
+        &self,
+        grad_out: &[T],
+        out: &[O],
+        grad_lse: Option<&[f32]>,
+        of_row: impl Fn(&[T], &[O], f32) -> R,
+    ) -> Vec<R> {
+        let s = &self.problem.shape;
+        let dim = s.head_dim_v;
+        let of_number = |n| of_row(row(grad_out, n, dim), row(out, n, dim), grad_lse.map_or(0.0, |grad| grad[n]));
+        (0..s.rows() as usize).map(of_number).collect()
     }
 
     /// The number of the row of query `[b, h, i]`, of q, o, lse and their gradients.

@@ -8,7 +8,7 @@ fn exact<'a>(problem: &'a Problem, extras: Extras<'a>) -> Attention<'a, f64> {
     Attention { problem, extras, round: &|x| x }
 }
 
-/// Attention by its definition, for every row.
+/// Attention by its definition, for every row. q, k and v are contiguous, `[batch, heads, positions, dim]`, whatever layouts the problem has.
 ///
 /// # Panics
 /// If a slice is shorter than the problem's shape says.
@@ -132,7 +132,7 @@ pub fn delta<T: Copy + Into<f64>, O: Copy + Into<f64>>(
     exact(problem, Extras::default()).deltas(grad_out, out, grad_lse)
 }
 
-/// The norm of what [`delta()`] sums of each row, `[batch, heads_q, seqlen_q]`. Where these cancel, an error of delta is relative to it.
+/// The norm of what [`delta()`] sums of each row, `[batch, heads_q, seqlen_q]`. Where the terms of that sum cancel, an error of delta is relative to this norm.
 ///
 /// # Panics
 /// If a slice is shorter than the problem's shape says.

@@ -40,7 +40,7 @@ pub struct Summed {
     /// The sums.
     pub values: Vec<f64>,
     /// The norm of what was summed, with p·dp and p·delta apart. What scores of one row add to one element is one term: they have one
-    /// delta and one lse, and what the rounding of these costs. A term of a sink counts what delta sums apart, too.
+    /// delta and one lse, and what the rounding of these costs. A term of a sink is a multiple of delta. It counts with the norm of what delta sums, if that is larger.
     pub terms: f64,
 }
 

@@ -94,7 +94,7 @@ impl CoopTile {
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
 ///
 /// With matrices of 16 up to a head dim of 160 they were measured on an H100 and an H200 (docs/performance.md, docs/tuning/forward-coop.md). Larger
-/// ones follow from counting: as many rows and keys as fit 48 KiB. At 256 that has 133 TFLOP/s there. Matrices of 8 with access to their elements only a processor
+/// ones follow from counting: as many rows and keys as fit 48 KiB. The tile at 256 has 133 TFLOP/s in f16 on an H200. Matrices of 8 with access to their elements only a processor
 /// is known to have, which takes its time to compile large tiles; the other form has what fits 32 KiB.
 pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };

@@ -125,6 +125,16 @@ impl Case {
         self
     }
 
+    /// A mask of all batch entries and heads, by query and key.
+    pub fn mask_where(mut self, keeps: impl Fn(usize, usize) -> bool) -> Self {
+        let s = &self.problem.shape;
+        let (queries, keys) = (s.seqlen_q as usize, s.seqlen_k as usize);
+        let layout = ScoreLayout::contiguous([1, 1, s.seqlen_q, s.seqlen_k]);
+        self.extras.mask = Some((0..queries * keys).map(|n| keeps(n / keys, n % keys)).collect());
+        self.problem.mask = Some(layout);
+        self
+    }
+
     /// ALiBi with slopes of both signs.
     pub fn alibi(mut self, alibi: Alibi) -> Self {
         let s = &self.problem.shape;
