@@ -72,6 +72,7 @@ const FILES: &[(&str, &str)] = files![
     "matrix/rows_out.wgsl",
     "matrix/scores.wgsl",
     "matrix/sizes.wgsl",
+    "matrix/staged_rows.wgsl",
     "memory/elements.wgsl",
     "memory/elements_f16.wgsl",
     "memory/pairs.wgsl",

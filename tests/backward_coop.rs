@@ -54,7 +54,7 @@ fn taken(
     cases
 }
 
-/// Gradients in blocks of one matrix of columns, V in registers, several matrices of keys and rows, no loads ahead.
+/// Gradients in blocks of one matrix of columns, several matrices of keys and rows, no loads ahead.
 fn blocks(context: &Context) -> PlanOptions {
     let size = matrix_size(context);
     tiled([tile(2, 2, 2 * size, size, false); 2])
@@ -323,7 +323,7 @@ fn problems(element_type: ElementType) -> Vec<(bool, Problem)> {
 }
 
 /// The tables' tiles and small ones, and their workgroup memory.
-fn tiles(form: CoopForm, size: u32, problem: &Problem) -> [[(CoopBackwardTile, u32); 2]; 2] {
+fn tiles(form: CoopForm, size: u32, problem: &Problem) -> Vec<[(CoopBackwardTile, u32); 2]> {
     let Shape { head_dim, head_dim_v, .. } = problem.shape;
     let half = |[dkdv, dq]: [CoopBackwardTile; 2]| {
         [(dkdv, dkdv.dkdv_bytes(form, size, head_dim, head_dim_v)), (dq, dq.dq_bytes(form, size, head_dim, head_dim_v))]
@@ -339,10 +339,12 @@ fn tiles(form: CoopForm, size: u32, problem: &Problem) -> [[(CoopBackwardTile, u
     match problem.element_type {
         ElementType::F16 => {
             let small = [tile(1, 1, 16, 32, true), tile(2, 2, 32, 16, false)];
-            [tune::coop_backward_tiles(form, size, head_dim, head_dim_v), small].map(half)
+            let lean = tune::lean_coop_backward_tiles(form, size, head_dim, head_dim_v);
+            let usual = tune::coop_backward_tiles(form, size, head_dim, head_dim_v);
+            [usual, small].into_iter().chain(lean).map(half).collect()
         }
-        ElementType::F32 => [table(ElementType::F32), small_scaled].map(scaled(2)),
-        _ => [table(ElementType::BF16), small_scaled].map(scaled(1)),
+        ElementType::F32 => Vec::from([table(ElementType::F32), small_scaled].map(scaled(2))),
+        _ => Vec::from([table(ElementType::BF16), small_scaled].map(scaled(1))),
     }
 }
 

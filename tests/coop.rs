@@ -24,7 +24,13 @@ fn coop() -> PlanOptions {
 
 /// The kernel with this tile.
 fn tiled(subgroups: u32, row_matrices: u32, keys: u32, buffers: u32) -> PlanOptions {
-    coop().coop_tile(CoopTile { subgroups, row_matrices, keys, buffers })
+    coop().coop_tile(CoopTile::new(subgroups, row_matrices, keys, buffers))
+}
+
+/// The kernel in registers with steps in parts, and with some matrices of Q in workgroup memory.
+fn in_parts(context: &Context, buffers: u32, query_in_memory: u32) -> PlanOptions {
+    let tile = CoopTile::new(2, 2, 2 * matrix_size(context), buffers).with_parts(2, query_in_memory);
+    in_form(Registers, coop().coop_tile(tile))
 }
 
 /// One subgroup, one buffer. 16 is a multiple of every size that matrices have.
@@ -91,6 +97,24 @@ fn many_keys() {
     }
     let two_buffers = [("two buffers", &context, in_form(Registers, tiled(2, 3, 2 * size, 2)))];
     check_all(&prepare(cases, ElementType::F16), &two_buffers);
+}
+
+/// Steps in parts, and matrices of Q in workgroup memory: what large heads take. Maxima grow within a step; the last part of a step has no keys.
+#[test]
+fn steps_in_parts() {
+    let Some(context) = context() else { return };
+    let usual = case(2, [4, 2], [70, 150], [24, 16]);
+    let cases = [
+        ("huge scores", usual.clone().scale(1.0).integers(40)),
+        ("causal", usual.clone().causal(BottomRight)),
+        ("window and lengths", usual.clone().window(30, 5).seqlens(&[17, 130])),
+        ("odd, softcap", usual.odd().softcap(2.0)),
+    ];
+    let cases = cases.map(|(name, case)| (format!("parts, {name}"), case));
+    let two_buffers = ("two buffers", &context, in_parts(&context, 2, 0));
+    let some_of_q = ("some of Q held", &context, in_parts(&context, 1, 1));
+    // bf16 takes parts on its own matrices only, in the text of f16.
+    check_all(&prepare(cases, ElementType::F16), &[two_buffers, some_of_q]);
 }
 
 /// What f16 does not hold: f32 and bf16 are scaled to it.
@@ -173,6 +197,14 @@ fn tiles_that_do_not_divide_are_refused() {
     let Some(context) = context() else { return };
     let problem = case(1, [2, 1], [37, 45], [16, 12]).element_type(ElementType::F16).problem;
     let two_buffers = in_form(WorkgroupMemory, tiled(1, 1, 16, 2));
+    let parts =
+        |parts, query_in_memory| coop().coop_tile(CoopTile::new(1, 1, 32, 1).with_parts(parts, query_in_memory));
+    let workgroup = in_form(WorkgroupMemory, parts(2, 0));
+    // Rows of 16 elements have two matrices at most.
+    for options in [parts(0, 0), parts(3, 0), parts(1, 2), workgroup] {
+        let error = context.plan_with(&problem, &options).unwrap_err();
+        assert!(matches!(error, Error::Tile(_)), "{error}");
+    }
     for options in [tiled(1, 1, 12, 1), tiled(0, 1, 16, 2), tiled(1, 1025, 16, 1), two_buffers] {
         let error = context.plan_with(&problem, &options).unwrap_err();
         assert!(matches!(error, Error::Tile(_)), "{error}");
@@ -244,7 +276,7 @@ fn problems(element_types: &[ElementType]) -> Vec<(bool, Problem)> {
 /// The table's tile and small ones, and their workgroup memory.
 fn tiles(form: CoopForm, format: MatrixFormat, problem: &Problem) -> Vec<(CoopTile, u32)> {
     let (size, shape) = (format.size, &problem.shape);
-    let small = |buffers| CoopTile { subgroups: 1, row_matrices: 1, keys: 16, buffers };
+    let small = |buffers| CoopTile::new(1, 1, 16, buffers);
     let with_bytes = |tile: CoopTile| match problem.element_type {
         ElementType::F16 => (tile, tile.workgroup_bytes(form, size, shape.head_dim, shape.head_dim_v)),
         ElementType::F32 => (tile, tile.scaled_workgroup_bytes(size, 2, shape.head_dim, shape.head_dim_v)),
@@ -252,14 +284,17 @@ fn tiles(form: CoopForm, format: MatrixFormat, problem: &Problem) -> Vec<(CoopTi
     };
     let mut tiles = match problem.element_type {
         ElementType::F16 => {
-            let (short, long) = (tune::coop_tile, tune::long_coop_tile);
-            let mut tiles = vec![short(form, size, shape.head_dim, shape.head_dim_v), small(1)];
-            tiles.extend(long(form, size, shape.head_dim, shape.head_dim_v));
+            let mut tiles = vec![tune::coop_tile(form, size, shape.head_dim, shape.head_dim_v), small(1)];
+            let large = [tune::long_coop_tile, tune::wide_coop_tile];
+            tiles.extend(large.iter().filter_map(|table| table(form, size, shape.head_dim, shape.head_dim_v)));
             tiles
         }
         other => vec![tune::coop_scaled_tile(size, other, shape.head_dim, shape.head_dim_v), small(1)],
     };
-    tiles.extend((form == Registers && problem.element_type == ElementType::F16).then(|| small(2)));
+    if form == Registers && problem.element_type == ElementType::F16 {
+        let query_in_memory = shape.head_dim.div_ceil(size) / 2;
+        tiles.extend([small(2), CoopTile::new(1, 2, 32, 1).with_parts(2, query_in_memory)]);
+    }
     tiles.into_iter().map(with_bytes).collect()
 }
 

@@ -501,7 +501,7 @@ fn check_mask_of_lanes(
         let shape = Shape::square(3, 5, 64, 32);
         let problem = Problem::new(shape, element_type).with_gradients().with_dropout(0.3);
         for (keys, matrices) in [(16, 1), (32, 2), (64, 4), (96, 3)] {
-            let tile = CoopTile { subgroups: 2, row_matrices: 1, keys, buffers: 1 };
+            let tile = CoopTile::new(2, 1, keys, 1);
             let backward = |step| CoopBackwardTile { subgroups: 4, matrices, step, columns: 32, ahead: false };
             let options = PlanOptions::default().kernel(Kernel::Coop).backward(Kernel::Coop);
             let options = options.coop_tile(tile).coop_backward_tiles([backward(32), backward(keys)]);

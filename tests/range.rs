@@ -172,7 +172,7 @@ fn ways(element_type: ElementType) -> Vec<Way> {
         let mut options = with(Kernel::Coop, Kernel::Coop);
         if is_software(context) {
             // A processor takes its time to compile the table's.
-            options.coop_tile = Some(CoopTile { subgroups: 4, row_matrices: 1, keys: 8, buffers: 1 });
+            options.coop_tile = Some(CoopTile::new(4, 1, 8, 1));
             let tile = CoopBackwardTile { subgroups: 4, matrices: 1, step: 8, columns: 256, ahead: true };
             options.coop_backward_tiles = Some([tile; 2]);
         }
@@ -182,7 +182,7 @@ fn ways(element_type: ElementType) -> Vec<Way> {
         }
         if element_type == F32 {
             // Several matrices of rows, keys and steps.
-            options.coop_tile = Some(CoopTile { subgroups: 2, row_matrices: 2, keys: 16, buffers: 1 });
+            options.coop_tile = Some(CoopTile::new(2, 2, 16, 1));
             let tile = CoopBackwardTile { subgroups: 4, matrices: 2, step: 16, columns: 256, ahead: false };
             options.coop_backward_tiles = Some([tile; 2]);
             ways.push(("coop, larger tile", context, options));

@@ -9,10 +9,10 @@
 //         l = l + rowsum P,  O = O + P V
 //     O = O / l,  lse = ln 2 (m + log2 l)           m is an exponent of 2
 //
-// Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows, with Q, S, P and O in
-//   registers. Workgroup memory holds BUFFERS tiles of K and of V.
-// Pipelining: the next tile of K and V is loaded into registers while the products of this tile run. With two BUFFERS it is stored
-//   beside the tile in use, so a tile needs one barrier instead of two.
+// Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows, with S, P, O and HELD of the
+//   matrices of Q in registers. Workgroup memory holds BUFFERS tiles of K and of V, and the other matrices of Q.
+// Pipelining: a tile is taken in PARTS, so that registers hold S of one part only. The next tile of K and V is loaded into registers while
+//   the products of this tile run. With two BUFFERS it is stored beside the tile in use, so a tile needs one barrier instead of two.
 // Needs q, k, v, and a device where accumulators and left operands have their elements in the same lanes (src/matrices/). For devices
 //   without access to elements there is forward_coop_workgroup.wgsl. Gives out and, with LSE, lse.
 enable f16;
@@ -31,7 +31,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl" queries=row keys=column together=KEYS
+#include "matrix/scores.wgsl" queries=row keys=column together=PART_KEYS
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value
@@ -49,13 +49,13 @@ fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 }
 
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
+const PART_KEYS = ACROSS_PART * M;
 #include "matrix/coop_tiles.wgsl" first=key second=value rows=KEYS
-#include "matrix/own_rows.wgsl" tensor=query eights=D8 stride=D_STRIDE
-// How many times eight elements each thread stores of O.
-const O_STORES = (ROWS * V8 + THREADS - 1u) / THREADS;
-// Workgroup memory. In the loop: BUFFERS tiles of K and of V; of two tiles one is filled while the second is in use. Before the loop: Q.
-// After the loop: O.
-const TILES = max(BUFFERS * (D_SIZE + V_SIZE), ROWS * max(D_STRIDE, V_STRIDE));
+#include "matrix/staged_rows.wgsl"
+// Workgroup memory. In the loop: BUFFERS tiles of K and of V, of which one is filled while the second is in use, then the matrices of Q that
+// registers do not hold. Before the loop: the matrices that they do hold, on their way there. After the loop: O on its way to device memory.
+const REST_AT = BUFFERS * (D_SIZE + V_SIZE);
+const TILES = max(REST_AT + ROWS * REST_STRIDE, STAGED * max(Q_STRIDE, O_STRIDE));
 var<workgroup> tiles: array<Halves, TILES>;
 
 @compute @workgroup_size(THREADS)
@@ -78,20 +78,26 @@ fn forward(
     let masked_score = -1.0e15 / factor;
 
     // Q
-    store_own_query(at, row0, HEAD_DIM, thread);
-    workgroupBarrier();
-    var q: array<array<Left, ACROSS_DIM>, ROW_MATRICES>;
+    var q: array<array<Left, Q_BLOCKS * Q_BLOCK>, ROW_MATRICES>;
 #unroll
     for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-        for (var d = 0u; d < ACROSS_DIM; d++) {
-            let place = (own_row + r * M) * D_STRIDE + d * M / WIDTH;
-            q[r][d] = coopLoadT<Left>(&tiles[place], D_STRIDE);
+        for (var b = 0u; b < Q_BLOCKS; b++) {
+            stage_query(at, row0, r, b, thread);
+            workgroupBarrier();
+#unroll
+            for (var d = 0u; d < Q_BLOCK; d++) {
+                let place = subgroup * M * Q_STRIDE + d * M / WIDTH;
+                q[r][b * Q_BLOCK + d] = coopLoadT<Left>(&tiles[place], Q_STRIDE);
+            }
+            workgroupBarrier();
         }
     }
-    workgroupBarrier();
+#if QUERY_IN_MEMORY
+    store_rest(at, row0, thread);
+#endif
 
-    var o: array<array<Accumulator, ACROSS_DIM_V>, ROW_MATRICES>;
+    var o: array<array<Accumulator, O_BLOCKS * O_BLOCK>, ROW_MATRICES>;
     var m: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
     var l: array<array<f32, LANE_ROWS>, ROW_MATRICES>;
 #unroll
@@ -145,18 +151,6 @@ fn forward(
         for (var h = 0u; h < LANE_ROWS; h++) {
             ends[h] = finish_row(at, m[r][h] / LOG2_E, row_sum(l[r][h]), m[r][h] == EMPTY);
         }
-#unroll
-        for (var d = 0u; d < ACROSS_DIM_V; d++) {
-            let y = elements_of(o[r][d]);
-#unroll
-            for (var e = 0u; e < ELEMENTS; e++) {
-                let row = own_row + r * M + row_of(lane, 0u) + row_of(0u, e);
-                let column = d * M + column_of(lane, 0u) + column_of(0u, e);
-                // Lanes store components of one vector. That is no race here: modules with access to elements run on Vulkan only, where a store to a
-                // component leaves the others alone.
-                tiles[row * V_STRIDE + column / 4u][column % 4u] = half_of(y[e] * ends[held_row(e)].inverse);
-            }
-        }
 #if LSE
 #unroll
         for (var e = 0u; e < ELEMENTS; e++) {
@@ -166,15 +160,31 @@ fn forward(
             }
         }
 #endif
-    }
-    workgroupBarrier();
-    for (var n = 0u; n < O_STORES; n++) {
-        let t = thread + n * THREADS;
-        let i = row0 + t / V8;
-        let d = 8u * (t % V8);
-        if t < ROWS * V8 && i < row1 && d < HEAD_DIM_V {
-            let place = t / V8 * V_STRIDE + 8u / WIDTH * (t % V8);
-            write_out(out_row(at, i), d, HEAD_DIM_V, Eight(tiles[place], tiles[place + 1u]));
+#unroll
+        for (var b = 0u; b < O_BLOCKS; b++) {
+#unroll
+            for (var d = 0u; d < O_BLOCK; d++) {
+                let y = elements_of(o[r][b * O_BLOCK + d]);
+#unroll
+                for (var e = 0u; e < ELEMENTS; e++) {
+                    let row = subgroup * M + row_of(lane, 0u) + row_of(0u, e);
+                    let column = d * M + column_of(lane, 0u) + column_of(0u, e);
+                    // Lanes store components of one vector. That is no race here: modules with access to elements run on Vulkan only, where a store
+                    // to a component leaves the others alone.
+                    tiles[row * O_STRIDE + column / 4u][column % 4u] = half_of(y[e] * ends[held_row(e)].inverse);
+                }
+            }
+            workgroupBarrier();
+            for (var n = 0u; n < O_STORES; n++) {
+                let t = thread + n * THREADS;
+                let i = row0 + staged_row(t / O8, r);
+                let d = b * O_BLOCK * M + 8u * (t % O8);
+                if t < STAGED * O8 && i < row1 && d < HEAD_DIM_V {
+                    let place = t / O8 * O_STRIDE + 8u / WIDTH * (t % O8);
+                    write_out(out_row(at, i), d, HEAD_DIM_V, Eight(tiles[place], tiles[place + 1u]));
+                }
+            }
+            workgroupBarrier();
         }
     }
 }

@@ -104,6 +104,7 @@ pub(crate) fn pass(
     let file = match form {
         CoopForm::Registers => {
             on.push("UNROLL");
+            on.extend((tile.query_in_memory > 0).then_some("QUERY_IN_MEMORY"));
             on.extend(bias_switches(problem, operands));
             if adds_to_products(problem) {
                 on.retain(|&name| name != "SHAPED");
@@ -116,7 +117,23 @@ pub(crate) fn pass(
         }
     };
     let mut constants = tile_constants(problem, tile, size);
-    constants.push(("STEPS", steps(&on)));
+    if form == CoopForm::Registers {
+        let held = tile.held(size, shape.head_dim);
+        let (q_blocks, q_block) = CoopTile::staged(size, held);
+        let (o_blocks, o_block) = CoopTile::staged(size, shape.head_dim_v.div_ceil(size));
+        constants.extend([
+            ("STEPS", steps(&on)),
+            ("PARTS", tile.parts),
+            ("ACROSS_PART", tile.keys / size / tile.parts),
+            // Matrices of Q that registers hold, and the others.
+            ("HELD", held),
+            ("OTHERS", tile.query_in_memory),
+            ("Q_BLOCKS", q_blocks),
+            ("Q_BLOCK", q_block),
+            ("O_BLOCKS", o_blocks),
+            ("O_BLOCK", o_block),
+        ]);
+    }
     constants.extend(layout_constants(layout));
     Pass::new(
         Specialization { file, entry: "forward", switches: on, constants },

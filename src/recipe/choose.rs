@@ -297,7 +297,7 @@ mod tests {
         assert_eq!(chosen(&few, &small, PlanOptions::default())[0].0, Kernel::Tile);
         assert_eq!(chosen(&few, &large(), PlanOptions::default())[0].0, Kernel::Decode);
 
-        let wrong = CoopTile { subgroups: 4, row_matrices: 1, keys: 33, buffers: 1 };
+        let wrong = CoopTile::new(4, 1, 33, 1);
         let error =
             recipes(&problem(ElementType::F16, 64), &matrices(), &PlanOptions::default().coop_tile(wrong)).err();
         assert!(matches!(error, Some(Error::Tile(_))), "{error:?}");

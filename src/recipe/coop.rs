@@ -128,9 +128,9 @@ pub(super) fn forward(problem: &Problem, facts: &Facts, options: &PlanOptions) -
     let (tile, passes) = match (operands, form) {
         (Some(operands), _) => {
             let table = || in_blocks(tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v));
-            let long = || long_tile(problem, form, format, &layout, operands, &facts.limits);
-            let tile = options.coop_tile.or_else(long).unwrap_or_else(table);
-            tile.validate(form, format.size)?;
+            let large = || large_tile(problem, form, format, &layout, operands, &facts.limits);
+            let tile = options.coop_tile.or_else(large).unwrap_or_else(table);
+            tile.validate(form, format.size, shape.head_dim)?;
             check(tile)?;
             (tile, vec![forward_coop::pass(problem, form, tile, format, &layout, operands)])
         }
@@ -165,7 +165,11 @@ pub(super) fn backward(problem: &Problem, facts: &Facts, options: &PlanOptions) 
     };
     let tiles = match (operands, form) {
         (Some(_), _) => {
-            let table = || in_blocks(tune::coop_backward_tiles(form, format.size, shape.head_dim, shape.head_dim_v));
+            let table = || {
+                let (size, dim, dim_v) = (format.size, shape.head_dim, shape.head_dim_v);
+                let lean = tune::lean_coop_backward_tiles(form, size, dim, dim_v).filter(|_| has_lean_scores(problem));
+                in_blocks(lean.unwrap_or_else(|| tune::coop_backward_tiles(form, size, dim, dim_v)))
+            };
             let tiles = options.coop_backward_tiles.unwrap_or_else(table);
             tiles.iter().try_for_each(|tile| tile.validate(format.size))?;
             tiles
@@ -216,8 +220,19 @@ pub(super) fn bias_gradient(problem: &Problem, facts: &Facts, options: &PlanOpti
     if fits { Ok(pass) } else { Err(LIMITS_TOO_SMALL) }
 }
 
-/// The tile for long rows, if the problem has such rows, and enough of them, and the device's limits are large enough.
-fn long_tile(
+/// Whether nothing is read or drawn for each score, which would take registers.
+fn has_lean_scores(problem: &Problem) -> bool {
+    let given = problem.bias.is_some() || problem.mask.is_some() || problem.mods.is_some() || problem.blocks.is_some();
+    !given && problem.dropout_in_use().is_none()
+}
+
+/// Whether, besides, scores are products times a factor.
+fn has_plain_scores(problem: &Problem) -> bool {
+    has_lean_scores(problem) && problem.softcap.is_none() && problem.alibi.is_none()
+}
+
+/// The tile of 256 rows for long rows, or for wide heads, if the problem is such, it has enough rows, and the device's limits are large enough.
+fn large_tile(
     problem: &Problem,
     form: CoopForm,
     format: MatrixFormat,
@@ -226,13 +241,17 @@ fn long_tile(
     limits: &wgpu::Limits,
 ) -> Option<CoopTile> {
     let shape = &problem.shape;
-    let tile = tune::long_coop_tile(form, format.size, shape.head_dim, shape.head_dim_v)?;
+    let table = |table: fn(CoopForm, u32, u32, u32) -> Option<CoopTile>| {
+        table(form, format.size, shape.head_dim, shape.head_dim_v)
+    };
     let (first, end) = problem.key_interval(shape.seqlen_q.saturating_sub(1), shape.seqlen_k);
+    let is_long = shape.seqlen_q.min(end.saturating_sub(first)) >= tune::LONG;
+    let is_wide = shape.seqlen_q >= tune::WIDE && has_plain_scores(problem);
+    let long = table(tune::long_coop_tile).filter(|_| is_long);
+    let tile = long.or(table(tune::wide_coop_tile).filter(|_| is_wide))?;
     let blocks = shape.seqlen_q.div_ceil(tile.rows(format.size)) as u64;
     let divides = check_blocks(Kernel::Coop, problem, [tile.rows(format.size), tile.keys], false).is_ok();
-    let suits = divides
-        && shape.seqlen_q.min(end.saturating_sub(first)) >= tune::LONG
-        && blocks * shape.batch as u64 * shape.heads_q as u64 >= tune::FULL_DEVICE;
+    let suits = divides && blocks * shape.batch as u64 * shape.heads_q as u64 >= tune::FULL_DEVICE;
     let pass = || forward_coop::pass(problem, form, tile, format, layout, operands);
     let fits = || check_limits(Kernel::Coop, &[pass()], limits).is_ok();
     (suits && fits()).then_some(tile)
@@ -241,13 +260,13 @@ fn long_tile(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::problem::{Causal, Shape};
+    use crate::problem::{Alibi, Causal, Shape};
 
     #[test]
     fn long_rows_have_their_own_tile_where_it_fits() {
         let format = MatrixFormat { size: 16, lanes: 32 };
         let chosen = |problem: &Problem, format, limits| {
-            long_tile(problem, CoopForm::Registers, format, &MatrixLayout::rows(format), Operands::F16, limits)
+            large_tile(problem, CoopForm::Registers, format, &MatrixLayout::rows(format), Operands::F16, limits)
         };
         let large = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() };
         let problem = |heads, seqlen| Problem::new(Shape::square(1, heads, seqlen, 64), ElementType::F16);
@@ -258,8 +277,34 @@ mod tests {
         assert!(chosen(&problem(16, 16383), format, &large).is_none());
         assert!(chosen(&long.clone().window(Some(1000), Some(0)), format, &large).is_none());
         assert!(chosen(&problem(4, 16384), format, &large).is_none(), "too few workgroups");
-        let small = wgpu::Limits { max_compute_workgroup_storage_size: 32 << 10, ..Default::default() };
+        let small = wgpu::Limits { max_compute_workgroup_storage_size: 16 << 10, ..Default::default() };
         assert!(chosen(&long, format, &small).is_none());
         assert!(chosen(&long, MatrixFormat { lanes: 64, ..format }, &large).is_none(), "too many invocations");
+    }
+
+    #[test]
+    fn wide_heads_have_their_own_tile_where_scores_are_plain() {
+        let format = MatrixFormat { size: 16, lanes: 32 };
+        let limits = wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() };
+        let chosen = |problem: &Problem| {
+            large_tile(problem, CoopForm::Registers, format, &MatrixLayout::rows(format), Operands::F16, &limits)
+        };
+        let problem = |heads, seqlen, dim| Problem::new(Shape::square(1, heads, seqlen, dim), ElementType::F16);
+        let wide = problem(66, 1024, 128);
+        assert_eq!(chosen(&wide), Some(CoopTile::new(8, 2, 32, 1).with_parts(2, 2)));
+        assert_eq!(chosen(&problem(66, 1024, 96)), Some(CoopTile::new(8, 2, 32, 1).with_parts(1, 1)));
+        assert_eq!(chosen(&problem(66, 1024, 72)), Some(CoopTile::new(8, 2, 32, 1)));
+        assert!(chosen(&wide.clone().causal(Causal::BottomRight)).is_some());
+        for (other, why) in [
+            (problem(65, 1024, 128), "too few workgroups"),
+            (problem(100, 1023, 128), "too few rows"),
+            (problem(66, 1024, 64), "no wide heads"),
+            (problem(66, 1024, 136), "no registers"),
+            (wide.clone().softcap(30.0), "a softcap"),
+            (wide.clone().with_alibi(Alibi::PerHead), "ALiBi"),
+        ] {
+            assert_eq!(chosen(&other), None, "{why}");
+        }
+        assert!(has_lean_scores(&wide.clone().softcap(30.0)) && !has_lean_scores(&wide.with_dropout(0.1)));
     }
 }

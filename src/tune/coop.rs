@@ -14,12 +14,41 @@ pub struct CoopTile {
     pub keys: u32,
     /// Tiles of K and V in workgroup memory: 1, or 2 to fill one while the other is in use.
     pub buffers: u32,
+    /// Parts of the keys of a step that are taken one after another, so that registers hold the scores of one part: 1, but for
+    /// `shaders/kernel/forward_coop.wgsl`.
+    pub parts: u32,
+    /// How many of the matrices of Q across the head dim stay in workgroup memory, where registers do not hold all of them: 0, but for
+    /// `shaders/kernel/forward_coop.wgsl`.
+    pub query_in_memory: u32,
 }
 
 impl CoopTile {
+    /// A step in one part, and all of Q in registers.
+    pub const fn new(subgroups: u32, row_matrices: u32, keys: u32, buffers: u32) -> Self {
+        Self { subgroups, row_matrices, keys, buffers, parts: 1, query_in_memory: 0 }
+    }
+
+    /// The tile with its steps in parts, and with some matrices of Q in workgroup memory.
+    pub const fn with_parts(mut self, parts: u32, query_in_memory: u32) -> Self {
+        self.parts = parts;
+        self.query_in_memory = query_in_memory;
+        self
+    }
+
     /// Queries a workgroup computes, with matrices of `size` rows.
     pub const fn rows(&self, size: u32) -> u32 {
         self.subgroups * self.row_matrices * size
+    }
+
+    /// Matrices of Q across the head dim that registers hold.
+    pub(crate) const fn held(&self, size: u32, head_dim: u32) -> u32 {
+        head_dim.div_ceil(size) - self.query_in_memory
+    }
+
+    /// Blocks of columns in which so many matrices pass through workgroup memory, and the matrices of a block: 128 columns at most.
+    pub(crate) const fn staged(size: u32, matrices: u32) -> (u32, u32) {
+        let blocks = matrices.div_ceil(128 / size);
+        (blocks, matrices.div_ceil(blocks))
     }
 
     /// Workgroup memory in bytes. The same sums as the constants of the shader.
@@ -29,8 +58,12 @@ impl CoopTile {
         let tiles = self.buffers * self.keys * (k_stride + v_stride);
         match form {
             CoopForm::Registers => {
-                let rows = self.rows(size) * if k_stride > v_stride { k_stride } else { v_stride };
-                8 * if tiles > rows { tiles } else { rows }
+                let (_, q) = Self::staged(size, self.held(size, head_dim));
+                let (_, o) = Self::staged(size, head_dim_v.div_ceil(size));
+                let staged = self.subgroups * size * ((if q > o { q } else { o }) * size / 4 + 2);
+                let rest = if self.query_in_memory > 0 { self.query_in_memory * size / 4 + 2 } else { 0 };
+                let used = tiles + self.rows(size) * rest;
+                8 * if used > staged { used } else { staged }
             }
             // And the scores in f32, the probabilities in f16.
             CoopForm::WorkgroupMemory => 8 * tiles + 6 * self.rows(size) * (self.keys + 8) + 16,
@@ -57,8 +90,8 @@ impl CoopTile {
         self
     }
 
-    /// Checks that the tile divides as the shader needs it to.
-    pub fn validate(&self, form: CoopForm, size: u32) -> Result<(), Error> {
+    /// Checks that the tile divides as the shader needs it to, for rows of Q of `head_dim` elements.
+    pub fn validate(&self, form: CoopForm, size: u32, head_dim: u32) -> Result<(), Error> {
         // Bounds the arithmetic of workgroup_bytes.
         if [self.subgroups, self.row_matrices, self.keys].iter().any(|&n| n == 0 || n > 1024) {
             return Err(Error::Tile("every size must be from 1 to 1024"));
@@ -75,12 +108,30 @@ impl CoopTile {
         if !self.keys.is_multiple_of(size) {
             return Err(Error::Tile("the size of a matrix must divide keys"));
         }
+        if self.parts == 0 || !(self.keys / size).is_multiple_of(self.parts) {
+            return Err(Error::Tile("parts must divide the matrices of keys"));
+        }
+        if self.query_in_memory >= head_dim.div_ceil(size) {
+            return Err(Error::Tile("registers must hold a matrix of Q at least"));
+        }
+        if form == CoopForm::WorkgroupMemory {
+            self.validate_whole()?;
+        }
+        Ok(())
+    }
+
+    /// Checks that a kernel that takes steps whole, with all of Q in registers, can have the tile.
+    fn validate_whole(&self) -> Result<(), Error> {
+        if (self.parts, self.query_in_memory) != (1, 0) {
+            return Err(Error::Tile("parts must be 1 and query_in_memory 0 but for f16 and bf16 in registers"));
+        }
         Ok(())
     }
 
     /// The same for `shaders/kernel/forward_coop_scaled.wgsl`, whose subgroups have `lanes` lanes.
     pub fn validate_scaled(&self, size: u32, lanes: u32) -> Result<(), Error> {
-        self.validate(CoopForm::Registers, size)?;
+        self.validate_whole()?;
+        self.validate(CoopForm::Registers, size, size)?;
         if self.buffers != 1 {
             return Err(Error::Tile("buffers must be 1 for f32 and scaled bf16"));
         }
@@ -93,17 +144,16 @@ impl CoopTile {
 
 /// The tile of the cooperative-matrix kernel for a problem, by the size of the device's matrices.
 ///
-/// With matrices of 16 up to a head dim of 160 they were measured on an H100 and an H200 (docs/performance.md, docs/tuning/forward-coop.md). Larger
-/// ones follow from counting: as many rows and keys as fit 48 KiB. The tile at 256 has 133 TFLOP/s in f16 on an H200. Matrices of 8 with access to their elements only a processor
+/// With matrices of 16 they were measured on an H100 and an H200, above a head dim of 128 at 160, 192 and 256 in f16 (docs/performance.md,
+/// docs/tuning/forward-coop.md). Through workgroup memory those above 128 follow from counting. Matrices of 8 with access to their elements only a processor
 /// is known to have, which takes its time to compile large tiles; the other form has what fits 32 KiB.
 pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
-    let tile = |subgroups, row_matrices, keys, buffers| CoopTile { subgroups, row_matrices, keys, buffers };
+    let tile = CoopTile::new;
     match (form, size, head_dim.max(head_dim_v)) {
         (CoopForm::Registers, 16, 0..=64) => tile(4, 2, 32, 1),
         (CoopForm::Registers, 16, 65..=128) => tile(8, 1, 64, 1),
-        // f16 at 160 has 242 TFLOP/s on an H200, and 170 in the tile of wider heads. bf16 and smaller head dims were not measured.
-        (CoopForm::Registers, 16, 129..=160) => tile(8, 1, 32, 1),
-        (CoopForm::Registers, 16, _) => tile(4, 1, 16, 2),
+        (CoopForm::Registers, 16, 129..=192) => tile(8, 1, 32, 1),
+        (CoopForm::Registers, 16, _) => tile(8, 1, 16, 2),
         (CoopForm::Registers, _, 0..=128) => tile(4, 1, 8, 1),
         (CoopForm::Registers, _, _) => tile(2, 1, 8, 2),
         (CoopForm::WorkgroupMemory, 16, 0..=64) => tile(4, 2, 16, 1),
@@ -126,7 +176,23 @@ pub(crate) const LONG: u32 = 16384;
 /// as often as 128 do: with them 1·16·16384·64 has 287 to 300 TFLOP/s, without 273 to 295 (docs/performance.md).
 pub fn long_coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> Option<CoopTile> {
     let measured = (form, size) == (CoopForm::Registers, 16) && head_dim.max(head_dim_v) <= 64;
-    measured.then_some(CoopTile { subgroups: 8, row_matrices: 2, keys: 64, buffers: 1 })
+    measured.then_some(CoopTile::new(8, 2, 64, 1))
+}
+
+/// Queries from which on plans take [`wide_coop_tile`], if it gives the device enough workgroups: with fewer, more of its 256 rows are past the end.
+pub(crate) const WIDE: u32 = 1024;
+
+/// The same where scores are the plain ones, if there is a better tile: each matrix of K and V that is loaded then serves two matrices of rows.
+/// Registers do not hold all of Q beside O, nor S of 32 keys at the larger head dims (docs/tuning/forward-coop.md).
+pub fn wide_coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> Option<CoopTile> {
+    let (parts, query_in_memory) = match (form, size, head_dim.max(head_dim_v)) {
+        (CoopForm::Registers, 16, 65..=80) => (1, 0),
+        (CoopForm::Registers, 16, 81..=112) => (1, 1),
+        (CoopForm::Registers, 16, 113..=128) => (2, 2),
+        _ => return None,
+    };
+    let most = head_dim.div_ceil(size) - 1;
+    Some(CoopTile::new(8, 2, 32, 1).with_parts(parts, query_in_memory.min(most)))
 }
 
 /// The same for elements that are made f16, `shaders/kernel/forward_coop_scaled.wgsl`.
@@ -141,7 +207,7 @@ pub fn coop_scaled_tile(size: u32, element_type: ElementType, head_dim: u32, hea
         (_, _, 0..=128) => (4, 1, 16),
         (_, _, _) => (2, 1, 8),
     };
-    CoopTile { subgroups, row_matrices, keys, buffers: 1 }
+    CoopTile::new(subgroups, row_matrices, keys, 1)
 }
 
 #[cfg(test)]
@@ -158,8 +224,9 @@ mod tests {
         ] {
             for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [1, 64, 128, 256, d].map(|dv| (d, dv))) {
                 let short = coop_tile(form, size, head_dim, head_dim_v);
-                for tile in [short].into_iter().chain(long_coop_tile(form, size, head_dim, head_dim_v)) {
-                    tile.validate(form, size).unwrap();
+                let others = [long_coop_tile, wide_coop_tile].map(|table| table(form, size, head_dim, head_dim_v));
+                for tile in [short].into_iter().chain(others.into_iter().flatten()) {
+                    tile.validate(form, size, head_dim).unwrap();
                     let used = tile.workgroup_bytes(form, size, head_dim, head_dim_v);
                     assert!(used <= bytes, "{form} {size} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
                 }

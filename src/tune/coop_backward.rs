@@ -20,7 +20,7 @@ pub struct CoopBackwardTile {
     /// Columns of a gradient that a workgroup computes; a multiple of the matrices' size. With fewer than the head dim,
     /// scores are computed once for each block of them. For f32 and scaled bf16 at least the head dims.
     pub columns: u32,
-    /// Whether the next step's tile is loaded while one is in use, which takes registers.
+    /// Whether the next step's tile is loaded while one is in use. It takes registers: of keys and values, V then stays in workgroup memory.
     pub ahead: bool,
 }
 
@@ -47,10 +47,10 @@ impl CoopBackwardTile {
         dim.div_ceil(self.columns)
     }
 
-    /// Whether V is in registers, where the gradients of keys and values leave room: when they are computed in blocks. In the
-    /// form through workgroup memory it always is.
+    /// Whether V is in registers, where the gradients of keys and values leave room: when no tile is loaded ahead, or they are computed in
+    /// blocks. In the form through workgroup memory it always is.
     pub const fn holds_value(&self, head_dim: u32, head_dim_v: u32) -> bool {
-        self.blocks(head_dim) > 1 || self.blocks(head_dim_v) > 1
+        !self.ahead || self.blocks(head_dim) > 1 || self.blocks(head_dim_v) > 1
     }
 
     /// Vectors of four from one row to the next in workgroup memory, of whole rows and of a block's.
@@ -149,16 +149,18 @@ impl CoopBackwardTile {
 /// The tiles of the backward kernels on cooperative matrices, by the size of the device's matrices: of the gradients of keys
 /// and values, and of queries.
 ///
-/// Those with matrices of 16 were measured on an H100 (docs/tuning/coop-backward.md), through workgroup memory up to a head dim of 128. The
-/// others follow from counting: K, V, dK and dV of a subgroup take 192 registers a lane with matrices of 16, half as many
-/// with Metal's of 8, and steps are as long as 48 and 32 KiB then allow.
+/// Those with matrices of 16 were measured on an H100 and an H200 (docs/tuning/coop-backward.md), through workgroup memory up to a head dim of
+/// 128, in registers above 128 at 160, 192 and 256. The others follow from counting: K, V, dK and dV of a subgroup take 192 registers a lane
+/// with matrices of 16, half as many with Metal's of 8, and steps are as long as 48 and 32 KiB then allow.
 pub fn coop_backward_tiles(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> [CoopBackwardTile; 2] {
     let tile =
         |subgroups, matrices, step, columns, ahead| CoopBackwardTile { subgroups, matrices, step, columns, ahead };
     match (form, size, head_dim.max(head_dim_v)) {
         (CoopForm::Registers, 16, 0..=64) => [tile(8, 2, 32, 64, true), tile(4, 2, 32, 64, true)],
         (CoopForm::Registers, 16, 65..=128) => [tile(8, 1, 16, 128, true), tile(8, 1, 48, 128, true)],
-        (CoopForm::Registers, 16, _) => [tile(4, 1, 32, 64, false), tile(4, 1, 32, 128, false)],
+        (CoopForm::Registers, 16, 129..=160) => [tile(8, 1, 64, 80, false), tile(8, 1, 48, 160, false)],
+        (CoopForm::Registers, 16, 161..=192) => [tile(8, 1, 32, 96, false), tile(6, 1, 32, 192, false)],
+        (CoopForm::Registers, 16, _) => [tile(8, 1, 32, 64, false), tile(8, 1, 32, 128, false)],
         (CoopForm::Registers, _, 0..=128) => [tile(4, 2, 16, 128, true), tile(4, 2, 16, 128, true)],
         (CoopForm::Registers, _, _) => [tile(2, 1, 8, 64, false), tile(2, 1, 8, 128, false)],
         (CoopForm::WorkgroupMemory, 16, 0..=64) => [tile(4, 2, 16, 64, true), tile(4, 2, 16, 64, true)],
@@ -168,6 +170,23 @@ pub fn coop_backward_tiles(form: CoopForm, size: u32, head_dim: u32, head_dim_v:
         (CoopForm::WorkgroupMemory, _, 65..=128) => [tile(4, 1, 16, 128, true), tile(4, 1, 16, 128, true)],
         (CoopForm::WorkgroupMemory, _, _) => [tile(4, 1, 8, 64, false), tile(4, 1, 8, 128, false)],
     }
+}
+
+/// The same where scores take few registers of their own (`has_lean_scores` in `src/recipe/coop.rs`), if there are better ones. V is in registers
+/// and steps are long, so that nothing is loaded ahead: docs/tuning/coop-backward.md has the times.
+pub fn lean_coop_backward_tiles(
+    form: CoopForm,
+    size: u32,
+    head_dim: u32,
+    head_dim_v: u32,
+) -> Option<[CoopBackwardTile; 2]> {
+    let [dkdv, dq] = coop_backward_tiles(form, size, head_dim, head_dim_v);
+    let step = match (form, size, head_dim.max(head_dim_v)) {
+        (CoopForm::Registers, 16, 0..=64) => 128,
+        (CoopForm::Registers, 16, 65..=128) => 64,
+        _ => return None,
+    };
+    Some([CoopBackwardTile { step, ahead: false, ..dkdv }, dq])
 }
 
 /// The same for f32 and scaled bf16. Registers: at head dim 64, of the first kernel, 64 of a lane hold both parts of K or V, 64 dV or
@@ -193,7 +212,7 @@ pub fn coop_scaled_backward_tiles(
 /// The tile of the gradient of the bias on cooperative matrices. At head dim 64 a lane has 32 registers of sums, and 32 of Q and dO; with twice as many
 /// of each the kernel took a fifth longer on an H200.
 pub fn bias_gradient_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile {
-    let tile = |subgroups, row_matrices, keys| CoopTile { subgroups, row_matrices, keys, buffers: 1 };
+    let tile = |subgroups, row_matrices, keys| CoopTile::new(subgroups, row_matrices, keys, 1);
     match (size, head_dim.max(head_dim_v)) {
         (16, 0..=128) => tile(8, 1, 64),
         (16, _) => tile(4, 1, 32),
@@ -210,13 +229,16 @@ mod tests {
         for (size, bytes) in [(8, 32 << 10), (16, 48 << 10)] {
             for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [1, 40, 64, 128, 200, 256, d].map(|v| (d, v))) {
                 for form in [CoopForm::Registers, CoopForm::WorkgroupMemory] {
-                    let [dkdv, dq] = coop_backward_tiles(form, size, head_dim, head_dim_v);
-                    for (tile, used) in [
-                        (dkdv, dkdv.dkdv_bytes(form, size, head_dim, head_dim_v)),
-                        (dq, dq.dq_bytes(form, size, head_dim, head_dim_v)),
-                    ] {
-                        tile.validate(size).unwrap();
-                        assert!(used <= bytes, "{form} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
+                    let usual = coop_backward_tiles(form, size, head_dim, head_dim_v);
+                    let lean = lean_coop_backward_tiles(form, size, head_dim, head_dim_v);
+                    for [dkdv, dq] in [usual].into_iter().chain(lean) {
+                        for (tile, used) in [
+                            (dkdv, dkdv.dkdv_bytes(form, size, head_dim, head_dim_v)),
+                            (dq, dq.dq_bytes(form, size, head_dim, head_dim_v)),
+                        ] {
+                            tile.validate(size).unwrap();
+                            assert!(used <= bytes, "{form} {head_dim} {head_dim_v} {tile:?} {used} > {bytes}");
+                        }
                     }
                 }
                 let used = bias_gradient_tile(size, head_dim, head_dim_v).workgroup_bytes(

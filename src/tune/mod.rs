@@ -9,9 +9,11 @@ mod tile;
 
 pub(crate) use backward::backward_tiles_in_blocks;
 pub use backward::{BackwardTile, backward_tiles};
-pub(crate) use coop::LONG;
-pub use coop::{CoopTile, coop_scaled_tile, coop_tile, long_coop_tile};
-pub use coop_backward::{CoopBackwardTile, bias_gradient_tile, coop_backward_tiles, coop_scaled_backward_tiles};
+pub use coop::{CoopTile, coop_scaled_tile, coop_tile, long_coop_tile, wide_coop_tile};
+pub(crate) use coop::{LONG, WIDE};
+pub use coop_backward::{
+    CoopBackwardTile, bias_gradient_tile, coop_backward_tiles, coop_scaled_backward_tiles, lean_coop_backward_tiles,
+};
 pub(crate) use decode::FULL_DEVICE;
 pub use decode::{DecodeTile, decode_splits, decode_tile};
 pub(crate) use fused::MOST_ROUNDS;
