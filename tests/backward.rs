@@ -1,11 +1,11 @@
 //! The backward pass by cases: each line is computed by every kernel, in every element type, and compared with the oracle.
 
-use flash_attention_testing::backward::{Ask, backward, check_all, fused, prepare, two_kernels};
+use flash_attention_testing::backward::{Ask, backward, check_all, fused, in_small_bindings, prepare, two_kernels};
 use flash_attention_testing::cases::{cases, cases_of_features, dims_of, many_inputs_of, plain_cases};
-use flash_attention_testing::{Case, TYPES, case, every_kernel, full};
+use flash_attention_testing::{Case, TYPES, assert_split, case, every_kernel, full, with_limits};
 use wgpu_flash_attention::Causal::BottomRight;
 use wgpu_flash_attention::tune::FusedTile;
-use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions};
+use wgpu_flash_attention::{Context, ElementType, Kernel, PlanOptions, ScoreLayout};
 
 fn ways(element_type: ElementType) -> Vec<(&'static str, &'static Context, PlanOptions)> {
     every_kernel(element_type, backward(Kernel::Naive), backward(Kernel::Tile))
@@ -164,4 +164,71 @@ fn many_inputs() {
         let ask = Ask { grad_lse: true, accumulate: true };
         check_all(&prepare(many_inputs_of(element_type), element_type, ask), &ways);
     }
+}
+
+/// Masks, each with a bias in the same places, that are read by words of four and of two keys, and by single keys. Rows have 70 keys, which no whole
+/// words hold, and the buffers end with the last key.
+fn by_places() -> Vec<(String, Case)> {
+    let wide = || case(2, [2, 1], [37, 70], [16, 12]);
+    let both = |case: Case, first, strides| {
+        let layout = ScoreLayout::strided(first, strides);
+        case.mask_at(layout).bias_at(layout)
+    };
+    let quads = [5504, 2748, 72, 1];
+    let all = [
+        ("rows begin at words", both(wide(), 8, quads)),
+        ("rows begin at words, causal", both(wide(), 8, quads).causal(BottomRight)),
+        ("rows begin at words, lengths", both(wide(), 8, quads).seqlens(&[69, 14]).seqlens_q(&[37, 22])),
+        ("rows begin at words, softcap, window", both(wide(), 8, quads).softcap(2.0).window(30, 9)),
+        ("rows begin at words, dropout", both(wide(), 8, quads).dropout(0.3)),
+        ("the first element is even", both(wide(), 6, quads)),
+        ("the first element is odd", both(wide(), 5, quads)),
+        ("rows are odd", both(wide(), 8, [5504, 2748, 73, 1])),
+        ("rows are even", both(wide(), 8, [5504, 2748, 74, 1])),
+        ("heads are odd", both(wide(), 8, [5504, 2747, 72, 1])),
+        ("batch entries are even", both(wide(), 8, [5502, 2748, 72, 1])),
+        ("keys are apart", both(wide(), 8, [20720, 10360, 4, 148])),
+        ("rows are shorter than a word", both(case(2, [2, 1], [37, 3], [16, 12]), 4, [296, 148, 4, 1])),
+        ("of all batch entries", both(wide(), 4, [0, 2748, 72, 1])),
+        ("of all heads", both(wide(), 4, [2664, 0, 72, 1])),
+        ("of all rows", both(wide(), 4, [144, 72, 0, 1])),
+        ("of all but keys", both(wide(), 4, [0, 0, 0, 1])),
+    ];
+    all.into_iter().map(|(name, case)| (name.to_string(), case)).collect()
+}
+
+/// All in f32, and half of them in each other type. Types change how the bias is read: each of them has rows at words, at even elements and at odd ones.
+#[test]
+fn masks_and_biases_by_places() {
+    for element_type in TYPES {
+        let (first, step) = match element_type {
+            ElementType::F16 => (0, 2),
+            ElementType::BF16 => (1, 2),
+            _ => (0, 1),
+        };
+        let cases = by_places().into_iter().skip(first).step_by(step);
+        let mut ways = vec![("tile", full(), backward(Kernel::Tile)), ("tile of 12 by 24", full(), two_kernels())];
+        if element_type == ElementType::F32 {
+            ways.extend([("fused by keys", full(), by_keys()), ("fused by rows", full(), by_rows())]);
+        }
+        check_all(&prepare(cases, element_type, Ask::default()), &ways);
+    }
+}
+
+/// A mask whose rows begin at words, of which each part of the work binds another piece.
+#[test]
+fn masks_in_words_in_parts() {
+    // The fused kernel with a mask has nine storage buffers.
+    let narrow = with_limits(|limits| {
+        limits.max_storage_buffer_binding_size = 20 << 10;
+        limits.max_storage_buffers_per_shader_stage = 10;
+    });
+    let layout = ScoreLayout::strided(4, [110 * 152, 0, 152, 1]);
+    let case = case(2, [4, 2], [110, 150], [16, 12]).mask_at(layout);
+    let ways = [two_kernels(), fused([32, 64], 8, 8, 16, [32, 64])].map(in_small_bindings);
+    let ways = ways.map(|options| {
+        assert_split(&case.problem, &narrow, options);
+        ("split", &narrow, options)
+    });
+    check_all(&prepare([("in parts".to_string(), case)], ElementType::F32, Ask::default()), &ways);
 }

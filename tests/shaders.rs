@@ -62,7 +62,7 @@ fn problems() -> Vec<Problem> {
         all.extend(of_scale_0(Problem::new(shape, element_type).with_lse()));
         all
     };
-    shapes().flat_map(of_shape).chain(of_probes(Problem::with_lse)).collect()
+    shapes().flat_map(of_shape).chain(of_probes(Problem::with_lse)).chain(of_places(Problem::with_lse)).collect()
 }
 
 /// Biases in each type, and all gradients besides dq, dk and dv, of one element for each score and of one for many.
@@ -79,6 +79,18 @@ fn of_biases() -> impl Iterator<Item = Problem> {
     })
 }
 
+/// A bias and a mask whose rows begin at multiples of four elements, at even elements, and at odd ones, in each type.
+fn of_places(and: fn(Problem) -> Problem) -> impl Iterator<Item = Problem> {
+    let of_type = move |ty| {
+        [0, 2, 1].map(|first| {
+            let layout = ScoreLayout::contiguous([2, 2, 8, 8]).at(first);
+            let problem = Problem::new(Shape::square(2, 2, 8, 64), ty).with_bias(Bias::new(ty, layout));
+            and(problem.with_mask(layout))
+        })
+    };
+    TYPES.into_iter().flat_map(of_type)
+}
+
 /// The variants that only tests plan, in each type.
 fn of_probes(and: fn(Problem) -> Problem) -> impl Iterator<Item = Problem> {
     let of_type = move |ty| Probe::ALL.map(|probe| and(Problem::new(Shape::square(2, 2, 8, 64), ty).with_probe(probe)));
@@ -92,7 +104,8 @@ fn problems_with_gradients() -> Vec<Problem> {
         all.extend(of_scale_0(Problem::new(shape, element_type).with_gradients()));
         all
     };
-    shapes().flat_map(of_shape).chain(of_probes(Problem::with_gradients)).chain(of_biases()).collect()
+    let of_places = of_places(|problem| problem.with_gradients().with_grad_bias());
+    shapes().flat_map(of_shape).chain(of_probes(Problem::with_gradients)).chain(of_biases()).chain(of_places).collect()
 }
 
 /// Line `line` of a module, for a message.
@@ -320,6 +333,41 @@ fn fused_backward_with_48_kib() {
         }
     }
     assert!(seen.0.len() >= 100, "only {} modules", seen.0.len());
+}
+
+/// Four keys of a mask are read as one word only where each row begins at a word and its keys lie side by side, and two keys only where they are in one
+/// word.
+#[test]
+fn masks_are_read_in_words_where_they_lie_so() {
+    let facts = facts(&wgpu::Limits { max_compute_workgroup_storage_size: 48 << 10, ..Default::default() });
+    let tile = PlanOptions::default().kernel(Kernel::Tile).backward(Kernel::Tile);
+    let (bytes, pairs, quads) = ([false, false], [true, false], [true, true]);
+    for (layout, expected) in [
+        (ScoreLayout::contiguous([2, 2, 40, 44]), quads),
+        (ScoreLayout::contiguous([1, 1, 1, 43]), quads),
+        (ScoreLayout::strided(4, [0, 1760, 44, 1]), quads),
+        (ScoreLayout::strided(4, [1760, 0, 0, 1]), quads),
+        (ScoreLayout::contiguous([2, 2, 40, 42]), pairs),
+        (ScoreLayout::strided(2, [3520, 1760, 44, 1]), pairs),
+        (ScoreLayout::strided(4, [3522, 1760, 44, 1]), pairs),
+        (ScoreLayout::strided(4, [3600, 1762, 44, 1]), pairs),
+        (ScoreLayout::contiguous([2, 2, 40, 43]), bytes),
+        (ScoreLayout::strided(1, [3520, 1760, 44, 1]), bytes),
+        (ScoreLayout::strided(0, [0, 0, 4, 160]), bytes),
+        (ScoreLayout::contiguous([2, 2, 40, 1]), bytes),
+    ] {
+        // As many keys as rows of the layout have, and 44 where it says nothing.
+        let seqlen_k = layout.sizes.map_or(44, |sizes| if sizes[3] > 1 { sizes[3] } else { 44 });
+        let shape = Shape { seqlen_q: 40, seqlen_k, ..Shape::square(2, 2, 40, 16) };
+        let problem = Problem::new(shape, ElementType::F32).with_mask(layout).with_gradients();
+        for planned in modules(&problem, &facts, &tile).unwrap() {
+            let switches = &planned.specialization.switches;
+            if switches.contains(&"MASK") {
+                let found = ["MASK_PAIRED", "MASK_QUADS"].map(|name| switches.contains(&name));
+                assert_eq!(found, expected, "{layout:?}: {}", planned.specialization.entry);
+            }
+        }
+    }
 }
 
 #[test]

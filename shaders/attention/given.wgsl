@@ -1,6 +1,6 @@
 // What is given of each score or head beside Q, K and V: bias, boolean mask, slopes of ALiBi, sinks.
-// Needs: softmax.wgsl, sequence.wgsl. Gives: with BIAS bias_of, bias2_of; with MASK mask_of, mask2_of; with ALIBI alibi_slope,
-// alibi_of, steps_behind; with SINKS sink_of.
+// Needs: softmax.wgsl, sequence.wgsl. Gives: with BIAS bias_of, bias2_of, bias4_of; with MASK mask_of, mask2_of, mask4_of; with ALIBI
+// alibi_slope, alibi_of, steps_behind; with SINKS sink_of.
 
 #if BIAS
 // f32, or two elements of 16 bits a word.
@@ -49,6 +49,12 @@ fn bias2_of(at: Sequence, i: i32, j: i32, step: u32) -> vec2f {
 #endif
 }
 
+// Gives the bias of keys j .. j + 3. j is a multiple of four: with BIAS_PAIRED they lie in two words. An f32 bias takes four loads, since kernels declare a
+// bias of any type as words.
+fn bias4_of(at: Sequence, i: i32, j: i32) -> vec4f {
+    return vec4f(bias2_of(at, i, j, 0u), bias2_of(at, i, j, 2u));
+}
+
 fn bias_word(n: u32) -> u32 {
     return bias[min(n, arrayLength(&bias) - 1u)];
 }
@@ -86,6 +92,17 @@ fn mask2_of(at: Sequence, i: i32, j: i32) -> vec2<bool> {
     return vec2<bool>((bytes & 0xffu) != 0u, (bytes & 0xff00u) != 0u);
 #else
     return vec2<bool>(mask_of(at, i, j), mask_of(at, i, j + 1));
+#endif
+}
+
+// Gives the mask of keys j .. j + 3. j is a multiple of four: with MASK_QUADS each row begins at a word, so that all four keys lie in one word, and a
+// word past the end of the buffer has no key of the row.
+fn mask4_of(at: Sequence, i: i32, j: i32) -> vec4<bool> {
+#if MASK_QUADS
+    let bytes = mask_word(place_of_score(problem.mask, 1u, at, i, j) / 4u);
+    return (vec4u(bytes) & vec4u(0xffu, 0xff00u, 0xff0000u, 0xff000000u)) != vec4u();
+#else
+    return vec4<bool>(mask2_of(at, i, j), mask2_of(at, i, j + 2));
 #endif
 }
 

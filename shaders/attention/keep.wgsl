@@ -1,5 +1,6 @@
 // Which scores count. Rows i and keys j are positions in the sequence.
-// Needs: sequence.wgsl, blocks.wgsl, given.wgsl, mods.wgsl. Gives: keep, keep2, keep4, all_count; key_interval and row_interval for tiles.wgsl.
+// Needs: sequence.wgsl, blocks.wgsl, given.wgsl, mods.wgsl. Gives: keep, keep2, keep_keys, keep_rows, all_count; key_interval and
+// row_interval for tiles.wgsl.
 
 // The keys that the causal mask, the window and the lengths leave row i, if it is a query: from x to before y. As i grows, neither bound
 // falls.
@@ -38,6 +39,25 @@ fn keep2(at: Sequence, i: i32, j: i32) -> vec2<bool> {
     return counts;
 }
 
+// `keep` of keys j .. j + 3 for row i. j is a multiple of four, so that they may be read from a mask as one word.
+fn keep_keys(at: Sequence, i: i32, j: i32) -> vec4<bool> {
+    var counts = vec4<bool>(
+        keep_but_mask(at, i, j),
+        keep_but_mask(at, i, j + 1),
+        keep_but_mask(at, i, j + 2),
+        keep_but_mask(at, i, j + 3),
+    );
+#if MASK
+    counts = counts & mask4_of(at, i, j);
+#endif
+    return counts;
+}
+
+// `keep` of key j for rows i .. i + 3. Rows of a mask may lie anywhere, so that each is read by itself.
+fn keep_rows(at: Sequence, i: i32, j: i32) -> vec4<bool> {
+    return vec4<bool>(keep(at, i, j), keep(at, i + 1, j), keep(at, i + 2, j), keep(at, i + 3, j));
+}
+
 fn keep_but_mask(at: Sequence, i: i32, j: i32) -> bool {
     let interval = key_interval(at, i);
 #if QUERY_LENGTHS
@@ -60,10 +80,6 @@ fn keep_but_mask(at: Sequence, i: i32, j: i32) -> bool {
     counts = counts && mods_keep(mod_position(at, i, j));
 #endif
     return counts;
-}
-
-fn keep4(at: Sequence, i: vec4i, j: vec4i) -> vec4<bool> {
-    return vec4<bool>(keep(at, i.x, j.x), keep(at, i.y, j.y), keep(at, i.z, j.z), keep(at, i.w, j.w));
 }
 
 // Do all scores of rows i0 .. i1 with keys j0 .. j1 count? Then keep need not be called for any of them. `false` is

@@ -1,7 +1,7 @@
 // What a score is: scale · q·k, then softcap · tanh(score / softcap), then the user's score_mod, then plus bias and ALiBi. Kernels ask with
 // the score's place in the problem. A score whose bias masks it is MASKED.
-// Needs: softmax.wgsl, sequence.wgsl, given.wgsl, mods.wgsl. Gives: scored, scored4, scored_alone, score_unit, score_factor, exponent_bound; with
-// SOFTCAP over_cap, scored_of_tanh, tanh_exact, tanh_of_small, SMALL_FOR_TANH.
+// Needs: softmax.wgsl, sequence.wgsl, given.wgsl, mods.wgsl. Gives: scored, scored_keys, scored_rows, scored_alone, score_unit, score_factor,
+// exponent_bound; with SOFTCAP over_cap, scored_of_tanh, tanh_exact, tanh_of_small, SMALL_FOR_TANH.
 //
 // Unless SHAPED, a score is a positive factor times what kernels hold: the product q·k, or on matrices that product plus ALiBi over the scale.
 // Then score_unit() times what is held is a score, and score_factor() times it is an exponent of 2. With SHAPED kernels hold scores.
@@ -13,13 +13,19 @@ struct Scored {
 }
 
 fn scored(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
-    var x = scored_alone(dot, at, i, j);
-#if ALIBI
-    x.score += alibi_of(alibi_slope(at), steps_behind(at, i, j));
-#endif
+    var x = scored_but_bias(dot, at, i, j);
 #if BIAS
     let term = bias_of(at, i, j);
     x.score = select(x.score + term, MASKED, term == MASKED);
+#endif
+    return x;
+}
+
+// `scored` less what the bias adds.
+fn scored_but_bias(dot: f32, at: Sequence, i: i32, j: i32) -> Scored {
+    var x = scored_alone(dot, at, i, j);
+#if ALIBI
+    x.score += alibi_of(alibi_slope(at), steps_behind(at, i, j));
 #endif
     return x;
 }
@@ -61,11 +67,30 @@ struct Scored4 {
     slope: vec4f,
 }
 
-fn scored4(dots: vec4f, at: Sequence, i: vec4i, j: vec4i) -> Scored4 {
-    let a = scored(dots.x, at, i.x, j.x);
-    let b = scored(dots.y, at, i.y, j.y);
-    let c = scored(dots.z, at, i.z, j.z);
-    let d = scored(dots.w, at, i.w, j.w);
+// `scored` of keys j .. j + 3 for row i. j is a multiple of four, so that a bias of 16 bits may be read in words.
+fn scored_keys(dots: vec4f, at: Sequence, i: i32, j: i32) -> Scored4 {
+    let a = scored_but_bias(dots.x, at, i, j);
+    let b = scored_but_bias(dots.y, at, i, j + 1);
+    let c = scored_but_bias(dots.z, at, i, j + 2);
+    let d = scored_but_bias(dots.w, at, i, j + 3);
+    var x = scored_four(a, b, c, d);
+#if BIAS
+    let terms = bias4_of(at, i, j);
+    x.score = select(x.score + terms, vec4f(MASKED), terms == vec4f(MASKED));
+#endif
+    return x;
+}
+
+// `scored` of key j for rows i .. i + 3.
+fn scored_rows(dots: vec4f, at: Sequence, i: i32, j: i32) -> Scored4 {
+    let a = scored(dots.x, at, i, j);
+    let b = scored(dots.y, at, i + 1, j);
+    let c = scored(dots.z, at, i + 2, j);
+    let d = scored(dots.w, at, i + 3, j);
+    return scored_four(a, b, c, d);
+}
+
+fn scored_four(a: Scored, b: Scored, c: Scored, d: Scored) -> Scored4 {
     return Scored4(vec4f(a.score, b.score, c.score, d.score), vec4f(a.slope, b.slope, c.slope, d.slope));
 }
 

@@ -109,18 +109,20 @@ fn dq(
 
         // dS, 0 where a row does not see a key
         for (var r = 0u; r < TR; r++) {
-            let i = i32(i0 + r * THREADS_Y + ty);
-            for (var c = 0u; c < TC; c++) {
-                let j = i32(j0 + tx * TC + c);
-                let x = scored(s[r][c / 4u][c % 4u], at, i, j);
-                let seen = t < visited.full || keep(at, i, j);
-                let p = select(0.0, exp_difference(x.score, stats[r].x), seen);
+            let i = i0 + r * THREADS_Y + ty;
+            for (var c = 0u; c < TC4; c++) {
+                let j = j0 + tx * TC + 4u * c;
+                let x = scored_keys(s[r][c], at, i32(i), i32(j));
+                var p = exp2((x.score - stats[r].x) * LOG2_E);
+                if t >= visited.full {
+                    p = select(vec4f(), p, keep_keys(at, i32(i), i32(j)));
+                }
 #if DROPOUT
-                let kept = kept_of(i0, j0, u32(i), u32(j));
-                ds[r][c / 4u][c % 4u] = select(0.0, ds[r][c / 4u][c % 4u] * problem.dropout_scale, kept);
+                let kept = kept4_of(i0, j0, vec4u(i), vec4u(j) + vec4u(0u, 1u, 2u, 3u));
+                ds[r][c] = select(vec4f(), ds[r][c] * problem.dropout_scale, kept);
 #endif
                 // dP of a key that does not count may be infinite.
-                ds[r][c / 4u][c % 4u] = select(0.0, p * (ds[r][c / 4u][c % 4u] - stats[r].y) * x.slope, p > 0.0);
+                ds[r][c] = select(vec4f(), p * (ds[r][c] - stats[r].y) * x.slope, p > vec4f());
             }
         }
 

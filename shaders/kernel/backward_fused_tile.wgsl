@@ -216,21 +216,21 @@ fn fused(
                     // for what the derivative of a softcap needs).
                     let full = all_count(at, i32(i0), i32(i0 + STEP), i32(j0), i32(j0 + OWN));
                     for (var c = 0u; c < 4u * ROW_PIECES; c++) {
-                        let i = vec4i(i32(i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u));
+                        let i = i0 + c / 4u * ROW_PIECE + 4u * tx + c % 4u;
                         for (var r = 0u; r < KEY_PIECES; r++) {
-                            let j = vec4i(i32(j0 + r * KEY_PIECE + 4u * ty)) + vec4i(0, 1, 2, 3);
-                            let x = scored4(s[c][r], at, i, j);
+                            let j = j0 + r * KEY_PIECE + 4u * ty;
+                            let x = scored_keys(s[c][r], at, i32(i), i32(j));
 #if SHAPED
                             s[c][r] = x.slope;
 #endif
                             var p = exp2((x.score - stats[c].x) * LOG2_E);
                             if !full {
-                                p = select(vec4f(), p, keep4(at, i, j));
+                                p = select(vec4f(), p, keep_keys(at, i32(i), i32(j)));
                             }
 #if DROPOUT
                             // dV takes what is kept of P from workgroup memory, and dS all of P, times score', from registers.
                             s[c][r] = p * x.slope;
-                            p = select(vec4f(), p, kept4_of(i0, j0, vec4u(i), vec4u(j)));
+                            p = select(vec4f(), p, kept4_of(i0, j0, vec4u(i), vec4u(j) + vec4u(0u, 1u, 2u, 3u)));
 #endif
                             tiles[place_of_row(c, tx) + r * THREADS_Y + ty] = p;
                         }

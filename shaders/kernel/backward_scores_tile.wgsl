@@ -76,17 +76,21 @@ fn score_gradients(at: Sequence, i0: u32, j0: u32, thread: u32) -> Scores {
     for (var r = 0u; r < TR; r++) {
         let i = i0 + r * THREADS_Y + ty;
         let stats = row_stats(row_number(at, min(i, last_row)));
-        for (var c = 0u; c < TC; c++) {
-            let j = i32(j0 + tx * TC + c);
-            let score = scored(s[r][c / 4u][c % 4u], at, i32(i), j).score;
-            let seen = full || (i < problem.seqlen_q && keep(at, i32(i), j));
-            let p = select(0.0, exp_difference(score, stats.x), seen);
+        for (var c = 0u; c < TC4; c++) {
+            let j = j0 + tx * TC + 4u * c;
+            let score = scored_keys(s[r][c], at, i32(i), i32(j)).score;
+            var p = exp2((score - stats.x) * LOG2_E);
+            if i >= problem.seqlen_q {
+                p = vec4f();
+            } else if !full {
+                p = select(vec4f(), p, keep_keys(at, i32(i), i32(j)));
+            }
 #if DROPOUT
-            let kept = kept_of(i0, j0, i, u32(j));
-            gradients[r][c / 4u][c % 4u] = select(0.0, gradients[r][c / 4u][c % 4u] * problem.dropout_scale, kept);
+            let kept = kept4_of(i0, j0, vec4u(i), vec4u(j) + vec4u(0u, 1u, 2u, 3u));
+            gradients[r][c] = select(vec4f(), gradients[r][c] * problem.dropout_scale, kept);
 #endif
             // The difference may be infinite, or no number, of a row that nothing reads, and of a key that does not count.
-            gradients[r][c / 4u][c % 4u] = select(0.0, p * (gradients[r][c / 4u][c % 4u] - stats.y), p > 0.0);
+            gradients[r][c] = select(vec4f(), p * (gradients[r][c] - stats.y), p > vec4f());
         }
     }
     return gradients;

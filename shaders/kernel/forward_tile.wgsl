@@ -283,19 +283,19 @@ fn forward(
         // What each score is, and whether it counts
 #if SHAPED
         for (var c = 0u; c < TC; c++) {
-            let j = vec4i(j0 + i32(c * THREADS_X + tx));
+            let j = j0 + i32(c * THREADS_X + tx);
             for (var r = 0u; r < TR; r++) {
-                let i = vec4i(i32(row0 + 4u * (r * THREADS_Y + ty))) + vec4i(0, 1, 2, 3);
-                s[c][r] = scored4(s[c][r], at, i, j).score;
+                let i = i32(row0 + 4u * (r * THREADS_Y + ty));
+                s[c][r] = scored_rows(s[c][r], at, i, j).score;
             }
         }
 #endif
         if n >= visited.full {
             for (var c = 0u; c < TC; c++) {
-                let j = vec4i(j0 + i32(c * THREADS_X + tx));
+                let j = j0 + i32(c * THREADS_X + tx);
                 for (var r = 0u; r < TR; r++) {
-                    let i = vec4i(i32(row0 + 4u * (r * THREADS_Y + ty))) + vec4i(0, 1, 2, 3);
-                    s[c][r] = select(vec4f(masked), s[c][r], keep4(at, i, j));
+                    let i = i32(row0 + 4u * (r * THREADS_Y + ty));
+                    s[c][r] = select(vec4f(masked), s[c][r], keep_rows(at, i, j));
                 }
             }
         }

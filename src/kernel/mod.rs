@@ -54,7 +54,7 @@ pub(crate) fn switches(problem: &Problem, vector: u32) -> Vec<&'static str> {
 }
 
 /// The switches of what is given of each score.
-pub(crate) const GIVEN: [&str; 13] = [
+pub(crate) const GIVEN: [&str; 14] = [
     "ADDED",
     "BIAS",
     "BIAS_F16",
@@ -63,6 +63,7 @@ pub(crate) const GIVEN: [&str; 13] = [
     "ALIBI",
     "MASK",
     "MASK_PAIRED",
+    "MASK_QUADS",
     "ANY_MASK",
     "ASKED_EVERYWHERE",
     "MODS",
@@ -141,6 +142,7 @@ fn switches_of(problem: &Problem, tensors: &[Tensor], vector: u32) -> Vec<&'stat
         (problem.alibi.is_some(), "ALIBI"),
         (problem.mask.is_some(), "MASK"),
         (problem.mask.is_some_and(|mask| mask.is_paired()), "MASK_PAIRED"),
+        (problem.mask.is_some_and(|mask| mask.is_in_quads()), "MASK_QUADS"),
         // Any score may be masked, wherever it is.
         (any_mask, "ANY_MASK"),
         (any_mask && !problem.blocks.is_some_and(|blocks| blocks.full_unmasked), "ASKED_EVERYWHERE"),

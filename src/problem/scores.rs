@@ -71,8 +71,18 @@ impl ScoreLayout {
 
     /// Whether two keys, of which the first is even, lie side by side from an even element on.
     pub(crate) const fn is_paired(&self) -> bool {
+        self.is_in_vectors(2)
+    }
+
+    /// Whether four keys, of which the first is a multiple of four, lie side by side from a multiple of four elements on.
+    pub(crate) const fn is_in_quads(&self) -> bool {
+        self.is_in_vectors(4)
+    }
+
+    /// Whether keys lie side by side, and each row begins at a multiple of so many elements, a power of two.
+    const fn is_in_vectors(&self, elements: u64) -> bool {
         let places = self.offset | self.batch | self.head | self.row;
-        self.column == 1 && places.is_multiple_of(2)
+        self.column == 1 && places.is_multiple_of(elements)
     }
 
     /// Its first three strides, and how many elements a row spans. A row of `keys` keys begins where key 0 has its element.
