@@ -27,9 +27,9 @@ fn tiled(subgroups: u32, row_matrices: u32, keys: u32, buffers: u32) -> PlanOpti
     coop().coop_tile(CoopTile::new(subgroups, row_matrices, keys, buffers))
 }
 
-/// The kernel in registers with steps in parts, and with some matrices of Q in workgroup memory.
-fn in_parts(context: &Context, buffers: u32, query_in_memory: u32) -> PlanOptions {
-    let tile = CoopTile::new(2, 2, 2 * matrix_size(context), buffers).with_parts(2, query_in_memory);
+/// The kernel in registers with steps in turns, and with some matrices of Q in workgroup memory.
+fn in_turns(context: &Context, buffers: u32, query_in_memory: u32) -> PlanOptions {
+    let tile = CoopTile::new(2, 2, 2 * matrix_size(context), buffers).with_turns(2, query_in_memory);
     in_form(Registers, coop().coop_tile(tile))
 }
 
@@ -99,9 +99,9 @@ fn many_keys() {
     check_all(&prepare(cases, ElementType::F16), &two_buffers);
 }
 
-/// Steps in parts, and matrices of Q in workgroup memory: what large heads take. Maxima grow within a step; the last part of a step has no keys.
+/// Steps in turns, and matrices of Q in workgroup memory: what large heads take. Maxima grow within a step; the last turn of a step has no keys.
 #[test]
-fn steps_in_parts() {
+fn steps_in_turns() {
     let Some(context) = context() else { return };
     let usual = case(2, [4, 2], [70, 150], [24, 16]);
     let cases = [
@@ -110,10 +110,10 @@ fn steps_in_parts() {
         ("window and lengths", usual.clone().window(30, 5).seqlens(&[17, 130])),
         ("odd, softcap", usual.odd().softcap(2.0)),
     ];
-    let cases = cases.map(|(name, case)| (format!("parts, {name}"), case));
-    let two_buffers = ("two buffers", &context, in_parts(&context, 2, 0));
-    let some_of_q = ("some of Q held", &context, in_parts(&context, 1, 1));
-    // bf16 takes parts on its own matrices only, in the text of f16.
+    let cases = cases.map(|(name, case)| (format!("turns, {name}"), case));
+    let two_buffers = ("two buffers", &context, in_turns(&context, 2, 0));
+    let some_of_q = ("some of Q held", &context, in_turns(&context, 1, 1));
+    // Software Vulkan scales bf16 to f16, in a kernel that takes no turns. Matrices of bf16 have the text of f16.
     check_all(&prepare(cases, ElementType::F16), &[two_buffers, some_of_q]);
 }
 
@@ -197,11 +197,11 @@ fn tiles_that_do_not_divide_are_refused() {
     let Some(context) = context() else { return };
     let problem = case(1, [2, 1], [37, 45], [16, 12]).element_type(ElementType::F16).problem;
     let two_buffers = in_form(WorkgroupMemory, tiled(1, 1, 16, 2));
-    let parts =
-        |parts, query_in_memory| coop().coop_tile(CoopTile::new(1, 1, 32, 1).with_parts(parts, query_in_memory));
-    let workgroup = in_form(WorkgroupMemory, parts(2, 0));
+    let turns =
+        |turns, query_in_memory| coop().coop_tile(CoopTile::new(1, 1, 32, 1).with_turns(turns, query_in_memory));
+    let workgroup = in_form(WorkgroupMemory, turns(2, 0));
     // Rows of 16 elements have two matrices at most.
-    for options in [parts(0, 0), parts(3, 0), parts(1, 2), workgroup] {
+    for options in [turns(0, 0), turns(3, 0), turns(1, 2), workgroup] {
         let error = context.plan_with(&problem, &options).unwrap_err();
         assert!(matches!(error, Error::Tile(_)), "{error}");
     }
@@ -293,7 +293,7 @@ fn tiles(form: CoopForm, format: MatrixFormat, problem: &Problem) -> Vec<(CoopTi
     };
     if form == Registers && problem.element_type == ElementType::F16 {
         let query_in_memory = shape.head_dim.div_ceil(size) / 2;
-        tiles.extend([small(2), CoopTile::new(1, 2, 32, 1).with_parts(2, query_in_memory)]);
+        tiles.extend([small(2), CoopTile::new(1, 2, 32, 1).with_turns(2, query_in_memory)]);
     }
     tiles.into_iter().map(with_bytes).collect()
 }

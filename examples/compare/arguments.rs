@@ -53,7 +53,7 @@ pub struct Args {
     #[arg(long, value_name = "OWN,STEP,TY,TX,CHUNK,LINES,BLOCK_KEYS,BLOCK_ROWS,WRITTEN_OUT", value_parser = parse_fused_tile)]
     pub fused_tile: Vec<FusedTile>,
     /// Times the coop kernel with this tile in place of the tuned one; may be repeated
-    #[arg(long, value_name = "SUBGROUPS,ROW_MATRICES,KEYS,BUFFERS,PARTS,QUERY_IN_MEMORY", value_parser = parse_coop_tile)]
+    #[arg(long, value_name = "SUBGROUPS,ROW_MATRICES,KEYS,BUFFERS,TURNS,QUERY_IN_MEMORY", value_parser = parse_coop_tile)]
     pub coop_tile: Vec<CoopTile>,
     /// Times the backward pass of the coop kernel with these tiles, of the keys' and values' gradients and of the queries', in
     /// place of the tuned ones; each is SUBGROUPS,MATRICES,STEP,COLUMNS,AHEAD (0 or 1); may be repeated
@@ -191,8 +191,8 @@ fn parse_decode_tile(text: &str) -> std::result::Result<DecodeTile, String> {
 }
 
 fn parse_coop_tile(text: &str) -> std::result::Result<CoopTile, String> {
-    let [subgroups, row_matrices, keys, buffers, parts, query_in_memory] = numbers(text)?;
-    Ok(CoopTile::new(subgroups, row_matrices, keys, buffers).with_parts(parts, query_in_memory))
+    let [subgroups, row_matrices, keys, buffers, turns, query_in_memory] = numbers(text)?;
+    Ok(CoopTile::new(subgroups, row_matrices, keys, buffers).with_turns(turns, query_in_memory))
 }
 
 fn parse_tile(text: &str) -> std::result::Result<Tile, String> {
@@ -266,8 +266,8 @@ impl std::fmt::Display for Candidate {
         if self.scaled_bf16 {
             write!(f, " scaled")?;
         }
-        if let Some(CoopTile { subgroups, row_matrices, keys, buffers, parts, query_in_memory }) = self.coop_tile {
-            write!(f, "[{subgroups} {row_matrices} {keys} {buffers} {parts} {query_in_memory}]")?;
+        if let Some(CoopTile { subgroups, row_matrices, keys, buffers, turns, query_in_memory }) = self.coop_tile {
+            write!(f, "[{subgroups} {row_matrices} {keys} {buffers} {turns} {query_in_memory}]")?;
         }
         for t in self.coop_backward_tiles.iter().flatten() {
             let CoopBackwardTile { subgroups, matrices, step, columns, ahead } = *t;

@@ -11,7 +11,7 @@
 //
 // Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows, with S, P, O and HELD of the
 //   matrices of Q in registers. Workgroup memory holds BUFFERS tiles of K and of V, and the other matrices of Q.
-// Pipelining: a tile is taken in PARTS, so that registers hold S of one part only. The next tile of K and V is loaded into registers while
+// Pipelining: a tile is taken in TURNS, so that registers hold S of one of them only. The next tile of K and V is loaded into registers while
 //   the products of this tile run. With two BUFFERS it is stored beside the tile in use, so a tile needs one barrier instead of two.
 // Needs q, k, v, and a device where accumulators and left operands have their elements in the same lanes (src/matrices/). For devices
 //   without access to elements there is forward_coop_workgroup.wgsl. Gives out and, with LSE, lse.
@@ -31,7 +31,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl" queries=row keys=column together=PART_KEYS
+#include "matrix/scores.wgsl" queries=row keys=column together=TURN_KEYS
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value
@@ -49,7 +49,7 @@ fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 }
 
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
-const PART_KEYS = ACROSS_PART * M;
+const TURN_KEYS = ACROSS_TURN * M;
 #include "matrix/coop_tiles.wgsl" first=key second=value rows=KEYS
 #include "matrix/staged_rows.wgsl"
 // Workgroup memory. In the loop: BUFFERS tiles of K and of V, of which one is filled while the second is in use, then the matrices of Q that

@@ -12,34 +12,34 @@
             key_next = load_key(at, u32(next), last, thread);
             value_next = load_value(at, u32(next), last, thread);
 
-            // The matrices of keys of the tile in parts, of which the first begins at key j_part
+            // The matrices of keys of the tile in turns, each from key j_turn on
 #unroll
-            for (var part = 0u; part < PARTS; part++) {
-                let first = part * ACROSS_PART;
-                let j_part = j0 + i32(first * M);
+            for (var turn = 0u; turn < TURNS; turn++) {
+                let first = turn * ACROSS_TURN;
+                let j_turn = j0 + i32(first * M);
                 // What is added to scores, asked for ahead of the products that hide how long a bias takes to come
-                var added = array<array<Lane, ACROSS_PART>, ROW_MATRICES>();
+                var added = array<array<Lane, ACROSS_TURN>, ROW_MATRICES>();
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-                    for (var c = 0u; c < ACROSS_PART; c++) {
-                        added[r][c] = added_lane(at, i32(row0 + own_row + r * M), j_part, c, lane);
+                    for (var c = 0u; c < ACROSS_TURN; c++) {
+                        added[r][c] = added_lane(at, i32(row0 + own_row + r * M), j_turn, c, lane);
                     }
                 }
 
                 // S = Q K^T
-                var s = array<array<Accumulator, ACROSS_PART>, ROW_MATRICES>();
+                var s = array<array<Accumulator, ACROSS_TURN>, ROW_MATRICES>();
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-                    for (var c = 0u; c < ACROSS_PART; c++) {
+                    for (var c = 0u; c < ACROSS_TURN; c++) {
                         s[r][c] = Accumulator();
                     }
                 }
 #unroll
                 for (var d = 0u; d < HELD; d++) {
 #unroll
-                    for (var c = 0u; c < ACROSS_PART; c++) {
+                    for (var c = 0u; c < ACROSS_TURN; c++) {
                         let place = buffer * D_SIZE + (first + c) * M * D_STRIDE + d * M / WIDTH;
                         let k = coopLoad<Right>(&tiles[place], D_STRIDE);
 #unroll
@@ -58,7 +58,7 @@
                         query[r] = coopLoadT<Left>(&tiles[place], REST_STRIDE);
                     }
 #unroll
-                    for (var c = 0u; c < ACROSS_PART; c++) {
+                    for (var c = 0u; c < ACROSS_TURN; c++) {
                         let place = buffer * D_SIZE + (first + c) * M * D_STRIDE + (HELD + d) * M / WIDTH;
                         let k = coopLoad<Right>(&tiles[place], D_STRIDE);
 #unroll
@@ -68,11 +68,11 @@
                     }
                 }
 #endif
-                var x = array<array<Lane, ACROSS_PART>, ROW_MATRICES>();
+                var x = array<array<Lane, ACROSS_TURN>, ROW_MATRICES>();
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-                    for (var c = 0u; c < ACROSS_PART; c++) {
+                    for (var c = 0u; c < ACROSS_TURN; c++) {
                         x[r][c] = elements_of(s[r][c]);
                     }
                 }
@@ -81,9 +81,9 @@
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-                    for (var c = 0u; c < ACROSS_PART; c++) {
+                    for (var c = 0u; c < ACROSS_TURN; c++) {
                         let i = i32(row0 + own_row + r * M);
-                        let j = j_part + i32(c * M);
+                        let j = j_turn + i32(c * M);
                         x[r][c] = shaped(x[r][c], added[r][c], at, i, j, lane).score;
                         if $some_masked {
                             x[r][c] = masked(x[r][c], at, i, j, lane, masked_score);
@@ -103,7 +103,7 @@
                     // The maximum of each element over the matrices first: short chains of dependent instructions.
                     var top = x[r][0];
 #unroll
-                    for (var c = 0u; c < ACROSS_PART; c++) {
+                    for (var c = 0u; c < ACROSS_TURN; c++) {
 #unroll
                         for (var e = 0u; e < ELEMENTS; e++) {
                             top[e] = max(top[e], x[r][c][e]);
@@ -147,7 +147,7 @@
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
-                    for (var c = 0u; c < ACROSS_PART; c++) {
+                    for (var c = 0u; c < ACROSS_TURN; c++) {
 #unroll
                         for (var e = 0u; e < ELEMENTS; e++) {
                             let p = exp2(fma(x[r][c][e], factor, -m[r][held_row(e)]));
@@ -156,14 +156,14 @@
                         }
 #if DROPOUT
                         let i = i32(row0 + own_row + r * M);
-                        x[r][c] = what_is_kept(x[r][c], kept_lane(at, i, j_part + i32(c * M), c, lane));
+                        x[r][c] = what_is_kept(x[r][c], kept_lane(at, i, j_turn + i32(c * M), c, lane));
 #endif
                     }
                 }
 
                 // O = O + P V
 #unroll
-                for (var c = 0u; c < ACROSS_PART; c++) {
+                for (var c = 0u; c < ACROSS_TURN; c++) {
                     var p = array<Left, ROW_MATRICES>();
 #unroll
                     for (var r = 0u; r < ROW_MATRICES; r++) {

@@ -141,9 +141,9 @@ fn of_what_counts(y: f32, x: f32) -> f32 {
 alias Kept = array<bool, ELEMENTS>;
 
 // A call of the generator has bytes for matrices that lie side by side along the keys, as far as they lie in one block of 32 keys. A
-// subgroup asks about $together keys at a time, from a multiple of that on: so many matrices share calls, in turns of that length.
+// subgroup asks about $together keys at a time, from a multiple of that on: so many matrices share calls, in runs of that length.
 const SHARING = min(((($together) ^ (($together) - 1u)) + 1u) / 2u, 32u) / M;
-// The bytes of the calls for the matrices of a turn, by the first element of a matrix that has a byte of the call.
+// The bytes of the calls for the matrices of a run, by the first element of a matrix that has a byte of the call.
 var<private> bytes_of_calls: array<vec4u, ELEMENTS>;
 
 // The number of an element's byte in its call, and the number of that call. Both leave out what the lane adds.

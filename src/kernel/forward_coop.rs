@@ -123,8 +123,8 @@ pub(crate) fn pass(
         let (o_blocks, o_block) = CoopTile::staged(size, shape.head_dim_v.div_ceil(size));
         constants.extend([
             ("STEPS", steps(&on)),
-            ("PARTS", tile.parts),
-            ("ACROSS_PART", tile.keys / size / tile.parts),
+            ("TURNS", tile.turns),
+            ("ACROSS_TURN", tile.keys / size / tile.turns),
             // Matrices of Q that registers hold, and the others.
             ("HELD", held),
             ("OTHERS", tile.query_in_memory),

@@ -291,8 +291,8 @@ mod tests {
         };
         let problem = |heads, seqlen, dim| Problem::new(Shape::square(1, heads, seqlen, dim), ElementType::F16);
         let wide = problem(66, 1024, 128);
-        assert_eq!(chosen(&wide), Some(CoopTile::new(8, 2, 32, 1).with_parts(2, 2)));
-        assert_eq!(chosen(&problem(66, 1024, 96)), Some(CoopTile::new(8, 2, 32, 1).with_parts(1, 1)));
+        assert_eq!(chosen(&wide), Some(CoopTile::new(8, 2, 32, 1).with_turns(2, 2)));
+        assert_eq!(chosen(&problem(66, 1024, 96)), Some(CoopTile::new(8, 2, 32, 1).with_turns(1, 1)));
         assert_eq!(chosen(&problem(66, 1024, 72)), Some(CoopTile::new(8, 2, 32, 1)));
         assert!(chosen(&wide.clone().causal(Causal::BottomRight)).is_some());
         for (other, why) in [

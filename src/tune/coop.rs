@@ -14,23 +14,23 @@ pub struct CoopTile {
     pub keys: u32,
     /// Tiles of K and V in workgroup memory: 1, or 2 to fill one while the other is in use.
     pub buffers: u32,
-    /// Parts of the keys of a step that are taken one after another, so that registers hold the scores of one part: 1, but for
+    /// Turns in which the keys of a step are taken, so that registers hold the scores of one turn: 1, but for
     /// `shaders/kernel/forward_coop.wgsl`.
-    pub parts: u32,
+    pub turns: u32,
     /// How many of the matrices of Q across the head dim stay in workgroup memory, where registers do not hold all of them: 0, but for
     /// `shaders/kernel/forward_coop.wgsl`.
     pub query_in_memory: u32,
 }
 
 impl CoopTile {
-    /// A step in one part, and all of Q in registers.
+    /// A step in one turn, and all of Q in registers.
     pub const fn new(subgroups: u32, row_matrices: u32, keys: u32, buffers: u32) -> Self {
-        Self { subgroups, row_matrices, keys, buffers, parts: 1, query_in_memory: 0 }
+        Self { subgroups, row_matrices, keys, buffers, turns: 1, query_in_memory: 0 }
     }
 
-    /// The tile with its steps in parts, and with some matrices of Q in workgroup memory.
-    pub const fn with_parts(mut self, parts: u32, query_in_memory: u32) -> Self {
-        self.parts = parts;
+    /// The tile with its steps in turns, and with some matrices of Q in workgroup memory.
+    pub const fn with_turns(mut self, turns: u32, query_in_memory: u32) -> Self {
+        self.turns = turns;
         self.query_in_memory = query_in_memory;
         self
     }
@@ -108,8 +108,8 @@ impl CoopTile {
         if !self.keys.is_multiple_of(size) {
             return Err(Error::Tile("the size of a matrix must divide keys"));
         }
-        if self.parts == 0 || !(self.keys / size).is_multiple_of(self.parts) {
-            return Err(Error::Tile("parts must divide the matrices of keys"));
+        if self.turns == 0 || !(self.keys / size).is_multiple_of(self.turns) {
+            return Err(Error::Tile("turns must divide the matrices of keys"));
         }
         if self.query_in_memory >= head_dim.div_ceil(size) {
             return Err(Error::Tile("registers must hold a matrix of Q at least"));
@@ -122,8 +122,8 @@ impl CoopTile {
 
     /// Checks that a kernel that takes steps whole, with all of Q in registers, can have the tile.
     fn validate_whole(&self) -> Result<(), Error> {
-        if (self.parts, self.query_in_memory) != (1, 0) {
-            return Err(Error::Tile("parts must be 1 and query_in_memory 0 but for f16 and bf16 in registers"));
+        if (self.turns, self.query_in_memory) != (1, 0) {
+            return Err(Error::Tile("turns must be 1 and query_in_memory 0 but for f16 and bf16 in registers"));
         }
         Ok(())
     }
@@ -185,14 +185,14 @@ pub(crate) const WIDE: u32 = 1024;
 /// The same where scores are the plain ones, if there is a better tile: each matrix of K and V that is loaded then serves two matrices of rows.
 /// Registers do not hold all of Q beside O, nor S of 32 keys at the larger head dims (docs/tuning/forward-coop.md).
 pub fn wide_coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> Option<CoopTile> {
-    let (parts, query_in_memory) = match (form, size, head_dim.max(head_dim_v)) {
+    let (turns, query_in_memory) = match (form, size, head_dim.max(head_dim_v)) {
         (CoopForm::Registers, 16, 65..=80) => (1, 0),
         (CoopForm::Registers, 16, 81..=112) => (1, 1),
         (CoopForm::Registers, 16, 113..=128) => (2, 2),
         _ => return None,
     };
     let most = head_dim.div_ceil(size) - 1;
-    Some(CoopTile::new(8, 2, 32, 1).with_parts(parts, query_in_memory.min(most)))
+    Some(CoopTile::new(8, 2, 32, 1).with_turns(turns, query_in_memory.min(most)))
 }
 
 /// The same for elements that are made f16, `shaders/kernel/forward_coop_scaled.wgsl`.
