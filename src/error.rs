@@ -254,6 +254,17 @@ pub enum Error {
         /// Those that the driver grants.
         found: u64,
     },
+    /// A number of splits that no dispatch can have.
+    #[error(
+        "splits: {found} were asked for; the decode kernel takes from 1 to {most} on this device, its \
+         max_compute_workgroups_per_dimension"
+    )]
+    Splits {
+        /// Those that were asked for.
+        found: u32,
+        /// The most that the device allows.
+        most: u32,
+    },
     /// A tile that does not divide into threads and vectors.
     #[error("the tile is not usable: {0}")]
     Tile(&'static str),

@@ -47,7 +47,9 @@ impl Display for Plan {
             )?;
         }
         if let (None, Some((rows, keys))) = (self.tile, self.rows_and_keys) {
-            writeln!(f, "tile: {rows} queries by {keys} keys")?;
+            // Rows of a tile of the decode kernel are of several heads.
+            let what = if self.splits.is_some() { "rows (queries of the heads that share keys)" } else { "queries" };
+            writeln!(f, "tile: {rows} {what} by {keys} keys")?;
         }
         if let Some(splits) = self.splits {
             writeln!(f, "splits of the keys: {splits}")?;

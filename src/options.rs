@@ -71,9 +71,9 @@ impl PlanOptions {
         self
     }
 
-    /// Into how many splits the decode kernel divides the keys. 0 counts as 1, and more than the device's `max_compute_workgroups_per_dimension` as that
-    /// number. Splits without a tile of keys are launched all the same: each takes workspace, f32 of the size of o. By itself a plan takes as many
-    /// as fill the device.
+    /// Into how many splits the decode kernel divides the keys: from 1 to the device's `max_compute_workgroups_per_dimension`, else the plan is an error
+    /// ([`Error::Splits`](crate::Error::Splits)). Splits without a tile of keys are launched all the same: each takes workspace, f32 of the size of o. By
+    /// itself a plan takes as many as fill the device.
     pub fn splits(mut self, splits: impl Into<Option<u32>>) -> Self {
         self.splits = splits.into();
         self

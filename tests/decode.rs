@@ -192,6 +192,16 @@ fn splits_are_as_asked_for() {
     let problem = case(1, [8, 2], [1, 4096], [64, 64]).problem;
     let plan = full().plan_with(&problem, &decode().splits(7)).unwrap();
     assert!(plan.to_string().contains("splits of the keys: 7\n"), "{plan}");
+    assert!(plan.to_string().contains(" rows (queries of the heads that share keys) by "), "{plan}");
+    let most = webgpu().device().limits().max_compute_workgroups_per_dimension;
+    for found in [0, most + 1] {
+        for options in [decode(), PlanOptions::default()] {
+            let error = webgpu().plan_with(&problem, &options.splits(found)).unwrap_err();
+            assert_eq!(error, Error::Splits { found, most });
+            assert!(error.to_string().contains(&format!("splits: {found} were asked for")), "{error}");
+        }
+    }
+    assert!(webgpu().plan_with(&problem, &decode().splits(1)).is_ok());
 }
 
 #[test]

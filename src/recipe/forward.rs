@@ -145,8 +145,12 @@ fn of_decode(problem: &Problem, facts: &Facts, options: &PlanOptions) -> Result<
     let workgroups = shape.batch as u64 * shape.heads_kv as u64 * rows.div_ceil(tile.rows as u64);
     let tiles = problem.keys_in_sight().div_ceil(tile.keys()) as u64;
     let fewest = facts.loop_iterations.map_or(1, |granted| loops::splits(granted, problem, tile));
-    let splits = options.splits.unwrap_or_else(|| tune::decode_splits(workgroups, tiles, tile.rows).max(fewest));
-    let splits = splits.clamp(1, limits.max_compute_workgroups_per_dimension.max(1));
+    let most = limits.max_compute_workgroups_per_dimension.max(1);
+    let splits = match options.splits {
+        Some(found) if !(1..=most).contains(&found) => return Err(Error::Splits { found, most }),
+        Some(asked) => asked,
+        None => tune::decode_splits(workgroups, tiles, tile.rows).max(fewest).clamp(1, most),
+    };
     loops::check(facts.loop_iterations, Kernel::Decode, loops::of_decode(problem, tile, splits))?;
     let passes = decode::passes(problem, tile, splits);
     let problem = problem.clone();
