@@ -95,8 +95,8 @@ fn mask2_of(at: Sequence, i: i32, j: i32) -> vec2<bool> {
 #endif
 }
 
-// Gives the mask of keys j .. j + 3. j is a multiple of four: with MASK_QUADS each row begins at a word, so that all four keys lie in one word, and a
-// word past the end of the buffer has no key of the row.
+// Gives the mask of keys j .. j + 3. j is a multiple of four: with MASK_QUADS each row begins at a word, so that all four keys lie in one word. Past
+// the buffer's end mask_word gives its last word, and keep_keys drops all of those keys.
 fn mask4_of(at: Sequence, i: i32, j: i32) -> vec4<bool> {
 #if MASK_QUADS
     let bytes = mask_word(place_of_score(problem.mask, 1u, at, i, j) / 4u);

@@ -1,7 +1,7 @@
 // What: forward pass on cooperative matrices (tensor cores), with f16 (or bf16) products and f32 sums. Scores and probabilities stay in registers.
 //
 //     m = EMPTY, l = 0, O = 0
-//     for each tile of KEYS keys that some row may see (matrix/coop_step.wgsl):
+//     for each tile of KEYS keys that some row may see, for each turn of TURN_KEYS of them (matrix/coop_step.wgsl):
 //         S = score(Q K^T)                          f32 accumulators, then numbers in the lanes that hold them
 //         if rowmax S > m + GROWTH for some row of the subgroup:
 //             m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
@@ -9,10 +9,10 @@
 //         l = l + rowsum P,  O = O + P V
 //     O = O / l,  lse = ln 2 (m + log2 l)           m is an exponent of 2
 //
-// Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows, with S, P, O and HELD of the
-//   matrices of Q in registers. Workgroup memory holds BUFFERS tiles of K and of V, and the other matrices of Q.
-// Pipelining: a tile is taken in TURNS, so that registers hold S of one of them only. The next tile of K and V is loaded into registers while
-//   the products of this tile run. With two BUFFERS it is stored beside the tile in use, so a tile needs one barrier instead of two.
+// Who: a workgroup owns ROWS rows of one head. Each of its subgroups has ROW_MATRICES · M of these rows, with O, S and P of a turn, and
+//   Q_HELD matrices of Q in registers. Workgroup memory holds BUFFERS tiles of K and of V, and Q_REST matrices of Q.
+// Pipelining: the next tile of K and V is loaded into registers while the products of this tile run. With two BUFFERS it is stored
+//   beside the tile in use, so a tile needs one barrier instead of two.
 // Needs q, k, v, and a device where accumulators and left operands have their elements in the same lanes (src/matrices/). For devices
 //   without access to elements there is forward_coop_workgroup.wgsl. Gives out and, with LSE, lse.
 enable f16;
@@ -52,8 +52,8 @@ const ROWS = SUBGROUPS * ROW_MATRICES * M;
 const TURN_KEYS = ACROSS_TURN * M;
 #include "matrix/coop_tiles.wgsl" first=key second=value rows=KEYS
 #include "matrix/staged_rows.wgsl"
-// Workgroup memory. In the loop: BUFFERS tiles of K and of V, of which one is filled while the second is in use, then the matrices of Q that
-// registers do not hold. Before the loop: the matrices that they do hold, on their way there. After the loop: O on its way to device memory.
+// Workgroup memory. In the loop: BUFFERS tiles of K and of V, of two of which one is filled while the second is in use, then the Q_REST
+// matrices of Q. Before the loop: the Q_HELD matrices of Q, block by block. After the loop: O, block by block.
 const REST_AT = BUFFERS * (D_SIZE + V_SIZE);
 const TILES = max(REST_AT + ROWS * REST_STRIDE, STAGED * max(Q_STRIDE, O_STRIDE));
 var<workgroup> tiles: array<Halves, TILES>;

@@ -12,7 +12,7 @@
             key_next = load_key(at, u32(next), last, thread);
             value_next = load_value(at, u32(next), last, thread);
 
-            // The matrices of keys of the tile in turns, each from key j_turn on
+            // A tile's matrices of keys are taken in turns. A turn begins at key j_turn.
 #unroll
             for (var turn = 0u; turn < TURNS; turn++) {
                 let first = turn * ACROSS_TURN;
@@ -37,7 +37,7 @@
                     }
                 }
 #unroll
-                for (var d = 0u; d < HELD; d++) {
+                for (var d = 0u; d < Q_HELD; d++) {
 #unroll
                     for (var c = 0u; c < ACROSS_TURN; c++) {
                         let place = buffer * D_SIZE + (first + c) * M * D_STRIDE + d * M / WIDTH;
@@ -50,20 +50,20 @@
                 }
 #if QUERY_IN_MEMORY
 #unroll
-                for (var d = 0u; d < OTHERS; d++) {
-                    var query = array<Left, ROW_MATRICES>();
+                for (var d = 0u; d < Q_REST; d++) {
+                    var q_rest = array<Left, ROW_MATRICES>();
 #unroll
                     for (var r = 0u; r < ROW_MATRICES; r++) {
                         let place = REST_AT + (own_row + r * M) * REST_STRIDE + d * M / WIDTH;
-                        query[r] = coopLoadT<Left>(&tiles[place], REST_STRIDE);
+                        q_rest[r] = coopLoadT<Left>(&tiles[place], REST_STRIDE);
                     }
 #unroll
                     for (var c = 0u; c < ACROSS_TURN; c++) {
-                        let place = buffer * D_SIZE + (first + c) * M * D_STRIDE + (HELD + d) * M / WIDTH;
+                        let place = buffer * D_SIZE + (first + c) * M * D_STRIDE + (Q_HELD + d) * M / WIDTH;
                         let k = coopLoad<Right>(&tiles[place], D_STRIDE);
 #unroll
                         for (var r = 0u; r < ROW_MATRICES; r++) {
-                            s[r][c] = coopMultiplyAdd(query[r], k, s[r][c]);
+                            s[r][c] = coopMultiplyAdd(q_rest[r], k, s[r][c]);
                         }
                     }
                 }
@@ -92,13 +92,13 @@
                 }
 
                 // If the maximum of a row of the subgroup grew by more than GROWTH:  m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
-                var tile_max = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
+                var turn_max = array<array<f32, LANE_ROWS>, ROW_MATRICES>();
                 var grown = false;
 #unroll
                 for (var r = 0u; r < ROW_MATRICES; r++) {
 #unroll
                     for (var h = 0u; h < LANE_ROWS; h++) {
-                        tile_max[r][h] = masked_score;
+                        turn_max[r][h] = masked_score;
                     }
                     // The maximum of each element over the matrices first: short chains of dependent instructions.
                     var top = x[r][0];
@@ -111,12 +111,12 @@
                     }
 #unroll
                     for (var e = 0u; e < ELEMENTS; e++) {
-                        tile_max[r][held_row(e)] = max(tile_max[r][held_row(e)], top[e]);
+                        turn_max[r][held_row(e)] = max(turn_max[r][held_row(e)], top[e]);
                     }
 #unroll
                     for (var h = 0u; h < LANE_ROWS; h++) {
-                        tile_max[r][h] = above(row_max(tile_max[r][h]) * factor);
-                        grown = grown || tile_max[r][h] - m[r][h] > GROWTH;
+                        turn_max[r][h] = above(row_max(turn_max[r][h]) * factor);
+                        grown = grown || turn_max[r][h] - m[r][h] > GROWTH;
                     }
                 }
                 // A loop of one trip at most: for an if, drivers copy O to other registers and back.
@@ -126,7 +126,7 @@
                         var shrink = array<f32, LANE_ROWS>();
 #unroll
                         for (var h = 0u; h < LANE_ROWS; h++) {
-                            let new_max = max(m[r][h], tile_max[r][h]);
+                            let new_max = max(m[r][h], turn_max[r][h]);
                             shrink[h] = exp2(m[r][h] - new_max);
                             m[r][h] = new_max;
                             l[r][h] *= shrink[h];

@@ -126,8 +126,8 @@ pub(crate) fn pass(
             ("TURNS", tile.turns),
             ("ACROSS_TURN", tile.keys / size / tile.turns),
             // Matrices of Q that registers hold, and the others.
-            ("HELD", held),
-            ("OTHERS", tile.query_in_memory),
+            ("Q_HELD", held),
+            ("Q_REST", tile.query_in_memory),
             ("Q_BLOCKS", q_blocks),
             ("Q_BLOCK", q_block),
             ("O_BLOCKS", o_blocks),

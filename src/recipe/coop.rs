@@ -127,7 +127,10 @@ pub(super) fn forward(problem: &Problem, facts: &Facts, options: &PlanOptions) -
     let operands = operands(problem, matrices, options, form);
     let (tile, passes) = match (operands, form) {
         (Some(operands), _) => {
-            let table = || in_blocks(tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v));
+            let table = || {
+                let tile = tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v);
+                in_blocks(tile.in_limits(form, format, [shape.head_dim, shape.head_dim_v], &facts.limits))
+            };
             let large = || large_tile(problem, form, format, &layout, operands, &facts.limits);
             let tile = options.coop_tile.or_else(large).unwrap_or_else(table);
             tile.validate(form, format.size, shape.head_dim)?;
@@ -167,8 +170,16 @@ pub(super) fn backward(problem: &Problem, facts: &Facts, options: &PlanOptions) 
         (Some(_), _) => {
             let table = || {
                 let (size, dim, dim_v) = (format.size, shape.head_dim, shape.head_dim_v);
-                let lean = tune::lean_coop_backward_tiles(form, size, dim, dim_v).filter(|_| has_lean_scores(problem));
-                in_blocks(lean.unwrap_or_else(|| tune::coop_backward_tiles(form, size, dim, dim_v)))
+                let of_dkdv = |tile: &CoopBackwardTile| tile.dkdv_bytes(form, size, dim, dim_v);
+                let of_dq = |tile: &CoopBackwardTile| tile.dq_bytes(form, size, dim, dim_v);
+                let lean = tune::lean_coop_backward_tiles(form, size, dim, dim_v).filter(|[dkdv, _]| {
+                    let in_sight = shape.seqlen_q.min(keys_of_last_row(problem));
+                    has_lean_scores(problem)
+                        && in_sight >= tune::LEAN_STEPS * dkdv.step
+                        && dkdv.fits(format, &facts.limits, of_dkdv)
+                });
+                let [dkdv, dq] = lean.unwrap_or_else(|| tune::coop_backward_tiles(form, size, dim, dim_v));
+                in_blocks([dkdv.in_limits(format, &facts.limits, of_dkdv), dq.in_limits(format, &facts.limits, of_dq)])
             };
             let tiles = options.coop_backward_tiles.unwrap_or_else(table);
             tiles.iter().try_for_each(|tile| tile.validate(format.size))?;
@@ -226,9 +237,15 @@ fn has_lean_scores(problem: &Problem) -> bool {
     !given && problem.dropout_in_use().is_none()
 }
 
-/// Whether, besides, scores are products times a factor.
+/// Whether nothing is done to scores, either, but for the scale.
 fn has_plain_scores(problem: &Problem) -> bool {
     has_lean_scores(problem) && problem.softcap.is_none() && problem.alibi.is_none()
+}
+
+/// How many keys the last query sees, as far as the causal mask and the window say.
+fn keys_of_last_row(problem: &Problem) -> u32 {
+    let (first, end) = problem.key_interval(problem.shape.seqlen_q.saturating_sub(1), problem.shape.seqlen_k);
+    end.saturating_sub(first)
 }
 
 /// The tile of 256 rows for long rows, or for wide heads, if the problem is such, it has enough rows, and the device's limits are large enough.
@@ -244,13 +261,15 @@ fn large_tile(
     let table = |table: fn(CoopForm, u32, u32, u32) -> Option<CoopTile>| {
         table(form, format.size, shape.head_dim, shape.head_dim_v)
     };
-    let (first, end) = problem.key_interval(shape.seqlen_q.saturating_sub(1), shape.seqlen_k);
-    let is_long = shape.seqlen_q.min(end.saturating_sub(first)) >= tune::LONG;
-    let is_wide = shape.seqlen_q >= tune::WIDE && has_plain_scores(problem);
+    let in_sight = shape.seqlen_q.min(keys_of_last_row(problem));
+    let is_long = in_sight >= tune::LONG;
+    let wide = if problem.rows_grow() { 4 * tune::WIDE } else { tune::WIDE };
+    let is_wide = in_sight >= wide && has_plain_scores(problem);
     let long = table(tune::long_coop_tile).filter(|_| is_long);
     let tile = long.or(table(tune::wide_coop_tile).filter(|_| is_wide))?;
     let blocks = shape.seqlen_q.div_ceil(tile.rows(format.size)) as u64;
     let divides = check_blocks(Kernel::Coop, problem, [tile.rows(format.size), tile.keys], false).is_ok();
+    // One such workgroup runs on a multiprocessor at a time: so many are two rounds of a large device, whose last round weighs less then.
     let suits = divides && blocks * shape.batch as u64 * shape.heads_q as u64 >= tune::FULL_DEVICE;
     let pass = || forward_coop::pass(problem, form, tile, format, layout, operands);
     let fits = || check_limits(Kernel::Coop, &[pass()], limits).is_ok();
@@ -294,12 +313,14 @@ mod tests {
         assert_eq!(chosen(&wide), Some(CoopTile::new(8, 2, 32, 1).with_turns(2, 2)));
         assert_eq!(chosen(&problem(66, 1024, 96)), Some(CoopTile::new(8, 2, 32, 1).with_turns(1, 1)));
         assert_eq!(chosen(&problem(66, 1024, 72)), Some(CoopTile::new(8, 2, 32, 1)));
-        assert!(chosen(&wide.clone().causal(Causal::BottomRight)).is_some());
+        assert!(chosen(&problem(66, 4096, 128).causal(Causal::BottomRight)).is_some());
         for (other, why) in [
             (problem(65, 1024, 128), "too few workgroups"),
             (problem(100, 1023, 128), "too few rows"),
             (problem(66, 1024, 64), "no wide heads"),
             (problem(66, 1024, 136), "no registers"),
+            (problem(66, 4095, 128).causal(Causal::BottomRight), "few scores that count"),
+            (problem(66, 4096, 128).window(Some(1000), Some(0)), "few keys in sight"),
             (wide.clone().softcap(30.0), "a softcap"),
             (wide.clone().with_alibi(Alibi::PerHead), "ALiBi"),
         ] {

@@ -1,6 +1,7 @@
 //! The kernels on cooperative matrices, forward.
 
 use crate::error::Error;
+use crate::matrices::MatrixFormat;
 use crate::names::{CoopForm, ElementType};
 
 /// The tile of the cooperative-matrix kernel, `shaders/kernel/forward_coop.wgsl` and `shaders/kernel/forward_coop_workgroup.wgsl`.
@@ -42,11 +43,12 @@ impl CoopTile {
 
     /// Matrices of Q across the head dim that registers hold.
     pub(crate) const fn held(&self, size: u32, head_dim: u32) -> u32 {
-        head_dim.div_ceil(size) - self.query_in_memory
+        head_dim.div_ceil(size).saturating_sub(self.query_in_memory)
     }
 
     /// Blocks of columns in which so many matrices pass through workgroup memory, and the matrices of a block: 128 columns at most.
     pub(crate) const fn staged(size: u32, matrices: u32) -> (u32, u32) {
+        let matrices = if matrices == 0 { 1 } else { matrices };
         let blocks = matrices.div_ceil(128 / size);
         (blocks, matrices.div_ceil(blocks))
     }
@@ -87,7 +89,20 @@ impl CoopTile {
             *halved /= 2;
         }
         self.keys = step_in_block(self.keys, size, keys);
+        if !(self.keys / size).is_multiple_of(self.turns) {
+            self.turns = 1;
+        }
         self
+    }
+
+    /// The tile, or the one with half of its subgroups if a device's limits are too small for all of them.
+    pub(crate) fn in_limits(self, form: CoopForm, format: MatrixFormat, dims: [u32; 2], limits: &wgpu::Limits) -> Self {
+        let fits = |tile: &Self| {
+            tile.workgroup_bytes(form, format.size, dims[0], dims[1]) <= limits.max_compute_workgroup_storage_size
+                && tile.subgroups * format.lanes <= limits.max_compute_invocations_per_workgroup
+        };
+        let half = Self { subgroups: self.subgroups / 2, ..self };
+        if !fits(&self) && half.subgroups > 0 && fits(&half) { half } else { self }
     }
 
     /// Checks that the tile divides as the shader needs it to, for rows of Q of `head_dim` elements.
@@ -123,12 +138,14 @@ impl CoopTile {
     /// Checks that a kernel that takes steps whole, with all of Q in registers, can have the tile.
     fn validate_whole(&self) -> Result<(), Error> {
         if (self.turns, self.query_in_memory) != (1, 0) {
-            return Err(Error::Tile("turns must be 1 and query_in_memory 0 but for f16 and bf16 in registers"));
+            return Err(Error::Tile(
+                "turns and query_in_memory are for f16 in registers, and for bf16 on matrices of bf16",
+            ));
         }
         Ok(())
     }
 
-    /// The same for `shaders/kernel/forward_coop_scaled.wgsl`, whose subgroups have `lanes` lanes.
+    /// `validate` for `shaders/kernel/forward_coop_scaled.wgsl`, whose subgroups have `lanes` lanes.
     pub fn validate_scaled(&self, size: u32, lanes: u32) -> Result<(), Error> {
         self.validate_whole()?;
         self.validate(CoopForm::Registers, size, size)?;
@@ -179,11 +196,13 @@ pub fn long_coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32)
     measured.then_some(CoopTile::new(8, 2, 64, 1))
 }
 
-/// Queries from which on plans take [`wide_coop_tile`], if it gives the device enough workgroups: with fewer, more of its 256 rows are past the end.
+/// Queries, and keys that the last of them sees, from which on plans take [`wide_coop_tile`], if it gives the device enough workgroups; under a
+/// mask that lets rows see more keys the later they are, four times as many. With fewer, its 256 rows visit more scores that do not count: at
+/// 1,024 causal queries 11 % more than 128 rows, by count.
 pub(crate) const WIDE: u32 = 1024;
 
-/// The same where scores are the plain ones, if there is a better tile: each matrix of K and V that is loaded then serves two matrices of rows.
-/// Registers do not hold all of Q beside O, nor S of 32 keys at the larger head dims (docs/tuning/forward-coop.md).
+/// The tile of [`coop_tile`]'s kernel where scores are the plain ones, if there is a better one: each matrix of K and V that is loaded then serves
+/// two matrices of rows. Registers do not hold all of Q beside O, nor S of 32 keys at the larger head dims (docs/tuning/forward-coop.md).
 pub fn wide_coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> Option<CoopTile> {
     let (turns, query_in_memory) = match (form, size, head_dim.max(head_dim_v)) {
         (CoopForm::Registers, 16, 65..=80) => (1, 0),

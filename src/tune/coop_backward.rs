@@ -2,6 +2,7 @@
 
 use super::coop::{CoopTile, step_in_block};
 use crate::error::Error;
+use crate::matrices::MatrixFormat;
 use crate::names::{CoopForm, ElementType};
 
 /// The tile of a backward kernel on cooperative matrices, `shaders/kernel/backward_dkdv_coop.wgsl` or
@@ -20,7 +21,8 @@ pub struct CoopBackwardTile {
     /// Columns of a gradient that a workgroup computes; a multiple of the matrices' size. With fewer than the head dim,
     /// scores are computed once for each block of them. For f32 and scaled bf16 at least the head dims.
     pub columns: u32,
-    /// Whether the next step's tile is loaded while one is in use. It takes registers: of keys and values, V then stays in workgroup memory.
+    /// Whether the next step's tile is loaded while one is in use. It takes registers: where dK and dV are one block of columns, V then stays in
+    /// workgroup memory ([`holds_value`](Self::holds_value)).
     pub ahead: bool,
 }
 
@@ -35,11 +37,30 @@ impl CoopBackwardTile {
     pub(crate) fn in_blocks(mut self, size: u32, scaled: bool, [own, step]: [u32; 2]) -> Self {
         let share = 1 + scaled as u32;
         while !own.is_multiple_of((self.own(size) / share).max(1)) && self.matrices * self.subgroups > share {
-            let halved = if self.matrices > 1 { &mut self.matrices } else { &mut self.subgroups };
-            *halved /= 2;
+            if self.matrices > 1 {
+                self.matrices /= 2;
+            } else {
+                self.subgroups -= share;
+            }
         }
         self.step = step_in_block(self.step, size, step);
         self
+    }
+
+    /// The tile, or one with half of its step or of its subgroups if a device's limits are too small for it, if such a tile fits. `bytes` is the
+    /// workgroup memory of a tile.
+    pub(crate) fn in_limits(self, format: MatrixFormat, limits: &wgpu::Limits, bytes: impl Fn(&Self) -> u32) -> Self {
+        let half_step = (self.step / 2 / format.size * format.size).max(format.size);
+        let sizes = [self.subgroups, self.subgroups / 2].map(|n| [(n, self.step), (n, half_step)]);
+        let tiles = sizes.into_iter().flatten().map(|(subgroups, step)| Self { subgroups, step, ..self });
+        let mut fitting = tiles.filter(|tile| tile.subgroups > 0 && tile.fits(format, limits, &bytes));
+        fitting.next().unwrap_or(self)
+    }
+
+    /// Whether a device's limits are large enough.
+    pub(crate) fn fits(&self, format: MatrixFormat, limits: &wgpu::Limits, bytes: impl Fn(&Self) -> u32) -> bool {
+        bytes(self) <= limits.max_compute_workgroup_storage_size
+            && self.subgroups * format.lanes <= limits.max_compute_invocations_per_workgroup
     }
 
     /// Blocks of columns of gradients with rows of `dim`.
@@ -172,8 +193,12 @@ pub fn coop_backward_tiles(form: CoopForm, size: u32, head_dim: u32, head_dim_v:
     }
 }
 
-/// The same where scores take few registers of their own (`has_lean_scores` in `src/recipe/coop.rs`), if there are better ones. V is in registers
-/// and steps are long, so that nothing is loaded ahead: docs/tuning/coop-backward.md has the times.
+/// How many steps of [`lean_coop_backward_tiles`] the queries must have, and the keys that the last of them sees, that plans take those tiles: a
+/// step that is cut short costs as much as a whole one.
+pub(crate) const LEAN_STEPS: u32 = 8;
+
+/// The tiles of [`coop_backward_tiles`]'s kernels where scores take few registers of their own (`has_lean_scores` in `src/recipe/coop.rs`), if
+/// there are better ones. V is in registers and steps are long, so that nothing is loaded ahead: docs/tuning/coop-backward.md has the times.
 pub fn lean_coop_backward_tiles(
     form: CoopForm,
     size: u32,
@@ -189,7 +214,7 @@ pub fn lean_coop_backward_tiles(
     Some([CoopBackwardTile { step, ahead: false, ..dkdv }, dq])
 }
 
-/// The same for f32 and scaled bf16. Registers: at head dim 64, of the first kernel, 64 of a lane hold both parts of K or V, 64 dV or
+/// The tiles for f32 and scaled bf16. Registers: at head dim 64, of the first kernel, 64 of a lane hold both parts of K or V, 64 dV or
 /// dK, 16 what a subgroup computes of S or dP, and 16 the next step; at 128 with half the keys the same.
 pub fn coop_scaled_backward_tiles(
     size: u32,
@@ -223,6 +248,40 @@ pub fn bias_gradient_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tune::{coop_tile, limits};
+
+    /// With 32 KiB, and with 64 lanes of 256 invocations, wide heads get smaller tiles instead of none.
+    #[test]
+    fn small_limits_get_smaller_tiles() {
+        let form = CoopForm::Registers;
+        for (lanes, limits) in [(32, limits(32 << 10, 1024)), (64, limits(48 << 10, 256))] {
+            let format = MatrixFormat { size: 16, lanes };
+            for dim in (129..=240).chain([256]) {
+                let [dkdv, dq] = coop_backward_tiles(form, 16, dim, dim);
+                let of_dkdv = |tile: &CoopBackwardTile| tile.dkdv_bytes(form, 16, dim, dim);
+                let of_dq = |tile: &CoopBackwardTile| tile.dq_bytes(form, 16, dim, dim);
+                let forward = coop_tile(form, 16, dim, dim).in_limits(form, format, [dim, dim], &limits);
+                // 16 keys of 256 columns in two buffers, and 32 rows of them, take more than 32 KiB.
+                let fits = dim <= 240 || lanes == 64;
+                let bytes = forward.workgroup_bytes(form, 16, dim, dim);
+                assert_eq!(bytes <= limits.max_compute_workgroup_storage_size, fits, "{dim} {forward:?}");
+                assert_eq!(dkdv.in_limits(format, &limits, of_dkdv).fits(format, &limits, of_dkdv), true, "{dim}");
+                assert_eq!(dq.in_limits(format, &limits, of_dq).fits(format, &limits, of_dq), true, "{dim}");
+            }
+        }
+    }
+
+    /// The number of subgroups need not be halved.
+    #[test]
+    fn tiles_in_blocks_keep_most_subgroups() {
+        let tile = |subgroups, matrices| CoopBackwardTile { subgroups, matrices, step: 32, columns: 64, ahead: false };
+        for (own, taken, expected) in
+            [(64, tile(6, 1), 4), (96, tile(8, 1), 6), (128, tile(8, 2), 8), (16, tile(8, 2), 1)]
+        {
+            assert_eq!(taken.in_blocks(16, false, [own, 64]), tile(expected, 1), "{own}");
+        }
+        assert_eq!(tile(8, 1).in_blocks(16, true, [48, 64]), tile(6, 1));
+    }
 
     #[test]
     fn every_head_dim_gets_coop_tiles_that_fit() {

@@ -11,6 +11,7 @@ pub(crate) use backward::backward_tiles_in_blocks;
 pub use backward::{BackwardTile, backward_tiles};
 pub use coop::{CoopTile, coop_scaled_tile, coop_tile, long_coop_tile, wide_coop_tile};
 pub(crate) use coop::{LONG, WIDE};
+pub(crate) use coop_backward::LEAN_STEPS;
 pub use coop_backward::{
     CoopBackwardTile, bias_gradient_tile, coop_backward_tiles, coop_scaled_backward_tiles, lean_coop_backward_tiles,
 };
