@@ -374,7 +374,7 @@ fn said(module: &PlannedModule, problem: &Problem, size: u32, [dkdv, dq]: [(Coop
         "dq" => (dq.1, dq.0.subgroups),
         BIAS_GRADIENT => {
             let tile = tune::bias_gradient_tile(size, head_dim, head_dim_v);
-            (tile.workgroup_bytes(Registers, size, head_dim, head_dim_v), tile.subgroups)
+            (tile.bias_gradient_bytes(size, head_dim, head_dim_v), tile.subgroups)
         }
         entry => panic!("{entry}"),
     }

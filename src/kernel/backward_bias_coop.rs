@@ -6,7 +6,7 @@ use super::{Access, Part, Pass, Slot, backward_switches, by_pair, score_bindings
 use crate::matrices::{Bit, MatrixFormat, MatrixLayout, Operands};
 use crate::specialize::Specialization;
 use crate::tune::CoopTile;
-use crate::{Bias, CoopForm, ElementType, Problem};
+use crate::{Bias, ElementType, Problem};
 
 /// The bias whose gradient the kernel computes, or why it does not compute it.
 pub(crate) fn bias(problem: &Problem, layout: &MatrixLayout) -> Result<Bias, &'static str> {
@@ -54,7 +54,7 @@ pub(crate) fn pass(
         Specialization { file: "kernel/backward_bias_coop.wgsl", entry: "bias_gradient", switches, constants },
         score_bindings(problem, &used),
         tile.subgroups * format.lanes,
-        tile.workgroup_bytes(CoopForm::Registers, size, shape.head_dim, shape.head_dim_v),
+        tile.bias_gradient_bytes(size, shape.head_dim, shape.head_dim_v),
         Box::new(move |part: &Part| {
             [
                 shape.seqlen_k.div_ceil(tile.keys).into(),

@@ -72,7 +72,16 @@ impl CoopTile {
         }
     }
 
-    /// The same for `shaders/kernel/forward_coop_scaled.wgsl`, with elements of so many parts.
+    /// Workgroup memory of `shaders/kernel/backward_bias_coop.wgsl`, through which whole rows of Q and dO pass.
+    pub const fn bias_gradient_bytes(&self, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
+        let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
+        let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
+        let tiles = self.keys * (k_stride + v_stride);
+        let rows = self.rows(size) * if k_stride > v_stride { k_stride } else { v_stride };
+        8 * if tiles > rows { tiles } else { rows }
+    }
+
+    /// Workgroup memory of `shaders/kernel/forward_coop_scaled.wgsl`, with elements of so many parts.
     pub const fn scaled_workgroup_bytes(&self, size: u32, parts: u32, head_dim: u32, head_dim_v: u32) -> u32 {
         let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
         let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;

@@ -265,8 +265,8 @@ mod tests {
                 let fits = dim <= 240 || lanes == 64;
                 let bytes = forward.workgroup_bytes(form, 16, dim, dim);
                 assert_eq!(bytes <= limits.max_compute_workgroup_storage_size, fits, "{dim} {forward:?}");
-                assert_eq!(dkdv.in_limits(format, &limits, of_dkdv).fits(format, &limits, of_dkdv), true, "{dim}");
-                assert_eq!(dq.in_limits(format, &limits, of_dq).fits(format, &limits, of_dq), true, "{dim}");
+                assert!(dkdv.in_limits(format, &limits, of_dkdv).fits(format, &limits, of_dkdv), "{dim}");
+                assert!(dq.in_limits(format, &limits, of_dq).fits(format, &limits, of_dq), "{dim}");
             }
         }
     }
@@ -300,12 +300,8 @@ mod tests {
                         }
                     }
                 }
-                let used = bias_gradient_tile(size, head_dim, head_dim_v).workgroup_bytes(
-                    CoopForm::Registers,
-                    size,
-                    head_dim,
-                    head_dim_v,
-                );
+                let used =
+                    bias_gradient_tile(size, head_dim, head_dim_v).bias_gradient_bytes(size, head_dim, head_dim_v);
                 assert!(used <= bytes, "bias {head_dim} {head_dim_v} {used} > {bytes}");
                 for (element_type, parts) in [(ElementType::F32, 2), (ElementType::BF16, 1)] {
                     let [dkdv, dq] = coop_scaled_backward_tiles(size, element_type, head_dim, head_dim_v);
