@@ -123,6 +123,11 @@ impl CoopTile {
         if self.subgroups * self.row_matrices > 1024 {
             return Err(Error::Tile("subgroups times row_matrices must be at most 1024"));
         }
+        if form == CoopForm::Registers && self.row_matrices > 8 {
+            return Err(Error::Tile(
+                "row_matrices must be at most 8 in registers, whose kernel is written out for each of them",
+            ));
+        }
         if !matches!(self.buffers, 1 | 2) {
             return Err(Error::Tile("buffers must be 1 or 2"));
         }
@@ -133,10 +138,10 @@ impl CoopTile {
             return Err(Error::Tile("the size of a matrix must divide keys"));
         }
         if self.turns == 0 || !(self.keys / size).is_multiple_of(self.turns) {
-            return Err(Error::Tile("turns must divide the matrices of keys"));
+            return Err(Error::Tile("turns must be at least 1 and divide keys over the size of a matrix"));
         }
         if self.query_in_memory >= head_dim.div_ceil(size) {
-            return Err(Error::Tile("registers must hold a matrix of Q at least"));
+            return Err(Error::Tile("query_in_memory must be less than the matrices across the head dim"));
         }
         if form == CoopForm::WorkgroupMemory {
             self.validate_whole()?;
@@ -198,7 +203,7 @@ pub(super) fn step_in_block(step: u32, unit: u32, block: u32) -> u32 {
 /// Queries and keys from which on plans take [`long_coop_tile`], if it gives the device enough workgroups.
 pub(crate) const LONG: u32 = 16384;
 
-/// The same for long rows, where there is a better one. An H100 then is at its limit of power, and 256 rows read K and V half
+/// The tile for long rows, where there is a better one than that of [`coop_tile`]. An H100 then is at its limit of power, and 256 rows read K and V half
 /// as often as 128 do: with them 1·16·16384·64 has 287 to 300 TFLOP/s, without 273 to 295 (docs/performance.md).
 pub fn long_coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> Option<CoopTile> {
     let measured = (form, size) == (CoopForm::Registers, 16) && head_dim.max(head_dim_v) <= 64;
@@ -223,7 +228,7 @@ pub fn wide_coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32)
     Some(CoopTile::new(8, 2, 32, 1).with_turns(turns, query_in_memory.min(most)))
 }
 
-/// The same for elements that are made f16, `shaders/kernel/forward_coop_scaled.wgsl`.
+/// The tile for elements that are made f16, `shaders/kernel/forward_coop_scaled.wgsl`.
 pub fn coop_scaled_tile(size: u32, element_type: ElementType, head_dim: u32, head_dim_v: u32) -> CoopTile {
     let (subgroups, row_matrices, keys) = match (size, element_type, head_dim.max(head_dim_v)) {
         (16, ElementType::F32, 0..=64) => (4, 2, 32),
