@@ -53,7 +53,7 @@ pub struct Args {
     #[arg(long, value_name = "OWN,STEP,TY,TX,CHUNK,LINES,BLOCK_KEYS,BLOCK_ROWS,WRITTEN_OUT", value_parser = parse_fused_tile)]
     pub fused_tile: Vec<FusedTile>,
     /// Times the coop kernel with this tile in place of the tuned one; may be repeated
-    #[arg(long, value_name = "SUBGROUPS,ROW_MATRICES,KEYS,BUFFERS,TURNS,QUERY_IN_MEMORY", value_parser = parse_coop_tile)]
+    #[arg(long, value_name = "SUBGROUPS,ROW_MATRICES,KEYS,BUFFERS[,TURNS,QUERY_IN_MEMORY]", value_parser = parse_coop_tile)]
     pub coop_tile: Vec<CoopTile>,
     /// Times the backward pass of the coop kernel with these tiles, of the keys' and values' gradients and of the queries', in
     /// place of the tuned ones; each is SUBGROUPS,MATRICES,STEP,COLUMNS,AHEAD (0 or 1); may be repeated
@@ -191,7 +191,11 @@ fn parse_decode_tile(text: &str) -> std::result::Result<DecodeTile, String> {
 }
 
 fn parse_coop_tile(text: &str) -> std::result::Result<CoopTile, String> {
-    let [subgroups, row_matrices, keys, buffers, turns, query_in_memory] = numbers(text)?;
+    if let Ok([subgroups, row_matrices, keys, buffers]) = numbers(text) {
+        return Ok(CoopTile::new(subgroups, row_matrices, keys, buffers));
+    }
+    let [subgroups, row_matrices, keys, buffers, turns, query_in_memory] =
+        numbers(text).map_err(|_| "4 or 6 whole numbers separated by commas are expected")?;
     Ok(CoopTile::new(subgroups, row_matrices, keys, buffers).with_turns(turns, query_in_memory))
 }
 
