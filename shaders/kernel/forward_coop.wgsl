@@ -1,7 +1,7 @@
 // What: forward pass on cooperative matrices (tensor cores), with f16 (or bf16) products and f32 sums. Scores and probabilities stay in registers.
 //
 //     m = EMPTY, l = 0, O = 0
-//     for each tile of KEYS keys that some row may see, for each turn of TURN_KEYS of them (matrix/coop_step.wgsl):
+//     for each tile of KEYS keys that some row may see, for each turn of ACROSS_TURN · M of them (matrix/coop_step.wgsl):
 //         S = score(Q K^T)                          f32 accumulators, then numbers in the lanes that hold them
 //         if rowmax S > m + GROWTH for some row of the subgroup:
 //             m' = max(m, rowmax S),  l = 2^(m - m') l,  O = 2^(m - m') O
@@ -31,7 +31,7 @@ enable wgpu_cooperative_matrix;
 @group(0) @binding(5) var<storage, read_write> lse: array<u32>;
 #endif
 #include "matrix/elements.wgsl"
-#include "matrix/scores.wgsl" queries=row keys=column together=TURN_KEYS
+#include "matrix/scores.wgsl" queries=row keys=column together=ACROSS_TURN*M
 #include "memory/read_f16.wgsl" tensor=query
 #include "memory/read_f16.wgsl" tensor=key
 #include "memory/read_f16.wgsl" tensor=value
@@ -49,7 +49,6 @@ fn write_out(start: u32, d: u32, dim: u32, x: Eight) {
 }
 
 const ROWS = SUBGROUPS * ROW_MATRICES * M;
-const TURN_KEYS = ACROSS_TURN * M;
 #include "matrix/coop_tiles.wgsl" first=key second=value rows=KEYS
 #include "matrix/staged_rows.wgsl"
 // Workgroup memory. In the loop: BUFFERS tiles of K and of V, of two of which one is filled while the second is in use, then the Q_REST

@@ -247,8 +247,9 @@ pub fn bias_gradient_tile(size: u32, head_dim: u32, head_dim_v: u32) -> CoopTile
 
 #[cfg(test)]
 mod tests {
+    use super::super::coop::coop_tile;
+    use super::super::limits;
     use super::*;
-    use crate::tune::{coop_tile, limits};
 
     /// With 32 KiB, and with 64 lanes of 256 invocations, wide heads get smaller tiles instead of none.
     #[test]
