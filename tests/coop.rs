@@ -207,8 +207,8 @@ fn tiles_that_do_not_divide_are_refused() {
     let turns =
         |turns, query_in_memory| coop().coop_tile(CoopTile::new(1, 1, 32, 1).with_turns(turns, query_in_memory));
     let workgroup = in_form(WorkgroupMemory, turns(2, 0));
-    // Rows of 16 elements have two matrices at most.
     let many_rows = in_form(Registers, tiled(1, 9, 16, 1));
+    // turns(1, 2): rows of 16 elements have two matrices at most.
     for options in [turns(0, 0), turns(3, 0), turns(1, 2), workgroup, many_rows] {
         let error = context.plan_with(&problem, &options).unwrap_err();
         assert!(matches!(error, Error::Tile(_)), "{error}");

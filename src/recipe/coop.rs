@@ -237,7 +237,7 @@ fn has_lean_scores(problem: &Problem) -> bool {
     !given && problem.dropout_in_use().is_none()
 }
 
-/// Whether nothing is done to scores, either, but for the scale.
+/// Whether scores are lean, and only the scale changes them.
 fn has_plain_scores(problem: &Problem) -> bool {
     has_lean_scores(problem) && problem.softcap.is_none() && problem.alibi.is_none()
 }
@@ -269,7 +269,7 @@ fn large_tile(
     let tile = long.or(table(tune::wide_coop_tile).filter(|_| is_wide))?;
     let blocks = shape.seqlen_q.div_ceil(tile.rows(format.size)) as u64;
     let divides = check_blocks(Kernel::Coop, problem, [tile.rows(format.size), tile.keys], false).is_ok();
-    // One such workgroup runs on a multiprocessor at a time: so many are two rounds of a large device, whose last round weighs less then.
+    // FULL_DEVICE is two workgroups for each multiprocessor of a large device. Of these tiles one runs at a time. So there are two rounds at least.
     let suits = divides && blocks * shape.batch as u64 * shape.heads_q as u64 >= tune::FULL_DEVICE;
     let pass = || forward_coop::pass(problem, form, tile, format, layout, operands);
     let fits = || check_limits(Kernel::Coop, &[pass()], limits).is_ok();

@@ -55,15 +55,14 @@ impl CoopTile {
 
     /// Workgroup memory in bytes. The same sums as the constants of the shader.
     pub const fn workgroup_bytes(&self, form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
-        let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
-        let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
+        let (k_stride, v_stride) = (stride(size, head_dim), stride(size, head_dim_v));
         let tiles = self.buffers * self.keys * (k_stride + v_stride);
         match form {
             CoopForm::Registers => {
                 let (_, q) = Self::staged(size, self.held(size, head_dim));
                 let (_, o) = Self::staged(size, head_dim_v.div_ceil(size));
-                let staged = self.subgroups * size * ((if q > o { q } else { o }) * size / 4 + 2);
-                let rest = if self.query_in_memory > 0 { self.query_in_memory * size / 4 + 2 } else { 0 };
+                let staged = self.subgroups * size * stride(size, size * if q > o { q } else { o });
+                let rest = if self.query_in_memory > 0 { stride(size, self.query_in_memory * size) } else { 0 };
                 let used = tiles + self.rows(size) * rest;
                 8 * if used > staged { used } else { staged }
             }
@@ -74,8 +73,7 @@ impl CoopTile {
 
     /// Workgroup memory of `shaders/kernel/backward_bias_coop.wgsl`, through which whole rows of Q and dO pass.
     pub const fn bias_gradient_bytes(&self, size: u32, head_dim: u32, head_dim_v: u32) -> u32 {
-        let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
-        let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
+        let (k_stride, v_stride) = (stride(size, head_dim), stride(size, head_dim_v));
         let tiles = self.keys * (k_stride + v_stride);
         let rows = self.rows(size) * if k_stride > v_stride { k_stride } else { v_stride };
         8 * if tiles > rows { tiles } else { rows }
@@ -83,8 +81,7 @@ impl CoopTile {
 
     /// Workgroup memory of `shaders/kernel/forward_coop_scaled.wgsl`, with elements of so many parts.
     pub const fn scaled_workgroup_bytes(&self, size: u32, parts: u32, head_dim: u32, head_dim_v: u32) -> u32 {
-        let k_stride = head_dim.next_multiple_of(size) / 4 + 2;
-        let v_stride = head_dim_v.next_multiple_of(size) / 4 + 2;
+        let (k_stride, v_stride) = (stride(size, head_dim), stride(size, head_dim_v));
         let tiles = parts * self.keys * (k_stride + v_stride);
         let rows = self.rows(size) * k_stride;
         let sizes = self.rows(size) + 2 * self.keys;
@@ -106,10 +103,8 @@ impl CoopTile {
 
     /// The tile, or the one with half of its subgroups if a device's limits are too small for all of them.
     pub(crate) fn in_limits(self, form: CoopForm, format: MatrixFormat, dims: [u32; 2], limits: &wgpu::Limits) -> Self {
-        let fits = |tile: &Self| {
-            tile.workgroup_bytes(form, format.size, dims[0], dims[1]) <= limits.max_compute_workgroup_storage_size
-                && tile.subgroups * format.lanes <= limits.max_compute_invocations_per_workgroup
-        };
+        let bytes = |tile: &Self| tile.workgroup_bytes(form, format.size, dims[0], dims[1]);
+        let fits = |tile: &Self| fits(limits, tile.subgroups * format.lanes, bytes(tile));
         let half = Self { subgroups: self.subgroups / 2, ..self };
         if !fits(&self) && half.subgroups > 0 && fits(&half) { half } else { self }
     }
@@ -193,6 +188,16 @@ pub fn coop_tile(form: CoopForm, size: u32, head_dim: u32, head_dim_v: u32) -> C
         (CoopForm::WorkgroupMemory, _, 0..=128) => tile(4, 2, 16, 1),
         (CoopForm::WorkgroupMemory, _, _) => tile(2, 2, 16, 1),
     }
+}
+
+/// Whether a device's limits are large enough for workgroups of so many invocations and bytes of workgroup memory.
+pub(super) fn fits(limits: &wgpu::Limits, invocations: u32, bytes: u32) -> bool {
+    bytes <= limits.max_compute_workgroup_storage_size && invocations <= limits.max_compute_invocations_per_workgroup
+}
+
+/// Vectors of four from one row of so many elements to the next in workgroup memory, with matrices of `size` columns.
+pub(super) const fn stride(size: u32, dim: u32) -> u32 {
+    dim.next_multiple_of(size) / 4 + 2
 }
 
 /// The largest step, of multiples of `unit` up to this one, that divides a block; this one if none does.

@@ -1,6 +1,6 @@
 //! The kernels on cooperative matrices, backward.
 
-use super::coop::{CoopTile, step_in_block};
+use super::coop::{CoopTile, fits, step_in_block, stride};
 use crate::error::Error;
 use crate::matrices::MatrixFormat;
 use crate::names::{CoopForm, ElementType};
@@ -59,8 +59,7 @@ impl CoopBackwardTile {
 
     /// Whether a device's limits are large enough.
     pub(crate) fn fits(&self, format: MatrixFormat, limits: &wgpu::Limits, bytes: impl Fn(&Self) -> u32) -> bool {
-        bytes(self) <= limits.max_compute_workgroup_storage_size
-            && self.subgroups * format.lanes <= limits.max_compute_invocations_per_workgroup
+        fits(limits, self.subgroups * format.lanes, bytes(self))
     }
 
     /// Blocks of columns of gradients with rows of `dim`.
@@ -76,9 +75,8 @@ impl CoopBackwardTile {
 
     /// Vectors of four from one row to the next in workgroup memory, of whole rows and of a block's.
     const fn strides(&self, size: u32, dim: u32) -> (u32, u32) {
-        let whole = dim.next_multiple_of(size);
-        let block = if whole < self.columns { whole } else { self.columns };
-        (whole / 4 + 2, block / 4 + 2)
+        let (whole, block) = (stride(size, dim), stride(size, self.columns));
+        (whole, if whole < block { whole } else { block })
     }
 
     /// Workgroup memory in bytes of the kernel for keys and values. The same sums as the constants of the shader.
@@ -129,7 +127,7 @@ impl CoopBackwardTile {
     /// The same of the kernel for queries.
     pub const fn scaled_dq_bytes(&self, size: u32, parts: u32, head_dim: u32, head_dim_v: u32) -> u32 {
         let widest = if head_dim > head_dim_v { head_dim } else { head_dim_v };
-        let stride = widest.next_multiple_of(size) / 4 + 2;
+        let stride = stride(size, widest);
         let rows = if parts * self.step > self.scaled_own(size) { parts * self.step } else { self.scaled_own(size) };
         let matrices = self.matrices * (self.step / size);
         let exchange = self.subgroups / 2 * if matrices > 2 { matrices } else { 2 } * size * size;

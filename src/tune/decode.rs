@@ -79,8 +79,8 @@ pub fn decode_tile(
     // A thread loads four vectors of each key or fewer; 128 bytes of K at once, and as much of V.
     let key_threads = (head_dim.max(head_dim_v).div_ceil(4).next_power_of_two() / 4).clamp(4, 16);
     let thread_keys = if element_bytes == 2 { 4 } else { 2 };
-    // In 16 bits a thread has more keys at a time. There tiles of 16 rows are slow, it seems for want of registers. f16 at D 128 on an H200, 16 · 8,192 keys of 8 heads: 12
-    // rows took 325 µs in one tile, 445 in two of 8; 16 rows 1,324 in one, 446 in two. In f32 they took 586 in one tile, 609 in two.
+    // In 16 bits a thread has more keys at a time. There tiles of 16 rows are slow, it seems for want of registers. f16 at D 128 on an H200,
+    // 16 · 8,192 keys of 8 heads: 12 rows took 325 µs in one tile, 445 in two of 8; 16 rows 1,324 in one, 446 in two. In f32 they took 586 in one tile, 609 in two.
     let rows = match rows.next_multiple_of(4).max(4) {
         rows @ 0..=12 => rows as u32,
         _ if element_bytes == 2 => 8,
