@@ -129,7 +129,10 @@ pub(super) fn forward(problem: &Problem, facts: &Facts, options: &PlanOptions) -
         (Some(operands), _) => {
             let table = || {
                 let tile = tune::coop_tile(form, format.size, shape.head_dim, shape.head_dim_v);
-                in_blocks(tile.in_limits(form, format, [shape.head_dim, shape.head_dim_v], &facts.limits))
+                in_blocks(match form {
+                    CoopForm::Registers => tile.in_limits(format, [shape.head_dim, shape.head_dim_v], &facts.limits),
+                    CoopForm::WorkgroupMemory => tile,
+                })
             };
             let large = || large_tile(problem, form, format, &layout, operands, &facts.limits);
             let tile = options.coop_tile.or_else(large).unwrap_or_else(table);
@@ -179,7 +182,12 @@ pub(super) fn backward(problem: &Problem, facts: &Facts, options: &PlanOptions) 
                         && dkdv.fits(format, &facts.limits, of_dkdv)
                 });
                 let [dkdv, dq] = lean.unwrap_or_else(|| tune::coop_backward_tiles(form, size, dim, dim_v));
-                in_blocks([dkdv.in_limits(format, &facts.limits, of_dkdv), dq.in_limits(format, &facts.limits, of_dq)])
+                in_blocks(match form {
+                    CoopForm::Registers => {
+                        [dkdv.in_limits(format, &facts.limits, of_dkdv), dq.in_limits(format, &facts.limits, of_dq)]
+                    }
+                    CoopForm::WorkgroupMemory => [dkdv, dq],
+                })
             };
             let tiles = options.coop_backward_tiles.unwrap_or_else(table);
             tiles.iter().try_for_each(|tile| tile.validate(format.size))?;

@@ -101,9 +101,9 @@ impl CoopTile {
         self
     }
 
-    /// The tile, or the one with half of its subgroups if a device's limits are too small for all of them.
-    pub(crate) fn in_limits(self, form: CoopForm, format: MatrixFormat, dims: [u32; 2], limits: &wgpu::Limits) -> Self {
-        let bytes = |tile: &Self| tile.workgroup_bytes(form, format.size, dims[0], dims[1]);
+    /// The tile in registers, or the one with half of its subgroups if a device's limits are too small for all of them.
+    pub(crate) fn in_limits(self, format: MatrixFormat, dims: [u32; 2], limits: &wgpu::Limits) -> Self {
+        let bytes = |tile: &Self| tile.workgroup_bytes(CoopForm::Registers, format.size, dims[0], dims[1]);
         let fits = |tile: &Self| fits(limits, tile.subgroups * format.lanes, bytes(tile));
         let half = Self { subgroups: self.subgroups / 2, ..self };
         if !fits(&self) && half.subgroups > 0 && fits(&half) { half } else { self }

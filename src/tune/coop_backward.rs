@@ -259,7 +259,7 @@ mod tests {
                 let [dkdv, dq] = coop_backward_tiles(form, 16, dim, dim);
                 let of_dkdv = |tile: &CoopBackwardTile| tile.dkdv_bytes(form, 16, dim, dim);
                 let of_dq = |tile: &CoopBackwardTile| tile.dq_bytes(form, 16, dim, dim);
-                let forward = coop_tile(form, 16, dim, dim).in_limits(form, format, [dim, dim], &limits);
+                let forward = coop_tile(form, 16, dim, dim).in_limits(format, [dim, dim], &limits);
                 // 16 keys of 256 columns in two buffers, and 32 rows of them, take more than 32 KiB.
                 let fits = dim <= 240 || lanes == 64;
                 let bytes = forward.workgroup_bytes(form, 16, dim, dim);
